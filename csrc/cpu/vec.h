@@ -1,0 +1,174 @@
+// Fixed-width vectors through the compiler's vector extension: one source for AVX2, AVX-512 and NEON.
+// A + * and comparisons work on them as on scalars; a * b + c becomes a fused multiply-add.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "../linmu/common.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LINMU_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define LINMU_VECTOR_BYTES 32
+#else
+#define LINMU_VECTOR_BYTES 16
+#endif
+
+namespace linmu {
+namespace LINMU_ISA {
+
+template <class A>
+struct Simd {
+  typedef A V __attribute__((vector_size(LINMU_VECTOR_BYTES)));
+  static constexpr int width = LINMU_VECTOR_BYTES / sizeof(A);
+};
+template <class A>
+using vec = typename Simd<A>::V;
+
+using vf = vec<float>;
+using vd = vec<double>;
+typedef int32_t vi __attribute__((vector_size(LINMU_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(LINMU_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(LINMU_VECTOR_BYTES / 2)));
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(f16 x) { return static_cast<float>(x); }
+inline float widen(bf16 x) {
+  uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+template <class T>
+inline T narrow(acc_t<T> x) {
+  return static_cast<T>(x);
+}
+template <>
+inline bf16 narrow<bf16>(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if (x != x) return {static_cast<uint16_t>((u >> 16) | 0x40)};
+  return {static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};  // round to nearest even
+}
+
+template <class A>
+inline vec<A> splat(A x) {
+  return vec<A>{} + x;
+}
+
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline vd load(const double* p) {
+  vd v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof(h));
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < Simd<float>::width; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, vd v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof(h));
+#else
+  vu u = (vu)v;
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vu nan = (u >> 16) | 0x40;
+  vh h = __builtin_convertvector(v == v ? rounded : nan, vh);
+  std::memcpy(p, &h, sizeof(h));
+#endif
+}
+inline void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < Simd<float>::width; ++i) p[i] = static_cast<f16>(v[i]);
+#endif
+}
+
+// The first n < width lanes; the others read as zero and are not written.
+template <class T>
+inline vec<acc_t<T>> load_n(const T* p, int n) {
+  alignas(64) T buffer[Simd<acc_t<T>>::width] = {};
+  std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+inline void store_n(T* p, vec<acc_t<T>> v, int n) {
+  alignas(64) T buffer[Simd<acc_t<T>>::width];
+  store(buffer, v);
+  std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+}
+
+template <class A>
+inline A sum(typename Simd<A>::V v) {
+  A s = 0;
+  for (int i = 0; i < Simd<A>::width; ++i) s += v[i];
+  return s;
+}
+#if defined(__AVX512F__)
+template <>
+inline float sum<float>(vf v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+#endif
+
+// exp to 1-2 ulp in float; below -87.3 it is 0, which is what a decay that small means.
+inline vf exp(vf x) {
+  const vf low = splat(-87.336f), high = splat(88.376f);
+  vf clamped = x < low ? low : x;
+  clamped = clamped > high ? high : clamped;
+  vf n = clamped * 1.44269504f;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  n = (n + magic) - magic;
+  vf r = clamped - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi e = __builtin_convertvector(n, vi);
+  vf scaled = (vf)((vi)p + (e << 23));
+  scaled = x < low ? vf{} : scaled;
+  return x == x ? scaled : x;
+}
+inline vd exp(vd x) {
+  for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class A>
+inline A softplus(A x) {
+  return x > A(20) ? x : std::log1p(std::exp(x));
+}
+
+}  // namespace LINMU_ISA
+}  // namespace linmu

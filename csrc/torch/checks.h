@@ -1,0 +1,116 @@
+// Argument checks and small helpers for the ops. The words are those of linmu_ops/_dims.py: an error reads the same
+// from Python and from C++.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <map>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../linmu/common.h"
+
+namespace linmu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream out;
+  out << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+// Binds axis names to sizes across the tensors of one call; the first tensor that breaks a name is the error.
+class Dims {
+ public:
+  explicit Dims(const char* op) : op_(op) {}
+
+  int64_t operator[](const std::string& axis) const { return sizes_.at(axis); }
+
+  void operator()(const char* name, const Tensor& t, const char* axes, ScalarType dtype) {
+    std::istringstream in(axes);
+    std::vector<std::string> names;
+    for (std::string a; in >> a;) names.push_back(a);
+    bool bad = t.dim() != static_cast<int64_t>(names.size());
+    for (size_t i = 0; !bad && i < names.size(); ++i) {
+      const auto at = sizes_.find(names[i]);
+      bad = at != sizes_.end() && at->second != t.size(static_cast<int64_t>(i));
+    }
+    STD_TORCH_CHECK(!bad, op_, ": ", name, " must be ", want(names), ", got shape ", shape_text(t));
+    for (size_t i = 0; i < names.size(); ++i) sizes_[names[i]] = t.size(static_cast<int64_t>(i));
+    STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ", dtype_name(dtype), ", got ",
+                    dtype_name(t.scalar_type()));
+  }
+  void operator()(const char* name, const OptTensor& t, const char* axes, ScalarType dtype) {
+    if (t.has_value()) (*this)(name, *t, axes, dtype);
+  }
+
+  void divides(const char* name, const char* part, const char* whole) const {
+    const int64_t p = sizes_.at(part), w = sizes_.at(whole);
+    STD_TORCH_CHECK(p > 0 && w % p == 0, op_, ": ", name, "'s ", part, "=", p, " must divide ", whole, "=", w);
+  }
+
+ private:
+  std::string want(const std::vector<std::string>& names) const {
+    std::string axes, known;
+    for (const auto& a : names) {
+      axes += (axes.empty() ? "" : ", ") + a;
+      auto at = sizes_.find(a);
+      if (at != sizes_.end()) known += (known.empty() ? " with " : ", ") + a + "=" + std::to_string(at->second);
+    }
+    return "(" + axes + (names.size() == 1 ? ",)" : ")") + known;
+  }
+
+  const char* op_;
+  std::map<std::string, int64_t> sizes_;
+};
+
+inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32 or float64 or bfloat16 or float16, got ",
+                      dtype_name(t.scalar_type()));
+  }
+}
+
+inline ScalarType accumulate_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline const void* pointer(const OptTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+inline OptTensor contiguous(const OptTensor& t) {
+  return t.has_value() ? OptTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+inline Threads torch_threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()), [](int64_t n, int64_t grain, const Range& body) {
+            if (n > 0) torch::stable::parallel_for(0, n, grain, body);
+          }};
+}
+
+}  // namespace linmu

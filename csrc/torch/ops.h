@@ -1,0 +1,11 @@
+// One registration function per op; module.cpp calls them all.
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+namespace linmu {
+
+using StableLibrary = torch::stable::detail::StableLibrary;
+
+void register_ssd_step_cpu(StableLibrary& lib);
+
+}  // namespace linmu

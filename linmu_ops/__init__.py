@@ -1,0 +1,16 @@
+"""Fast, composable linear-attention ops.
+
+Axes, everywhere: B batch, L tokens, H heads, G groups of heads, P head size, N state size, D model size, K conv width.
+"""
+
+from __future__ import annotations
+
+from . import _registry
+from ._registry import LinmuWarning, explain, use_impl
+from .ssd_scan import ssd_scan
+from .ssd_step import ssd_step
+
+_registry.load_binaries()
+
+__version__ = "0.1.0"
+__all__ = ["LinmuWarning", "explain", "ssd_scan", "ssd_step", "use_impl"]

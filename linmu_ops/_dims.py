@@ -1,0 +1,65 @@
+"""Named-axis shape checks, shared by every op (csrc/torch/checks.h says the same words)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower: the type states and sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Dims:
+    """Binds axis names to sizes across the tensors of one call; the first tensor that breaks a name is the error.
+
+    >>> d = Dims("ssd_scan")
+    >>> d("x", x, "B L Gx P")
+    >>> d("dt", dt, "B L H")
+    ValueError: ssd_scan: dt must be (B, L, H) with B=2, L=3, got shape (2, 4, 9)
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.sizes: dict[str, int] = {}
+
+    def __getitem__(self, axis: str) -> int:
+        return self.sizes[axis]
+
+    def __call__(
+        self, name: str, t: Tensor | None, axes: str, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
+    ) -> None:
+        if t is None:
+            return
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a Tensor, got {type(t).__name__}")
+        names = axes.split()
+        shape = t.shape
+        sizes = self.sizes
+        bad = len(shape) != len(names)
+        for axis, size in zip(names, shape, strict=False):
+            bad = bad or sizes.get(axis, size) != size
+        if bad:
+            known = ", ".join(f"{a}={sizes[a]}" for a in names if a in sizes)
+            want = f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+            raise ValueError(
+                f"{self.op}: {name} must be {want}{f' with {known}' if known else ''}, got shape {tuple(shape)}"
+            )
+        sizes.update(zip(names, shape, strict=True))
+        if dtype is not None and t.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)):
+            want = " or ".join(str(x).removeprefix("torch.") for x in (dtype if isinstance(dtype, tuple) else (dtype,)))
+            raise TypeError(f"{self.op}: {name} must be {want}, got {str(t.dtype).removeprefix('torch.')}")
+
+    def divides(self, name: str, part: str, whole: str) -> None:
+        """Require that the size of axis `part` divides that of axis `whole`."""
+        p, w = self.sizes[part], self.sizes[whole]
+        if p == 0 or w % p:
+            raise ValueError(f"{self.op}: {name}'s {part}={p} must divide {whole}={w}")
+
+    def same_device(self, reference: Tensor, **tensors: Tensor | None) -> None:
+        for name, t in tensors.items():
+            if t is not None and t.device != reference.device:
+                raise ValueError(f"{self.op}: {name} must be on {reference.device}, got {t.device}")

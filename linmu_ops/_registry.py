@@ -1,0 +1,231 @@
+"""One table of ops and implementations: who serves, why the others do not, and how to force one.
+
+Each op exists once per *namespace*, with the same schema, fake and autograd formula:
+
+    linmu::op            the native op: compiled kernels per device, the reference as the dispatcher's default
+    linmu_reference::op  the plain PyTorch definition, always
+    linmu_triton::op     Triton kernels
+
+so a forced choice is an ordinary op that traces, compiles and differentiates like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _native
+
+NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "reference": "linmu_reference"}
+# Order of preference per device. Triton first on a GPU until the CUDA kernels have run on one.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
+
+_libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("linmu", "linmu_reference", "linmu_triton")}
+
+
+class LinmuWarning(UserWarning):
+    """Something works, but not as fast as it could."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its schema and what serves it. `backward` is the op `<name>_bwd`, or None."""
+
+    name: str
+    schema: str
+    backward: str | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of `explain`: `why_not` is None for a usable implementation."""
+
+    impl: str
+    why_not: str | None
+    chosen: bool = False
+
+
+OPS: dict[str, Op] = {}
+_binaries: dict[str, _native.Binary] = {}
+_default: dict[tuple[str, str], str] = {}  # (op, device type) -> implementation, fixed once binaries are loaded
+_forced: dict[str, str] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    bwd_schema: str | None = None,
+    bwd_reference: Callable[..., Any] | None = None,
+    bwd_fake: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define `name` (and `<name>_bwd`) in every namespace.
+
+    `backward(ctx, bwd_op, *grads)` receives the namespace's own `<name>_bwd`, so gradients stay with the
+    implementation that computed the forward.
+    """
+    OPS[name] = Op(name, schema, f"{name}_bwd" if bwd_schema else None)
+    entries = [(name, schema, reference, fake)]
+    if bwd_schema:
+        assert bwd_reference and bwd_fake and setup_context and backward
+        entries.append((f"{name}_bwd", bwd_schema, bwd_reference, bwd_fake))
+    for ns, lib in _libraries.items():
+        for entry, entry_schema, entry_reference, entry_fake in entries:
+            lib.define(entry + entry_schema)
+            kernel = functools.partial(_run_triton, name, entry) if ns == "linmu_triton" else entry_reference
+            lib.impl(entry, kernel, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{ns}::{entry}", entry_fake, lib=lib)
+        if bwd_schema:
+            bwd_op = getattr(getattr(torch.ops, ns), f"{name}_bwd").default
+
+            def formula(ctx: Any, *grads: Any, bwd_op: Any = bwd_op) -> Any:
+                return backward(ctx, bwd_op, *grads)  # type: ignore[misc]
+
+            torch.library.register_autograd(f"{ns}::{name}", formula, setup_context=setup_context, lib=lib)
+
+
+def _run_triton(module: str, entry: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(importlib.import_module(f"linmu_ops.triton_kernels.{module}"), entry)(*args, **kwargs)
+
+
+def schema_hash() -> str:
+    """Fingerprint of every native schema; a binary built for another one refuses to register."""
+    text = "\n".join(
+        str(getattr(torch.ops.linmu, entry).default._schema)
+        for op in sorted(OPS)
+        for entry in (op, OPS[op].backward)
+        if entry
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_binaries() -> None:
+    """Register the compiled kernels. Called once, after every schema is defined."""
+    for device in ("cpu", "cuda"):
+        if device == "cuda" and torch.version.cuda is None:
+            _binaries[device] = _native.Binary("liblinmu_cuda.so", error="this torch has no CUDA")
+        else:
+            _binaries[device] = _native.load_library(device, schema_hash())
+    for op in OPS:
+        for device, order in PREFERENCE.items():
+            _default[op, device] = next(i for i in order if why_not(op, i, device) is None)
+    for item in filter(None, os.environ.get("LINMU_IMPL", "").split(",")):
+        force(item)
+
+
+def binaries() -> dict[str, _native.Binary]:
+    return dict(_binaries)
+
+
+def force(item: str) -> None:
+    """Force `"op:impl"` (or `"*:impl"`). Raises ValueError for an unknown op or implementation."""
+    name, _, impl = item.strip().partition(":")
+    if name != "*" and name not in OPS:
+        raise ValueError(f"LINMU_IMPL: op must be * or one of {', '.join(sorted(OPS))}, got {name!r}")
+    if impl not in NAMESPACE:
+        raise ValueError(f"LINMU_IMPL: implementation must be one of {', '.join(NAMESPACE)}, got {impl!r}")
+    for op in OPS if name == "*" else (name,):
+        _forced[op] = impl
+
+
+@contextlib.contextmanager
+def use_impl(*items: str) -> Iterator[None]:
+    """Force implementations within a block: `with use_impl("ssd_scan:reference"): ...`. Raises if one cannot serve."""
+    before = dict(_forced)
+    try:
+        for item in items:
+            force(item)
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@functools.cache
+def _triton_why_not(op: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(f"linmu_ops.triton_kernels.{op}") is None:
+        return "no Triton kernel for this op"
+    return None
+
+
+def why_not(op: str, impl: str, device: str) -> str | None:
+    """The reason `impl` cannot serve `op` on tensors of `device`, or None if it can."""
+    if impl == "reference":
+        return None
+    if impl in ("cpu", "cuda"):
+        if device != impl:
+            return f"the tensors are on {device}"
+        error = _binaries[impl].error
+        if error:
+            return f"{_binaries[impl].file}: {error}"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"linmu::{op}", impl.upper()):
+            return f"{_binaries[impl].file} has no kernel for this op"
+        return None
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device} (TRITON_INTERPRET=1 would interpret)"
+    return _triton_why_not(op)
+
+
+def _automatic(op: str, device: str) -> str:
+    return _default.get((op, device), "reference")
+
+
+def explain(op: str, *tensors: torch.Tensor, device: str | None = None) -> list[Choice]:
+    """Which implementation serves `op` for these tensors (or this device type), and why the others do not.
+
+    Returns one `Choice(impl, why_not, chosen)` per implementation.
+    """
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
+    where = device or (tensors[0].device.type if tensors else "cpu")
+    chosen = _forced.get(op) or _automatic(op, where)
+    return [Choice(impl, why_not(op, impl, where), impl == chosen) for impl in NAMESPACE]
+
+
+def _warn_once(op: str, device: str) -> None:
+    if (op, device) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((op, device))
+        reasons = "; ".join(f"{i}: {why_not(op, i, device)}" for i in PREFERENCE.get(device, ()) if i != "reference")
+        warnings.warn(f"linmu_ops.{op} runs the slow reference on {device} ({reasons})", LinmuWarning, stacklevel=4)
+
+
+def call(op: str, like: torch.Tensor, *args: Any) -> Any:
+    """Run `op` through the implementation that serves tensors like `like`."""
+    device = like.device.type
+    impl = _forced.get(op)
+    if impl is None:
+        impl = _automatic(op, device)
+        if impl == "reference" and device != "meta":
+            _warn_once(op, device)
+    else:
+        reason = why_not(op, impl, device)
+        if reason is not None and device != "meta":
+            raise RuntimeError(f"{op}: implementation {impl!r} is forced but cannot serve: {reason}")
+    kernel = getattr(getattr(torch.ops, NAMESPACE[impl]), op).default
+    if torch.compiler.is_compiling():
+        return kernel(*args)
+    try:
+        return kernel(*args)
+    except RuntimeError as e:
+        # Kernels check values (positions, permutations) that Python does not look at; same words, same type.
+        text = str(e).split("\n", 1)[0]
+        if text.startswith(f"{op}: "):
+            raise ValueError(text) from None
+        raise

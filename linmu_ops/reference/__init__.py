@@ -1,0 +1,1 @@
+"""The definitions: each op in short, plain PyTorch. Slow, differentiable, and the judge of every fast kernel."""

@@ -1,0 +1,96 @@
+"""Definition of `linmu_ops.ssd_scan`: the recurrence, one visit at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._dims import accumulate_dtype
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:
+    return t.repeat_interleave(heads // t.shape[2], dim=2)  # (B, L, G, .) -> (B, L, H, .)
+
+
+def _restarts(index: Tensor | None, like: Tensor) -> Tensor:
+    """True at visits whose segment differs from the visit before: (B, L) bool."""
+    out = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
+    if index is not None:
+        out[:, 1:] = index[:, 1:] != index[:, :-1]
+    return out
+
+
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, restart: Tensor, keep: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (outer) B[t], y[t] = h[t] C[t]; all per head, in visiting order."""
+    ys = [x.new_zeros(x.shape[0], 0, *x.shape[2:])]
+    for t in range(x.shape[1]):
+        state = torch.where(restart[:, t, None, None, None], 0.0, state)
+        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (B, H, 1, 1)
+        moved = decay * state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        m = keep[:, t, None, None, None]
+        state = torch.where(m, moved, state)
+        ys.append(torch.where(m[..., 0], torch.einsum("bhpn,bhn->bhp", state, C[:, t]), 0.0)[:, None])
+    return torch.cat(ys, dim=1), state
+
+
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, direction: str, reverse_dt: Tensor | None, reverse_dt_bias: Tensor | None,
+    reverse_A: Tensor | None, reverse_B: Tensor | None, reverse_C: Tensor | None, gate: Tensor | None,
+    reverse_mask: Tensor | None, reverse_seq_idx: Tensor | None, seq_idx: Tensor | None, token_order: Tensor | None,
+    initial_state: Tensor | None, return_final_state: bool, chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, length, heads = dt.shape
+    acc = accumulate_dtype(x.dtype)
+    order = torch.arange(length, device=x.device).expand(batch, length) if token_order is None else token_order.long()
+    if order.numel() and not torch.equal(order.sort(1).values, torch.arange(length, device=x.device).expand_as(order)):
+        raise RuntimeError("ssd_scan: token_order must hold every position 0..L-1 once per row")
+    inverse = order.argsort(1)
+
+    def visit(t: Tensor, index: Tensor = order) -> Tensor:
+        return torch.gather(t, 1, index.view(*index.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+
+    def step_size(raw: Tensor, bias: Tensor | None) -> Tensor:
+        raw = raw.to(acc) if bias is None else raw.to(acc) + bias.to(acc)
+        return F.softplus(raw) if dt_softplus else raw
+
+    def pick(reverse: Tensor | None, forward: Tensor) -> Tensor:
+        return forward if reverse is None else reverse
+
+    xs = visit(_heads(x.to(acc), heads))
+    seq = None if seq_idx is None else visit(seq_idx)
+    state = x.new_zeros(batch, heads, x.shape[3], B.shape[3], dtype=acc) if initial_state is None else initial_state
+    everywhere = torch.ones(batch, length, dtype=torch.bool, device=x.device)
+    y = torch.zeros_like(xs)
+    final = state
+    if direction != "reverse":
+        y, final = _scan(
+            xs, visit(step_size(dt, dt_bias)), A.to(acc), visit(_heads(B.to(acc), heads)),
+            visit(_heads(C.to(acc), heads)), _restarts(seq, xs), everywhere, state,
+        )  # fmt: skip
+    if direction != "forward":
+        keep = everywhere if reverse_mask is None else visit(reverse_mask)
+        rseq = seq if reverse_seq_idx is None else visit(reverse_seq_idx)
+        rdt = step_size(pick(reverse_dt, dt), dt_bias if reverse_dt_bias is None else reverse_dt_bias)
+        rB, rC = pick(reverse_B, B).to(acc), pick(reverse_C, C).to(acc)
+        start = state if direction == "reverse" else torch.zeros_like(state)
+        r, last = _scan(
+            xs.flip(1), visit(rdt).flip(1), pick(reverse_A, A).to(acc), visit(_heads(rB, heads)).flip(1),
+            visit(_heads(rC, heads)).flip(1), _restarts(None if rseq is None else rseq.flip(1), xs), keep.flip(1),
+            start,
+        )  # fmt: skip
+        r = r.flip(1)
+        if direction == "reverse":
+            y, final = r, last
+        elif gate is None:
+            y = y + r
+        else:
+            g = (gate.to(acc).expand(batch, length, heads) if gate.dim() == 1 else visit(gate.to(acc)))[..., None]
+            y = torch.where(keep[..., None, None], g * y + (1 - g) * r, y)
+    if D is not None:
+        y = y + D.to(acc)[:, None] * xs
+    y = visit(y, inverse).to(x.dtype)
+    return y, final.to(acc).clone() if return_final_state else x.new_empty(0, dtype=acc)

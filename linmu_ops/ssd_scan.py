@@ -1,0 +1,229 @@
+"""Selective state-space scan (Mamba-2 SSD): forward, reverse, or both directions fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _registry
+from ._dims import FLOATS, Dims, accumulate_dtype
+from .reference.ssd_scan import ssd_scan as reference
+
+INPUTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, str direction, "
+    "Tensor? reverse_dt, Tensor? reverse_dt_bias, Tensor? reverse_A, Tensor? reverse_B, Tensor? reverse_C, "
+    "Tensor? gate, Tensor? reverse_mask, Tensor? reverse_seq_idx, Tensor? seq_idx, Tensor? token_order, "
+    "Tensor? initial_state, "
+)
+SCHEMA = f"({INPUTS}bool return_final_state, int chunk_size) -> (Tensor, Tensor)"
+# One gradient per entry of DIFFERENTIABLE, an empty tensor where the input was None.
+BWD_SCHEMA = f"(Tensor grad_y, Tensor? grad_final_state, {INPUTS}int chunk_size) -> Tensor[]"
+ARGUMENTS = tuple(a.split()[1] for a in INPUTS.strip(", ").split(", "))
+DIFFERENTIABLE = (
+    "x", "dt", "A", "B", "C", "D", "dt_bias", "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C",
+    "gate", "initial_state",
+)  # fmt: skip
+DIRECTIONS = ("forward", "reverse", "both")
+
+
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    direction: str = "forward",
+    reverse_dt: Tensor | None = None,
+    reverse_dt_bias: Tensor | None = None,
+    reverse_A: Tensor | None = None,
+    reverse_B: Tensor | None = None,
+    reverse_C: Tensor | None = None,
+    gate: Tensor | None = None,
+    reverse_mask: Tensor | None = None,
+    reverse_seq_idx: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    token_order: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state-space scan, in one or both directions, over tokens visited in any order.
+
+        forward:  h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (outer) B[t]                 y>[t] = h[t] C[t]
+        reverse:  r[t] = exp(dt'[t] A') r[t+1] + m[t] dt'[t] x[t] (outer) B'[t]        y<[t] = r[t] C'[t]
+        both:     y[t] = g[t] y>[t] + (1 - g[t]) y<[t]  where m[t],  y[t] = y>[t] elsewhere;  y> + y< without a gate
+        and D x[t] is added to each.
+
+    t counts visits: `token_order[b, t]` is the position visited at t. Every other argument, and y, is in token
+    positions. Where the mask m is False the reverse state passes through unchanged and the reverse output is 0.
+    Heads are never repeated in memory: Gx, Gb and Gc each divide H, and head h reads group h // (H / G).
+
+    Args:
+        x: (B, L, Gx, P) float32, float64, bfloat16 or float16. Values.
+        dt: (B, L, H) float. Step size, dimensionless; > 0 after softplus for a decaying state.
+        A: (H,) float, <= 0. Decay rate; the decay of one step is exp(dt A).
+        B: (B, L, Gb, N) dtype of x. Input projection ("key").
+        C: (B, L, Gc, N) dtype of x. Output projection ("query").
+        D: (H,) float. Skip connection.
+        dt_bias: (H,) float. Added to dt before softplus.
+        dt_softplus: apply softplus to dt (+ bias), in both directions.
+        direction: "forward", "reverse" or "both".
+        reverse_dt: (B, L, H) float. The reverse direction's own step size; dt if None.
+        reverse_dt_bias: (H,) float. dt_bias if None.
+        reverse_A: (H,) float. A if None.
+        reverse_B: (B, L, Gb, N) dtype of x. B if None.
+        reverse_C: (B, L, Gc, N) dtype of x. C if None.
+        gate: (B, L, H) or (H,) float in (0, 1). Weight of the forward direction; "both" only.
+        reverse_mask: (B, L) bool. Tokens that take part in the reverse scan; all if None.
+        reverse_seq_idx: (B, L) int32. Segments of the reverse scan; seq_idx if None.
+        seq_idx: (B, L) int32. The state restarts at a visit whose index differs from the visit before.
+        token_order: (B, L) int32. A permutation per row; the position visited at t. In place if None.
+        initial_state: (B, H, P, N) float32 (float64 for float64 x). State before the first visit (for "reverse":
+            before the last token); with "both" it belongs to the forward direction.
+        return_final_state: also return the state after the last visit of that same direction.
+        chunk_size: tokens per chunk of the fast kernels, >= 1; chosen by the kernel if None.
+
+    Returns:
+        y: (B, L, H, P), dtype of x. With return_final_state: (y, state), state (B, H, P, N) float32 (or float64).
+
+    Raises:
+        ValueError: a shape, device or value breaks the table above. TypeError: a dtype does.
+
+    Notes:
+        Accumulates in float32 (float64 for float64). Deterministic. Linear in L. Exponents are never above 0 for
+        dt A <= 0, so nothing overflows.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, section 6; LinMU, arXiv:2601.01322, equations 1-3.
+    Reference: linmu_ops/reference/ssd_scan.py.
+    """
+    d = Dims("ssd_scan")
+    d("x", x, "B L Gx P", FLOATS)
+    d("dt", dt, "B L H", FLOATS)
+    d("A", A, "H", FLOATS)
+    d("B", B, "B L Gb N", x.dtype)
+    d("C", C, "B L Gc N", x.dtype)
+    d("D", D, "H", FLOATS)
+    d("dt_bias", dt_bias, "H", FLOATS)
+    d("reverse_dt", reverse_dt, "B L H", FLOATS)
+    d("reverse_dt_bias", reverse_dt_bias, "H", FLOATS)
+    d("reverse_A", reverse_A, "H", FLOATS)
+    d("reverse_B", reverse_B, "B L Gb N", x.dtype)
+    d("reverse_C", reverse_C, "B L Gc N", x.dtype)
+    d("gate", gate, "H" if gate is not None and gate.dim() == 1 else "B L H", FLOATS)
+    d("reverse_mask", reverse_mask, "B L", torch.bool)
+    d("reverse_seq_idx", reverse_seq_idx, "B L", torch.int32)
+    d("seq_idx", seq_idx, "B L", torch.int32)
+    d("token_order", token_order, "B L", torch.int32)
+    acc = accumulate_dtype(x.dtype)
+    d("initial_state", initial_state, "B H P N", acc)
+    for name, part in (("x", "Gx"), ("B", "Gb"), ("C", "Gc")):
+        d.divides(name, part, "H")
+    d.same_device(
+        x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, reverse_dt=reverse_dt, reverse_dt_bias=reverse_dt_bias,
+        reverse_A=reverse_A, reverse_B=reverse_B, reverse_C=reverse_C, gate=gate, reverse_mask=reverse_mask,
+        reverse_seq_idx=reverse_seq_idx, seq_idx=seq_idx, token_order=token_order, initial_state=initial_state,
+    )  # fmt: skip
+    if direction not in DIRECTIONS:
+        raise ValueError(f"ssd_scan: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"ssd_scan: chunk_size must be >= 1, got {chunk_size}")
+    reverse_only = dict(
+        reverse_dt=reverse_dt, reverse_dt_bias=reverse_dt_bias, reverse_A=reverse_A, reverse_B=reverse_B,
+        reverse_C=reverse_C, reverse_mask=reverse_mask, reverse_seq_idx=reverse_seq_idx,
+    )  # fmt: skip
+    if direction == "forward":
+        for name, value in reverse_only.items():
+            if value is not None:
+                raise ValueError(f"ssd_scan: {name} needs direction='reverse' or 'both', got direction='forward'")
+    if gate is not None and direction != "both":
+        raise ValueError(f"ssd_scan: gate needs direction='both', got direction={direction!r}")
+
+    def small(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(acc)
+
+    y, state = _registry.call(
+        "ssd_scan", x, x, small(dt), small(A), B, C, small(D), small(dt_bias), dt_softplus, direction,
+        small(reverse_dt), small(reverse_dt_bias), small(reverse_A), reverse_B, reverse_C, small(gate), reverse_mask,
+        reverse_seq_idx, seq_idx, token_order, initial_state, return_final_state, chunk_size or 0,
+    )  # fmt: skip
+    return (y, state) if return_final_state else y
+
+
+def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, length, heads = dt.shape
+    acc = accumulate_dtype(x.dtype)
+    return_final_state = args[-2]
+    state = (batch, heads, x.shape[3], B.shape[3]) if return_final_state else (0,)
+    return x.new_empty(batch, length, heads, x.shape[3]), x.new_empty(state, dtype=acc)
+
+
+def _bwd_fake(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
+    given = dict(zip(ARGUMENTS, args[:-1], strict=True))
+    like = given["x"]
+    return [
+        like.new_empty(0)
+        if given[name] is None
+        else torch.empty_like(given[name], memory_format=torch.contiguous_format)
+        for name in DIFFERENTIABLE
+    ]
+
+
+def _bwd_reference(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
+    given = dict(zip(ARGUMENTS, args[:-1], strict=True))
+    with torch.enable_grad():
+        leaves = {n: given[n].detach().requires_grad_() for n in DIFFERENTIABLE if given[n] is not None}
+        values: list[Any] = list({**given, **leaves}.values())
+        y, state = reference(*values, grad_final_state is not None, args[-1])
+        outputs, grads = [y], [grad_y]
+        if grad_final_state is not None:
+            outputs.append(state)
+            grads.append(grad_final_state)
+        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+    by_name = dict(zip(leaves, found, strict=True))
+    empty = given["x"].new_empty(0)
+    return [
+        empty.clone()
+        if given[n] is None
+        else torch.zeros_like(leaves[n])
+        if by_name[n] is None
+        else by_name[n].contiguous()
+        for n in DIFFERENTIABLE
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+    ctx.consts = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = iter(ctx.saved_tensors)
+    inputs = [next(saved) if c is None else c[0] for c in ctx.consts]
+    *inputs, return_final_state, chunk_size = inputs
+    given = dict(zip(ARGUMENTS, inputs, strict=True))
+    if grad_y is None:
+        x, dt = given["x"], given["dt"]
+        grad_y = x.new_zeros(*dt.shape, x.shape[3])
+    grads = bwd_op(grad_y, grad_state if return_final_state else None, *inputs, chunk_size)
+    by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
+    return (*(by_name.get(n) if given[n] is not None else None for n in ARGUMENTS), None, None)
+
+
+_registry.define_op(
+    "ssd_scan",
+    SCHEMA,
+    reference=reference,
+    fake=_fake,
+    bwd_schema=BWD_SCHEMA,
+    bwd_reference=_bwd_reference,
+    bwd_fake=_bwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,0 +1,56 @@
+"""Drives CMake. LINMU_BUILD=auto|none|cpu says what to build (default auto: cpu wherever a C++ compiler is found)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CHOICES = ("auto", "none", "cpu")
+
+
+def chosen() -> str:
+    wanted = os.environ.get("LINMU_BUILD", "auto")
+    if wanted not in CHOICES:
+        sys.exit(f"LINMU_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if wanted == "auto":
+        choice, why = ("cpu", f"C++ compiler {compiler}") if compiler else ("none", "no C++ compiler found")
+        print(f"linmu: LINMU_BUILD=auto builds {choice} ({why})", file=sys.stderr)
+        return choice
+    if wanted == "cpu" and not compiler:
+        sys.exit("LINMU_BUILD=cpu needs a C++ compiler; none found (set CXX)")
+    return wanted
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        choice = chosen()
+        if choice == "none":
+            return
+        import torch
+
+        output = Path(self.get_ext_fullpath("linmu_ops._C")).resolve().parent
+        build = ROOT / "build" / "cmake"
+        hash_code = "import linmu_ops._registry as r, linmu_ops; print(r.schema_hash())"
+        environment = {**os.environ, "LINMU_NO_BINARY": "1", "PYTHONPATH": str(ROOT)}
+        schema_hash = subprocess.check_output([sys.executable, "-c", hash_code], cwd=ROOT, env=environment, text=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DLINMU_TORCH_DIR={Path(torch.__file__).parent}",
+            f"-DLINMU_TORCH_VERSION={torch.__version__}",
+            f"-DLINMU_SCHEMA_HASH={schema_hash.strip()}",
+            f"-DLINMU_OUTPUT_DIR={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]  # fmt: skip
+        subprocess.check_call(configure)
+        subprocess.check_call(["cmake", "--build", str(build)])
+
+
+setup(ext_modules=[Extension("linmu_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,78 @@
+"""`ssd_step` against its reference, and against the scan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops._testing import check_against_reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CASES = [  # B, H, Gx, Gb, Gc, P, N
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 4, 4, 1, 1, 16, 24),
+    (3, 6, 2, 2, 6, 5, 37),
+    (1, 28, 4, 4, 28, 128, 128),
+    (0, 2, 1, 1, 1, 4, 4),
+]
+
+
+def make_inputs(case, dtype, softplus=False, skip=False):
+    B, H, Gx, Gb, Gc, P, N = case
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = dict(
+        state=torch.randn(B, H, P, N, dtype=acc), x=torch.randn(B, Gx, P).to(dtype),
+        dt=torch.randn(B, H) if softplus else torch.rand(B, H), A=-torch.rand(H),
+        B=torch.randn(B, Gb, N).to(dtype), C=torch.randn(B, Gc, N).to(dtype), dt_softplus=softplus,
+    )  # fmt: skip
+    if skip:
+        inputs |= dict(D=torch.randn(H), dt_bias=torch.randn(H))
+    return inputs
+
+
+def stepped(state, **inputs):
+    y = linmu_ops.ssd_step(state, **inputs)
+    return y, state
+
+
+def by_reference(**inputs):
+    with linmu_ops.use_impl("ssd_step:reference"):
+        return stepped(**inputs)
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case, dtype, softplus):
+    check_against_reference(stepped, by_reference, make_inputs(case, dtype, softplus, skip=softplus))
+
+
+def test_opcheck():
+    i = make_inputs(CASES[1], torch.float32, True, True)
+    args = (i["state"], i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["dt_bias"], True)
+    torch.library.opcheck(torch.ops.linmu.ssd_step, args)
+
+
+def test_steps_are_the_scan():
+    B, H, P, N, L = 2, 4, 8, 12, 9
+    x, dt = torch.randn(B, L, 2, P), torch.rand(B, L, H)
+    A, Bm, C = -torch.rand(H), torch.randn(B, L, 2, N), torch.randn(B, L, H, N)
+    with linmu_ops.use_impl("ssd_scan:reference"):
+        y, final = linmu_ops.ssd_scan(x, dt, A, Bm, C, return_final_state=True)
+    state = torch.zeros(B, H, P, N)
+    steps = [linmu_ops.ssd_step(state, x[:, t], dt[:, t], A, Bm[:, t], C[:, t]) for t in range(L)]
+    torch.testing.assert_close(torch.stack(steps, 1), y)
+    torch.testing.assert_close(state, final)
+
+
+def test_errors():
+    i = make_inputs(CASES[1], torch.float32)
+    with pytest.raises(ValueError, match=r"ssd_step: dt must be \(B, H\) with B=2, got shape \(1, 4\)"):
+        linmu_ops.ssd_step(**{**i, "dt": i["dt"][:1]})
+    with pytest.raises(TypeError, match="ssd_step: B must be float32, got float64"):
+        linmu_ops.ssd_step(**{**i, "B": i["B"].double()})
+    with pytest.raises(ValueError, match="ssd_step: state must be contiguous"):
+        linmu_ops.ssd_step(**{**i, "state": i["state"].transpose(0, 1).contiguous().transpose(0, 1)})
+    with pytest.raises(RuntimeError, match="ssd_step: has no gradient"):
+        linmu_ops.ssd_step(**{**i, "x": i["x"].requires_grad_()})
