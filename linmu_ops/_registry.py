@@ -160,7 +160,7 @@ def use_impl(*items: str) -> Iterator[None]:
 def _triton_why_not(op: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec(f"linmu_ops.triton_kernels.{op}") is None:
+    if not (_native.HERE / "triton_kernels" / f"{op}.py").exists():
         return "no Triton kernel for this op"
     return None
 
