@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from . import _registry
 from ._registry import LinmuWarning, explain, use_impl
+from .branch_mix_norm import branch_mix_norm
+from .causal_conv1d import causal_conv1d
+from .causal_conv1d_step import causal_conv1d_step
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
 
 _registry.load_binaries()
 
 __version__ = "0.1.0"
-__all__ = ["LinmuWarning", "explain", "ssd_scan", "ssd_step", "use_impl"]
+__all__ = [
+    "LinmuWarning",
+    "branch_mix_norm",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "explain",
+    "ssd_scan",
+    "ssd_step",
+    "use_impl",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,3 +76,20 @@ def check_against_reference(
         assert_within_twice(g, e, b, f"output {i}")
     for k, g, e, b in zip(wrt, got_grads, exact_grads, base_grads, strict=True):
         assert_within_twice(g, e, b, f"gradient of {k}")
+
+
+def rerun_with_isa(isa: str, file: str, select: str) -> None:
+    """Run the tests of `file` named `select` in a process whose kernels are of instruction set `isa`, or skip."""
+    import pytest
+
+    from . import _registry
+
+    binary = _registry.binaries()["cpu"]
+    levels = ("generic", "avx2", "avx512", "avx512bf16")
+    if not binary.loaded:
+        pytest.skip(f"{binary.file}: {binary.error}")
+    if levels.index(isa) >= levels.index(binary.info["isa"]):
+        pytest.skip(f"this processor's best is {binary.info['isa']}, which the other tests use")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", select]
+    run = subprocess.run(command, env={**os.environ, "LINMU_CPU_ISA": isa}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -7,18 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dims import accumulate_dtype
+from ._visits import restarts, visited, visiting_order
 
 
 def _heads(t: Tensor, heads: int) -> Tensor:
     return t.repeat_interleave(heads // t.shape[2], dim=2)  # (B, L, G, .) -> (B, L, H, .)
-
-
-def _restarts(index: Tensor | None, like: Tensor) -> Tensor:
-    """True at visits whose segment differs from the visit before: (B, L) bool."""
-    out = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
-    if index is not None:
-        out[:, 1:] = index[:, 1:] != index[:, :-1]
-    return out
 
 
 def _scan(
@@ -45,13 +38,10 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, length, heads = dt.shape
     acc = accumulate_dtype(x.dtype)
-    order = torch.arange(length, device=x.device).expand(batch, length) if token_order is None else token_order.long()
-    if order.numel() and not torch.equal(order.sort(1).values, torch.arange(length, device=x.device).expand_as(order)):
-        raise RuntimeError("ssd_scan: token_order must hold every position 0..L-1 once per row")
-    inverse = order.argsort(1)
+    order, inverse = visiting_order("ssd_scan", token_order, x)
 
-    def visit(t: Tensor, index: Tensor = order) -> Tensor:
-        return torch.gather(t, 1, index.view(*index.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+    def visit(t: Tensor) -> Tensor:
+        return visited(t, order)
 
     def step_size(raw: Tensor, bias: Tensor | None) -> Tensor:
         raw = raw.to(acc) if bias is None else raw.to(acc) + bias.to(acc)
@@ -69,7 +59,7 @@ def ssd_scan(
     if direction != "reverse":
         y, final = _scan(
             xs, visit(step_size(dt, dt_bias)), A.to(acc), visit(_heads(B.to(acc), heads)),
-            visit(_heads(C.to(acc), heads)), _restarts(seq, xs), everywhere, state,
+            visit(_heads(C.to(acc), heads)), restarts(seq, xs), everywhere, state,
         )  # fmt: skip
     if direction != "forward":
         keep = everywhere if reverse_mask is None else visit(reverse_mask)
@@ -79,7 +69,7 @@ def ssd_scan(
         start = state if direction == "reverse" else torch.zeros_like(state)
         r, last = _scan(
             xs.flip(1), visit(rdt).flip(1), pick(reverse_A, A).to(acc), visit(_heads(rB, heads)).flip(1),
-            visit(_heads(rC, heads)).flip(1), _restarts(None if rseq is None else rseq.flip(1), xs), keep.flip(1),
+            visit(_heads(rC, heads)).flip(1), restarts(None if rseq is None else rseq.flip(1), xs), keep.flip(1),
             start,
         )  # fmt: skip
         r = r.flip(1)
@@ -92,5 +82,5 @@ def ssd_scan(
             y = torch.where(keep[..., None, None], g * y + (1 - g) * r, y)
     if D is not None:
         y = y + D.to(acc)[:, None] * xs
-    y = visit(y, inverse).to(x.dtype)
+    y = visited(y, inverse).to(x.dtype)
     return y, final.to(acc).clone() if return_final_state else x.new_empty(0, dtype=acc)

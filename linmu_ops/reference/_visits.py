@@ -1,0 +1,31 @@
+"""Visiting orders and segments, shared by the references of ops that walk along the tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visiting_order(op: str, token_order: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(order, inverse), both int64 (B, L): the position visited at t, and the visit of each position."""
+    batch, length = like.shape[:2]
+    in_place = torch.arange(length, device=like.device).expand(batch, length)
+    if token_order is None:
+        return in_place, in_place
+    order = token_order.long()
+    if not torch.equal(order.sort(1).values, in_place):
+        raise RuntimeError(f"{op}: token_order must hold every position 0..L-1 once per row")
+    return order, order.argsort(1)
+
+
+def visited(t: Tensor, order: Tensor) -> Tensor:
+    """t[b, order[b, i]] for (B, L, ...) t."""
+    return torch.gather(t, 1, order.view(*order.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+
+
+def restarts(index: Tensor | None, like: Tensor) -> Tensor:
+    """True at visits whose segment differs from the visit before: (B, L) bool."""
+    out = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
+    if index is not None:
+        out[:, 1:] = index[:, 1:] != index[:, :-1]
+    return out

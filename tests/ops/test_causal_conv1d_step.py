@@ -1,0 +1,114 @@
+"""`causal_conv1d_step` against its reference, against the convolution, and against transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops._testing import check_against_reference, rerun_with_isa
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CASES = [(1, 1, 1), (2, 5, 4), (3, 67, 4), (1, 300, 2), (2, 33, 8), (5, 64, 3), (0, 4, 4), (2, 0, 4)]  # B, D, K
+
+
+def make_inputs(case, dtype, bias=False, activation=None):
+    B, D, K = case
+    inputs = dict(
+        state=torch.randn(B, K - 1, D).to(dtype), x=torch.randn(B, D).to(dtype), weight=torch.randn(D, K),
+        activation=activation,
+    )  # fmt: skip
+    return inputs | dict(bias=torch.randn(D)) if bias else inputs
+
+
+def stepped(state, **inputs):
+    y = linmu_ops.causal_conv1d_step(state, **inputs)
+    return y, state
+
+
+def by_reference(**inputs):
+    with linmu_ops.use_impl("causal_conv1d_step:reference"):
+        return stepped(**inputs)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case, dtype, full):
+    check_against_reference(stepped, by_reference, make_inputs(case, dtype, full, "silu" if full else None))
+
+
+def test_opcheck():
+    i = make_inputs(CASES[1], torch.float32, bias=True)
+    args = (i["state"], i["x"], i["weight"], i["bias"], True)
+    torch.library.opcheck(torch.ops.linmu.causal_conv1d_step, args)
+
+
+def test_compile():
+    f = torch.compile(linmu_ops.causal_conv1d_step, fullgraph=True, dynamic=True)
+    for D in (9, 12):
+        i = make_inputs((2, D, 4), torch.float32, bias=True)
+        want, after = by_reference(**{**i, "state": i["state"].clone()})
+        torch.testing.assert_close(f(i["state"], i["x"], i["weight"], i["bias"]), want)
+        assert torch.equal(i["state"], after)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_steps_are_the_convolution(K):
+    x, w, b = torch.randn(2, 9, 6), torch.randn(6, K), torch.randn(6)
+    y, final = linmu_ops.causal_conv1d(x, w, b, activation="silu", return_final_state=True)
+    state = torch.zeros(2, K - 1, 6)
+    steps = [linmu_ops.causal_conv1d_step(state, x[:, t], w, b, activation="silu") for t in range(9)]
+    torch.testing.assert_close(torch.stack(steps, 1), y)
+    assert torch.equal(state, final)
+
+
+def test_strided():
+    i = make_inputs((2, 12, 4), torch.float32, bias=True)
+    i |= dict(x=torch.randn(2, 24)[:, ::2], weight=torch.randn(4, 12).t())
+    check_against_reference(stepped, by_reference, i)
+
+
+def test_as_transformers():
+    mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    state, x, w, b = torch.randn(2, 3, 12), torch.randn(2, 12), torch.randn(12, 4), torch.randn(12)
+    their_state = state.transpose(1, 2).contiguous()
+    theirs = mamba2.causal_conv1d_update(x[:, :, None], their_state, w, b, "silu")[:, :, 0]
+    torch.testing.assert_close(linmu_ops.causal_conv1d_step(state, x, w, b, activation="silu"), theirs)
+    assert torch.equal(state, their_state.transpose(1, 2))
+
+
+def test_same_bits_for_any_number_of_threads():
+    i = make_inputs((8, 3000, 4), torch.float32, bias=True, activation="silu")
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(stepped(**{**i, "state": i["state"].clone()}))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_isa(isa):
+    rerun_with_isa(isa, __file__, "test_forward")
+
+
+def test_errors():
+    i = make_inputs(CASES[1], torch.float32)
+    op = linmu_ops.causal_conv1d_step
+    with pytest.raises(ValueError, match=r"causal_conv1d_step: state must be \(B, K-1, D\) with B=2, K-1=3, D=5, got"):
+        op(**{**i, "state": torch.zeros(2, 4, 5)})
+    with pytest.raises(TypeError, match="causal_conv1d_step: state must be float32, got float64"):
+        op(**{**i, "state": i["state"].double()})
+    with pytest.raises(ValueError, match="causal_conv1d_step: state must be contiguous, got strides"):
+        op(**{**i, "state": torch.zeros(2, 5, 3).transpose(1, 2)})
+    with pytest.raises(ValueError, match="causal_conv1d_step: weight must have 1 <= K <= 8, got K=9"):
+        op(torch.zeros(2, 8, 5), i["x"], torch.randn(5, 9))
+    with pytest.raises(ValueError, match="causal_conv1d_step: activation must be None or 'silu', got 'relu'"):
+        op(**{**i, "activation": "relu"})
+    with pytest.raises(RuntimeError, match="causal_conv1d_step: has no gradient"):
+        op(**{**i, "weight": i["weight"].requires_grad_()})
