@@ -178,8 +178,8 @@ def _bwd_reference(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) 
     given = dict(zip(ARGUMENTS, args[:-1], strict=True))
     with torch.enable_grad():
         leaves = {n: given[n].detach().requires_grad_() for n in DIFFERENTIABLE if given[n] is not None}
-        values: list[Any] = list({**given, **leaves}.values())
-        y, state = reference(*values, grad_final_state is not None, args[-1])
+        values: list[Any] = [*{**given, **leaves}.values(), grad_final_state is not None, args[-1]]
+        y, state = reference(*values)
         outputs, grads = [y], [grad_y]
         if grad_final_state is not None:
             outputs.append(state)
