@@ -47,6 +47,7 @@ class CMakeBuild(build_ext):
             f"-DLINMU_TORCH_VERSION={torch.__version__}",
             f"-DLINMU_SCHEMA_HASH={schema_hash.strip()}",
             f"-DLINMU_OUTPUT_DIR={output}",
+            f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
         subprocess.check_call(configure)

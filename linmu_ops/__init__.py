@@ -12,16 +12,20 @@ from .causal_conv1d import causal_conv1d
 from .causal_conv1d_step import causal_conv1d_step
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
+from .token_layout import TokenLayout, WindowTable, major_scan_order
 
 _registry.load_binaries()
 
 __version__ = "0.1.0"
 __all__ = [
     "LinmuWarning",
+    "TokenLayout",
+    "WindowTable",
     "branch_mix_norm",
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
+    "major_scan_order",
     "ssd_scan",
     "ssd_step",
     "use_impl",

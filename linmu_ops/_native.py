@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+from .reference import token_layout
+
 HERE = Path(__file__).parent
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (see README)"
 
@@ -67,7 +69,12 @@ def planner() -> ModuleType | None:
             planner_error = "LINMU_NO_BINARY is set"
             return None
         try:
-            _planner = importlib.import_module("linmu_ops._C")
+            module = importlib.import_module("linmu_ops._C")
         except ImportError as e:
             planner_error = f"{e}; {HOW_TO_BUILD}"
+            return None
+        if module.VERSION != token_layout.VERSION:
+            planner_error = f"_C is of version {module.VERSION}, not {token_layout.VERSION}; {HOW_TO_BUILD}"
+            return None
+        _planner = module
     return _planner

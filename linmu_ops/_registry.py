@@ -59,7 +59,7 @@ OPS: dict[str, Op] = {}
 _binaries: dict[str, _native.Binary] = {}
 _default: dict[tuple[str, str], str] = {}  # (op, device type) -> implementation, fixed once binaries are loaded
 _forced: dict[str, str] = {}
-_warned: set[tuple[str, str]] = set()
+_warned: set[Any] = set()
 
 
 def define_op(
@@ -199,11 +199,16 @@ def explain(op: str, *tensors: torch.Tensor, device: str | None = None) -> list[
     return [Choice(impl, why_not(op, impl, where), impl == chosen) for impl in NAMESPACE]
 
 
-def _warn_once(op: str, device: str) -> None:
+def warn_once(key: Any, message: str, stacklevel: int = 5) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, LinmuWarning, stacklevel=stacklevel)
+
+
+def _warn_of_reference(op: str, device: str) -> None:
     if (op, device) not in _warned and not torch.compiler.is_compiling():
-        _warned.add((op, device))
         reasons = "; ".join(f"{i}: {why_not(op, i, device)}" for i in PREFERENCE.get(device, ()) if i != "reference")
-        warnings.warn(f"linmu_ops.{op} runs the slow reference on {device} ({reasons})", LinmuWarning, stacklevel=4)
+        warn_once((op, device), f"linmu_ops.{op} runs the slow reference on {device} ({reasons})")
 
 
 def call(op: str, like: torch.Tensor, *args: Any) -> Any:
@@ -213,7 +218,7 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
     if impl is None:
         impl = _automatic(op, device)
         if impl == "reference" and device != "meta":
-            _warn_once(op, device)
+            _warn_of_reference(op, device)
     else:
         reason = why_not(op, impl, device)
         if reason is not None and device != "meta":

@@ -1,0 +1,288 @@
+"""Where the visual tokens of a batch are, and what every layer derives from it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _native, _registry
+from .reference import token_layout as reference
+
+WRAPS = ("join", "mask")
+
+
+class WindowTable(NamedTuple):
+    """The windows of a batch, one after the other: window i is entries offsets[i]..offsets[i + 1] of the rest.
+
+    tokens: (num_visual,) int32. Flat index row * L + position of each token, in window order.
+    offsets: (num_windows + 1,) int32. Where each window starts; no window is empty.
+    coords: (num_visual,) int32. In-window coordinate (ct * (2 wh - 1) + cy) * (2 ww - 1) + cx of each token, for the
+        unclamped window (wt, wh, ww): coords[i] - coords[j] + ((wt - 1) * (2 wh - 1) + wh - 1) * (2 ww - 1) + ww - 1
+        indexes a flattened (2 wt - 1, 2 wh - 1, 2 ww - 1) bias.
+    max_tokens: tokens of the largest window.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    coords: Tensor
+    max_tokens: int
+
+
+class TokenLayout:
+    """Where the visual tokens are: blocks of (T, H, W) tokens, each anywhere within its row.
+
+    A block need not be contiguous (timestamps between frames, a newline token after each row of patches), but two
+    blocks of one row must not interleave: between a block's first and last token lies no other block.
+
+    Args:
+        blocks: (num_blocks, 4) integers. Rows (batch row, T, H, W); T = 1 is an image.
+        positions: (num_visual,) integers. For each block in turn, for each of its tokens in t, y, x order, its
+            position in the row.
+        batch_size: rows B.
+        length: tokens per row L; B * L < 2**31.
+
+    Raises:
+        ValueError: the table does not describe disjoint blocks inside (B, L), in one line that names the entry.
+
+    Notes:
+        Build it once per forward, outside compiled graphs, and share it between layers. What a method returns is
+        computed on first use and cached per device (and per layer mod 4, or per window); afterwards it costs a
+        dictionary lookup (2 us, 9 us for a window table). The tensors are shared: do not write to them. Inside a
+        `torch.compile`d function a cached result is an ordinary input (no recompilation for the next layout), and a
+        first use breaks the graph: build the layout, and call once what the graph will use, outside.
+        Planned on the host by `linmu_ops._C`, or by numpy (with one warning) where that is not built: two rows of
+        32k tokens, a 16 x 32 x 64 video each, with four scan orders, mask, segments and a shifted (16, 4, 4) table
+        took 1 ms compiled and 26 ms in numpy, on one core of a shared x86-64 server.
+
+    Source: LinMU, arXiv:2601.01322. Reference: linmu_ops/reference/token_layout.py.
+    """
+
+    def __init__(self, blocks: Any, positions: Any, batch_size: int, length: int) -> None:
+        self.batch_size = _integer("batch_size", batch_size, 0)
+        self.length = _integer("length", length, 0)
+        if self.batch_size * self.length >= 2**31:
+            raise ValueError(f"TokenLayout: batch_size * length must be < 2**31, got {batch_size} * {length}")
+        self.blocks = _integers("blocks", blocks, "(num_blocks, 4)", (-1, 4))
+        self.positions = _integers("positions", positions, "(num_visual,)", (-1,))
+        self._plan = _planner().Plan(self.blocks, self.positions, self.batch_size, self.length)
+        self._cache: dict[Any, Any] = {}
+
+    @staticmethod
+    def from_grid(grid: Sequence[int], batch_size: int = 1) -> TokenLayout:
+        """Every token visual: each row is one (T, H, W) block in t, y, x order. Equal calls share one layout."""
+        return _from_grid(_triple("grid", grid, 1), _integer("batch_size", batch_size, 0))
+
+    @classmethod
+    def from_input_ids(
+        cls, input_ids: Any, token_ids: int | Sequence[int], grids: Sequence[Sequence[int]]
+    ) -> TokenLayout:
+        """Find blocks by their placeholder tokens.
+
+        Args:
+            input_ids: (B, L) integers, padded on either side.
+            token_ids: the placeholder's id, or several (image and video).
+            grids: (T, H, W) of each block in order of appearance, first row first, counted in tokens (after patch
+                merging). Each takes the next T*H*W placeholders of its row, whatever lies between them.
+
+        Raises:
+            ValueError: a row's placeholders are not those of whole grids, or grids are left over.
+        """
+        ids = _integers("input_ids", input_ids, "(B, L)", (-1, -1))
+        wanted = [_integer("token_ids", i) for i in (token_ids if isinstance(token_ids, Sequence) else (token_ids,))]
+        sizes = [_triple(f"grids[{i}]", g, 1) for i, g in enumerate(grids)]
+        rows, positions = np.nonzero(np.isin(ids, wanted))
+        counts = np.bincount(rows, minlength=len(ids)).tolist()
+        blocks: list[tuple[int, ...]] = []
+        for row, count in enumerate(counts):
+            taken = 0
+            while taken < count:
+                if len(blocks) == len(sizes):
+                    raise ValueError(
+                        f"TokenLayout: row {row} must have {taken} placeholder tokens for its grids, got {count}"
+                    )
+                t, h, w = sizes[len(blocks)]
+                if taken + t * h * w > count:
+                    raise ValueError(
+                        f"TokenLayout: row {row} must have {taken + t * h * w} placeholder tokens for its grids up to "
+                        f"grids[{len(blocks)}] = {(t, h, w)}, got {count}"
+                    )
+                taken += t * h * w
+                blocks.append((row, t, h, w))
+        if len(blocks) < len(sizes):
+            raise ValueError(
+                f"TokenLayout: grids must be {len(blocks)}, as many as the placeholder tokens fill, got {len(sizes)}"
+            )
+        return cls(blocks, positions, *ids.shape)
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens in the batch."""
+        return len(self.positions)
+
+    @property
+    def has_visual(self) -> bool:
+        return len(self.positions) > 0
+
+    def visual_mask(self, device: torch.device | str | None = None) -> Tensor:
+        """(B, L) bool, True at visual tokens: the reverse_mask of `ssd_scan`."""
+        return self._segments(device)[0]
+
+    def reverse_seq_idx(self, device: torch.device | str | None = None) -> Tensor:
+        """(B, L) int32: i + 1 from the first to the last token of blocks[i] (text between them included), else 0."""
+        return self._segments(device)[1]
+
+    def scan_order(self, layer: int, device: torch.device | str | None = None) -> Tensor:
+        """(B, L) int32, the position visited at t in layer `layer`; see `major_scan_order`."""
+        if layer < 0:
+            raise ValueError(f"TokenLayout: layer must be >= 0, got {layer}")
+        mode = layer % 4
+        return self._cached(("scan_order", mode), device, lambda plan: (plan.scan_order(mode),))[0]
+
+    def window_table(
+        self,
+        window: Sequence[int],
+        shift: Sequence[int] = (0, 0, 0),
+        wrap: str = "join",
+        image_window: Sequence[int] | None = None,
+        image_shift: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> WindowTable:
+        """Partition every block into shifted windows.
+
+        In a dimension of size s with window w and shift h (mod s), the token at c is in window ((c - h) mod s) // w,
+        at in-window coordinate ((c - h) mod s) % w; the last window is smaller where w does not divide s. Where
+        w >= s there is one window and no shift.
+
+        Args:
+            window: (T, H, W), each >= 1, with (2T - 1)(2H - 1)(2W - 1) < 2**31.
+            shift: (T, H, W), each >= 0.
+            wrap: "join": tokens that wrapped around an edge (c < h) share a window with those at the other edge;
+                "mask": they form a window of their own, as Swin's mask does.
+            image_window: window of blocks with T = 1; `window` if None.
+            image_shift: shift of blocks with T = 1; `shift` if None.
+            device: where the tensors go; the CPU if None.
+        """
+        given = (
+            _triple("window", window, 1),
+            _triple("shift", shift, 0),
+            _triple("image_window", window if image_window is None else image_window, 1),
+            _triple("image_shift", shift if image_shift is None else image_shift, 0),
+            wrap == "mask",
+        )
+        if wrap not in WRAPS:
+            raise ValueError(f"TokenLayout: wrap must be one of {', '.join(WRAPS)}, got {wrap!r}")
+        for name, w in (("window", given[0]), ("image_window", given[2])):
+            if (2 * w[0] - 1) * (2 * w[1] - 1) * (2 * w[2] - 1) >= 2**31:
+                raise ValueError(f"TokenLayout: {name} must have (2T-1)(2H-1)(2W-1) < 2**31, got {w}")
+        return WindowTable(*self._cached(("window_table", *given), device, lambda plan: plan.window_table(*given)))
+
+    def _segments(self, device: torch.device | str | None) -> Any:
+        return self._cached(("segments",), device, lambda plan: plan.segments())
+
+    def _cached(self, key: tuple[Any, ...], device: Any, compute: Callable[[Any], tuple[Any, ...]]) -> Any:
+        where = torch.device("cpu" if device is None else device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+        found = self._cache.get((where, *key))
+        return self._fill((where, *key), compute) if found is None else found
+
+    @torch.compiler.disable(
+        reason="a TokenLayout method must be called once outside the graph before it is used inside"
+    )
+    def _fill(self, key: tuple[Any, ...], compute: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
+        # An inference tensor could never be saved for a later backward.
+        with torch.inference_mode(False):
+            made = tuple(
+                torch.from_numpy(v).to(key[0]) if isinstance(v, np.ndarray) else v for v in compute(self._plan)
+            )
+        self._cache[key] = made
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.blocks, self.positions, self.batch_size, self.length)
+
+    def __repr__(self) -> str:
+        shown = [f"{t}x{h}x{w}@{row}" for row, t, h, w in self.blocks[:4].tolist()]
+        more = [f"... {len(self.blocks)} in all"] if len(self.blocks) > 4 else []
+        blocks = ", ".join(shown + more)
+        return f"TokenLayout(batch_size={self.batch_size}, length={self.length}, blocks=[{blocks}])"
+
+
+def major_scan_order(layout: TokenLayout, layer: int, device: torch.device | str | None = None) -> Tensor:
+    """Visiting order of a layer: the token_order of `ssd_scan`.
+
+    A (T, H, W) block is visited, by layer mod 4, in order t,y,x · t,x,y · y,x,t · x,y,t (last axis fastest), at the
+    block's own positions in rising order. All other tokens stay where they are.
+
+    Args:
+        layout: TokenLayout.
+        layer: >= 0.
+        device: where the tensor goes; the CPU if None.
+
+    Returns:
+        (B, L) int32, a permutation per row: the position visited at t. Cached in the layout; do not write to it.
+
+    Source: LinMU, arXiv:2601.01322 (called RMS there).
+    """
+    return layout.scan_order(layer, device)
+
+
+@lru_cache(maxsize=32)
+def _from_grid(grid: tuple[int, int, int], batch_size: int) -> TokenLayout:
+    t, h, w = grid
+    rows = np.arange(batch_size)
+    return TokenLayout(
+        np.stack([rows, *(np.full_like(rows, s) for s in grid)], axis=1),
+        np.tile(np.arange(t * h * w), batch_size),
+        batch_size,
+        t * h * w,
+    )
+
+
+def _planner() -> Any:
+    """The compiled planner, else the numpy one."""
+    compiled = _native.planner()
+    if compiled is not None:
+        return compiled
+    _registry.warn_once("TokenLayout", f"linmu_ops.TokenLayout plans in numpy, slowly: {_native.planner_error}", 4)
+    return reference
+
+
+def _integer(name: str, value: Any, least: int | None = None) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"TokenLayout: {name} must be an integer, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"TokenLayout: {name} must be >= {least}, got {number}")
+    return number
+
+
+def _triple(name: str, values: Any, least: int) -> tuple[int, int, int]:
+    try:
+        t, h, w = (operator.index(v) for v in values)
+        if min(t, h, w) >= least:
+            return t, h, w
+    except (TypeError, ValueError):
+        pass  # not iterable, not integers, not three
+    raise ValueError(f"TokenLayout: {name} must be three integers >= {least}, got {values}")
+
+
+def _integers(name: str, values: Any, want: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A read-only int64 copy; -1 in `shape` is any size."""
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.size == 0 and not isinstance(values, (np.ndarray, Tensor)):
+        array = np.zeros([max(s, 0) for s in shape], np.int64)  # [] has neither shape nor dtype
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"TokenLayout: {name} must be integers, got {array.dtype}")
+    if array.ndim != len(shape) or any(s not in (-1, n) for s, n in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"TokenLayout: {name} must be {want}, got shape {array.shape}")
+    array = array.astype(np.int64)
+    array.setflags(write=False)
+    return array
