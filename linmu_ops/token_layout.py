@@ -192,10 +192,9 @@ class TokenLayout:
         found = self._cache.get((where, *key))
         return self._fill((where, *key), compute) if found is None else found
 
-    @torch.compiler.disable(
-        reason="a TokenLayout method must be called once outside the graph before it is used inside"
-    )
     def _fill(self, key: tuple[Any, ...], compute: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():  # (torch.compiler.disable would import the compiler with this module)
+            raise RuntimeError("TokenLayout: inside a compiled graph, call only methods that were called before it")
         # An inference tensor could never be saved for a later backward.
         with torch.inference_mode(False):
             made = tuple(

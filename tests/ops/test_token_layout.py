@@ -340,6 +340,16 @@ def test_compiled_callers_do_not_recompile():
     assert compiles.frame_count == 1
 
 
+def test_first_use_inside_a_graph_breaks_it():
+    def f(x, layout):
+        return torch.gather(x, 1, layout.scan_order(1, x.device).long()) * 2
+
+    layout, x = TokenLayout([(0, 1, 3, 2)], range(6), 1, 6), torch.randn(1, 6)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call only methods that were called before it"):
+        torch.compile(f, fullgraph=True, backend="eager")(x, layout)
+    torch.testing.assert_close(torch.compile(f, backend="eager")(x, layout), f(x, layout))
+
+
 def test_numpy_planner_warns_once(monkeypatch):
     monkeypatch.setattr(_native, "_planner", None)
     monkeypatch.setattr(_native, "planner_error", "not built")
