@@ -180,11 +180,10 @@ def _bwd_reference(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) 
         leaves = {n: given[n].detach().requires_grad_() for n in DIFFERENTIABLE if given[n] is not None}
         values: list[Any] = [*{**given, **leaves}.values(), grad_final_state is not None, args[-1]]
         y, state = reference(*values)
-        outputs, grads = [y], [grad_y]
-        if grad_final_state is not None:
-            outputs.append(state)
-            grads.append(grad_final_state)
-        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        outputs = [(o, g) for o, g in ((y, grad_y), (state, grad_final_state)) if g is not None and o.requires_grad]
+        found = torch.autograd.grad(
+            [o for o, _ in outputs], list(leaves.values()), [g for _, g in outputs], allow_unused=True
+        )
     by_name = dict(zip(leaves, found, strict=True))
     empty = given["x"].new_empty(0)
     return [

@@ -1,0 +1,438 @@
+"""Triton kernels of `ssd_scan`: the chunked form of the scan, both directions from one load of each tile.
+
+    1  chunk states    S[c]   = sum_j e(j -> end of c) dt_j x_j (outer) B_j           one program per (chunk, head)
+    2  state pass      h[c]   = state entering chunk c                                one per (head, slice of P N)
+    3  output          y_i    = sum_j M_ij x_j + e(start of c -> i) C_i h[c]          one per (chunk, head)
+    4  backward        the adjoint of 3 with the states of 1-2 and their adjoints     one per (chunk, head)
+
+e(a -> b) is the product of the decays on the way. Step sizes, log-decays and output weights are prepared per visit in
+plain PyTorch (they are P times smaller than x), and PyTorch differentiates that part.
+Sums of log-decays are float64 and enter the pair matrix as high + low float32 parts: a difference of two of them is
+then as exact as the steps between, however long or steep the chunk is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ssd_scan import ARGUMENTS, DIFFERENTIABLE
+
+CHUNK = 64
+STATE_BLOCK = 1024
+
+
+@triton.jit
+def _positions(order_ptr, b, t, length, HAS_ORDER: tl.constexpr):
+    """Token positions visited at t, as int64 rows of a (B L)-row matrix."""
+    if HAS_ORDER:
+        pos = tl.load(order_ptr + b.to(tl.int64) * length + t, mask=t < length, other=0).to(tl.int64)
+    else:
+        pos = t.to(tl.int64)
+    return b.to(tl.int64) * length + pos
+
+
+@triton.jit
+def _log_decays(a, REVERSE: tl.constexpr):
+    """Running sums of log-decays up to each visit, and over the chunk; float64."""
+    wide = a.to(tl.float64)
+    return tl.cumsum(wide, axis=0, reverse=REVERSE), tl.sum(wide, axis=0)
+
+
+@triton.jit
+def _pair_decays(log, pairs):
+    """exp(log_i - log_j) where pairs, 0 elsewhere: (Q, Q)."""
+    high = log.to(tl.float32)
+    low = (log - high.to(tl.float64)).to(tl.float32)
+    diff = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    return tl.where(pairs, tl.exp(tl.where(pairs, diff, 0.0)), 0.0)
+
+
+@triton.jit
+def _exp(log):
+    return tl.exp(log.to(tl.float32))
+
+
+@triton.jit
+def _tile(ptr, rows, group, groups, size, valid, BLOCK: tl.constexpr):
+    """Rows of a (B L, groups, size) tensor for one group: (Q, BLOCK)."""
+    offs = tl.arange(0, BLOCK)
+    return tl.load(
+        ptr + (rows * groups + group)[:, None] * size + offs[None, :],
+        mask=valid[:, None] & (offs < size)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _state(ptr, index, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One (P, N) state of a contiguous stack."""
+    offs_p, offs_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    return tl.load(
+        ptr + index.to(tl.int64) * P * N + offs_p[:, None] * N + offs_n[None, :],
+        mask=(offs_p < P)[:, None] & (offs_n < N)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _segments(seq_ptr, b, t, length, edge, valid, HAS_SEQ: tl.constexpr):
+    """Segment of each visit, and the segment of the carried-in state (that of visit `edge`; 0 beyond the ends)."""
+    if HAS_SEQ:
+        base = seq_ptr + b.to(tl.int64) * length
+        seg = tl.load(base + t, mask=valid, other=-1)
+        carried = tl.load(base + edge, mask=(edge >= 0) & (edge < length), other=0)
+    else:
+        seg = tl.zeros_like(t)
+        carried = 0
+    return seg, carried
+
+
+@triton.jit
+def _chunk_state_kernel(
+    state_ptr, decay_ptr, x_ptr, b_ptr, dt_ptr, a_ptr, w_ptr, order_ptr, seq_ptr,
+    length, H, Gx, Gb, P, N, num_chunks,
+    REVERSE: tl.constexpr, ADJOINT: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr,
+    HAS_W: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    c, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    t = c * Q + tl.arange(0, Q)
+    valid = t < length
+    row = bh.to(tl.int64) * length
+    a = tl.load(a_ptr + row + t, mask=valid, other=0.0)
+    log, total = _log_decays(a, REVERSE)
+    last = tl.minimum(c * Q + Q, length) - 1
+    edge = tl.minimum(c * Q + Q, length) if REVERSE else c * Q - 1
+    out = c * Q if REVERSE else last
+    seg, carried = _segments(seq_ptr, b, t, length, edge, valid, HAS_SEQ)
+    if HAS_SEQ:
+        leaving = tl.load(seq_ptr + b.to(tl.int64) * length + out)
+    else:
+        leaving = 0
+    if ADJOINT:  # what flows from the carried-in state into each output
+        scale = tl.where(valid & (seg == carried), _exp(log), 0.0)
+        if HAS_W:
+            scale *= tl.load(w_ptr + row + t, mask=valid, other=0.0)
+    else:  # what flows from each input into the carried-out state
+        scale = tl.where(valid & (seg == leaving), _exp(total - log), 0.0)
+        scale *= tl.load(dt_ptr + row + t, mask=valid, other=0.0)
+    rows = _positions(order_ptr, b, t, length, HAS_ORDER)
+    x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
+    k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
+    scaled = (k.to(tl.float32) * scale[:, None]).to(k.dtype)
+    state = tl.dot(tl.trans(x), scaled, input_precision="ieee")
+    index = bh * num_chunks + c
+    offs_p, offs_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    tl.store(
+        state_ptr + index.to(tl.int64) * P * N + offs_p[:, None] * N + offs_n[None, :],
+        state,
+        mask=(offs_p < P)[:, None] & (offs_n < N)[None, :],
+    )
+    tl.store(decay_ptr + index, tl.where(carried == leaving, _exp(total), 0.0))
+
+
+@triton.jit
+def _state_pass_kernel(
+    state_ptr, decay_ptr, initial_ptr, final_ptr, num_chunks, size,
+    BACKWARDS: tl.constexpr, HAS_INITIAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Replaces each chunk's own state by the state that enters it, in the order of visits or against it."""
+    bh = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < size
+    carry = tl.zeros((BLOCK,), tl.float32)
+    if HAS_INITIAL:
+        carry = tl.load(initial_ptr + bh * size + offs, mask=inside, other=0.0)
+    for i in range(num_chunks):
+        c = num_chunks - 1 - i if BACKWARDS else i
+        at = state_ptr + (bh * num_chunks + c) * size + offs
+        own = tl.load(at, mask=inside, other=0.0)
+        tl.store(at, carry, mask=inside)
+        carry = tl.load(decay_ptr + bh * num_chunks + c) * carry + own
+    tl.store(final_ptr + bh * size + offs, carry, mask=inside)
+
+
+@triton.jit
+def _output_kernel(
+    y_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr, ra_ptr, rw_ptr,
+    h_ptr, r_ptr, order_ptr, seq_ptr, rseq_ptr, length, H, Gx, Gb, Gc, P, N, num_chunks,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, SHARED: tl.constexpr, HAS_W: tl.constexpr, HAS_RW: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_RSEQ: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    c, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // H, bh % H
+    offs_q = tl.arange(0, Q)
+    t = c * Q + offs_q
+    valid = t < length
+    row = bh.to(tl.int64) * length
+    index = bh * num_chunks + c
+    rows = _positions(order_ptr, b, t, length, HAS_ORDER)
+    x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
+    mix = tl.zeros((Q, Q), tl.float32)
+    y = tl.zeros((Q, BLOCK_P), tl.float32)
+    if FORWARD:
+        k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
+        q = _tile(c_ptr, rows, h // (H // Gc), Gc, N, valid, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        log, _ = _log_decays(tl.load(a_ptr + row + t, mask=valid, other=0.0), False)
+        seg, carried = _segments(seq_ptr, b, t, length, c * Q - 1, valid, HAS_SEQ)
+        pairs = (offs_q[:, None] >= offs_q[None, :]) & (seg[:, None] == seg[None, :])
+        dt = tl.load(dt_ptr + row + t, mask=valid, other=0.0)
+        mix = _pair_decays(log, pairs) * scores * dt[None, :]
+        scale = tl.where(seg == carried, _exp(log), 0.0)
+        if HAS_W:
+            w = tl.load(w_ptr + row + t, mask=valid, other=0.0)
+            mix *= w[:, None]
+            scale *= w
+        state = _state(h_ptr, index, P, N, BLOCK_P, BLOCK_N).to(q.dtype)
+        y += tl.dot(q, tl.trans(state), input_precision="ieee") * scale[:, None]
+    if REVERSE:
+        if not (SHARED and FORWARD):
+            k = _tile(rb_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
+            q = _tile(rc_ptr, rows, h // (H // Gc), Gc, N, valid, BLOCK_N)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        rlog, _ = _log_decays(tl.load(ra_ptr + row + t, mask=valid, other=0.0), True)
+        rseg, rcarried = _segments(rseq_ptr, b, t, length, tl.minimum(c * Q + Q, length), valid, HAS_RSEQ)
+        rpairs = (offs_q[:, None] <= offs_q[None, :]) & (rseg[:, None] == rseg[None, :])
+        rdt = tl.load(rdt_ptr + row + t, mask=valid, other=0.0)
+        rmix = _pair_decays(rlog, rpairs) * scores * rdt[None, :]
+        rscale = tl.where(rseg == rcarried, _exp(rlog), 0.0)
+        if HAS_RW:
+            rw = tl.load(rw_ptr + row + t, mask=valid, other=0.0)
+            rmix *= rw[:, None]
+            rscale *= rw
+        mix += rmix
+        rstate = _state(r_ptr, index, P, N, BLOCK_P, BLOCK_N).to(q.dtype)
+        y += tl.dot(q, tl.trans(rstate), input_precision="ieee") * rscale[:, None]
+    y += tl.dot(mix.to(x.dtype), x, input_precision="ieee")
+    if HAS_D:
+        y += tl.load(d_ptr + h) * x.to(tl.float32)
+    offs_p = tl.arange(0, BLOCK_P)
+    tl.store(
+        y_ptr + (rows * H + h)[:, None] * P + offs_p[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=valid[:, None] & (offs_p < P)[None, :],
+    )
+
+
+class Visits(NamedTuple):
+    """What one direction does at each visit, (B, H, L) float32: step size, log-decay, output weight (None: 1)."""
+
+    dt: Tensor
+    a: Tensor
+    w: Tensor | None
+
+
+def _segment_ids(index: Tensor | None, order: Tensor | None, reverse: bool) -> Tensor | None:
+    """Number of restarts before each visit, counted from where the scan starts: (B, L) int32."""
+    if index is None:
+        return None
+    visited = index if order is None else index.gather(1, order)
+    changes = F.pad((visited[:, 1:] != visited[:, :-1]).int(), (0, 1) if reverse else (1, 0))
+    count = changes.flip(1).cumsum(1).flip(1) if reverse else changes.cumsum(1)
+    return count.int().contiguous()
+
+
+def _prepare(i: dict[str, Any], order: Tensor | None) -> tuple[Visits | None, Visits | None]:
+    """Steps, decays and weights per visit, by differentiable PyTorch."""
+
+    def visit(t: Tensor) -> Tensor:  # (B, L, H) -> (B, H, L) in visiting order
+        return (t if order is None else t.gather(1, order[..., None].expand_as(t))).transpose(1, 2).contiguous()
+
+    def steps(dt: Tensor, bias: Tensor | None) -> Tensor:
+        raw = dt if bias is None else dt + bias
+        return visit(F.softplus(raw) if i["dt_softplus"] else raw)
+
+    forward = reverse = None
+    dt, gate, mask = i["dt"], i["gate"], i["reverse_mask"]
+    keep = None if mask is None else (mask if order is None else mask.gather(1, order))[:, None].to(dt.dtype)
+    g = None if gate is None else visit(gate.expand_as(dt) if gate.dim() == 1 else gate)
+    if i["direction"] != "reverse":
+        step = steps(dt, i["dt_bias"])
+        w = None if g is None else g if keep is None else g * keep + (1 - keep)
+        forward = Visits(step, step * i["A"][:, None], None if w is None else w.contiguous())
+    if i["direction"] != "forward":
+        rdt = dt if i["reverse_dt"] is None else i["reverse_dt"]
+        step = steps(rdt, i["dt_bias"] if i["reverse_dt_bias"] is None else i["reverse_dt_bias"])
+        if keep is not None:
+            step = step * keep
+        w = keep if g is None else (1 - g) if keep is None else (1 - g) * keep
+        decay = step * (i["A"] if i["reverse_A"] is None else i["reverse_A"])[:, None]
+        reverse = Visits(step, decay, None if w is None else w.expand_as(step).contiguous())
+    return forward, reverse
+
+
+class _Launch:
+    """Contiguous inputs, sizes and flags of one call, and the launches that forward and backward share."""
+
+    def __init__(self, inputs: dict[str, Any], chunk_size: int) -> None:
+        i = self.inputs = inputs
+        if i["x"].dtype == torch.float64:
+            raise NotImplementedError("ssd_scan: the Triton kernels take float32, bfloat16 or float16, got float64")
+        self.B, self.L, self.H = i["dt"].shape
+        self.P, self.N = i["x"].shape[3], i["B"].shape[3]
+        self.Q = max(16, min(CHUNK, triton.next_power_of_2(chunk_size or CHUNK)))
+        self.num_chunks = triton.cdiv(self.L, self.Q)
+        self.order = None if i["token_order"] is None else i["token_order"].long()
+        if self.order is not None:
+            ordered = self.order.sort(1).values == torch.arange(self.L, device=self.order.device)
+            if not bool(ordered.all()):
+                raise RuntimeError("ssd_scan: token_order must hold every position 0..L-1 once per row")
+        self.x, self.b, self.c = (i[n].contiguous() for n in ("x", "B", "C"))
+        self.shared = i["reverse_B"] is None and i["reverse_C"] is None
+        self.rb = self.b if i["reverse_B"] is None else i["reverse_B"].contiguous()
+        self.rc = self.c if i["reverse_C"] is None else i["reverse_C"].contiguous()
+        self.D = i["D"]
+        self.seq = _segment_ids(i["seq_idx"], self.order, reverse=False)
+        rseq = i["seq_idx"] if i["reverse_seq_idx"] is None else i["reverse_seq_idx"]
+        self.rseq = _segment_ids(rseq, self.order, reverse=True)
+        self.forward, self.reverse = _prepare(i, self.order)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        i = self.inputs
+        return self.L, self.H, i["x"].shape[2], i["B"].shape[2], i["C"].shape[2], self.P, self.N, self.num_chunks
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        side = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
+        return dict(Q=self.Q, BLOCK_P=side(self.P), BLOCK_N=side(self.N))
+
+    def flags(self) -> dict[str, Any]:
+        return dict(
+            FORWARD=self.forward is not None, REVERSE=self.reverse is not None, SHARED=self.shared,
+            HAS_W=self.forward is not None and self.forward.w is not None,
+            HAS_RW=self.reverse is not None and self.reverse.w is not None, HAS_D=self.D is not None,
+            HAS_ORDER=self.order is not None, HAS_SEQ=self.seq is not None, HAS_RSEQ=self.rseq is not None,
+            **self.blocks,
+        )  # fmt: skip
+
+    def states(
+        self, x: Tensor, k: Tensor, visits: Visits, initial: Tensor | None, *, reverse: bool, adjoint: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The state entering each chunk (B H, chunks, P, N), and the one leaving the last; float32.
+
+        Adjoint: the gradient of the state leaving each chunk, and of the one entering the first.
+        """
+        count = self.B * self.H
+        states = torch.empty(count, self.num_chunks, self.P, self.N, dtype=torch.float32, device=x.device)
+        decays = torch.empty(count, self.num_chunks, dtype=torch.float32, device=x.device)
+        final = torch.empty(self.B, self.H, self.P, self.N, dtype=torch.float32, device=x.device)
+        seq = self.rseq if reverse else self.seq
+        if self.num_chunks:
+            _chunk_state_kernel[(self.num_chunks, count)](
+                states, decays, x, k, visits.dt, visits.a, visits.w, self.inputs["token_order"], seq,
+                self.L, self.H, x.shape[2], k.shape[2], self.P, self.N, self.num_chunks,
+                REVERSE=reverse, ADJOINT=adjoint, HAS_ORDER=self.order is not None, HAS_SEQ=seq is not None,
+                HAS_W=visits.w is not None, **self.blocks,
+            )  # fmt: skip
+        size = self.P * self.N
+        _state_pass_kernel[(count, triton.cdiv(size, STATE_BLOCK))](
+            states, decays, None if initial is None else initial.contiguous(), final, self.num_chunks, size,
+            BACKWARDS=reverse != adjoint, HAS_INITIAL=initial is not None, BLOCK=STATE_BLOCK,
+        )  # fmt: skip
+        return states, final
+
+    def entering(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """States entering each chunk in each direction, and the final state of the direction that has one."""
+        initial = self.inputs["initial_state"]
+        h = r = final = None
+        if self.forward is not None:
+            h, final = self.states(self.x, self.b, self.forward, initial, reverse=False, adjoint=False)
+        if self.reverse is not None:
+            start = initial if self.forward is None else None
+            r, last = self.states(self.x, self.rb, self.reverse, start, reverse=True, adjoint=False)
+            final = last if final is None else final
+        return h, r, final
+
+    def visit_pointers(self) -> tuple[Tensor | None, ...]:
+        nothing = (None, None, None)
+        return (*(self.forward or nothing), *(self.reverse or nothing))
+
+
+def ssd_scan(*args: Any) -> tuple[Tensor, Tensor]:
+    """Arguments and results of the dispatcher op `linmu::ssd_scan`."""
+    *inputs, return_final_state, chunk_size = args
+    run = _Launch(dict(zip(ARGUMENTS, inputs, strict=True)), chunk_size)
+    y = run.x.new_empty(run.B, run.L, run.H, run.P)
+    h, r, final = run.entering()
+    if y.numel():
+        _output_kernel[(run.num_chunks, run.B * run.H)](
+            y, run.x, run.b, run.c, run.rb, run.rc, run.D, *run.visit_pointers(), h, r, run.inputs["token_order"],
+            run.seq, run.rseq, *run.sizes, **run.flags(),
+        )  # fmt: skip
+    assert final is not None
+    return y, final if return_final_state else run.x.new_empty(0, dtype=torch.float32)
+
+
+def _sum_groups(per_head: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    B, L, H, size = per_head.shape
+    return per_head.view(B, L, groups, H // groups, size).sum(3).to(dtype)
+
+
+def ssd_scan_bwd(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
+    """Arguments and results of the dispatcher op `linmu::ssd_scan_bwd`."""
+    from .ssd_scan_bwd import _bwd_kernel
+
+    *inputs, chunk_size = args
+    given = dict(zip(ARGUMENTS, inputs, strict=True))
+    small = ("dt", "A", "dt_bias", "reverse_dt", "reverse_dt_bias", "reverse_A", "gate")
+    with torch.enable_grad():
+        leaves = {n: given[n].detach().requires_grad_() for n in small if given[n] is not None}
+        run = _Launch({**given, **leaves}, chunk_size)
+    graph = [t for v in (run.forward, run.reverse) if v is not None for t in v]
+    run.forward = None if run.forward is None else Visits(*(None if t is None else t.detach() for t in run.forward))
+    run.reverse = None if run.reverse is None else Visits(*(None if t is None else t.detach() for t in run.reverse))
+    dy = grad_y.contiguous()
+
+    h, r, _ = run.entering()
+    dh = dr = d_initial = None
+    if run.forward is not None:
+        dh, d_initial = run.states(dy, run.c, run.forward, grad_final_state, reverse=False, adjoint=True)
+    if run.reverse is not None:
+        seed = grad_final_state if run.forward is None else None
+        dr, d_start = run.states(dy, run.rc, run.reverse, seed, reverse=True, adjoint=True)
+        d_initial = d_start if d_initial is None else d_initial
+
+    f32 = dict(dtype=torch.float32, device=dy.device)
+    per_head = lambda n: torch.empty(run.B, run.L, run.H, n, **f32)  # noqa: E731
+    per_visit = lambda: torch.empty(run.B, run.H, run.L, **f32)  # noqa: E731
+    dx, db, dc = per_head(run.P), per_head(run.N), per_head(run.N)
+    two = run.forward is not None and run.reverse is not None and not run.shared
+    drb, drc = (per_head(run.N), per_head(run.N)) if two else (db, dc)
+    visits = [per_visit() for _ in range(6)]
+    dd = per_visit() if run.D is not None else None
+    if dx.numel():
+        _bwd_kernel[(run.num_chunks, run.B * run.H)](
+            dx, db, dc, drb, drc, *visits, dd, dy, run.x, run.b, run.c, run.rb, run.rc, run.D, *run.visit_pointers(),
+            h, dh, r, dr, run.inputs["token_order"], run.seq, run.rseq, *run.sizes, **run.flags(),
+        )  # fmt: skip
+    used = visits[: 3 if run.forward is not None else 0] + (visits[3:] if run.reverse is not None else [])
+    pairs = [(t, g) for t, g in zip(graph, used, strict=True) if t is not None and t.requires_grad]
+    found = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)
+    grads = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)}
+    dtype = run.x.dtype
+    grads["x"] = _sum_groups(dx, given["x"].shape[2], dtype)
+    for name, per_direction in (("B", (db, drb)), ("C", (dc, drc))):
+        groups, own = given[name].shape[2], given[f"reverse_{name}"]
+        forward_grad, reverse_grad = (_sum_groups(g, groups, torch.float32) for g in per_direction)
+        if not two:  # both directions, or the only one, are in the same buffer
+            forward_only = run.reverse is None or own is None
+            nothing = torch.zeros_like(forward_grad)
+            forward_grad, reverse_grad = (forward_grad, nothing) if forward_only else (nothing, forward_grad)
+        grads[name] = (forward_grad if own is not None or not two else forward_grad + reverse_grad).to(dtype)
+        if own is not None:
+            grads[f"reverse_{name}"] = reverse_grad.to(dtype)
+    if dd is not None:
+        grads["D"] = dd.sum((0, 2))
+    if given["initial_state"] is not None:
+        grads["initial_state"] = d_initial
+    empty = run.x.new_empty(0)
+    return [grads[n].contiguous() if given[n] is not None else empty.clone() for n in DIFFERENTIABLE]
