@@ -303,7 +303,8 @@ class _Launch:
     @property
     def blocks(self) -> dict[str, int]:
         side = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
-        return dict(Q=self.Q, BLOCK_P=side(self.P), BLOCK_N=side(self.N))
+        P, N = side(self.P), side(self.N)
+        return dict(Q=self.Q, BLOCK_P=P, BLOCK_N=N, num_warps=8 if P * N >= 128 * 64 else 4)
 
     def flags(self) -> dict[str, Any]:
         return dict(
