@@ -56,7 +56,7 @@ CASES = {
         "both",
         (2, 130, 4, 2, 2, 4, 16, 16),
         ("reverse_dt", "reverse_A", "gate_h", "reverse_mask", "reverse_seq_idx", "token_order", "D"),
-    ),  # fmt: skip
+    ),
     "both-separate": ("both", (1, 65, 2, 1, 1, 2, 8, 8), (*ALL_REVERSE, "dt_bias", "gate", "seq_idx", "initial_state")),
     "both-half-separate": ("both", (1, 20, 2, 1, 2, 1, 8, 8), ("reverse_B", "gate")),
     "one": ("both", (1, 1, 1, 1, 1, 1, 1, 1), ("gate", "initial_state")),
