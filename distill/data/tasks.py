@@ -1,0 +1,237 @@
+"""Generators of the five task groups: read, line, where, video, needle.
+
+A sample is one image or one video and one or more question-answer turns about it. Everything is drawn from a seed:
+the same arguments give the same samples, byte for byte.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+
+from distill.data import assets
+from distill.data.assets import BLANK, CELL, CLASSES, DIGITS, LETTERS
+
+PAGE_SIZES = ((4, 8), (3, 8), (4, 6), (3, 6))
+VIDEO_SIZE = (4, 4)
+VIDEO_FRAMES = (4, 8)
+NEEDLE_SIZE = (4, 8)
+NEEDLE_FRAMES = (64, 64)
+MAX_COUNT = 5
+
+_DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+_RANDOM_LINES = 0.6
+_NEEDLE_CLUTTER = 0.15
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image (`frames` holds a single frame) or video, with questions and answers about it."""
+
+    group: str
+    frames: np.ndarray
+    """Grey pixels, `(T, H, W)` uint8."""
+    turns: tuple[tuple[str, str], ...]
+    """(question, answer) pairs, in the order they are asked."""
+    cells: np.ndarray
+    """What each visual token shows, `(T, H / CELL, W / CELL)` int64 index into `CLASSES`."""
+    is_video: bool
+
+
+def paint(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
+    """Turn coverage `(T, R, C, CELL, CELL)` uint8 into frames `(T, R * CELL, C * CELL)` uint8: tones and noise."""
+    frames, rows, columns = coverage.shape[:3]
+    ink, paper = rng.integers(0, 90), rng.integers(170, 240)
+    if rng.random() < 0.3:
+        ink, paper = paper, ink
+    plane = coverage.transpose(0, 1, 3, 2, 4).reshape(frames, rows * CELL, columns * CELL)
+    tones = (np.arange(256) * (int(ink) - int(paper)) // 255 + int(paper)).astype(np.uint8)[plane]
+    # Tones stay below 240, so uint8 cannot wrap.
+    return tones + rng.integers(0, rng.integers(2, 16), size=tones.shape, dtype=np.uint8)
+
+
+def draw_cells(rng: np.random.Generator, cells: np.ndarray, split: str, keep_image: bool = False) -> np.ndarray:
+    """Coverage `(T, R, C, CELL, CELL)` uint8 of `cells` `(T, R, C)`; each line of letters has a shift of its own.
+
+    `keep_image` draws a digit with the same handwritten image wherever it occurs.
+    """
+    coverage = np.zeros((*cells.shape, CELL, CELL), dtype=np.uint8)
+    glyphs = assets.glyph_table()
+    face = rng.choice(assets.face_indices(split))
+    size = rng.integers(glyphs.shape[1])
+    shifts = np.broadcast_to(rng.integers(glyphs.shape[2], size=(*cells.shape[:2], 1)), cells.shape)
+    letters = (cells >= 1) & (cells <= len(LETTERS))
+    coverage[letters] = glyphs[face, size, shifts[letters], cells[letters] - 1]
+    images, rows = assets.digit_table(split)
+    for digit in np.unique(cells[cells > len(LETTERS)]):
+        shown = cells == digit
+        coverage[shown] = images[rng.choice(rows[digit - len(LETTERS) - 1], size=1 if keep_image else shown.sum())]
+    return coverage
+
+
+def _classes(text: str) -> np.ndarray:
+    return np.array([CLASSES.index(c) for c in text], dtype=np.int64)
+
+
+def _text_line(rng: np.random.Generator, split: str, columns: int) -> str:
+    if split == "train" and rng.random() < _RANDOM_LINES:
+        blanks = rng.random(columns) < rng.uniform(0.0, 0.5)
+        return "".join(BLANK if blank else LETTERS[rng.integers(26)] for blank in blanks)
+    listed = assets.words_up_to(split, columns)
+    word = listed[rng.integers(len(listed))]
+    return word.rjust(len(word) + rng.integers(columns - len(word) + 1), BLANK).ljust(columns, BLANK)
+
+
+def _text_page(rng: np.random.Generator, split: str) -> list[str]:
+    rows, columns = PAGE_SIZES[rng.integers(len(PAGE_SIZES))]
+    return [_text_line(rng, split, columns) for _ in range(rows)]
+
+
+def _digit_page(rng: np.random.Generator) -> list[str]:
+    rows, columns = PAGE_SIZES[rng.integers(len(PAGE_SIZES))]
+    # A skewed draw, so that some digits occur often and some once.
+    weights = rng.dirichlet(np.full(10, 0.7))
+    digits = rng.choice(10, size=(rows, columns), p=weights)
+    blanks = rng.random((rows, columns)) < rng.uniform(0.2, 0.6)
+    return ["".join(BLANK if b else DIGITS[d] for d, b in zip(*line, strict=True)) for line in zip(digits, blanks, strict=True)]
+
+
+def _page_sample(rng: np.random.Generator, group: str, split: str, page: list[str], turns: list[tuple[str, str]]) -> Sample:
+    cells = np.stack([_classes(line) for line in page])[None]
+    return Sample(group, paint(rng, draw_cells(rng, cells, split)), tuple(turns), cells, is_video=False)
+
+
+def read(rng: np.random.Generator, split: str, turns: int) -> Sample:
+    """Transcribe a page: every line, blanks as `-`. There is one question to ask, so `turns` changes nothing."""
+    page = _text_page(rng, split)
+    return _page_sample(rng, "read", split, page, [("read", "\n".join(page))])
+
+
+def line(rng: np.random.Generator, split: str, turns: int) -> Sample:
+    """Transcribe line k of a page."""
+    page = _text_page(rng, split)
+    asked = [(f"line {k + 1}?", page[k]) for k in rng.permutation(len(page))[:turns]]
+    return _page_sample(rng, "line", split, page, asked)
+
+
+def _where_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tuple[str, str] | None:
+    text = "".join(page)
+    once = [c for c in symbols if text.count(c) == 1]
+    if not once:
+        return None
+    symbol = once[rng.integers(len(once))]
+    row = next(i for i, row in enumerate(page) if symbol in row)
+    return f"where is {symbol}?", f"{row + 1} {page[row].index(symbol) + 1}"
+
+
+def _count_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tuple[str, str]:
+    text = "".join(page)
+    # The count is drawn before the symbol: otherwise most answers would be 0.
+    counts = sorted({text.count(c) for c in symbols if text.count(c) <= MAX_COUNT})
+    count = counts[rng.integers(len(counts))]
+    candidates = [c for c in symbols if text.count(c) == count]
+    return f"how many {candidates[rng.integers(len(candidates))]}?", str(count)
+
+
+def where(rng: np.random.Generator, split: str, turns: int) -> Sample:
+    """Where is a symbol that occurs once (row and column), and how many there are of a symbol; letters or digits."""
+    digits = rng.random() < 0.5
+    page, symbols = (_digit_page(rng), DIGITS) if digits else (_text_page(rng, split), LETTERS)
+    asked: dict[str, str] = {}
+    for _ in range(turns):
+        turn = _where_turn(rng, page, symbols) if rng.random() < 0.5 else None
+        question, answer = turn or _count_turn(rng, page, symbols)
+        asked[question] = answer
+    return _page_sample(rng, "where", split, page, list(asked.items()))
+
+
+def _cell_names(path: list[tuple[int, int]]) -> str:
+    return " ".join(f"{row + 1}{column + 1}" for row, column in path)
+
+
+def video(rng: np.random.Generator, split: str, turns: int) -> Sample:
+    """One of several handwritten digits moves along a row or a column: which, which way, how far; and their tracks."""
+    rows, columns = VIDEO_SIZE
+    frames = int(rng.integers(VIDEO_FRAMES[0], VIDEO_FRAMES[1] + 1))
+    name = list(_DIRECTIONS)[rng.integers(4)]
+    dy, dx = _DIRECTIONS[name]
+    steps = int(rng.integers(1, 4))
+    starts = [
+        (y, x)
+        for y in range(rows)
+        for x in range(columns)
+        if 0 <= y + dy * steps < rows and 0 <= x + dx * steps < columns
+    ]
+    y, x = starts[rng.integers(len(starts))]
+    moves = np.zeros(frames, dtype=np.int64)
+    moves[1 + rng.permutation(frames - 1)[:steps]] = 1
+    track = [(y + dy * int(n), x + dx * int(n)) for n in moves.cumsum()]
+    free = [(r, c) for r in range(rows) for c in range(columns) if (r, c) not in track]
+    still = [free[i] for i in rng.permutation(len(free))[: rng.integers(1, 4)]]
+    names = rng.permutation(10)[: len(still) + 1]
+    tracks = {int(names[0]): track} | {int(d): [cell] * frames for d, cell in zip(names[1:], still, strict=True)}
+    cells = np.zeros((frames, rows, columns), dtype=np.int64)
+    for digit, path in tracks.items():
+        for t, (row, column) in enumerate(path):
+            cells[t, row, column] = 1 + len(LETTERS) + digit
+    asked = [("what moved?", f"{names[0]} {name} {steps}")]
+    asked += [(f"track {digit}?", _cell_names(path)) for digit, path in tracks.items()]
+    # Half of single questions are about the motion: a still digit's track needs no comparison of frames.
+    chosen = [0] if turns == 1 and rng.random() < 0.5 else rng.permutation(len(asked))[:turns]
+    coverage = draw_cells(rng, cells, split, keep_image=True)
+    return Sample("video", paint(rng, coverage), tuple(asked[i] for i in chosen), cells, is_video=True)
+
+
+def needle(rng: np.random.Generator, split: str, turns: int, frames: tuple[int, int] = NEEDLE_FRAMES) -> Sample:
+    """A long cluttered video: one frame shows a handwritten digit, another one a word; one of them is asked for."""
+    rows, columns = NEEDLE_SIZE
+    length = int(rng.integers(frames[0], frames[1] + 1))
+    cells = np.zeros((length, rows, columns), dtype=np.int64)
+    digit_frame, word_frame = rng.permutation(length)[:2]
+    digit = int(rng.integers(10))
+    listed = assets.words_up_to(split, 6)
+    word = listed[rng.integers(len(listed))]
+    if split == "train" and rng.random() < _RANDOM_LINES:
+        word = "".join(LETTERS[i] for i in rng.integers(26, size=len(word)))
+    start = rng.integers(columns - len(word) + 1)
+    cells[digit_frame, rng.integers(rows), rng.integers(columns)] = 1 + len(LETTERS) + digit
+    cells[word_frame, rng.integers(rows), start : start + len(word)] = _classes(word)
+    coverage = draw_cells(rng, cells, split)
+    cluttered = (rng.random(cells.shape) < _NEEDLE_CLUTTER) & (cells == 0)
+    tiles = assets.clutter_table()
+    coverage[cluttered] = tiles[rng.integers(len(tiles), size=cluttered.sum())]
+    asked = [("digit?", str(digit)), ("word?", word)]
+    chosen = rng.permutation(2)[:turns]
+    return Sample("needle", paint(rng, coverage), tuple(asked[i] for i in chosen), cells, is_video=True)
+
+
+GROUPS: dict[str, Callable[..., Sample]] = {
+    "read": read,
+    "line": line,
+    "where": where,
+    "video": video,
+    "needle": needle,
+}
+
+
+def generate(
+    group: str, n: int, seed: int | tuple[int, ...], split: str = "train", turns: int = 1, **options: object
+) -> list[Sample]:
+    """`n` samples of a task group, a function of the arguments alone.
+
+    Args:
+        group: a key of `GROUPS`.
+        seed: an int, or several, such as (run, step).
+        split: `"train"`; `"test"`, words and digit images never seen in training; or `"test_font"`, the same in a
+            font family never seen in training.
+        turns: the most questions to ask about one image or video; evaluation asks one.
+        options: passed to the generator: `frames=(low, high)` for `needle`.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {tuple(GROUPS)}, got {group!r}")
+    if turns < 1:
+        raise ValueError(f"turns must be at least 1, got {turns}")
+    seeds = (seed,) if isinstance(seed, int) else seed
+    rng = np.random.default_rng([crc32(f"{group}/{assets.check_split(split)}".encode()), *seeds])
+    return [GROUPS[group](rng, split, turns, **options) for _ in range(n)]

@@ -1,0 +1,125 @@
+"""Exact match on held-out samples, by greedy generation. Knows nothing of the model but `.generate` and its config."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from math import sqrt
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.data import Processor, Sample, generate
+
+# Largest batch for which the longest inputs still fit a small machine, by visual tokens in all.
+_VISUAL_TOKENS_A_BATCH = 8192
+
+
+def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion."""
+    if n == 0:
+        return 0.0, 1.0
+    p, spread = correct / n, z * z / n
+    centre, half = p + spread / 2, z * sqrt(p * (1 - p) / n + spread / (4 * n))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Exact match on one group: the whole answer and the end-of-sequence token."""
+
+    group: str
+    split: str
+    n: int
+    correct: int
+    seconds: float
+    by_question: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For each kind of question (its first word), how many answers were right and how many there were."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of `accuracy`."""
+        return wilson_interval(self.correct, self.n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        kinds = ", ".join(f"{kind} {right}/{n}" for kind, (right, n) in sorted(self.by_question.items()))
+        return f"{self.group:<7}{self.split:<10}{self.accuracy:6.1%}  [{low:.1%}, {high:.1%}]  n={self.n}  ({kinds})"
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, processor: Processor, samples: list[Sample], max_new_tokens: int, use_cache: bool = True
+) -> list[str | None]:
+    """Greedy answers to each sample's first question; None where no end-of-sequence token came."""
+    batch = processor(samples, answers=False, padding_side="left").copy()
+    del batch["labels"]
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    eos = processor.tokenizer.eos_token_id
+    out = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=use_cache,
+        eos_token_id=eos,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    said = [row[: row.index(eos)] if eos in row else None for row in out[:, batch["input_ids"].shape[1] :].tolist()]
+    return [None if row is None else processor.tokenizer.decode(row) for row in said]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    group: str,
+    n: int = 200,
+    seed: int = 0,
+    *,
+    split: str = "test",
+    batch_size: int = 64,
+    use_cache: bool = True,
+    **options: object,
+) -> Result:
+    """Evaluate a model on `n` samples of a task group.
+
+    Args:
+        model: any model with `.generate` and a config laid out as Qwen2.5-VL's; a converted student as well.
+        split: see `distill.data.generate`.
+        batch_size: the most samples at once; long videos are batched less.
+        use_cache: False makes `generate` run the whole sequence for each token, to check a student's cache.
+        options: passed to the group's generator.
+    """
+    processor = Processor.from_config(model.config, tokenizer)
+    samples = generate(group, n, seed, split, **options)
+    limit = 1 + max(len(tokenizer.encode(sample.turns[0][1], add_special_tokens=False)) for sample in samples)
+    visual = max(sample.cells.size for sample in samples)
+    step = max(1, min(batch_size, _VISUAL_TOKENS_A_BATCH // visual))
+    was_training = model.training
+    model.eval()
+    right, asked, start = Counter[str](), Counter[str](), time.perf_counter()
+    for i in range(0, n, step):
+        part = samples[i : i + step]
+        for sample, said in zip(part, answer(model, processor, part, limit, use_cache), strict=True):
+            question, expected = sample.turns[0]
+            kind = question.split()[0].rstrip("?")
+            asked[kind] += 1
+            right[kind] += said == expected
+    model.train(was_training)
+    by_question = {kind: (right[kind], asked[kind]) for kind in asked}
+    return Result(group, split, n, right.total(), time.perf_counter() - start, by_question)
+
+
+def blind_baseline(group: str, n: int = 200, seed: int = 0, *, split: str = "test") -> float:
+    """Accuracy of the best answer that looks at the question only: for each question, its commonest training answer."""
+    answers: dict[str, Counter[str]] = {}
+    for sample in generate(group, 4000, seed, "train"):
+        question, expected = sample.turns[0]
+        answers.setdefault(question, Counter())[expected] += 1
+    guesses = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+    test = [sample.turns[0] for sample in generate(group, n, seed, split)]
+    return sum(guesses.get(question) == expected for question, expected in test) / n
