@@ -16,7 +16,7 @@ BLANK = "-"
 CLASSES = BLANK + LETTERS + DIGITS
 
 SPLITS = ("train", "test", "test_font")
-HELD_OUT_FAMILY = "hack"
+HELD_OUT_FAMILY = "liberation"
 
 _DIGIT_VARIANTS = {"train": 24, "test": 8}
 _TEST_DIGITS = 360

@@ -1,8 +1,10 @@
-"""Render the glyph bitmaps and pick the words that the task generators use.
+r"""Render the glyph bitmaps and pick the words that the task generators use.
 
 Run once, on a machine with Debian's font and word packages, to rebuild `glyphs.npz` and `words.txt`:
 
-    apt-get install fonts-dejavu-core fonts-liberation2 fonts-freefont-ttf fonts-hack wamerican-small
+    apt-get install wamerican-small fonts-dejavu-core fonts-liberation2 fonts-freefont-ttf fonts-hack \
+        fonts-anonymous-pro fonts-courier-prime fonts-fantasque-sans fonts-firacode fonts-inconsolata \
+        fonts-jetbrains-mono fonts-mononoki fonts-noto-mono
     python -m distill.data.make_assets
 """
 
@@ -14,17 +16,27 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 FACES = {
-    "dejavu": ("dejavu/DejaVuSansMono.ttf", "dejavu/DejaVuSansMono-Bold.ttf"),
-    "liberation": tuple(f"liberation2/LiberationMono-{s}.ttf" for s in ("Regular", "Bold", "Italic", "BoldItalic")),
-    "freefont": tuple(f"freefont/FreeMono{s}.ttf" for s in ("", "Bold", "Oblique", "BoldOblique")),
-    "hack": tuple(f"hack/Hack-{s}.ttf" for s in ("Regular", "Bold", "Italic", "BoldItalic")),
+    "dejavu": [f"truetype/dejavu/DejaVuSansMono{s}.ttf" for s in ("", "-Bold")],
+    "liberation": [f"truetype/liberation2/LiberationMono-{s}.ttf" for s in ("Regular", "Bold", "Italic", "BoldItalic")],
+    "freefont": [f"truetype/freefont/FreeMono{s}.ttf" for s in ("", "Bold", "Oblique", "BoldOblique")],
+    "hack": [f"truetype/hack/Hack-{s}.ttf" for s in ("Regular", "Bold", "Italic", "BoldItalic")],
+    "anonymous": [f"truetype/anonymous-pro/Anonymous Pro{s}.ttf" for s in ("", " B", " I")],
+    "courier-prime": [f"opentype/courier-prime/Courier Prime{s}.otf" for s in ("", " Bold", " Italic")],
+    "fantasque": [f"truetype/fantasque-sans/Normal/TTF/FantasqueSansMono-{s}.ttf" for s in ("Regular", "Bold")],
+    "firacode": [f"truetype/firacode/FiraCode-{s}.ttf" for s in ("Light", "Regular", "Bold")],
+    "inconsolata": ["truetype/inconsolata/Inconsolata.otf"],
+    "jetbrains": [f"truetype/jetbrains-mono/JetBrainsMono-{s}.ttf" for s in ("Regular", "Bold", "Italic")],
+    "mononoki": [f"truetype/mononoki/mononoki-{s}.ttf" for s in ("Regular", "Bold", "Italic")],
+    "noto": [f"truetype/noto/NotoSansMono-{s}.ttf" for s in ("Regular", "Bold")],
 }
 SIZES = (12, 13)
 CELL = 16
 BASELINE = 11
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 # Stems that a dictionary holds and a demo should not print.
-UNWANTED = re.compile("fuck|shit|cunt|nigg|fag|rape|rapis|slut|whor|bitch|piss|porn|nazi|dyke|spic|kike|coon|tits|cock|condom|sex")
+UNWANTED = re.compile(
+    "fuck|shit|cunt|nigg|fag|rape|rapis|slut|whor|bitch|piss|porn|nazi|dyke|spic|kike|coon|tits|cock|condom|sex"
+)
 
 
 def render_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
@@ -35,7 +47,7 @@ def render_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 
 
 def main(
-    fonts: Path = Path("/usr/share/fonts/truetype"),
+    fonts: Path = Path("/usr/share/fonts"),
     dictionary: Path = Path("/usr/share/dict/american-english-small"),
     out: Path = Path(__file__).parent,
     words: int = 6000,

@@ -1,4 +1,4 @@
-"""From samples to the tensors a Qwen2.5-VL-like model takes. Videos too, which transformers does with torchvision only."""
+"""From samples to the tensors a Qwen2.5-VL-like model takes; videos too, for which transformers needs torchvision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -13,7 +13,8 @@ import numpy as np
 from distill.data import assets
 from distill.data.assets import BLANK, CELL, CLASSES, DIGITS, LETTERS
 
-PAGE_SIZES = ((4, 8), (3, 8), (4, 6), (3, 6))
+Sizes = tuple[tuple[int, int], ...]
+PAGE_SIZES: Sizes = ((4, 8), (3, 8), (4, 6), (3, 6))
 VIDEO_SIZE = (4, 4)
 VIDEO_FRAMES = (4, 8)
 NEEDLE_SIZE = (4, 8)
@@ -83,34 +84,39 @@ def _text_line(rng: np.random.Generator, split: str, columns: int) -> str:
     return word.rjust(len(word) + rng.integers(columns - len(word) + 1), BLANK).ljust(columns, BLANK)
 
 
-def _text_page(rng: np.random.Generator, split: str) -> list[str]:
-    rows, columns = PAGE_SIZES[rng.integers(len(PAGE_SIZES))]
+def _text_page(rng: np.random.Generator, split: str, sizes: Sizes) -> list[str]:
+    rows, columns = sizes[rng.integers(len(sizes))]
     return [_text_line(rng, split, columns) for _ in range(rows)]
 
 
-def _digit_page(rng: np.random.Generator) -> list[str]:
-    rows, columns = PAGE_SIZES[rng.integers(len(PAGE_SIZES))]
+def _digit_page(rng: np.random.Generator, sizes: Sizes) -> list[str]:
+    rows, columns = sizes[rng.integers(len(sizes))]
     # A skewed draw, so that some digits occur often and some once.
     weights = rng.dirichlet(np.full(10, 0.7))
     digits = rng.choice(10, size=(rows, columns), p=weights)
     blanks = rng.random((rows, columns)) < rng.uniform(0.2, 0.6)
-    return ["".join(BLANK if b else DIGITS[d] for d, b in zip(*line, strict=True)) for line in zip(digits, blanks, strict=True)]
+    return [
+        "".join(BLANK if b else DIGITS[d] for d, b in zip(*line, strict=True))
+        for line in zip(digits, blanks, strict=True)
+    ]
 
 
-def _page_sample(rng: np.random.Generator, group: str, split: str, page: list[str], turns: list[tuple[str, str]]) -> Sample:
+def _page_sample(
+    rng: np.random.Generator, group: str, split: str, page: list[str], turns: list[tuple[str, str]]
+) -> Sample:
     cells = np.stack([_classes(line) for line in page])[None]
     return Sample(group, paint(rng, draw_cells(rng, cells, split)), tuple(turns), cells, is_video=False)
 
 
-def read(rng: np.random.Generator, split: str, turns: int) -> Sample:
+def read(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Transcribe a page: every line, blanks as `-`. There is one question to ask, so `turns` changes nothing."""
-    page = _text_page(rng, split)
+    page = _text_page(rng, split, sizes)
     return _page_sample(rng, "read", split, page, [("read", "\n".join(page))])
 
 
-def line(rng: np.random.Generator, split: str, turns: int) -> Sample:
+def line(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Transcribe line k of a page."""
-    page = _text_page(rng, split)
+    page = _text_page(rng, split, sizes)
     asked = [(f"line {k + 1}?", page[k]) for k in rng.permutation(len(page))[:turns]]
     return _page_sample(rng, "line", split, page, asked)
 
@@ -134,10 +140,10 @@ def _count_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tupl
     return f"how many {candidates[rng.integers(len(candidates))]}?", str(count)
 
 
-def where(rng: np.random.Generator, split: str, turns: int) -> Sample:
+def where(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Where is a symbol that occurs once (row and column), and how many there are of a symbol; letters or digits."""
     digits = rng.random() < 0.5
-    page, symbols = (_digit_page(rng), DIGITS) if digits else (_text_page(rng, split), LETTERS)
+    page, symbols = (_digit_page(rng, sizes), DIGITS) if digits else (_text_page(rng, split, sizes), LETTERS)
     asked: dict[str, str] = {}
     for _ in range(turns):
         turn = _where_turn(rng, page, symbols) if rng.random() < 0.5 else None
@@ -226,7 +232,7 @@ def generate(
         split: `"train"`; `"test"`, words and digit images never seen in training; or `"test_font"`, the same in a
             font family never seen in training.
         turns: the most questions to ask about one image or video; evaluation asks one.
-        options: passed to the generator: `frames=(low, high)` for `needle`.
+        options: passed to the generator: `sizes`, (rows, columns) of pages; `frames`, (least, most) of a needle's video.
     """
     if group not in GROUPS:
         raise ValueError(f"group must be one of {tuple(GROUPS)}, got {group!r}")

@@ -1,0 +1,190 @@
+"""The task groups: splits, determinism, honesty of the answers, and the tensors made of them."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate
+from distill.evaluation import wilson_interval
+from distill.make_teacher import build_model
+
+SMALL = {"needle": {"frames": (3, 5)}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model(build_tokenizer()).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(model):
+    return Processor.from_config(model.config, build_tokenizer())
+
+
+def test_splits_share_no_word_digit_or_font():
+    train, test = set(assets.words("train")), set(assets.words("test"))
+    assert len(train) > 4000 and len(test) > 1000 and not train & test
+    assert assets.words("test") == assets.words("test_font")
+    assert not set(assets.digit_ids("train")) & set(assets.digit_ids("test"))
+    assert len(assets.digit_ids("train")) + len(assets.digit_ids("test")) == 1797
+    seen = {assets.glyph_faces()[i][0] for i in assets.face_indices("train")}
+    held_out = {assets.glyph_faces()[i][0] for i in assets.face_indices("test_font")}
+    assert held_out == {"liberation"} and len(seen) == 11 and "liberation" not in seen
+    assert assets.face_indices("test") == assets.face_indices("train")
+
+
+def test_no_image_of_one_split_is_drawn_in_the_other():
+    train, test = assets.digit_table("train")[0], assets.digit_table("test")[0]
+    assert not {tile.tobytes() for tile in train} & {tile.tobytes() for tile in test}
+    glyphs = assets.glyph_table()
+    for letter in range(26):
+        seen = {tile.tobytes() for face in assets.face_indices("train") for tile in glyphs[face, :, 0, letter]}
+        held_out = {tile.tobytes() for face in assets.face_indices("test_font") for tile in glyphs[face, :, 0, letter]}
+        assert not seen & held_out
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("split", ["train", "test", "test_font"])
+def test_generation_is_a_function_of_its_arguments(group, split):
+    options = SMALL.get(group, {})
+    first, again = (generate(group, 4, (7, 3), split, turns=3, **options) for _ in range(2))
+    other = generate(group, 4, (7, 4), split, turns=3, **options)
+    assert [s.turns for s in first] == [s.turns for s in again]
+    assert all(np.array_equal(a.frames, b.frames) for a, b in zip(first, again, strict=True))
+    assert not all(
+        a.frames.shape == b.frames.shape and np.array_equal(a.frames, b.frames)
+        for a, b in zip(first, other, strict=True)
+    )
+
+
+def _page(sample):
+    return ["".join(CLASSES[c] for c in row) for row in sample.cells[0]]
+
+
+def test_answers_follow_from_what_is_drawn():
+    for sample in generate("read", 50, 0):
+        assert sample.turns == (("read", "\n".join(_page(sample))),)
+    for sample in generate("line", 50, 0, turns=4):
+        assert len(sample.turns) == len(_page(sample))
+        for question, answer in sample.turns:
+            assert answer == _page(sample)[int(question[5]) - 1]
+    for sample in generate("where", 100, 0, turns=4):
+        for question, answer in sample.turns:
+            symbol = question[-2]
+            if question.startswith("how many"):
+                assert int(answer) == "".join(_page(sample)).count(symbol)
+            else:
+                row, column = map(int, answer.split())
+                assert _page(sample)[row - 1][column - 1] == symbol
+                assert "".join(_page(sample)).count(symbol) == 1
+    for sample in generate("video", 50, 0, turns=9):
+        for question, answer in sample.turns:
+            if question.startswith("track"):
+                where = [np.argwhere(frame == CLASSES.index(question[6])) + 1 for frame in sample.cells]
+                assert answer == " ".join(f"{place[0][0]}{place[0][1]}" for place in where)
+            else:
+                digit, _, steps = answer.split()
+                (first, *_), (last, *_) = (np.argwhere(sample.cells[t] == CLASSES.index(digit)) for t in (0, -1))
+                assert abs(last - first).sum() == int(steps) > 0
+    for sample in generate("needle", 20, 0, turns=2, frames=(4, 9)):
+        for _, answer in sample.turns:
+            frames = [frame for frame in sample.cells if set(answer) <= {CLASSES[c] for c in frame.flat}]
+            assert len(frames) == 1 and answer in "\n".join("".join(CLASSES[c] for c in row) for row in frames[0])
+
+
+def test_needle_is_long():
+    (sample,) = generate("needle", 1, 0, "test")
+    assert len(sample.frames) >= 64 and sample.cells.size >= 2000
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="group"):
+        generate("rea", 1, 0)
+    with pytest.raises(ValueError, match="split"):
+        generate("read", 1, 0, "val")
+    with pytest.raises(ValueError, match="turns"):
+        generate("read", 1, 0, turns=0)
+
+
+def test_patches_are_in_the_order_of_the_image_processor(processor):
+    frames = np.random.default_rng(0).integers(0, 255, size=(1, 32, 48, 3), dtype=np.uint8)
+    patches, grid = processor.patchify(frames)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    reference = Qwen2VLImageProcessorPil(
+        patch_size=8,
+        merge_size=2,
+        temporal_patch_size=1,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        size={"shortest_edge": 16, "longest_edge": 10**6},
+    )(images=[frames[0]], return_tensors="pt")
+    assert reference["image_grid_thw"].tolist() == [list(grid)]
+    torch.testing.assert_close(reference["pixel_values"], patches, atol=1e-5, rtol=0)
+
+
+def test_frames_are_paired_when_the_model_asks_for_it(processor):
+    from dataclasses import replace
+
+    patches, grid = replace(processor, temporal_patch_size=2).patchify(np.zeros((3, 32, 32), dtype=np.uint8))
+    assert grid == (2, 4, 4) and patches.shape == (32, 3 * 2 * 64)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_gives_the_answers_losses_of_single_samples(model, processor, side):
+    samples = [s for g in GROUPS for s in generate(g, 2, 0, turns=2, **SMALL.get(g, {}))]
+    batch = processor(samples, padding_side=side)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["mm_token_type_ids"].shape
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for i, sample in enumerate(samples):
+            single = processor([sample])
+            keep = batch["attention_mask"][i].bool()
+            assert torch.equal(batch["input_ids"][i, keep], single["input_ids"][0])
+            assert torch.equal(batch["labels"][i, keep], single["labels"][0])
+            torch.testing.assert_close(logits[i, keep], model(**single).logits[0], atol=2e-4, rtol=1e-3)
+
+
+def test_labels_hold_the_answers_and_the_prompt_ends_before_the_first(processor):
+    (sample,) = generate("line", 1, 0, turns=3)
+    batch = processor([sample])
+    labels = batch["labels"][0]
+    said = processor.tokenizer.decode(labels[labels >= 0])
+    assert said == "".join(answer + processor.tokenizer.eos_token for _, answer in sample.turns)
+    prompt = processor([sample], answers=False)["input_ids"][0]
+    assert (labels[: len(prompt)] < 0).all() and labels[len(prompt)] >= 0
+    assert processor.tokenizer.decode(prompt).endswith(sample.turns[0][0] + "\n")
+
+
+def test_tokenizer_survives_a_round_trip(tmp_path):
+    build_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "where is x?\n2 5 - abcdefghijklmnopqrstuvwyz 0134679"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) == len(text) and tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
+    special = "<|bos|><|vision_start|><|image_pad|><|video_pad|><|vision_end|>a<|eos|>"
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(special, add_special_tokens=False)) == [
+        "<|bos|>",
+        "<|vision_start|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_end|>",
+        "a",
+        "<|eos|>",
+    ]
+
+
+def test_stream_gives_the_same_batch_whenever_asked(processor):
+    stream = TaskStream(processor, {"read": 1, "video": 2, "needle": 1}, 2, seed=3, options=SMALL)
+    batches = [stream[i] for i in range(6)]
+    for i in (4, 0, 5):
+        assert all(torch.equal(stream[i][name], value) for name, value in batches[i].items())
+    assert {stream.group(i) for i in range(60)} == {"read", "video", "needle"}
+
+
+def test_wilson_interval():
+    low, high = wilson_interval(90, 100)
+    assert low == pytest.approx(0.8256, abs=1e-3) and high == pytest.approx(0.9448, abs=1e-3)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
