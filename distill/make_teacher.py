@@ -3,8 +3,10 @@
     python -m distill.make_teacher train     # resumes where it was stopped
     python -m distill.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
 
-The model is an unmodified transformers Qwen2.5-VL. During training only, the vision tower's output is also asked what
-each visual token shows; that loss uses the token embeddings as its classifier, so nothing of it remains in the model.
+The model is an unmodified transformers Qwen2.5-VL. Its two halves are trained apart, then together. Token embeddings
+start random and stay fixed at first: the eyes (vision tower) learn to turn each cell into the embedding of the
+character it shows, the mind (decoder) learns the tasks on those embeddings, as if it had perfect eyes. Neither has to
+wait for the other to make sense, and the mind's steps cost no vision.
 """
 
 import json
@@ -14,7 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,8 +27,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from distill.data import CLASSES, GROUPS, Processor, TaskStream, build_tokenizer
+from distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, TaskStream, build_tokenizer
 from distill.data.tasks import PAGE_SIZES, Sizes
 from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
 from distill.evaluation import blind_baseline, evaluate
@@ -39,48 +42,44 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Phase:
     """One row of the curriculum."""
 
-    name: str
+    part: str
+    """`eyes`: vision tower only. `mind`: decoder only, on the embeddings of what is shown. `whole`: everything."""
     steps: int
     lr: tuple[float, float]
     """Learning rate at the start and at the end, along half a cosine."""
     mixture: dict[str, float]
-    turns: int = 4
     pages: Sizes = PAGE_SIZES
     needle_frames: tuple[int, int] = (4, 16)
     needle_batch: int = 8
-    answer_loss: float = 1.0
-    vision_loss: float = 0.2
-    """Weight of the per-token classification loss."""
-    vision_every: int = 4
-    """The vision tower is trained at every so many steps and frozen at the others, which take half the time; 0: never."""
+    turns: int = 4
 
-    def options(self) -> dict[str, dict[str, Any]]:
-        """For each group, the arguments of its generator."""
+    def stream(self, processor: Processor, seed: int) -> TaskStream:
+        """The training data of this phase."""
         pages = {group: {"sizes": self.pages} for group in ("read", "line", "where")}
-        return {**pages, "needle": {"frames": self.needle_frames}}
+        options = {**pages, "needle": {"frames": self.needle_frames}}
+        sizes = {"read": 16, "line": 16, "where": 16, "video": 8, "needle": self.needle_batch}
+        return TaskStream(processor, self.mixture, sizes, self.turns, seed, options=options)
 
 
-SMALL = ((1, 3), (1, 4), (2, 3), (2, 4))
-MEDIUM = ((1, 8), (2, 4), (2, 6), (2, 8), (3, 6))
-LOOK = {"read": 2.0, "where": 3.0, "video": 2.0, "needle": 1.0}
+LOOK = {"read": 2.0, "where": 3.0, "video": 1.0, "needle": 1.0}
 COPY = {"read": 3.0, "line": 2.0, "where": 3.0, "video": 2.0, "needle": 1.0}
 EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 3.0, "needle": 1.0}
-FIND = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 3.0, "needle": 3.0}
-
-# The eyes alone first. Then small pages: finding out which cell to copy is what a large page makes hard. Then all tasks
-# at full size with short videos, and the long videos last, because they cost most and need least.
+FIND = {"read": 1.0, "line": 1.0, "where": 2.0, "video": 2.0, "needle": 2.0}
+SMALL_PAGES = ((1, 8), (2, 8), (1, 6), (2, 6))
 CURRICULUM = (
-    Phase("look", 1400, (1.5e-3, 1.0e-3), LOOK, answer_loss=0.0, vision_loss=1.0, vision_every=1, needle_frames=(2, 4)),
-    Phase("small", 1200, (1.0e-3, 1.0e-3), COPY, pages=SMALL, needle_frames=(2, 4)),
-    Phase("medium", 800, (1.0e-3, 1.0e-3), COPY, pages=MEDIUM, needle_frames=(2, 6)),
-    Phase("full", 4000, (1.0e-3, 3.0e-4), EVEN),
-    Phase("long", 400, (3.0e-4, 1.0e-5), FIND, vision_every=0, needle_frames=(32, 64), needle_batch=2),
+    Phase("eyes", 1500, (1.5e-3, 3.0e-4), LOOK, needle_frames=(2, 4), needle_batch=16),
+    Phase("mind", 500, (1.0e-3, 1.0e-3), COPY, pages=SMALL_PAGES, needle_frames=(2, 6)),
+    Phase("mind", 1800, (1.0e-3, 1.0e-3), EVEN),
+    Phase("mind", 400, (1.0e-3, 1.0e-4), FIND, needle_frames=(16, 64), needle_batch=3),
+    Phase("whole", 1000, (5.0e-4, 1.0e-5), EVEN, needle_frames=(8, 64), needle_batch=2),
 )
-BATCH_SIZES = {"read": 16, "line": 16, "where": 16, "video": 8}
+PARTS = ("eyes", "mind", "whole")
+EMBEDDING_STD = 0.07
+MIND_NOISE = 0.3
 BLANK_WEIGHT = 0.2
+VISION_WEIGHT = 0.2
 LOG_EVERY = 20
-CHECKPOINT_EVERY = 200
-PROBE_EVERY = 500
+CHECKPOINT_EVERY = 100
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
@@ -125,131 +124,163 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalG
 
 
 class Trainer:
-    """Runs the curriculum; its state is a step number, the model and the optimiser."""
+    """Trains one part of the curriculum; its state is a step number, the model and the optimiser."""
 
-    def __init__(self, work: Path, seed: int, curriculum: tuple[Phase, ...] = CURRICULUM) -> None:
-        """Build the untrained model, or load the checkpoint that `work` holds."""
-        self.work, self.seed, self.curriculum = work, seed, curriculum
+    def __init__(self, work: Path, part: str, seed: int) -> None:
+        """Start `part` from what the earlier parts left in `work`, or where its own checkpoint stands."""
+        self.work, self.part, self.seed = work, part, seed
+        self.phases = [phase for phase in CURRICULUM if phase.part == part]
         self.tokenizer = build_tokenizer()
         torch.manual_seed(seed)
         self.model = build_model(self.tokenizer)
+        core = self.model.model
+        self.embedding = core.language_model.embed_tokens.weight
+        with torch.no_grad():
+            self.embedding.normal_(std=EMBEDDING_STD)
+        if part == "whole":
+            core.visual.load_state_dict(self._finished("eyes", core.visual))
+            core.language_model.load_state_dict(self._finished("mind", core.language_model))
+        trained = {"eyes": core.visual, "mind": core.language_model.layers, "whole": self.model}[part]
+        self.model.requires_grad_(False)
+        trained.requires_grad_(True)
+        core.language_model.norm.requires_grad_(part != "eyes")
         self.processor = Processor.from_config(self.model.config, self.tokenizer)
         self.class_tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(CLASSES)))
         self.class_weights = torch.ones(len(CLASSES)).index_fill_(0, torch.tensor(0), BLANK_WEIGHT)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-        self.step, self.seconds = 0, 0.0
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         work.mkdir(parents=True, exist_ok=True)
-        if self._checkpoint.exists():
-            state = torch.load(self._checkpoint, weights_only=True)
+        if self.checkpoint(part).exists():
+            state = torch.load(self.checkpoint(part), weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.work / "checkpoint.pt"
+    def checkpoint(self, part: str) -> Path:
+        """Where a part's checkpoint is."""
+        return self.work / f"{part}.pt"
+
+    def _finished(self, part: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+        if not self.checkpoint(part).exists():
+            raise FileNotFoundError(f"part 'whole' needs {self.checkpoint(part)}: train part {part!r} first")
+        state = torch.load(self.checkpoint(part), weights_only=True)
+        if state["step"] < sum(phase.steps for phase in CURRICULUM if phase.part == part):
+            raise RuntimeError(f"part {part!r} stopped at step {state['step']}: finish it first")
+        prefix = next(name for name, child in self.model.named_modules() if child is module) + "."
+        return {name.removeprefix(prefix): t for name, t in state["model"].items() if name.startswith(prefix)}
 
     def save(self) -> None:
         """Write the checkpoint; a reader sees the old one or the new one, never half of it."""
-        partial = self._checkpoint.with_suffix(".partial")
+        partial = self.checkpoint(self.part).with_suffix(".partial")
         torch.save(
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
             },
             partial,
         )
-        os.replace(partial, self._checkpoint)
+        os.replace(partial, self.checkpoint(self.part))
 
     def log(self, **record: Any) -> None:
         """Append a record to the training log."""
+        clock = {"seconds": round(self.seconds), "cpu_seconds": round(self.cpu_seconds)}
         with (self.work / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds), **record}) + "\n")
+            file.write(json.dumps({"part": self.part, "step": self.step, **clock, **record}) + "\n")
 
     def phase(self) -> tuple[Phase, float] | None:
-        """The phase of the current step and how much of it is done (0 to 1); None at the end of the curriculum."""
+        """The phase of the current step and how much of it is done (0 to 1); None at the end of the part."""
         start = 0
-        for phase in self.curriculum:
+        for phase in self.phases:
             if self.step < start + phase.steps:
                 return phase, (self.step - start) / phase.steps
             start += phase.steps
         return None
 
-    def stream(self, phase: Phase) -> TaskStream:
-        """The training data of a phase."""
-        sizes = {**BATCH_SIZES, "needle": phase.needle_batch}
-        return TaskStream(self.processor, phase.mixture, sizes, phase.turns, self.seed, options=phase.options())
+    def see(self, batch: Batch, classes: torch.Tensor, video: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the decoder gets for the visual tokens.
 
-    def losses(self, phase: Phase, step: int) -> tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Group, loss on the answers, loss on the visual tokens, and accuracy of the latter's non-blank ones."""
-        stream = self.stream(phase)
-        samples = stream.samples(step)
+        Args:
+            classes: what each visual token shows, `(N,)` index into `CLASSES`.
+
+        Returns:
+            features `(N, D)`, the loss on them, and how many of the non-blank ones were recognised.
+        """
+        ideal = self.embedding[self.class_tokens[classes]]
+        if self.part == "mind":
+            noise = MIND_NOISE * EMBEDDING_STD * torch.randn(ideal.shape)
+            return ideal + noise, torch.zeros(()), torch.ones(())
+        core = self.model.model
+        pixels = batch["pixel_values_videos" if video else "pixel_values"]
+        grid = batch["video_grid_thw" if video else "image_grid_thw"]
+        features = torch.cat(
+            list((core.get_video_features if video else core.get_image_features)(pixels, grid).pooler_output)
+        )
+        scale = EMBEDDING_STD**2 * features.shape[-1] ** 0.5
+        logits = features @ self.embedding[self.class_tokens].T / scale
+        loss = torch.nn.functional.cross_entropy(logits, classes, weight=self.class_weights)
+        # Classification alone would leave the length of the features, and their other directions, to chance.
+        loss = loss + torch.nn.functional.mse_loss(features, ideal.detach()) / EMBEDDING_STD**2
+        return features, loss, (logits.argmax(-1) == classes)[classes > 0].float().mean()
+
+    def train_step(self, phase: Phase) -> dict[str, float]:
+        """One optimiser step; returns what the log is to say about it."""
+        stream = phase.stream(self.processor, self.seed)
+        group, samples = stream.group(self.step), stream.samples(self.step)
         batch = self.processor(samples)
         # Padding is on the right: with causal attention, leaving the mask out changes no supervised position.
         del batch["attention_mask"]
-        core, video = self.model.model, samples[0].is_video
-        pixels = batch.pop("pixel_values_videos" if video else "pixel_values")
-        grid = batch["video_grid_thw" if video else "image_grid_thw"]
-        look = phase.vision_every > 0 and step % phase.vision_every == 0
-        with torch.set_grad_enabled(look):
-            seen = (core.get_video_features if video else core.get_image_features)(pixels, grid)
         classes = torch.cat([torch.from_numpy(sample.cells).flatten() for sample in samples])
-        embedding = core.language_model.embed_tokens.weight[self.class_tokens]
-        logits = torch.cat(list(seen.pooler_output)) @ (embedding if look else embedding.detach()).T
-        vision = torch.nn.functional.cross_entropy(logits, classes, weight=self.class_weights)
-        shown = classes > 0
-        recognised = (logits.argmax(-1) == classes)[shown].float().mean()
-        answers = torch.zeros(())
-        if phase.answer_loss:
-            answers = self.model(**batch, mm_encoder_outputs={"video" if video else "image": seen}).loss
-        return stream.group(step), answers, vision, recognised
-
-    def probe(self, phase: Phase) -> None:
-        """Log exact match on a few held-out samples. Nothing is chosen by it, and the final test uses other samples."""
-        probes = [evaluate(self.model, self.tokenizer, g, 64, seed=1, **phase.options().get(g, {})) for g in GROUPS]
-        self.log(
-            phase=phase.name,
-            exact={probe.group: round(probe.accuracy, 3) for probe in probes},
-            right_and_asked={f"{p.group} {kind}": counts for p in probes for kind, counts in p.by_question.items()},
-        )
+        video = samples[0].is_video
+        features, loss, recognised = self.see(batch, classes, video)
+        record = {"seeing": loss.item(), "recognised": recognised.item()}
+        if self.part != "eyes":
+            batch.pop("pixel_values_videos" if video else "pixel_values")
+            outputs = {"video" if video else "image": BaseModelOutputWithPooling(pooler_output=[features])}
+            output = self.model(**batch, mm_encoder_outputs=outputs)
+            labels = batch["labels"][:, 1:]
+            right = (output.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORE)
+            record |= {group: output.loss.item(), f"{group} right": right.all(1).float().mean().item()}
+            loss = output.loss + VISION_WEIGHT * loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return record
 
     def run(self) -> None:
-        """Train to the end of the curriculum."""
+        """Train to the end of the part."""
         running: dict[str, list[float]] = {}
         while (at := self.phase()) is not None:
             phase, done = at
-            began = time.perf_counter()
+            clock, cpu = time.perf_counter(), time.process_time()
             rate = phase.lr[1] + (phase.lr[0] - phase.lr[1]) * 0.5 * (1 + math.cos(math.pi * done))
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = rate * min(1.0, (self.step + 1) / 100)
-            group, answers, vision, recognised = self.losses(phase, self.step)
-            self.optimizer.zero_grad()
-            (phase.answer_loss * answers + phase.vision_loss * vision).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            running.setdefault(group, []).append(answers.item())
-            running.setdefault("vision", []).append(vision.item())
-            running.setdefault("recognised", []).append(recognised.item())
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (self.step + 1) / 50)
+            for name, value in self.train_step(phase).items():
+                running.setdefault(name, []).append(value)
             self.step += 1
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - clock
+            self.cpu_seconds += time.process_time() - cpu
             if self.step % LOG_EVERY == 0:
-                means = {name: round(sum(values) / len(values), 4) for name, values in sorted(running.items())}
-                self.log(phase=phase.name, lr=round(rate, 6), **means)
+                self.log(lr=round(rate, 6), **{k: round(sum(v) / len(v), 4) for k, v in sorted(running.items())})
                 running.clear()
-            if self.step % PROBE_EVERY == 0 and phase.answer_loss:
-                self.probe(phase)
             if self.step % CHECKPOINT_EVERY == 0:
                 self.save()
         self.save()
 
 
 @app.command()
-def train(work: Path = Path("runs/teacher"), seed: int = 0, threads: int = 1) -> None:
-    """Train, or go on training, with checkpoints and log in WORK."""
-    torch.set_num_threads(threads)
-    Trainer(work, seed).run()
+def train(
+    work: Path = Path("runs/teacher"), part: Annotated[list[str] | None, typer.Option()] = None, seed: int = 0
+) -> None:
+    """Train, or go on training, with checkpoints and log in WORK. `eyes` and `mind` may run at the same time."""
+    torch.set_num_threads(1)
+    for name in part or PARTS:
+        Trainer(work, name, seed).run()
 
 
 @app.command()
@@ -258,7 +289,7 @@ def export(
 ) -> None:
     """Write the teacher of WORK's checkpoint to OUT and evaluate what was written, N samples of each group."""
     torch.set_num_threads(1)
-    trainer = Trainer(work, seed)
+    trainer = Trainer(work, "whole", seed)
     # Half precision halves the file; the config asks for float32, so that is what a reader computes in.
     trainer.model.half().save_pretrained(out)
     settings = json.loads((out / "config.json").read_text())

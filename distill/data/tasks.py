@@ -232,7 +232,7 @@ def generate(
         split: `"train"`; `"test"`, words and digit images never seen in training; or `"test_font"`, the same in a
             font family never seen in training.
         turns: the most questions to ask about one image or video; evaluation asks one.
-        options: passed to the generator: `sizes`, (rows, columns) of pages; `frames`, (least, most) of a needle's video.
+        options: passed to the generator: `sizes`, (rows, columns) of pages; `frames`, (least, most) of a needle.
     """
     if group not in GROUPS:
         raise ValueError(f"group must be one of {tuple(GROUPS)}, got {group!r}")
