@@ -1,0 +1,163 @@
+"""Checkpoints that survive a kill at any instant: written aside, flushed, renamed, verified when read."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{9})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or is not whole."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file; a reader sees the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _flush(path.parent)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of every random generator a training step may use."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@dataclass
+class CheckpointStore:
+    """The checkpoints of one stage: folders `step-000000200`, the newest `keep` of them.
+
+    A folder has its final name only when every byte of it has reached the disk, and its manifest holds the size and
+    the hash of every file. What is not whole is passed over when reading.
+    """
+
+    folder: Path
+    keep: int = 2
+
+    def steps(self) -> list[int]:
+        """The steps that have a folder, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(child.name) for child in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, step: int, files: dict[str, Any]) -> Path:
+        """Write a checkpoint and delete those that are too old.
+
+        Args:
+            step: number of finished steps.
+            files: file name -> anything `torch.save` takes.
+
+        Raises:
+            CheckpointError: the disk is full or failing; earlier checkpoints are untouched.
+        """
+        target = self.folder / f"step-{step:09d}"
+        if target.exists() and self.check(step) is None:
+            # A folder cannot be replaced in one instant, and the same step of the same run has the same content.
+            return target
+        partial = self.folder / f".partial-{step:09d}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(".partial-*"):
+                shutil.rmtree(stale)
+            partial.mkdir()
+            manifest = {}
+            for name, content in files.items():
+                path = partial / name
+                torch.save(content, path)
+                _flush(path)
+                manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            write_atomically(partial / _MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+            _flush(partial)
+            if target.exists():
+                shutil.rmtree(target)
+            os.rename(partial, target)
+            _flush(self.folder)
+        except (OSError, RuntimeError) as error:
+            # torch.save reports a failed write as a RuntimeError.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(partial, ignore_errors=True)
+            last = self.steps()
+            kept = f"the last good one is at step {last[-1]}" if last else "there is none before it"
+            raise CheckpointError(f"the checkpoint at step {step} could not be written ({error}); {kept}") from error
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.folder / f"step-{old:09d}", ignore_errors=True)
+        return target
+
+    def check(self, step: int) -> str | None:
+        """Why the checkpoint at `step` cannot be used; None when it is whole."""
+        folder = self.folder / f"step-{step:09d}"
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            for name, facts in manifest["files"].items():
+                path = folder / name
+                if path.stat().st_size != facts["bytes"]:
+                    return f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}"
+                if sha256(path) != facts["sha256"]:
+                    return f"{path} does not match its hash"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{folder} is not whole: {error}"
+        return None
+
+    def load(self) -> tuple[int, dict[str, Any], list[str]]:
+        """The newest checkpoint that is whole.
+
+        Returns:
+            step (0 when there is none), file name -> content, and a line for each newer one that had to be passed over.
+        """
+        passed_over = []
+        for step in reversed(self.steps()):
+            if problem := self.check(step):
+                passed_over.append(problem)
+                continue
+            folder = self.folder / f"step-{step:09d}"
+            names = json.loads((folder / _MANIFEST).read_text())["files"]
+            return step, {n: torch.load(folder / n, map_location="cpu", weights_only=False) for n in names}, passed_over
+        return 0, {}, passed_over
+
+    def clear(self) -> None:
+        """Delete all checkpoints; called when the stage is finished and its result is on disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)

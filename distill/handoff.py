@@ -1,0 +1,96 @@
+"""What one stage leaves for the next, and why a stage refuses to start from something else."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.checkpoint import sha256, write_atomically
+from distill.config import Config
+
+_WEIGHTS, _MANIFEST = "weights.safetensors", "manifest.json"
+
+
+class HandoffError(RuntimeError):
+    """The stage before is missing, unfinished, or belongs to another teacher, student or configuration."""
+
+
+def stage_folder(run: Path, number: int) -> Path:
+    """Where stage `number` (0: the calibrated student before stage 1) keeps its files."""
+    return run / f"stage{number}"
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise HandoffError(f"{folder / _MANIFEST} is damaged: {error}") from error
+
+
+def save_result(run: Path, number: int, state: dict[str, Tensor], teacher: str, config: Config, **facts: Any) -> None:
+    """Write a finished stage: the weights first, then the manifest that declares them whole."""
+    folder = stage_folder(run, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{_WEIGHTS}.partial"
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(folder / _WEIGHTS)
+    manifest = {
+        "stage": number,
+        "finished": True,
+        "teacher": {"path": config.teacher.path, "sha256": teacher},
+        "student": config.student,
+        "config": config.fingerprint(number) if number else config.fingerprint(1),
+        "weights": {"file": _WEIGHTS, "sha256": sha256(folder / _WEIGHTS)},
+        **facts,
+    }
+    write_atomically(folder / _MANIFEST, json.dumps(manifest, indent=1))
+
+
+def is_finished(run: Path, number: int) -> bool:
+    """Whether stage `number` of a run has its result on disk."""
+    manifest = _read(stage_folder(run, number))
+    return bool(manifest and manifest.get("finished"))
+
+
+def load_result(
+    run: Path, number: int, teacher: str, config: Config, *, same_config: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the manifest of a finished stage.
+
+    Args:
+        same_config: also refuse a result whose own settings were not those of `config`.
+
+    Raises:
+        HandoffError: it is missing, unfinished or damaged, or of another teacher, student or configuration.
+    """
+    folder = stage_folder(run, number)
+    manifest = _read(folder)
+    command = f"run `linmu distill CONFIG --stage {max(number, 1)}` first"
+    if manifest is None:
+        why = "is not finished" if (folder / "checkpoints").exists() else "is missing"
+        raise HandoffError(f"stage {number} {why} in {run}; {command}")
+    if not manifest.get("finished"):
+        raise HandoffError(f"stage {number} is not finished in {run}; {command}")
+    theirs = manifest["teacher"]
+    if theirs["sha256"] != teacher:
+        raise HandoffError(
+            f"stage {number} in {run} was distilled from another teacher: {theirs['path']} ({theirs['sha256'][:12]}), "
+            f"not {config.teacher.path} ({teacher[:12]})"
+        )
+    if manifest["student"] != json.loads(json.dumps(config.student)):
+        raise HandoffError(f"stage {number} in {run} has a student with other options: {manifest['student']}")
+    if same_config and manifest["config"] != config.fingerprint(max(number, 1)):
+        raise HandoffError(
+            f"stage {number} in {run} was run with another configuration; restore it, or choose another name"
+        )
+    path = folder / manifest["weights"]["file"]
+    if not path.exists() or sha256(path) != manifest["weights"]["sha256"]:
+        raise HandoffError(f"{path} is damaged: it does not match its hash; {command}")
+    return load_file(path), manifest

@@ -1,0 +1,160 @@
+"""The four losses of the paper (Eq. 6-9), as means over tokens in nats.
+
+A mean is over the tokens that count, never over padding or the batch. Where a step is split over micro-batches or
+processes, the caller passes how many tokens the whole step has, so that the parts add up to one mean.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -100
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The positions whose next token is supervised, row by row."""
+
+    rows: Tensor
+    """(n,) int64, batch row."""
+    positions: Tensor
+    """(n,) int64: the position that predicts; the predicted token is one further on."""
+    targets: Tensor
+    """(n,) int64: the token to predict."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def select(self, states: Tensor) -> Tensor:
+        """The kept rows of `(B, L, D)` hidden states, `(n, D)`."""
+        return states[self.rows, self.positions]
+
+
+def kept_positions(labels: Tensor) -> Kept:
+    """Where a model is asked for an answer token.
+
+    Args:
+        labels: (B, L) int64; `labels[b, t]` is the token at t where it is supervised, -100 elsewhere. A label at t is
+            predicted at t - 1; a label at 0 is predicted by nothing and is left out.
+    """
+    shifted = labels[:, 1:]
+    rows, positions = (shifted != IGNORE).nonzero(as_tuple=True)
+    return Kept(rows, positions, shifted[rows, positions])
+
+
+def hidden_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    mask: Tensor,
+    *,
+    scales: Sequence[float] | None = None,
+    num_tokens: int | None = None,
+) -> Tensor:
+    """L_hid, Eq. 6: the mean over layers and tokens of the squared distance of a mixer's output to the attention's.
+
+        1/A sum_l 1/N sum_t || student[l][t] - teacher[l][t] ||^2 / scales[l]
+
+    Args:
+        student: A tensors (B, L, D): the M-MATE outputs, before the residual addition.
+        teacher: A tensors (B, L, D): the teacher's attention outputs at the same layers.
+        mask: (B, L) bool; False at padding.
+        scales: a number > 0 for each layer; the mean of ||teacher||^2 makes each term a relative error. None: all 1.
+        num_tokens: N; the number of True in `mask` when None.
+    """
+    if len(student) != len(teacher) or not student:
+        raise ValueError(f"hidden_loss: student must have the teacher's {len(teacher)} layers, got {len(student)}")
+    count = int(mask.sum()) if num_tokens is None else num_tokens
+    total = torch.zeros((), dtype=torch.float32, device=mask.device)
+    for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+        if ours.shape != theirs.shape or ours.shape[:2] != mask.shape:
+            raise ValueError(
+                f"hidden_loss: layer {layer} must be {tuple(theirs.shape)} under a mask {tuple(theirs.shape[:2])}, "
+                f"got {tuple(ours.shape)} and {tuple(mask.shape)}"
+            )
+        error = (ours.float() - theirs.float()).square().sum(-1)
+        # where, not a product: padding may hold anything, NaN included.
+        error = torch.where(mask, error, error.new_zeros(())).sum()
+        total = total + (error if scales is None else error / scales[layer])
+    return total / (len(student) * max(count, 1))
+
+
+@dataclass(frozen=True)
+class AnswerLosses:
+    """Means over answer tokens, in nats."""
+
+    token: Tensor
+    """L_tok, Eq. 7."""
+    sequence: Tensor
+    """L_seq, Eq. 8."""
+    supervised: Tensor
+    """L_sup, Eq. 9."""
+
+
+def answer_losses(
+    student_states: Tensor,
+    student_head: Head,
+    targets: Tensor,
+    *,
+    teacher_states: Tensor | None = None,
+    teacher_head: Head | None = None,
+    temperature: float = 1.0,
+    in_sequence: Tensor | None = None,
+    in_supervised: Tensor | None = None,
+    num_token: int | None = None,
+    num_sequence: int | None = None,
+    num_supervised: int | None = None,
+    chunk_size: int = 1024,
+) -> AnswerLosses:
+    """L_tok, L_seq and L_sup (Eq. 7-9) at the kept positions, with never more than `chunk_size` rows of logits alive.
+
+        L_tok = tau^2 / T sum_t KL(softmax(teacher / tau) || softmax(student / tau))
+        L_seq = -1 / T sum_t log softmax(student)[targets[t]]        over the positions of the teacher's own answers
+        L_sup = the same                                             over the positions of the true answers
+
+    Args:
+        student_states: (n, D): hidden states before the language head at the kept positions.
+        student_head: maps (c, D) to logits (c, V).
+        targets: (n,) int64.
+        teacher_states: (m, D'), m <= n: the teacher's at the first m positions; L_tok is over these. None: L_tok is 0.
+        teacher_head: the teacher's language head.
+        temperature: tau > 0, for L_tok only.
+        in_sequence, in_supervised: (n,) bool: the positions that L_seq and L_sup are over. None: no position.
+        num_token, num_sequence, num_supervised: the three T; counted here when None.
+        chunk_size: logits of so many positions are held at a time, in the forward and in the backward pass.
+    """
+    num_distilled = 0 if teacher_states is None else len(teacher_states)
+    if num_distilled > len(targets):
+        raise ValueError(f"answer_losses: teacher_states must have at most {len(targets)} rows, got {num_distilled}")
+    none = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
+    in_sequence = none if in_sequence is None else in_sequence
+    in_supervised = none if in_supervised is None else in_supervised
+
+    def sums(ours: Tensor, theirs: Tensor | None, target: Tensor, sequence: Tensor, supervised: Tensor) -> Tensor:
+        logits = student_head(ours).float()
+        kl = logits.new_zeros(())
+        if theirs is not None and len(theirs):
+            with torch.no_grad():
+                reference = functional.log_softmax(teacher_head(theirs).float() / temperature, -1)
+            softened = functional.log_softmax(logits[: len(theirs)] / temperature, -1)
+            kl = functional.kl_div(softened, reference, log_target=True, reduction="sum") * temperature**2
+        nll = functional.cross_entropy(logits, target, reduction="none")
+        return torch.stack([kl, nll[sequence].sum(), nll[supervised].sum()])
+
+    total = torch.zeros(3, dtype=torch.float32, device=targets.device)
+    for start in range(0, len(targets), chunk_size):
+        part = slice(start, start + chunk_size)
+        theirs = None if teacher_states is None else teacher_states[start : min(start + chunk_size, num_distilled)]
+        inputs = (student_states[part], theirs, targets[part], in_sequence[part], in_supervised[part])
+        total = total + checkpoint(sums, *inputs, use_reentrant=False)
+    counts = [
+        num_distilled if num_token is None else num_token,
+        int(in_sequence.sum()) if num_sequence is None else num_sequence,
+        int(in_supervised.sum()) if num_supervised is None else num_supervised,
+    ]
+    return AnswerLosses(*(value / max(count, 1) for value, count in zip(total, counts, strict=True)))

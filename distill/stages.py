@@ -1,0 +1,34 @@
+"""The three stages of distillation, as one table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LOSSES = ("hidden", "token", "sequence", "supervised")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table. What is not trainable is frozen."""
+
+    number: int
+    title: str
+    trainable: tuple[str, ...]
+    """Kinds of parameters: `flex` (Flex-MA, the block's norm), `swin` (Local-Swin, the branch weights), `lora`."""
+    local_swin: bool
+    """Whether the window branch takes part in the forward pass."""
+    losses: Mapping[str, float]
+    """Weight of each loss that is used: `hidden` (Eq. 6), `token` (7), `sequence` (8), `supervised` (9)."""
+    learning_rate: float
+    steps: int
+
+
+_IMITATE = {"hidden": 0.5, "token": 0.5}
+_ANSWER = {"token": 0.5, "sequence": 0.5, "supervised": 0.5}
+
+# fmt: off
+STAGES = (
+    Stage(1, "Flex-MA",               ("flex",),                False, _IMITATE, 5e-4, 10_000),
+    Stage(2, "Flex-MA + Local-Swin",  ("flex", "swin"),         True,  _IMITATE, 5e-4, 15_000),
+    Stage(3, "M-MATE + LoRA on FFNs", ("flex", "swin", "lora"), True,  _ANSWER,  2e-5, 25_000),
+)
+# fmt: on

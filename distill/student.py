@@ -1,0 +1,130 @@
+"""The student: which of its parameters are which, how its branches are switched, and what LoRA adds."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.config import LoraConfig
+from distill.stages import Stage
+from distill.teacher import Batch, attention_modules, record_outputs
+
+# Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
+_SWIN = re.compile(r"(swin|mix)\b")
+
+
+def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, nn.Module]:
+    """Decoder layer -> the block that took the place of its attention; layers that kept attention are not in it."""
+    pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
+    return {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "flex") and not hasattr(theirs, "flex")}
+
+
+def set_local_swin(blocks: Iterable[nn.Module], on: bool) -> None:
+    """Switch the window branch of M-MATE blocks on (where they have one) or off; off, a block gives Norm(y_flex)."""
+    for block in blocks:
+        block.swin_enabled = on and block.swin is not None
+
+
+def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module], stage: Stage,
+                         freeze: Sequence[str] = ()) -> dict[str, nn.Parameter]:  # fmt: skip
+    """Name -> parameter that a stage trains.
+
+    Raises:
+        ValueError: a pattern in `freeze` matches no parameter of the stage.
+    """
+    kinds: dict[int, str] = {}
+    for block in blocks.values():
+        for name, parameter in block.named_parameters():
+            kinds[id(parameter)] = "swin" if _SWIN.match(name) else "flex"
+    chosen = {}
+    for name, parameter in student.named_parameters():
+        kind = "lora" if ".lora_" in name else kinds.get(id(parameter))
+        if kind in stage.trainable:
+            chosen[name] = parameter
+    for pattern in freeze:
+        hit = [name for name in chosen if re.search(pattern, name)]
+        if not hit:
+            raise ValueError(f"stage{stage.number}.freeze: {pattern!r} matches no trainable parameter")
+        for name in hit:
+            del chosen[name]
+    return chosen
+
+
+def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
+    """Put low-rank updates on the decoder's FFNs, in place; returns peft's handle for `merge_lora`.
+
+    Raises:
+        ValueError: `config.target` matches nothing in the decoder.
+    """
+    from peft import LoraConfig as PeftConfig
+    from peft.tuners.lora import LoraModel
+
+    decoder = student.get_decoder()
+    prefix = next(name for name, module in student.named_modules() if module is decoder)
+    targets = [
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(config.target, name)
+    ]
+    if not targets:
+        raise ValueError(f"lora.target: {config.target!r} matches no linear layer of the decoder")
+    # A list of full names would be matched by suffix, and a vision tower has layers of the same names.
+    pattern = "|".join(re.escape(name) for name in targets)
+    torch.manual_seed(seed)
+    return LoraModel(
+        student, PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"({pattern})"), "default"
+    )
+
+
+@torch.no_grad()
+def merge_lora(handle: Any) -> PreTrainedModel:
+    """Fold the updates into weights of the student's own and remove peft's modules."""
+    for module in handle.model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Linear):
+            # The base weight may be the teacher's too; it must stay as it is.
+            base.weight = nn.Parameter(base.weight.clone(), requires_grad=False)
+    return handle.merge_and_unload()
+
+
+def own_state(student: PreTrainedModel, blocks: dict[int, nn.Module]) -> dict[str, Tensor]:
+    """What the student has and its teacher has not: the M-MATE blocks, and LoRA where it is on."""
+    own = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
+    return {
+        name: tensor.detach()
+        for name, tensor in [*student.named_parameters(), *student.named_buffers()]
+        if id(tensor) in own or ".lora_" in name
+    }
+
+
+@torch.no_grad()
+def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Put back what `own_state` gave; LoRA in the state of a later stage is not expected in an earlier one.
+
+    Raises:
+        ValueError: a tensor of the state is not in the student, or has another shape.
+    """
+    ours = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    for name, tensor in state.items():
+        if name not in ours or ours[name].shape != tensor.shape:
+            got = "nothing" if name not in ours else str(tuple(ours[name].shape))
+            raise ValueError(f"the saved stage has {name} of {tuple(tensor.shape)}, this student has {got}")
+        ours[name].copy_(tensor)
+
+
+@torch.no_grad()
+def mean_squares(teacher: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch]) -> list[float]:
+    """For each layer, the mean over tokens of ||attention output||^2."""
+    sums, count = torch.zeros(len(layers), dtype=torch.float64), 0
+    modules = attention_modules(teacher)
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with record_outputs([modules[i] for i in layers]) as outputs:
+            teacher.model(**inputs, use_cache=False)
+        mask = batch["attention_mask"].bool()
+        sums += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
+        count += int(mask.sum())
+    return (sums / count).tolist()

@@ -1,0 +1,244 @@
+"""The frozen teacher: its weights, its attention outputs, and its own answers."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from distill.losses import IGNORE, Head, Kept
+
+Batch = dict[str, Tensor]
+
+
+class Source(Protocol):
+    """Training data with random access: batch `step` is a function of `step` alone.
+
+    A sample is a dataclass with `turns`, a tuple of (question, answer). `processor(samples)` makes what the model
+    takes, padded on the right, and `labels` (-100 outside the answers; each answer ends with the end-of-sequence token).
+    """
+
+    processor: Callable[[Sequence[Any]], Batch]
+
+    def samples(self, step: int) -> list[Any]:
+        """The samples of batch `step`."""
+        ...
+
+
+def load_teacher(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """A frozen model in evaluation mode, and its tokenizer."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    visual = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = (AutoModelForImageTextToText if visual else AutoModelForCausalLM).from_pretrained(
+        path, dtype=getattr(torch, dtype)
+    )
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, types and bytes of all parameters and buffers that are saved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention (or M-MATE) module of each decoder layer, in order."""
+    return [layer.self_attn for layer in model.get_decoder().layers]
+
+
+@contextlib.contextmanager
+def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
+    """Collect what each module returns, `(B, L, D)`, while the context is open.
+
+    An attention module returns (output, weights), a mixer may return the output alone. Recomputation in the backward
+    pass happens outside the context and is not recorded.
+    """
+    outputs: list[Tensor | None] = [None] * len(modules)
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            outputs[index] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    # The decoder passes hidden_states by keyword; a hook without kwargs sees no inputs.
+    handles = [m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def share_vision_features(*models: PreTrainedModel) -> None:
+    """Let models with the same frozen vision tower encode a batch's pixels once between them."""
+    last: dict[str, tuple[Tensor, Any]] = {}
+
+    def share(core: nn.Module, name: str) -> None:
+        original = getattr(core, name)
+
+        def features(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if name not in last or last[name][0] is not pixels:
+                with torch.no_grad():
+                    last[name] = (pixels, original(pixels, *args, **kwargs))
+            return last[name][1]
+
+        setattr(core, name, features)
+
+    for model in models:
+        for name in ("get_image_features", "get_video_features"):
+            if hasattr(model.model, name):
+                share(model.model, name)
+
+
+@torch.no_grad()
+def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_size: int) -> Tensor:
+    """`(rows,)` bool: rows at which greedy decoding would give the labels, token by token.
+
+    Args:
+        states: (n, D): the model's hidden states at the kept positions, seen while the labels were its input.
+    """
+    right = torch.ones(rows, dtype=torch.bool, device=states.device)
+    for start in range(0, len(kept), chunk_size):
+        part = slice(start, start + chunk_size)
+        wrong = head(states[part]).argmax(-1) != kept.targets[part]
+        right[kept.rows[part][wrong]] = False
+    return right
+
+
+class AnswerCache:
+    """The teacher's answers on disk, by content: teacher, pictures and questions decide, not where a sample stood."""
+
+    def __init__(self, path: Path, teacher: str) -> None:
+        """Open, or make, the file; `teacher` is the teacher's fingerprint."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._teacher = teacher
+        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answers TEXT NOT NULL)")
+
+    def key(self, sample: Any, max_new_tokens: int) -> str:
+        """What identifies a sample to a teacher."""
+        digest = hashlib.sha256(f"{self._teacher} {max_new_tokens}".encode())
+        for field in dataclasses.fields(sample):
+            value = getattr(sample, field.name)
+            if field.name == "turns":
+                value = [question for question, _ in value]
+            digest.update(field.name.encode())
+            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
+        return digest.hexdigest()
+
+    def get(self, key: str) -> list[str | None] | None:
+        """The answers, one for each turn; None where there is no entry."""
+        row = self._db.execute("SELECT answers FROM answers WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, key: str, answers: list[str | None]) -> None:
+        """Add an entry."""
+        self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answers)))
+
+    def __len__(self) -> int:
+        return int(self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+
+
+def prompts(batch: Batch, pad_token_id: int) -> Batch:
+    """Cut each row of a batch before its last answer and pad it on the left, for generation."""
+    labels, mask = batch["labels"], batch["attention_mask"]
+    lengths = []
+    for row in (labels != IGNORE).tolist():
+        end = len(row) - 1 - row[::-1].index(True)
+        while end > 0 and row[end - 1]:
+            end -= 1
+        lengths.append(end)
+    longest = max(lengths)
+    out = {name: value for name, value in batch.items() if name != "labels"}
+    for name, value in batch.items():
+        if name != "labels" and value.shape == labels.shape:
+            fill = pad_token_id if name == "input_ids" else 0
+            cut = value.new_full((len(lengths), longest), fill)
+            for i, length in enumerate(lengths):
+                cut[i, longest - length :] = value[i, :length]
+            out[name] = cut
+    if not bool(mask.any(1).all()):
+        raise ValueError("prompts: attention_mask must keep a token in every row")
+    return out
+
+
+@torch.no_grad()
+def own_answers(
+    model: PreTrainedModel, tokenizer: Any, source: Source, samples: list[Any], max_new_tokens: int
+) -> list[list[str | None]]:
+    """y~ = Decode(f_T, x) of Eq. 8: greedy answers to every turn, each with the model's earlier answers before it.
+
+    None where no end-of-sequence token came within `max_new_tokens`, and for the turns after it.
+    """
+    answers: list[list[str | None]] = [[] for _ in samples]
+    for turn in range(max(len(sample.turns) for sample in samples)):
+        asked = [i for i, s in enumerate(samples) if turn < len(s.turns) and None not in answers[i]]
+        if not asked:
+            break
+        so_far = [
+            dataclasses.replace(
+                samples[i],
+                turns=tuple(
+                    (question, said) for (question, _), said in zip(samples[i].turns, [*answers[i], ""], strict=False)
+                ),
+            )
+            for i in asked
+        ]
+        batch = prompts(source.processor(so_far), tokenizer.pad_token_id)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        start = batch["input_ids"].shape[1]
+        out = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        for i, row in zip(asked, out[:, start:].tolist(), strict=True):
+            ended = tokenizer.eos_token_id in row
+            said = row[: row.index(tokenizer.eos_token_id)] if ended else []
+            answers[i].append(tokenizer.decode(said, skip_special_tokens=True) if ended else None)
+    return [given + [None] * (len(s.turns) - len(given)) for given, s in zip(answers, samples, strict=True)]
+
+
+@dataclasses.dataclass
+class Transcripts:
+    """The teacher's transcripts of samples, from the cache or decoded now."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    source: Source
+    cache: AnswerCache
+    max_new_tokens: int
+    unfinished: int = 0
+    """Samples whose answer did not end in time; they are left out of L_seq."""
+
+    def __call__(self, samples: list[Any]) -> list[Any]:
+        """Samples with the teacher's answers in place of the true ones, those with an unfinished answer left out."""
+        keys = [self.cache.key(sample, self.max_new_tokens) for sample in samples]
+        known = [self.cache.get(key) for key in keys]
+        if missing := [i for i, answers in enumerate(known) if answers is None]:
+            wanted = [samples[i] for i in missing]
+            decoded = own_answers(self.model, self.tokenizer, self.source, wanted, self.max_new_tokens)
+            for i, answers in zip(missing, decoded, strict=True):
+                known[i] = answers
+                self.cache.put(keys[i], answers)
+        out = []
+        for sample, answers in zip(samples, known, strict=True):
+            if None in answers:
+                self.unfinished += 1
+                continue
+            turns = tuple((question, said) for (question, _), said in zip(sample.turns, answers, strict=True))
+            out.append(dataclasses.replace(sample, turns=turns))
+        return out

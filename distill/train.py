@@ -1,0 +1,451 @@
+"""The training loop of one stage."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distill.checkpoint import CheckpointStore, random_states, set_random_states
+from distill.config import Config
+from distill.losses import answer_losses, hidden_loss, kept_positions
+from distill.progress import Progress, peak_memory
+from distill.stages import Stage
+from distill.teacher import Batch, Source, Transcripts, attention_modules, predicts_targets, record_outputs
+
+# A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
+ZERO_GRADIENT_STEPS = 10
+
+
+class TrainingError(RuntimeError):
+    """Training stopped because its result would be worth nothing; the last good checkpoint is untouched."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C or a termination signal arrived; everything is saved."""
+
+
+@dataclass
+class Teacher:
+    """What a stage needs of the frozen model."""
+
+    model: PreTrainedModel
+    layers: Sequence[int]
+    """The decoder layers whose attention the student has replaced."""
+    scales: Sequence[float] | None = None
+    """Mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, hidden: bool) -> tuple[Tensor, list[Tensor]]:
+        """Final hidden states `(B, L, D)`, and the attention outputs at `layers` when they are asked for."""
+        modules = attention_modules(self.model)
+        with record_outputs([modules[i] for i in self.layers] if hidden else []) as outputs:
+            states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
+        return states, outputs
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """The part of a batch that a model's forward pass takes."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+@dataclass
+class Part:
+    """A micro-batch with all that its losses need. Rows after `num_rows` hold the teacher's own answers (L_seq)."""
+
+    batch: Batch
+    num_rows: int
+    states: Tensor
+    """(n, D): the teacher's hidden states at the kept positions of the first `num_rows` rows."""
+    hidden: list[Tensor]
+    same: Tensor
+    """(num_rows,) bool: rows whose true answers are the teacher's own answers too."""
+    counts: dict[str, int]
+    """Tokens of this micro-batch in the mean of each loss."""
+
+
+class Objective(nn.Module):
+    """The student and the losses in one forward pass, so that DDP and FSDP see one module and one loss."""
+
+    def __init__(self, student: PreTrainedModel, teacher: Teacher, stage: Stage, config: Config) -> None:
+        """`teacher` is kept out of the module tree: it is frozen and wrapped by nobody."""
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)
+        self.stage, self.options = stage, config.losses
+
+    def forward(self, part: Part, counts: dict[str, int]) -> dict[str, Tensor]:
+        """This micro-batch's share of each loss's mean; `counts` are the tokens of the whole step."""
+        (teacher,) = self._teacher
+        hidden = "hidden" in self.stage.losses
+        modules = attention_modules(self.student)
+        with record_outputs([modules[i] for i in teacher.layers] if hidden else []) as outputs:
+            states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
+        losses = {}
+        if hidden:
+            mask = part.batch["attention_mask"][: part.num_rows].bool()
+            losses["hidden"] = hidden_loss(
+                [output[: part.num_rows, : mask.shape[1]] for output in outputs],
+                part.hidden,
+                mask,
+                scales=teacher.scales,
+                num_tokens=counts["hidden"],
+            )
+        kept = kept_positions(part.batch["labels"])
+        true_rows = kept.rows < part.num_rows
+        own = torch.cat([part.same, part.same.new_ones(len(part.batch["labels"]) - part.num_rows)])
+        answers = answer_losses(
+            kept.select(states),
+            self.student.lm_head,
+            kept.targets,
+            teacher_states=part.states,
+            teacher_head=teacher.model.lm_head,
+            temperature=self.options.temperature,
+            in_sequence=own[kept.rows],
+            in_supervised=true_rows,
+            num_token=counts["token"],
+            num_sequence=counts["sequence"],
+            num_supervised=counts["supervised"],
+            chunk_size=self.options.chunk_size,
+        )
+        every = {"token": answers.token, "sequence": answers.sequence, "supervised": answers.supervised}
+        # In stages 1 and 2 the distance to the true answers is shown, not trained on.
+        shown = {**self.stage.losses, "supervised": 0.0}
+        return {**losses, **{name: value for name, value in every.items() if name in shown}}
+
+
+def assemble(source: Source, samples: list[Any], teacher: Teacher, stage: Stage, config: Config,
+             transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
+    """Run the teacher on samples and collect what the losses need."""
+
+    def to_device(batch: Batch) -> Batch:
+        return {name: value.to(device) for name, value in batch.items()}
+
+    batch = to_device(source.processor(samples))
+    rows = len(batch["labels"])
+    states, hidden = teacher(batch, "hidden" in stage.losses)
+    kept = kept_positions(batch["labels"])
+    if not len(kept):
+        raise TrainingError("a batch has no supervised position: every answer in it is empty")
+    states = kept.select(states)
+    same = torch.zeros(rows, dtype=torch.bool, device=device)
+    if "sequence" in stage.losses:
+        # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
+        same = predicts_targets(states, teacher.model.lm_head, kept, rows, config.losses.chunk_size)
+        others = [sample for sample, equal in zip(samples, same.tolist(), strict=True) if not equal]
+        if others and (own := transcripts(others)):
+            batch = to_device(source.processor([*samples, *own]))
+    labels = batch["labels"]
+    all_kept = kept_positions(labels)
+    own_rows = torch.cat([same, same.new_ones(len(labels) - rows)])
+    counts = {
+        "hidden": int(batch["attention_mask"][:rows].sum()),
+        "token": len(kept),
+        "sequence": int(own_rows[all_kept.rows].sum()),
+        "supervised": len(kept),
+        "input": int(batch["attention_mask"].sum()),
+    }
+    return Part(batch, rows, states, hidden, same, counts)
+
+
+def learning_rate(config: Config, stage: Stage, step: int) -> float:
+    """The learning rate of a step counted from 0: linear warm-up, then half a cosine."""
+    optimizer = config.optimizer
+    warmup = math.ceil(optimizer.warmup * stage.steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, stage.steps - warmup)
+    floor = optimizer.final_learning_rate
+    return stage.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def checksums(parameters: dict[str, Tensor]) -> dict[str, int]:
+    """A number for each tensor that changes when any of its bytes does (except by freak coincidence)."""
+    sums = {}
+    for name, tensor in parameters.items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        flat = local.detach().contiguous().flatten()
+        words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+        sums[name] = int(words.sum(dtype=torch.int64)) if words.numel() else 0
+    return sums
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and termination signals instead of dying in the middle of a step; a second Ctrl-C does stop."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # Only the main thread may do this.
+        before = {}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class StageTrainer:
+    """Trains one stage, from its last checkpoint if there is one."""
+
+    config: Config
+    stage: Stage
+    student: PreTrainedModel
+    teacher: Teacher
+    source: Source
+    trainable: dict[str, nn.Parameter]
+    folder: Path
+    accelerator: Accelerator
+    transcripts: Transcripts | None = None
+    on_step: Callable[[int], None] | None = None
+    """Called with the number of finished steps after each; for tests."""
+    store: CheckpointStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.trainable:
+            raise TrainingError(f"stage {self.stage.number} trains nothing: it has no trainable parameter")
+        if not self.stage.losses:
+            raise TrainingError(f"stage {self.stage.number} trains nothing: all its losses have weight 0")
+        trainable = {id(p) for p in self.trainable.values()}
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
+        self.store = CheckpointStore(self.folder / "checkpoints", self.config.checkpoints.keep)
+        self._moved: set[str] = set()
+        self._seconds = 0.0
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON line a step."""
+        return self.folder / "metrics.jsonl"
+
+    def run(self) -> dict[str, float]:
+        """Train to the end of the stage and return the means of the last steps' losses."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        frozen = {n: p for n, p in self.student.named_parameters() if not p.requires_grad}
+        before = checksums(frozen)
+        objective = Objective(self.student, self.teacher, self.stage, self.config)
+        self.student.train()
+        optimizer = torch.optim.AdamW(
+            self._groups(), lr=self.stage.learning_rate, betas=self.config.optimizer.betas, foreach=False
+        )
+        objective, optimizer = self.accelerator.prepare(objective, optimizer)
+        step = self._restore(optimizer)
+        progress = Progress(self.stage, step, self.folder, self.accelerator.is_main_process)
+        recent: list[dict[str, float]] = []
+        with caught_signals() as signals, progress, self._log(step) as log:
+            while step < self.stage.steps:
+                record = self._step(objective, optimizer, step)
+                step += 1
+                recent = [*recent[-49:], record]
+                log(record)
+                progress.update(record)
+                if self.on_step is not None:
+                    self.on_step(step)
+                stop = self._agree(bool(signals))
+                if stop or step % self.config.checkpoints.every == 0 or step == self.stage.steps:
+                    self._check_frozen(frozen, before, step)
+                    self._save(step, optimizer)
+                if stop and step < self.stage.steps:
+                    raise Interrupted(
+                        f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume"
+                    )
+        never = sorted(set(self.trainable) - self._moved)
+        if never and self.stage.steps > 1:  # LoRA's A gets none in the first step.
+            raise TrainingError(f"stage {self.stage.number}: no step gave a gradient to {_list(never)}")
+        self.student.eval()
+        names = [name for name in (*self.stage.losses, "supervised", "loss") if name in recent[-1]] if recent else []
+        return {name: sum(r[name] for r in recent) / len(recent) for name in names}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        # Decays, gates, norms and biases are no weights: pulling them to 0 would shorten the memory.
+        matrices = [p for p in self.trainable.values() if p.ndim >= 2]
+        others = [p for p in self.trainable.values() if p.ndim < 2]
+        decay = self.config.optimizer.weight_decay
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def _step(self, objective: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
+        began = time.perf_counter()
+        accelerator, config = self.accelerator, self.config
+        rate = learning_rate(config, self.stage, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        parts = []
+        for i in range(config.gradient_accumulation):
+            index = (step * config.gradient_accumulation + i) * processes + rank
+            with accelerator.autocast():
+                parts.append(
+                    assemble(self.source, self.source.samples(index), self.teacher, self.stage, config,
+                             self.transcripts, accelerator.device)
+                )  # fmt: skip
+        names = list(parts[0].counts)
+        summed = torch.tensor([sum(p.counts[n] for p in parts) for n in names], device=accelerator.device)
+        counts = dict(zip(names, accelerator.reduce(summed, "sum").tolist(), strict=True))
+        optimizer.zero_grad()
+        totals: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else accelerator.no_sync(objective):
+                with accelerator.autocast():
+                    losses = objective(part, counts)
+                loss = sum(self.stage.losses[name] * losses[name] for name in self.stage.losses)
+                losses["loss"] = loss
+                # Processes are averaged, but each holds a share of one mean.
+                accelerator.backward(loss * processes)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+        values = accelerator.reduce(torch.stack(list(totals.values())), "sum").tolist()
+        record: dict[str, Any] = {"step": step + 1, **dict(zip(totals, values, strict=True)), "learning_rate": rate}
+        self._check_finite(record, totals)
+        self._check_gradients(step)
+        if accelerator.scaler is None:  # With one, an overflow is expected now and then, and skipped.
+            self._check_norm(step)
+        norm = float(accelerator.clip_grad_norm_(list(self.trainable.values()), config.optimizer.clip))
+        optimizer.step()
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        return {
+            **record,
+            "gradient_norm": norm,
+            "tokens": counts["input"],
+            "tokens_per_second": counts["input"] / seconds,
+            "peak_memory_mb": peak_memory() / 2**20,
+            "seconds": self._seconds,
+        }
+
+    def _where(self, step: int, what: str) -> str:
+        steps = self.store.steps()
+        good = f"the last good checkpoint is at step {steps[-1]}" if steps else "there is no checkpoint yet"
+        return f"stage {self.stage.number}, step {step + 1}: {what}; {good}"
+
+    def _check_finite(self, record: dict[str, float], losses: dict[str, Tensor]) -> None:
+        bad = [f"{name} = {record[name]}" for name in losses if not math.isfinite(record[name])]
+        if bad:
+            raise TrainingError(self._where(record["step"] - 1, "the loss is not finite: " + ", ".join(bad)))
+
+    def _check_norm(self, step: int) -> None:
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None]))
+        if not math.isfinite(norm):
+            bad = [n for n, p in self.trainable.items() if not bool(torch.isfinite(p.grad).all())]
+            raise TrainingError(self._where(step, f"the gradient's norm is {norm}; it is not finite in {_list(bad)}"))
+
+    def _check_gradients(self, step: int) -> None:
+        if len(self._moved) == len(self.trainable):
+            return
+        missing = []
+        for name, parameter in self.trainable.items():
+            if parameter.grad is None:
+                missing.append(name)
+            elif name not in self._moved:
+                grad = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+                seen = torch.count_nonzero(grad).to(self.accelerator.device)
+                if int(self.accelerator.reduce(seen, "sum")):
+                    self._moved.add(name)
+        if missing:
+            raise TrainingError(self._where(step, f"trainable, but no gradient reaches {_list(missing)}"))
+        still = sorted(set(self.trainable) - self._moved)
+        if still and step + 1 >= ZERO_GRADIENT_STEPS:
+            raise TrainingError(self._where(step, f"the gradient has been 0 in every step for {_list(still)}"))
+
+    def _check_frozen(self, frozen: dict[str, Tensor], before: dict[str, int], step: int) -> None:
+        after = checksums(frozen)
+        changed = [name for name in before if before[name] != after[name]]
+        if changed:
+            raise TrainingError(self._where(step - 1, f"frozen, but changed: {_list(changed)}"))
+
+    def _agree(self, stop: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return stop
+        return bool(self.accelerator.reduce(torch.tensor(int(stop), device=self.accelerator.device), "sum"))
+
+    def _save(self, step: int, optimizer: Any) -> None:
+        if self.accelerator.is_main_process:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            self.store.save(
+                step,
+                {
+                    "weights.pt": {name: p.detach() for name, p in self.trainable.items()},
+                    "optimizer.pt": inner.state_dict(),
+                    "progress.pt": {
+                        "step": step,
+                        "seconds": self._seconds,
+                        "moved": sorted(self._moved),
+                        "unfinished": 0 if self.transcripts is None else self.transcripts.unfinished,
+                        "fingerprint": self.config.fingerprint(self.stage.number),
+                        "random": random_states(),
+                        "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                    },
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, optimizer: Any) -> int:
+        step, files, passed_over = self.store.load()
+        for line in passed_over:
+            self.accelerator.print(f"passed over: {line}")
+        if not step:
+            return 0
+        progress = files["progress.pt"]
+        if progress["fingerprint"] != self.config.fingerprint(self.stage.number):
+            raise TrainingError(
+                f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
+                "restore the configuration, or choose another name"
+            )
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(files["weights.pt"][name])
+        getattr(optimizer, "optimizer", optimizer).load_state_dict(files["optimizer.pt"])
+        set_random_states(progress["random"])
+        if progress["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self._moved, self._seconds = set(progress["moved"]), progress["seconds"]
+        if self.transcripts is not None:
+            self.transcripts.unfinished = progress["unfinished"]
+        return step
+
+    @contextmanager
+    def _log(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """Append to the metrics, after dropping what was written past the checkpoint that training goes on from."""
+        if not self.accelerator.is_main_process:
+            yield lambda record: None
+            return
+        kept = []
+        if step and self.metrics_path.exists():
+            for line in self.metrics_path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    break
+                if record["step"] > step:
+                    break
+                kept.append(line + "\n")
+        self.metrics_path.write_text("".join(kept))
+        with self.metrics_path.open("a") as file:
+
+            def write(record: dict[str, float]) -> None:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+
+            yield write
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,73 @@
+"""The TOML file: unknown keys are errors, overrides reach the stage table."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.config import ConfigError, load_config, parse_config
+from distill.stages import STAGES
+
+MINIMAL = {"name": "x", "teacher": {"path": "t"}}
+CONFIGS = sorted((Path(__file__).parents[2] / "distill/configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    assert load_config(path).name
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"steps": 3}, "f: steps: unknown key"),
+        ({"stage1": {"stepz": 3}}, "f: stage1.stepz: unknown key"),
+        ({"teacher": {"path": "t", "dtyp": "float32"}}, "f: teacher.dtyp: unknown key"),
+        ({"stage2": {"learning_rate": -1.0}}, "f: stage2.learning_rate: Input should be greater than 0"),
+        ({"stage2": {"losses": {"hiden": 1.0}}}, "f: stage2.losses.hiden"),
+        ({"name": "a/b"}, "f: name: "),
+        ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
+    ],
+)
+def test_mistakes_are_named(change, line):
+    with pytest.raises(ConfigError) as error:
+        parse_config({**MINIMAL, **change}, "f")
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    with pytest.raises(ConfigError, match=r"bad\.toml: "):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_the_table_is_the_papers():
+    rows = [(s.trainable, s.local_swin, dict(s.losses), s.learning_rate) for s in STAGES]
+    half = dict.fromkeys(("hidden", "token"), 0.5)
+    assert rows == [
+        (("flex",), False, half, 5e-4),
+        (("flex", "swin"), True, half, 5e-4),
+        (("flex", "swin", "lora"), True, dict.fromkeys(("token", "sequence", "supervised"), 0.5), 2e-5),
+    ]
+    assert [s.number for s in STAGES] == [1, 2, 3]
+
+
+def test_overrides():
+    config = parse_config(
+        {**MINIMAL, "stage2": {"steps": 7, "learning_rate": 1e-3, "losses": {"token": 1, "hidden": 0}}}
+    )
+    stage = config.stage(2)
+    assert (stage.steps, stage.learning_rate, stage.losses) == (7, 1e-3, {"token": 1.0})
+    assert config.stage(1) == STAGES[0]
+
+
+def test_fingerprints_follow_what_a_stage_depends_on():
+    first = parse_config(MINIMAL)
+    longer = parse_config({**MINIMAL, "stage2": {"steps": 7}})
+    assert first.fingerprint(1) == longer.fingerprint(1)
+    assert first.fingerprint(2) != longer.fingerprint(2)
+    other = parse_config({**MINIMAL, "checkpoints": {"every": 3}, "evaluation": {"samples": 1}, "output": "/x"})
+    assert [first.fingerprint(i) for i in (1, 2, 3)] == [other.fingerprint(i) for i in (1, 2, 3)]
+    assert first.fingerprint(1) != parse_config({**MINIMAL, "student": {"norm": "rms"}}).fingerprint(1)
