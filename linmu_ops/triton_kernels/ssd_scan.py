@@ -22,19 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ssd_scan import ARGUMENTS, DIFFERENTIABLE
+from ._visits import checked_order, segment_ids, token_rows
 
 CHUNK = 64
 STATE_BLOCK = 1024
-
-
-@triton.jit
-def _positions(order_ptr, b, t, length, HAS_ORDER: tl.constexpr):
-    """Token positions visited at t, as int64 rows of a (B L)-row matrix."""
-    if HAS_ORDER:
-        pos = tl.load(order_ptr + b.to(tl.int64) * length + t, mask=t < length, other=0).to(tl.int64)
-    else:
-        pos = t.to(tl.int64)
-    return b.to(tl.int64) * length + pos
 
 
 @triton.jit
@@ -122,7 +113,7 @@ def _chunk_state_kernel(
     else:  # what flows from each input into the carried-out state
         scale = tl.where(valid & (seg == leaving), _exp(total - log), 0.0)
         scale *= tl.load(dt_ptr + row + t, mask=valid, other=0.0)
-    rows = _positions(order_ptr, b, t, length, HAS_ORDER)
+    rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
     x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
     k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
     scaled = (k.to(tl.float32) * scale[:, None]).to(k.dtype)
@@ -173,7 +164,7 @@ def _output_kernel(
     valid = t < length
     row = bh.to(tl.int64) * length
     index = bh * num_chunks + c
-    rows = _positions(order_ptr, b, t, length, HAS_ORDER)
+    rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
     x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
     mix = tl.zeros((Q, Q), tl.float32)
     y = tl.zeros((Q, BLOCK_P), tl.float32)
@@ -230,16 +221,6 @@ class Visits(NamedTuple):
     w: Tensor | None
 
 
-def _segment_ids(index: Tensor | None, order: Tensor | None, reverse: bool) -> Tensor | None:
-    """Number of restarts before each visit, counted from where the scan starts: (B, L) int32."""
-    if index is None:
-        return None
-    visited = index if order is None else index.gather(1, order)
-    changes = F.pad((visited[:, 1:] != visited[:, :-1]).int(), (0, 1) if reverse else (1, 0))
-    count = changes.flip(1).cumsum(1).flip(1) if reverse else changes.cumsum(1)
-    return count.int().contiguous()
-
-
 def _prepare(i: dict[str, Any], order: Tensor | None) -> tuple[Visits | None, Visits | None]:
     """Steps, decays and weights per visit, by differentiable PyTorch."""
 
@@ -275,24 +256,20 @@ class _Launch:
     def __init__(self, inputs: dict[str, Any], chunk_size: int) -> None:
         i = self.inputs = inputs
         if i["x"].dtype == torch.float64:
-            raise NotImplementedError("ssd_scan: the Triton kernels take float32, bfloat16 or float16, got float64")
+            raise NotImplementedError("ssd_scan: the Triton kernels take no float64")
         self.B, self.L, self.H = i["dt"].shape
         self.P, self.N = i["x"].shape[3], i["B"].shape[3]
         self.Q = max(16, min(CHUNK, triton.next_power_of_2(chunk_size or CHUNK)))
         self.num_chunks = triton.cdiv(self.L, self.Q)
-        self.order = None if i["token_order"] is None else i["token_order"].long()
-        if self.order is not None:
-            ordered = self.order.sort(1).values == torch.arange(self.L, device=self.order.device)
-            if not bool(ordered.all()):
-                raise RuntimeError("ssd_scan: token_order must hold every position 0..L-1 once per row")
+        self.order = checked_order("ssd_scan", i["token_order"])
         self.x, self.b, self.c = (i[n].contiguous() for n in ("x", "B", "C"))
         self.shared = i["reverse_B"] is None and i["reverse_C"] is None
         self.rb = self.b if i["reverse_B"] is None else i["reverse_B"].contiguous()
         self.rc = self.c if i["reverse_C"] is None else i["reverse_C"].contiguous()
         self.D = i["D"]
-        self.seq = _segment_ids(i["seq_idx"], self.order, reverse=False)
+        self.seq = segment_ids(i["seq_idx"], self.order)
         rseq = i["seq_idx"] if i["reverse_seq_idx"] is None else i["reverse_seq_idx"]
-        self.rseq = _segment_ids(rseq, self.order, reverse=True)
+        self.rseq = segment_ids(rseq, self.order, reverse=True)
         self.forward, self.reverse = _prepare(i, self.order)
 
     @property

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ssd_scan import _exp, _log_decays, _pair_decays, _positions, _segments, _state, _tile
+from ._visits import token_rows
+from .ssd_scan import _exp, _log_decays, _pair_decays, _segments, _state, _tile
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _bwd_kernel(
     row = bh.to(tl.int64) * length
     index = bh * num_chunks + c
     past = tl.minimum(c * Q + Q, length)
-    rows = _positions(order_ptr, b, t, length, HAS_ORDER)
+    rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
     x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
     dy = _tile(dy_ptr, rows, h, H, P, valid, BLOCK_P)
     dx = tl.zeros((Q, BLOCK_P), tl.float32)

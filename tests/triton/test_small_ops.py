@@ -1,0 +1,54 @@
+"""The Triton kernels of the small ops, interpreted on the CPU, against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops._testing import check_against_reference
+from tests.ops import test_branch_mix_norm, test_causal_conv1d, test_causal_conv1d_step, test_ssd_step
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def check(op, inputs, wrt=()):
+    inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+    def by(impl):
+        def f(**kw):
+            with linmu_ops.use_impl(f"{op}:{impl}"):
+                out = getattr(linmu_ops, op)(**kw)
+                return (out, kw["state"]) if "state" in kw else out
+
+        return f
+
+    check_against_reference(by("triton"), by("reference"), inputs, wrt)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", test_ssd_step.CASES[:3] + test_ssd_step.CASES[4:], ids=str)
+def test_ssd_step_kernel(case, dtype):
+    check("ssd_step", test_ssd_step.make_inputs(case, dtype, softplus=True, skip=True))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
+@pytest.mark.parametrize("case", [*test_causal_conv1d.CASES[:6], *test_causal_conv1d.EMPTY], ids=str)
+def test_causal_conv1d_kernels(case, full):
+    inputs = test_causal_conv1d.make_inputs(case, torch.float32, full, "silu" if full else None)
+    check("causal_conv1d", inputs, test_causal_conv1d.wrt(inputs))
+
+
+@pytest.mark.parametrize("case", test_causal_conv1d_step.CASES[:3], ids=str)
+def test_causal_conv1d_step_kernel(case):
+    check("causal_conv1d_step", test_causal_conv1d_step.make_inputs(case, torch.float32))
+
+
+@pytest.mark.parametrize("norm", test_branch_mix_norm.NORMS)
+@pytest.mark.parametrize("mix", test_branch_mix_norm.MIXES)
+@pytest.mark.parametrize("case", [*test_branch_mix_norm.CASES[1:4], *test_branch_mix_norm.EMPTY], ids=str)
+def test_branch_mix_norm_kernels(case, mix, norm):
+    inputs = test_branch_mix_norm.make_inputs(case, torch.float32, norm, mix, masked=case[1] != 40) | dict(eps=1e-3)
+    check("branch_mix_norm", inputs, test_branch_mix_norm.wrt(inputs))
