@@ -1,7 +1,8 @@
-"""What tests and benches share: the tolerance rule and the comparison that a NaN cannot pass."""
+"""What tests, benches and `linmu env` share: the tolerance rule, the comparison that a NaN cannot pass, small cases."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import _registry
 
 
 def to_double(value: Any) -> Any:
@@ -93,3 +96,122 @@ def rerun_with_isa(isa: str, file: str, select: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", select]
     run = subprocess.run(command, env={**os.environ, "LINMU_CPU_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+class _Draw:
+    """Reproducible inputs, the same on every device."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def unit(self, *shape: int) -> Tensor:
+        """In (0, 1), float32."""
+        return (0.01 + 0.98 * torch.rand(shape, generator=self.generator)).to(self.device)
+
+    def small(self, *shape: int) -> Tensor:
+        return self.normal(*shape).float()
+
+    def mask(self, *shape: int) -> Tensor:
+        return (torch.rand(shape, generator=self.generator) < 0.5).to(self.device)
+
+    def order(self, rows: int, length: int) -> Tensor:
+        orders = [torch.randperm(length, generator=self.generator) for _ in range(rows)]
+        return torch.stack(orders).to(self.device, torch.int32)
+
+    def segments(self, rows: int, length: int, every: int) -> Tensor:
+        return (torch.arange(length, dtype=torch.int32) // every).repeat(rows, 1).to(self.device)
+
+
+def _ssd_scan(r: _Draw) -> dict[str, Any]:
+    B, L, H, P, N = 2, 37, 4, 8, 12
+    return dict(
+        x=r.normal(B, L, 2, P), dt=r.unit(B, L, H), A=-r.unit(H), B=r.normal(B, L, 2, N), C=r.normal(B, L, H, N),
+        D=r.small(H), dt_bias=r.small(H), dt_softplus=True, direction="both", reverse_dt=r.unit(B, L, H),
+        reverse_dt_bias=r.small(H), reverse_A=-r.unit(H), reverse_B=r.normal(B, L, 2, N),
+        reverse_C=r.normal(B, L, H, N), gate=r.unit(B, L, H), reverse_mask=r.mask(B, L),
+        reverse_seq_idx=r.segments(B, L, 9), seq_idx=r.segments(B, L, 23), token_order=r.order(B, L),
+        initial_state=r.small(B, H, P, N), return_final_state=True,
+    )  # fmt: skip
+
+
+def _ssd_step(r: _Draw) -> dict[str, Any]:
+    B, H, P, N = 2, 4, 8, 12
+    return dict(
+        state=r.small(B, H, P, N), x=r.normal(B, 2, P), dt=r.unit(B, H), A=-r.unit(H), B=r.normal(B, 2, N),
+        C=r.normal(B, H, N), D=r.small(H), dt_bias=r.small(H), dt_softplus=True,
+    )  # fmt: skip
+
+
+def _causal_conv1d(r: _Draw) -> dict[str, Any]:
+    B, L, D, K = 2, 19, 24, 4
+    return dict(
+        x=r.normal(B, L, D), weight=r.small(D, K), bias=r.small(D), activation="silu", seq_idx=r.segments(B, L, 7),
+        token_order=r.order(B, L), initial_state=r.normal(B, K - 1, D), return_final_state=True,
+    )  # fmt: skip
+
+
+def _causal_conv1d_step(r: _Draw) -> dict[str, Any]:
+    B, D, K = 2, 24, 4
+    return dict(state=r.normal(B, K - 1, D), x=r.normal(B, D), weight=r.small(D, K), bias=r.small(D), activation="silu")
+
+
+def _branch_mix_norm(r: _Draw) -> dict[str, Any]:
+    B, L, D = 2, 9, 40
+    return dict(
+        a=r.normal(B, L, D), b=r.normal(B, L, D), mix=r.unit(B, L), mask=r.mask(B, L), weight=r.small(D),
+        bias=r.small(D),
+    )  # fmt: skip
+
+
+def _window_attention(r: _Draw) -> dict[str, Any]:
+    B, H, P, R = 2, 4, 16, 12
+    grid, window = (3, 5, 6), (2, 3, 4)
+    L = math.prod(grid)
+    angle = r.small(1, L, R)
+    return dict(
+        q=r.normal(B, L, H, P), k=r.normal(B, L, 2, P), v=r.normal(B, L, 2, P), grid=grid, window=window,
+        shift=(1, 1, 2), bias=r.small(H, *(2 * w - 1 for w in window)), cos=angle.cos(), sin=angle.sin(),
+    )  # fmt: skip
+
+
+# Per op, one small call that gives every tensor argument.
+CASES: dict[str, Callable[[_Draw], dict[str, Any]]] = {
+    "branch_mix_norm": _branch_mix_norm,
+    "causal_conv1d": _causal_conv1d,
+    "causal_conv1d_step": _causal_conv1d_step,
+    "ssd_scan": _ssd_scan,
+    "ssd_step": _ssd_step,
+    "window_attention": _window_attention,
+}
+
+
+def small_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Keyword arguments of one small call of `op`."""
+    return CASES[op](_Draw(device, dtype))
+
+
+def run_small(op: str, impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Outputs, inputs written to and gradients of the small case, computed by `impl` alone; raises if it cannot."""
+    import linmu_ops
+
+    inputs = small_inputs(op, device, dtype)
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    before = {k: v.clone() for k, v in tensors.items()}
+    leaves = {k: v for k, v in tensors.items() if v.is_floating_point() and _registry.OPS[op].backward}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    with _registry.use_impl(f"{op}:{impl}"):
+        result = getattr(linmu_ops, op)(**inputs)
+        outputs = list(result) if isinstance(result, tuple) else [result]
+        found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        found |= {f"{k} (in place)": v for k, v in tensors.items() if not torch.equal(v, before[k])}
+        if leaves:
+            grads = torch.autograd.grad(
+                outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs], allow_unused=True
+            )
+            found |= {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True) if g is not None}
+    return found

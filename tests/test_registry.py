@@ -1,0 +1,133 @@
+"""Who serves an op: explain, force, warn."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops import _native, _registry
+from linmu_ops._testing import run_small, small_inputs
+
+
+def step():
+    return linmu_ops.ssd_step(**small_inputs("ssd_step"))
+
+
+@pytest.fixture
+def without_binary(monkeypatch):
+    """As if liblinmu_cpu.so were not built."""
+    monkeypatch.setitem(_registry._binaries, "cpu", _native.Binary("liblinmu_cpu.so", error="not built: run make"))
+    monkeypatch.setitem(_registry._default, ("ssd_step", "cpu"), "reference")
+    monkeypatch.setattr(_registry, "_warned", set())
+
+
+@pytest.mark.parametrize("op", sorted(_registry.OPS))
+def test_explain_has_one_row_per_implementation_and_one_choice(op):
+    for device in ("cpu", "cuda"):
+        rows = linmu_ops.explain(op, device=device)
+        assert [r.impl for r in rows] == ["cpu", "cuda", "triton", "reference"]
+        chosen = [r for r in rows if r.chosen]
+        assert len(chosen) == 1 and chosen[0].why_not is None
+        assert all(r.why_not is None or r.why_not for r in rows)
+        assert rows[-1].why_not is None  # the reference serves anywhere
+
+
+def test_explain_takes_the_device_of_the_tensors():
+    rows = linmu_ops.explain("ssd_step", torch.empty(1, device="meta"))
+    assert rows[0].why_not == "the tensors are on meta" and rows[-1].chosen
+
+
+def test_explain_says_what_is_missing(without_binary):
+    rows = {r.impl: r for r in linmu_ops.explain("ssd_step")}
+    assert rows["cpu"].why_not == "liblinmu_cpu.so: not built: run make"
+    assert rows["cuda"].why_not == "the tensors are on cpu"
+    assert rows["reference"].chosen
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (["sdd_scan:cpu"], r"LINMU_IMPL: op must be \* or one of .*ssd_scan.*, got 'sdd_scan'"),
+        (["ssd_scan:numpy"], "LINMU_IMPL: implementation must be one of cpu, cuda, triton, reference, got 'numpy'"),
+        (["ssd_scan"], "LINMU_IMPL: implementation must be one of .*, got ''"),
+        (["ssd_step:reference", "nothing:reference"], "LINMU_IMPL: op must be"),
+    ],
+)
+def test_unknown_names(items, message):
+    with pytest.raises(ValueError, match=message), linmu_ops.use_impl(*items):
+        pass
+    assert not _registry._forced
+
+
+def test_explain_unknown_op():
+    with pytest.raises(ValueError, match=r"explain: op must be one of .*, got 'scan'"):
+        linmu_ops.explain("scan")
+
+
+def test_use_impl_forces_nests_and_restores():
+    def chosen():
+        return next(r.impl for r in linmu_ops.explain("ssd_step") if r.chosen)
+
+    usual = chosen()
+    with linmu_ops.use_impl("ssd_step:reference"):
+        assert chosen() == "reference"
+        with linmu_ops.use_impl("*:triton"):
+            assert chosen() == "triton"
+        assert chosen() == "reference"
+    assert chosen() == usual
+    with pytest.raises(KeyError), linmu_ops.use_impl("ssd_step:triton"):
+        raise KeyError
+    assert chosen() == usual
+
+
+@pytest.mark.parametrize("op", sorted(_registry.OPS))
+def test_forced_but_unusable_raises(op):
+    with pytest.raises(RuntimeError, match=f"{op}: implementation 'cuda' is forced but cannot serve: the tensors are"):
+        run_small(op, "cuda")
+
+
+def test_reference_by_itself_warns_once(without_binary):
+    with pytest.warns(linmu_ops.LinmuWarning) as caught:
+        [step() for _ in range(3)]
+    assert len(caught) == 1
+    message = "linmu_ops.ssd_step runs the slow reference on cpu (cpu: liblinmu_cpu.so: not built: run make)"
+    assert str(caught[0].message) == message
+    assert caught[0].filename == __file__  # points at the caller
+
+
+def test_reference_by_request_does_not_warn(without_binary):
+    with warnings.catch_warnings(), linmu_ops.use_impl("ssd_step:reference"):
+        warnings.simplefilter("error")
+        step()
+
+
+def run(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_variable_forces():
+    code = "import linmu_ops as l; print([r.impl for r in l.explain('ssd_step') if r.chosen])"
+    assert run(code, LINMU_IMPL="*:triton,ssd_step:reference") == (0, "['reference']\n")
+
+
+def test_variable_with_an_unknown_name_fails_at_import():
+    code, text = run("import linmu_ops", LINMU_IMPL="ssd_stp:cpu")
+    assert code == 1 and "LINMU_IMPL: op must be * or one of" in text
+
+
+def test_variable_that_cannot_be_met_fails_at_the_call():
+    code, text = run(
+        "import linmu_ops; from linmu_ops._testing import *; linmu_ops.ssd_step(**small_inputs('ssd_step'))",
+        LINMU_IMPL="ssd_step:cpu",
+        LINMU_NO_BINARY="1",
+    )
+    assert code == 1 and "'cpu' is forced but cannot serve: liblinmu_cpu.so: LINMU_NO_BINARY is set" in text

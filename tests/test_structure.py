@@ -1,0 +1,145 @@
+"""The rules of the source tree, each held by a check (CONTRIBUTING.md names them)."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops import _registry
+from linmu_ops._testing import CASES, small_inputs
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(_registry.OPS)
+MAX_LINES = 600
+
+
+def tracked(*suffixes):
+    done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / f for f in done.stdout.splitlines() if f.endswith(suffixes) and (ROOT / f).exists()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_one_word_in_every_folder(op):
+    files = ["linmu_ops/{}.py", "linmu_ops/reference/{}.py", "csrc/linmu/{}.h", "csrc/torch/{}.cpp", "csrc/cpu/{}.cpp"]
+    files.append("tests/ops/test_{}.py")
+    if (ROOT / "bench" / "ops").exists():
+        files.append("bench/ops/{}.py")
+    if not (ROOT / "csrc" / "torch" / f"{op}.cpp").exists():
+        pytest.skip("its compiled kernel has not arrived")
+    assert [f for f in files if not (ROOT / f.format(op)).exists()] == []
+    assert op in CASES, "linmu_ops/_testing.py needs a small case of it"
+    assert op in linmu_ops.__all__
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_readme_names_the_op(op):
+    readme = (ROOT / "README.md").read_text()
+    if "linmu_ops" not in readme:
+        pytest.skip("the README lists no ops yet")
+    assert f"`{op}`" in readme or f"{op}(" in readme
+
+
+@pytest.mark.parametrize("name", [n for n in linmu_ops.__all__ if callable(getattr(linmu_ops, n))])
+def test_public_names_have_docstrings(name):
+    assert inspect.getdoc(getattr(linmu_ops, name))
+
+
+def documented_shapes(op):
+    """{argument: [axes, ...]} from the lines "x: (B, L, Gx, P) ..." of the docstring, for tensors."""
+    function = getattr(linmu_ops, op)
+    shapes = {}
+    for name, text in re.findall(r"^    (\w+): (\(.*)", inspect.getdoc(function).split("Returns:")[0], re.MULTILINE):
+        if "Tensor" in str(inspect.signature(function).parameters[name].annotation):
+            first = re.match(r"\([^)]*\)(?:(?:, | or )\([^)]*\))*", text)
+            alternatives = re.findall(r"\([^)]*\)", first[0])
+            shapes[name] = [v for a in alternatives for v in {a.replace("B or 1", "B"), a.replace("B or 1", "1")}]
+    return shapes
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_docstring_shapes_are_those_of_the_checks(op):
+    shapes = documented_shapes(op)
+    parameters = inspect.signature(getattr(linmu_ops, op)).parameters
+    assert set(shapes) == {n for n, p in parameters.items() if "Tensor" in str(p.annotation)}, (
+        "every tensor has a shape"
+    )
+    for name, alternatives in shapes.items():
+        inputs = small_inputs(op)
+        assert isinstance(inputs.get(name), torch.Tensor), f"the small case of {op} must give {name}"
+        inputs[name] = inputs[name][None]
+        with pytest.raises(ValueError) as caught:
+            getattr(linmu_ops, op)(**inputs)
+        quoted = re.match(rf"{op}: {name} must be (\([^)]*\))", str(caught.value))
+        assert quoted and quoted[1] in alternatives, f"{caught.value} does not quote {alternatives}"
+
+
+def test_kernels_know_no_torch():
+    for file in tracked(".h", ".cpp", ".cu", ".cuh"):
+        if file.parts[len(ROOT.parts) + 1] in ("linmu", "cpu", "cuda", "python"):
+            includes = re.findall(r'#include\s*[<"]([^>"]+)', file.read_text())
+            assert not [i for i in includes if re.match(r"(\.\./)?(torch|ATen|c10|caffe2)/", i)], file
+
+
+# What each package may import of this project. distill/cli.py also starts the benches.
+MAY_IMPORT = {
+    "linmu_ops": {"linmu_ops"},
+    "linmu_models": {"linmu_ops", "linmu_models"},
+    "distill": {"linmu_ops", "linmu_models", "distill"},
+}
+
+
+def test_imports_go_one_way():
+    ours = {*MAY_IMPORT, "bench", "tests"}
+    for file in tracked(".py"):
+        package = file.relative_to(ROOT).parts[0]
+        if package not in MAY_IMPORT:
+            continue
+        allowed = MAY_IMPORT[package] | ({"bench"} if file == ROOT / "distill" / "cli.py" else set())
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in names:
+                top = name.split(".")[0]
+                assert top not in ours or top in allowed, f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
+
+
+SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", "CMakeLists.txt", "Makefile")
+
+
+def test_no_file_is_long():
+    long = {f.name: n for f in tracked(*SOURCES) if (n := f.read_bytes().count(b"\n")) > MAX_LINES}
+    assert not long
+
+
+def test_nothing_is_left_to_do():
+    for file in tracked(*SOURCES):
+        if file != Path(__file__):
+            assert not re.search(r"\b(TODO|FIXME|XXX)\b", file.read_text()), file
+
+
+def test_environment_variables_are_documented():
+    """Every LINMU_* variable that is read has a row in ENVS.md that names the file, and the other way round."""
+    rows = {
+        line.split("`")[1]: line for line in (ROOT / "ENVS.md").read_text().splitlines() if line.startswith("| `LINMU_")
+    }
+    read = {}
+    for file in tracked(".py", ".h", ".cpp", ".cu"):
+        where = file.relative_to(ROOT)
+        if where.parts[0] != "tests":
+            for name in re.findall(r"(?:environ(?:\.get)?|getenv)\s*[(\[]\s*[\"'](LINMU_\w+)", file.read_text()):
+                read.setdefault(name, set()).add(str(where))
+    assert set(rows) == set(read)
+    for name, files in read.items():
+        assert any(f"`{f}`" in rows[name] for f in files), f"{name} is read in {files}"
