@@ -1,0 +1,89 @@
+"""Importing is free, and possible whatever is missing. Everything here runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import linmu_ops
+from linmu_ops import _native
+
+ROOT = Path(linmu_ops.__file__).parents[1]
+STEP = "from linmu_ops._testing import *; linmu_ops.ssd_step(**small_inputs('ssd_step'));"
+
+
+def python(code, root=ROOT, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(root), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def needs_binary():
+    if not (_native.HERE / "liblinmu_cpu.so").exists():
+        pytest.skip("liblinmu_cpu.so is not built")
+
+
+HEAVY = ["triton", "transformers", "linmu_ops._C", "torch._dynamo", "torch._inductor", "matplotlib", "rich", "typer"]
+SINCE = "print(sorted((set(sys.modules) - before) & set({names}))); "
+
+
+def test_imports_nothing_heavy():
+    code = (
+        "import sys, time; t0 = time.perf_counter(); import torch; t1 = time.perf_counter(); before = set(sys.modules);"
+        "import linmu_ops; t2 = time.perf_counter();" + SINCE.format(names=HEAVY) + "print(t1 - t0, t2 - t1)"
+    )
+    modules, times = python(code).splitlines()
+    assert modules == "[]"
+    print("import torch {} s, then import linmu_ops {} s".format(*times.split()))
+
+
+def test_the_check_above_sees_a_module():
+    code = "import sys; before = set(sys.modules); import tabnanny; " + SINCE.format(names=["tabnanny", "triton"])
+    assert python(code) == "['tabnanny']\n"
+
+
+def test_without_binary_one_warning_says_how_to_build():
+    text = python(f"import linmu_ops; {STEP * 2}", LINMU_NO_BINARY="1")
+    assert text.count("LinmuWarning") == 1 and "LINMU_NO_BINARY is set" in text
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package, without binaries."""
+    shutil.copytree(ROOT / "linmu_ops", tmp_path / "linmu_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_not_built(copy):
+    text = python(f"import linmu_ops; {STEP * 2} linmu_ops.TokenLayout([], [], 1, 4)", copy)
+    assert text.count("LinmuWarning") == 2  # the ops and the planner, once each
+    assert text.count("pip install --no-build-isolation -e .") == 2
+
+
+def test_built_for_other_schemas(copy):
+    needs_binary()
+    shutil.copy(_native.HERE / "liblinmu_cpu.so", copy / "linmu_ops")
+    file = copy / "linmu_ops" / "ssd_step.py"
+    file.write_text(file.read_text().replace("bool dt_softplus) -> Tensor", "bool dt_softplus, int new=0) -> Tensor"))
+    text = python("import linmu_ops; print(linmu_ops.explain('ssd_step')[0].why_not)", copy)
+    assert "refused to register: it was built for other op schemas" in text and "pip install" in text
+
+
+def test_not_a_library(copy):
+    (copy / "linmu_ops" / "liblinmu_cpu.so").write_bytes(b"not a library")
+    text = python(f"import linmu_ops; {STEP * 2}", copy)
+    assert text.count("LinmuWarning") == 1 and "cannot be loaded by this torch" in text
+
+
+def test_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import linmu_ops;"
+        "print(linmu_ops.explain('ssd_scan', device='cuda')[2].why_not)"
+    )
+    assert python(code) == "triton is not installed\n"
