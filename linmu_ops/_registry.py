@@ -87,7 +87,7 @@ def define_op(
     for ns, lib in _libraries.items():
         for entry, entry_schema, entry_reference, entry_fake in entries:
             lib.define(entry + entry_schema)
-            kernel = functools.partial(_run_triton, name, entry) if ns == "linmu_triton" else entry_reference
+            kernel = functools.partial(_run_triton, name, entry) if ns == "linmu_triton" else _exact(entry_reference)
             lib.impl(entry, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{ns}::{entry}", entry_fake, lib=lib)
         if bwd_schema:
@@ -97,6 +97,20 @@ def define_op(
                 return backward(ctx, bwd_op, *grads)  # type: ignore[misc]
 
             torch.library.register_autograd(f"{ns}::{name}", formula, setup_context=setup_context, lib=lib)
+
+
+def _exact(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A reference whose own matrix products autocast leaves alone, as it does compiled kernels."""
+
+    @functools.wraps(reference)
+    def kernel(*args: Any) -> Any:
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return reference(*args)
+        with torch.autocast(device, enabled=False):
+            return reference(*args)
+
+    return kernel
 
 
 def _run_triton(module: str, entry: str, *args: Any, **kwargs: Any) -> Any:
@@ -206,7 +220,7 @@ def warn_once(key: Any, message: str, stacklevel: int = 5) -> None:
 
 
 def _warn_of_reference(op: str, device: str) -> None:
-    if (op, device) not in _warned and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (op, device) not in _warned:
         reasons = "; ".join(f"{i}: {why_not(op, i, device)}" for i in PREFERENCE.get(device, ()) if i != "reference")
         warn_once((op, device), f"linmu_ops.{op} runs the slow reference on {device} ({reasons})")
 
