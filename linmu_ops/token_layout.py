@@ -193,7 +193,9 @@ class TokenLayout:
         return self._fill((where, *key), compute) if found is None else found
 
     def _fill(self, key: tuple[Any, ...], compute: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
-        if torch.compiler.is_compiling():  # (torch.compiler.disable would import the compiler with this module)
+        # Not is_compiling(), which holds as well in Python that runs, untraced, while something is being traced; nor
+        # torch.compiler.disable, which would import the compiler with this module.
+        if torch.compiler.is_dynamo_compiling():
             raise RuntimeError("TokenLayout: inside a compiled graph, call only methods that were called before it")
         # An inference tensor could never be saved for a later backward.
         with torch.inference_mode(False):
