@@ -10,10 +10,16 @@ from torch import Tensor
 
 
 def checked_order(op: str, token_order: Tensor | None) -> Tensor | None:
-    """`token_order` as int64 indices; raises where a row is no permutation."""
+    """`token_order` as int64 indices.
+
+    On the host a row that is no permutation raises. On a device that would make every call wait for it, so there the
+    kernels clamp positions instead: a wrong order gives wrong numbers, never an access out of bounds.
+    """
     if token_order is None:
         return None
     order = token_order.long()
+    if order.device.type != "cpu":
+        return order.clamp(0, max(order.shape[1] - 1, 0))
     if not bool((order.sort(1).values == torch.arange(order.shape[1], device=order.device)).all()):
         raise RuntimeError(f"{op}: token_order must hold every position 0..L-1 once per row")
     return order
@@ -34,5 +40,6 @@ def token_rows(order_ptr, b, t, valid, length, HAS_ORDER: tl.constexpr):
     """Rows of a (B L)-row matrix visited at t, as int64."""
     base = b.to(tl.int64) * length
     if HAS_ORDER:
-        return base + tl.load(order_ptr + base + t, mask=valid, other=0).to(tl.int64)
+        position = tl.load(order_ptr + base + t, mask=valid, other=0).to(tl.int64)
+        return base + tl.minimum(tl.maximum(position, 0), length - 1)
     return base + t.to(tl.int64)
