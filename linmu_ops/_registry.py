@@ -57,7 +57,8 @@ class Choice:
 
 OPS: dict[str, Op] = {}
 _binaries: dict[str, _native.Binary] = {}
-_default: dict[tuple[str, str], str] = {}  # (op, device type) -> implementation, fixed once binaries are loaded
+# (op, device type, is it float64) -> implementation, fixed once binaries are loaded
+_default: dict[tuple[str, str, bool], str] = {}
 _forced: dict[str, str] = {}
 _warned: set[Any] = set()
 
@@ -137,7 +138,9 @@ def load_binaries() -> None:
             _binaries[device] = _native.load_library(device, schema_hash())
     for op in OPS:
         for device, order in PREFERENCE.items():
-            _default[op, device] = next(i for i in order if why_not(op, i, device) is None)
+            for dtype in (torch.float32, torch.float64):
+                serves = next(i for i in order if why_not(op, i, device, dtype) is None)
+                _default[op, device, dtype == torch.float64] = serves
     for item in filter(None, os.environ.get("LINMU_IMPL", "").split(",")):
         force(item)
 
@@ -179,8 +182,8 @@ def _triton_why_not(op: str) -> str | None:
     return None
 
 
-def why_not(op: str, impl: str, device: str) -> str | None:
-    """The reason `impl` cannot serve `op` on tensors of `device`, or None if it can."""
+def why_not(op: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """The reason `impl` cannot serve `op` on tensors of `device` and `dtype`, or None if it can."""
     if impl == "reference":
         return None
     if impl in ("cpu", "cuda"):
@@ -194,11 +197,11 @@ def why_not(op: str, impl: str, device: str) -> str | None:
         return None
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device} (TRITON_INTERPRET=1 would interpret)"
-    return _triton_why_not(op)
+    return "the Triton kernels take no float64" if dtype == torch.float64 else _triton_why_not(op)
 
 
-def _automatic(op: str, device: str) -> str:
-    return _default.get((op, device), "reference")
+def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
+    return _default.get((op, device, dtype == torch.float64), "reference")
 
 
 def explain(op: str, *tensors: torch.Tensor, device: str | None = None) -> list[Choice]:
@@ -209,8 +212,9 @@ def explain(op: str, *tensors: torch.Tensor, device: str | None = None) -> list[
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
     where = device or (tensors[0].device.type if tensors else "cpu")
-    chosen = _forced.get(op) or _automatic(op, where)
-    return [Choice(impl, why_not(op, impl, where), impl == chosen) for impl in NAMESPACE]
+    dtype = tensors[0].dtype if tensors else torch.float32
+    chosen = _forced.get(op) or _automatic(op, where, dtype)
+    return [Choice(impl, why_not(op, impl, where, dtype), impl == chosen) for impl in NAMESPACE]
 
 
 def warn_once(key: Any, message: str, stacklevel: int = 5) -> None:
@@ -230,11 +234,11 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
     device = like.device.type
     impl = _forced.get(op)
     if impl is None:
-        impl = _automatic(op, device)
+        impl = _automatic(op, device, like.dtype)
         if impl == "reference" and device != "meta":
             _warn_of_reference(op, device)
     else:
-        reason = why_not(op, impl, device)
+        reason = why_not(op, impl, device, like.dtype)
         if reason is not None and device != "meta":
             raise RuntimeError(f"{op}: implementation {impl!r} is forced but cannot serve: {reason}")
     kernel = getattr(getattr(torch.ops, NAMESPACE[impl]), op).default

@@ -23,7 +23,7 @@ def step():
 def without_binary(monkeypatch):
     """As if liblinmu_cpu.so were not built."""
     monkeypatch.setitem(_registry._binaries, "cpu", _native.Binary("liblinmu_cpu.so", error="not built: run make"))
-    monkeypatch.setitem(_registry._default, ("ssd_step", "cpu"), "reference")
+    monkeypatch.setitem(_registry._default, ("ssd_step", "cpu", False), "reference")
     monkeypatch.setattr(_registry, "_warned", set())
 
 
@@ -131,3 +131,9 @@ def test_variable_that_cannot_be_met_fails_at_the_call():
         LINMU_NO_BINARY="1",
     )
     assert code == 1 and "'cpu' is forced but cannot serve: liblinmu_cpu.so: LINMU_NO_BINARY is set" in text
+
+
+def test_float64_is_not_for_triton():
+    rows = {r.impl: r for r in linmu_ops.explain("ssd_scan", torch.empty(0, dtype=torch.float64), device="cuda")}
+    assert rows["triton"].why_not == "the Triton kernels take no float64"
+    assert not rows["triton"].chosen

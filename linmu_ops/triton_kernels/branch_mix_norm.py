@@ -118,8 +118,6 @@ def _kind(mix: Tensor) -> int:
 def _options(
     a: Tensor, mix: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str
 ) -> dict[str, Any]:
-    if a.dtype == torch.float64:
-        raise NotImplementedError("branch_mix_norm: the Triton kernels take no float64")
     block = triton.next_power_of_2(a.shape[2])
     return dict(
         KIND=_kind(mix), NORM=NORM[norm], HAS_MASK=mask is not None, HAS_WEIGHT=weight is not None,

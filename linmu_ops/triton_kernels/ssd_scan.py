@@ -255,8 +255,6 @@ class _Launch:
 
     def __init__(self, inputs: dict[str, Any], chunk_size: int) -> None:
         i = self.inputs = inputs
-        if i["x"].dtype == torch.float64:
-            raise NotImplementedError("ssd_scan: the Triton kernels take no float64")
         self.B, self.L, self.H = i["dt"].shape
         self.P, self.N = i["x"].shape[3], i["B"].shape[3]
         self.Q = max(16, min(CHUNK, triton.next_power_of_2(chunk_size or CHUNK)))

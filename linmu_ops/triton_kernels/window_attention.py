@@ -1,7 +1,7 @@
 """Triton kernels of `window_attention`: one program per (window, head), tokens read and written where they lie.
 
 Forward is the online softmax over blocks of keys; backward recomputes the weights from the saved log-sum-exp, with one
-pass for dq (per query head), one for dk and dv (per key head, its query heads in turn) and one for the bias. No atomics.
+pass for dq (per query head), one for dk and dv (per key head, over its query heads) and one for the bias. No atomics.
 A table entry outside the batch is treated as an absent token: nothing is read or written out of bounds.
 """
 
@@ -244,8 +244,6 @@ class _Call:
         self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, offsets: Tensor, coords: Tensor | None,
         window: list[int], scale: float, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
     ) -> None:  # fmt: skip
-        if q.dtype == torch.float64:
-            raise NotImplementedError("window_attention: the Triton kernels take no float64")
         B, L, self.H, P = q.shape
         self.G, self.num_windows = k.shape[2], max(offsets.shape[0] - 1, 0)
         rotary = cos is not None and sin is not None
@@ -306,9 +304,7 @@ def window_attention_bwd(
     if bias is not None:
         parts = torch.zeros(BIAS_PROGRAMS, *bias.shape, dtype=torch.float32, device=q.device)
         if work:
-            _dbias_kernel[(BIAS_PROGRAMS, call.H)](
-                parts, dout, delta, lse, *call.tail, call.num_windows, **call.flags
-            )
+            _dbias_kernel[(BIAS_PROGRAMS, call.H)](parts, dout, delta, lse, *call.tail, call.num_windows, **call.flags)
         dbias = parts.sum(0)
     if cos is not None and sin is not None:
         dq, dk = (_turn_back(g, cos, sin, interleaved) for g in (dq, dk))
