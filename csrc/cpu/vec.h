@@ -125,6 +125,36 @@ inline void store_n(T* p, vec<acc_t<T>> v, int n) {
   std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
 }
 
+// Whole vectors, then what is left: for_each_vector<A>(n, [&](int64_t i, auto lanes) { lanes.store(y + i, ...); }).
+struct AllLanes {
+  template <class T>
+  vec<acc_t<T>> load(const T* p) const {
+    return LINMU_ISA::load(p);
+  }
+  template <class T>
+  void store(T* p, vec<acc_t<T>> v) const {
+    LINMU_ISA::store(p, v);
+  }
+};
+struct SomeLanes {
+  int n;
+  template <class T>
+  vec<acc_t<T>> load(const T* p) const {
+    return load_n(p, n);
+  }
+  template <class T>
+  void store(T* p, vec<acc_t<T>> v) const {
+    store_n(p, v, n);
+  }
+};
+template <class A, class F>
+inline void for_each_vector(int64_t n, F&& f) {
+  constexpr int W = Simd<A>::width;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, AllLanes{});
+  if (i < n) f(i, SomeLanes{static_cast<int>(n - i)});
+}
+
 template <class A>
 inline A sum(typename Simd<A>::V v) {
   A s = 0;
@@ -163,6 +193,14 @@ inline vf exp(vf x) {
 inline vd exp(vd x) {
   for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp(x[i]);
   return x;
+}
+
+// 1 / (1 + exp(-x)), through exp(-|x|) alone.
+template <class V>
+inline V sigmoid(V x) {
+  const V e = exp(x < 0 ? x : -x);
+  const V s = 1 / (1 + e);
+  return x < 0 ? e * s : s;
 }
 
 template <class A>

@@ -47,6 +47,8 @@ class Dims {
 
   int64_t operator[](const std::string& axis) const { return sizes_.at(axis); }
 
+  void bind(const char* axis, int64_t size) { sizes_[axis] = size; }
+
   void operator()(const char* name, const Tensor& t, const char* axes, ScalarType dtype) {
     std::istringstream in(axes);
     std::vector<std::string> names;
@@ -105,6 +107,23 @@ inline const void* pointer(const OptTensor& t) { return t.has_value() ? t->const
 
 inline OptTensor contiguous(const OptTensor& t) {
   return t.has_value() ? OptTensor(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+// Before any read through it: token_order, int32 (B, L), must be a permutation of 0..L-1 in every row.
+inline void check_token_order(const char* op, const OptTensor& token_order) {
+  if (!token_order.has_value()) return;
+  const Tensor order = torch::stable::contiguous(*token_order);
+  const int64_t batch = order.size(0), length = order.size(1);
+  const int32_t* at = static_cast<const int32_t*>(order.const_data_ptr());
+  std::vector<bool> seen(length);
+  for (int64_t b = 0; b < batch; ++b) {
+    seen.assign(length, false);
+    for (int64_t t = 0; t < length; ++t, ++at) {
+      STD_TORCH_CHECK(*at >= 0 && *at < length && !seen[*at], op,
+                      ": token_order must hold every position 0..L-1 once per row");
+      seen[*at] = true;
+    }
+  }
 }
 
 inline Threads torch_threads() {
