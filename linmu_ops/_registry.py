@@ -248,7 +248,8 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
         return kernel(*args)
     except RuntimeError as e:
         # Kernels check values (positions, permutations) that Python does not look at; same words, same type.
-        text = str(e).split("\n", 1)[0]
-        if text.startswith(f"{op}: "):
-            raise ValueError(text) from None
+        # The C++ check puts its place in front: "function, file:line, op: ...".
+        _, found, words = str(e).split("\n", 1)[0].partition(f"{op}: ")
+        if found:
+            raise ValueError(found + words) from None
         raise

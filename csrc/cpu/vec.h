@@ -135,6 +135,10 @@ struct AllLanes {
   void store(T* p, vec<acc_t<T>> v) const {
     LINMU_ISA::store(p, v);
   }
+  template <class V>
+  V only(V v) const {
+    return v;
+  }
 };
 struct SomeLanes {
   int n;
@@ -145,6 +149,11 @@ struct SomeLanes {
   template <class T>
   void store(T* p, vec<acc_t<T>> v) const {
     store_n(p, v, n);
+  }
+  template <class V>
+  V only(V v) const {  // 0 in the lanes that are not there
+    for (int i = n; i < static_cast<int>(sizeof(V) / sizeof(v[0])); ++i) v[i] = 0;
+    return v;
   }
 };
 template <class A, class F>

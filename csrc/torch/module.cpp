@@ -29,6 +29,7 @@ LINMU_EXPORT int linmu_register(const char* schema_hash, char* message, int size
       return 1;
     }
     auto lib = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "linmu", "CPU", __FILE__, __LINE__);
+    register_branch_mix_norm_cpu(*lib);
     register_causal_conv1d_cpu(*lib);
     register_causal_conv1d_step_cpu(*lib);
     register_ssd_step_cpu(*lib);

@@ -6,6 +6,7 @@ namespace linmu {
 
 using StableLibrary = torch::stable::detail::StableLibrary;
 
+void register_branch_mix_norm_cpu(StableLibrary& lib);
 void register_causal_conv1d_cpu(StableLibrary& lib);
 void register_causal_conv1d_step_cpu(StableLibrary& lib);
 void register_ssd_step_cpu(StableLibrary& lib);

@@ -1,0 +1,166 @@
+// Mix and norm: a row of both branches is read from memory once; the passes over it after that are in cache.
+#include "../linmu/branch_mix_norm.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "vec.h"
+
+namespace linmu {
+namespace LINMU_ISA {
+namespace {
+
+constexpr int64_t kBlock = 16;  // rows per task
+
+// The mixed row, its mean and the reciprocal of its deviation (0 and 1 where the norm has none).
+template <class T>
+struct Row {
+  using A = acc_t<T>;
+  const BranchMixNormParams& p;
+  std::vector<A> mixed;
+  const T *a, *b;
+  bool on;
+  A mean, scale;
+
+  explicit Row(const BranchMixNormParams& params) : p(params), mixed(params.dim) {}
+
+  template <class L>
+  vec<A> mix(int64_t row, int64_t d, L lanes) const {
+    const A* mix = static_cast<const A*>(p.mix);
+    if (p.mix_by == MixBy::channel) return lanes.load(mix + d);
+    return splat(mix[p.mix_by == MixBy::token ? row : 0]);
+  }
+
+  void read(int64_t row) {
+    const int64_t D = p.dim;
+    a = static_cast<const T*>(p.a) + row * D, b = static_cast<const T*>(p.b) + row * D;
+    on = !p.mask || p.mask[row];
+    vec<A> total{};  // lanes past the end stay 0: they load as 0 and mix to 0
+    for_each_vector<A>(D, [&](int64_t d, auto lanes) {
+      vec<A> m = lanes.load(a + d);
+      if (on) {
+        const vec<A> share = mix(row, d, lanes);
+        m = share * m + (1 - share) * lanes.load(b + d);
+      }
+      lanes.store(mixed.data() + d, m);
+      total = p.norm == Norm::layer ? total + m : m * m + total;
+    });
+    mean = 0, scale = 1;
+    if (p.norm == Norm::none) return;
+    A square = sum<A>(total) / static_cast<A>(D);
+    if (p.norm == Norm::layer) {
+      mean = square;
+      vec<A> squares{};
+      for_each_vector<A>(D, [&](int64_t d, auto lanes) {
+        const vec<A> c = lanes.only(lanes.load(mixed.data() + d) - mean);
+        squares = c * c + squares;
+      });
+      square = sum<A>(squares) / static_cast<A>(D);
+    }
+    scale = 1 / std::sqrt(square + static_cast<A>(p.eps));
+  }
+};
+
+template <class T>
+void forward(const BranchMixNormParams& p) {
+  using A = acc_t<T>;
+  const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
+  p.threads.run(p.rows, 1 + 32768 / (p.dim + 1), [&](int64_t begin, int64_t end) {
+    Row<T> r(p);
+    for (int64_t row = begin; row < end; ++row) {
+      r.read(row);
+      T* out = static_cast<T*>(p.out) + row * p.dim;
+      for_each_vector<A>(p.dim, [&](int64_t d, auto lanes) {
+        vec<A> m = (lanes.load(r.mixed.data() + d) - r.mean) * r.scale;
+        if (weight) m = m * lanes.load(weight + d);
+        if (bias) m = m + lanes.load(bias + d);
+        lanes.store(out + d, m);
+      });
+    }
+  });
+}
+
+// With n the normed row and g = dy * weight: dm = scale * (g - mean(g) - n * mean(g * n)), the first mean for "layer"
+// only. Sums over rows go to a slot per task; the tasks depend on the shape alone, so any threads give the same bits.
+template <class T>
+void backward(const BranchMixNormBwdParams& q) {
+  using A = acc_t<T>;
+  const BranchMixNormParams& p = q.forward;
+  const int64_t D = p.dim, rows = p.rows;
+  const int64_t per_task = std::max(kBlock, (rows + 31) / 32), tasks = (rows + per_task - 1) / per_task;
+  const A* weight = static_cast<const A*>(p.weight);
+  const bool by_channel = p.mix_by == MixBy::channel;
+  std::vector<A> sums(tasks * 3 * D);  // per task: dmix, dweight, dbias, each (D,)
+  std::vector<double> shares(tasks);   // per task: dmix of a scalar
+  p.threads.run(tasks, 1 + 16384 / (per_task * D + 1), [&](int64_t begin, int64_t end) {
+    Row<T> r(p);
+    for (int64_t task = begin; task < end; ++task) {
+      A *dmix = sums.data() + task * 3 * D, *dweight = dmix + D, *dbias = dweight + D;
+      for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) {
+        r.read(row);
+        const T* dy = static_cast<const T*>(q.grad_out) + row * D;
+        vec<A> sum_g{}, sum_gn{};
+        for_each_vector<A>(D, [&](int64_t d, auto lanes) {
+          const vec<A> grad = lanes.load(dy + d), n = (lanes.load(r.mixed.data() + d) - r.mean) * r.scale;
+          if (q.dweight) lanes.store(dweight + d, grad * n + lanes.load(dweight + d));
+          if (q.dbias) lanes.store(dbias + d, grad + lanes.load(dbias + d));
+          const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
+          sum_g = sum_g + g;
+          sum_gn = g * n + sum_gn;
+        });
+        const A mean_g = p.norm == Norm::layer ? sum<A>(sum_g) / static_cast<A>(D) : A(0);
+        const A mean_gn = p.norm == Norm::none ? A(0) : sum<A>(sum_gn) / static_cast<A>(D);
+        T *da = static_cast<T*>(q.da) + row * D, *db = static_cast<T*>(q.db) + row * D;
+        vec<A> share{};
+        for_each_vector<A>(D, [&](int64_t d, auto lanes) {
+          const vec<A> grad = lanes.load(dy + d), n = (lanes.load(r.mixed.data() + d) - r.mean) * r.scale;
+          const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
+          const vec<A> dm = (g - mean_g - n * mean_gn) * r.scale;
+          if (!r.on) {
+            lanes.store(da + d, dm);
+            lanes.store(db + d, vec<A>{});
+            return;
+          }
+          const vec<A> mix = r.mix(row, d, lanes);
+          lanes.store(da + d, mix * dm);
+          lanes.store(db + d, (1 - mix) * dm);
+          const vec<A> difference = lanes.load(r.a + d) - lanes.load(r.b + d);  // 0 past the end
+          if (by_channel)
+            lanes.store(dmix + d, dm * difference + lanes.load(dmix + d));
+          else
+            share = dm * difference + share;
+        });
+        if (p.mix_by == MixBy::token) static_cast<A*>(q.dmix)[row] = sum<A>(share);
+        if (p.mix_by == MixBy::scalar) shares[task] += sum<A>(share);
+      }
+    }
+  });
+  const auto reduce = [&](int which, void* to) {
+    for (int64_t d = 0; to && d < D; ++d) {
+      A total = 0;
+      for (int64_t task = 0; task < tasks; ++task) total += sums[(task * 3 + which) * D + d];
+      static_cast<A*>(to)[d] = total;
+    }
+  };
+  if (by_channel) reduce(0, q.dmix);
+  reduce(1, q.dweight);
+  reduce(2, q.dbias);
+  if (p.mix_by == MixBy::scalar) {
+    double total = 0;
+    for (double s : shares) total += s;
+    static_cast<A*>(q.dmix)[0] = static_cast<A>(total);
+  }
+}
+
+}  // namespace
+
+void branch_mix_norm_fwd_cpu(const BranchMixNormParams& p) {
+  dispatch(p.dtype, [&](auto* t) { forward<std::remove_pointer_t<decltype(t)>>(p); });
+}
+
+void branch_mix_norm_bwd_cpu(const BranchMixNormBwdParams& q) {
+  dispatch(q.forward.dtype, [&](auto* t) { backward<std::remove_pointer_t<decltype(t)>>(q); });
+}
+
+}  // namespace LINMU_ISA
+}  // namespace linmu
