@@ -13,6 +13,7 @@ from .causal_conv1d_step import causal_conv1d_step
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
 from .token_layout import TokenLayout, WindowTable, major_scan_order
+from .window_attention import window_attention
 
 _registry.load_binaries()
 
@@ -29,4 +30,5 @@ __all__ = [
     "ssd_scan",
     "ssd_step",
     "use_impl",
+    "window_attention",
 ]

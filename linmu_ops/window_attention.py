@@ -1,0 +1,216 @@
+"""Softmax attention within windows of a video, an image or a sequence, on tokens left where they lie."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _registry
+from ._dims import FLOATS, Dims, accumulate_dtype
+from .reference.window_attention import window_attention as reference
+from .token_layout import WRAPS, TokenLayout
+
+INPUTS = (
+    "Tensor tokens, Tensor offsets, Tensor? coords, int[] window, float scale, Tensor? bias, Tensor? cos, "
+    "Tensor? sin, bool interleaved"
+)
+SCHEMA = f"(Tensor q, Tensor k, Tensor v, {INPUTS}) -> (Tensor out, Tensor lse)"
+BWD_SCHEMA = (
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {INPUTS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: TokenLayout | None = None,
+    grid: Sequence[int] | None = None,
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0, 0),
+    wrap: str = "join",
+    image_window: Sequence[int] | None = None,
+    image_shift: Sequence[int] | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Attention of every visual token to the tokens of its window.
+
+        out[i] = sum_j softmax_j(scale q[i] . k[j] + bias[coord(i) - coord(j)]) v[j],    j in the window of i
+
+    In a dimension of size s with window w and shift h, the token at c is in window ((c - h) mod s) // w; w is clamped
+    to s (and h is then 0), and the last window is smaller where w does not divide s. Nothing is rolled, partitioned,
+    padded, masked or repeated in memory: tokens are read and written where they lie, and key/value heads are shared.
+
+    Args:
+        q: (B, L, H, P) float32, float64, bfloat16 or float16. Queries, in token positions.
+        k: (B, L, G, P) dtype of q. Keys; G divides H, and query head h reads head h // (H / G).
+        v: (B, L, G, P) dtype of q. Values.
+        layout: TokenLayout of the batch: where its visual blocks are. Either this or grid.
+        grid: (T, H, W), (H, W) or (W,): every row is one such block, L tokens in all.
+        window: (T, H, W), (H, W) or (W,), each >= 1. Missing leading sizes are 1.
+        shift: the same for the shift, each >= 0. Missing leading shifts are 0.
+        wrap: "join": tokens that wrapped around an edge share a window with those at the other edge; "mask": they
+            form a window of their own, as Swin's mask does.
+        image_window: window of blocks with T = 1; `window` if None.
+        image_shift: shift of blocks with T = 1; `shift` if None.
+        scale: factor of q . k; P ** -0.5 if None.
+        bias: (H, 2T-1, 2H-1, 2W-1) float, sizes of `window` as given. Added by relative position, query minus key.
+            Not together with image_window.
+        cos: (B or 1, L, R) float, R even, R <= P. Rotary embedding of q and k: (x, y) pairs become
+            (x cos - y sin, y cos + x sin). Constant: it gets no gradient.
+        sin: shape of cos.
+        interleaved: rotary pairs are elements (2i, 2i+1) instead of (i, i + R/2).
+
+    Returns:
+        out: (B, L, H, P), dtype of q. 0 at tokens outside every block.
+
+    Raises:
+        ValueError: a shape, device or value breaks the table above. TypeError: a dtype does.
+
+    Notes:
+        Accumulates in float32 (float64 for float64). bfloat16 products take rotated q and k, attention weights and
+        score gradients rounded to bfloat16 where the processor multiplies it. Deterministic, also the gradient of
+        the bias. Linear in L for a given window.
+
+    Source: Liu et al. 2021, arXiv:2103.14030; LinMU, arXiv:2601.01322. Reference:
+    linmu_ops/reference/window_attention.py.
+    """
+    d = Dims("window_attention")
+    d("q", q, "B L H P", FLOATS)
+    d("k", k, "B L G P", q.dtype)
+    d("v", v, "B L G P", q.dtype)
+    d.divides("k", "G", "H")
+    if wrap not in WRAPS:
+        raise ValueError(f"window_attention: wrap must be one of {', '.join(WRAPS)}, got {wrap!r}")
+    sizes = _padded("window", window, 1)
+    shifts = _padded("shift", shift, 0)
+    image_sizes = None if image_window is None else _padded("image_window", image_window, 1)
+    image_shifts = None if image_shift is None else _padded("image_shift", image_shift, 0)
+    if (layout is None) == (grid is None):
+        raise ValueError("window_attention: exactly one of layout and grid must be given")
+    if layout is None:
+        assert grid is not None
+        block = _padded("grid", grid, 1)
+        if math.prod(block) != d["L"]:
+            raise ValueError(f"window_attention: grid must hold L={d['L']} tokens, got {tuple(grid)}")
+        layout = TokenLayout.from_grid(block, d["B"])
+    elif (layout.batch_size, layout.length) != (d["B"], d["L"]):
+        raise ValueError(
+            f"window_attention: layout must be of B={d['B']}, L={d['L']}, "
+            f"got batch_size={layout.batch_size}, length={layout.length}"
+        )
+    acc = accumulate_dtype(q.dtype)
+    if bias is not None:
+        if image_window is not None:
+            raise ValueError("window_attention: bias must be None with image_window: it belongs to one window")
+        d("bias", bias, "H " + " ".join(f"2{w}-1" for w in "THW"[4 - bias.dim() :]), FLOATS)
+        if bias.dim() < 4:
+            bias = bias.view(d["H"], *[1] * (4 - bias.dim()), *bias.shape[1:])
+        if tuple(bias.shape[1:]) != tuple(2 * w - 1 for w in sizes):
+            raise ValueError(
+                f"window_attention: bias must be (H, 2T-1, 2H-1, 2W-1) with window {sizes}, "
+                f"got shape {tuple(bias.shape)}"
+            )
+        bias = bias.to(acc)
+    if (cos is None) != (sin is None):
+        raise ValueError("window_attention: cos and sin must be given together")
+    if cos is not None and sin is not None:
+        rows = "1" if cos.dim() == 3 and cos.shape[0] == 1 else "B"
+        d("cos", cos, f"{rows} L R", FLOATS)
+        d("sin", sin, f"{rows} L R", FLOATS)
+        if d["R"] % 2 or d["R"] > d["P"]:
+            raise ValueError(f"window_attention: cos must have an even R of at most P={d['P']}, got R={d['R']}")
+        cos, sin = cos.detach().to(acc), sin.detach().to(acc)
+    d.same_device(q, k=k, v=v, bias=bias, cos=cos, sin=sin)
+    table = layout.window_table(sizes, shifts, wrap, image_sizes, image_shifts, q.device)
+    factor = d["P"] ** -0.5 if scale is None else float(scale)
+    return _registry.call(
+        "window_attention", q, q, k, v, table.tokens, table.offsets, None if bias is None else table.coords,
+        list(sizes), factor, bias, cos, sin, interleaved,
+    )[0]  # fmt: skip
+
+
+def _padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """Three sizes, missing leading ones filled in; `fill` is also the least allowed value."""
+    try:
+        sizes = [operator.index(v) for v in values]
+    except TypeError:
+        sizes = []
+    if not 1 <= len(sizes) <= 3 or min(sizes) < fill:
+        raise ValueError(f"window_attention: {name} must be one to three integers >= {fill}, got {values}")
+    return (*[fill] * (3 - len(sizes)), *sizes)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    acc = accumulate_dtype(q.dtype)
+    return q.new_empty(q.shape), q.new_empty(tokens.shape[0], q.shape[2], dtype=acc)
+
+
+def _bwd_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tokens: Tensor, offsets: Tensor,
+    coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None, *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dbias = q.new_empty(0, dtype=accumulate_dtype(q.dtype)) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _bwd_reference(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tokens: Tensor, offsets: Tensor,
+    coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        table = None if bias is None else bias.detach().requires_grad_()
+        y, _ = reference(
+            leaves[0], leaves[1], leaves[2], tokens, offsets, coords, window, scale, table, cos, sin, interleaved
+        )
+        wrt = leaves if table is None else [*leaves, table]
+        grads = torch.autograd.grad(y, wrt, grad_out, allow_unused=True)
+    found = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, wrt, strict=True)]
+    if table is None:
+        found.append(q.new_empty(0, dtype=accumulate_dtype(q.dtype)))
+    return found[0], found[1], found[2], found[3]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved = inputs
+    ctx.save_for_backward(q, k, v, *output, tokens, offsets, coords, bias, cos, sin)
+    ctx.consts = (window, scale, interleaved)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, bwd_op: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 12
+    *rows, tokens, offsets, coords, bias, cos, sin = ctx.saved_tensors
+    window, scale, interleaved = ctx.consts
+    dq, dk, dv, dbias = bwd_op(
+        grad_out, *rows, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved
+    )  # fmt: skip
+    return dq, dk, dv, None, None, None, None, None, None if bias is None else dbias, None, None, None
+
+
+_registry.define_op(
+    "window_attention",
+    SCHEMA,
+    reference=reference,
+    fake=_fake,
+    bwd_schema=BWD_SCHEMA,
+    bwd_reference=_bwd_reference,
+    bwd_fake=_bwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
