@@ -1,4 +1,7 @@
-"""Drives CMake. LINMU_BUILD=auto|none|cpu says what to build (default auto: cpu wherever a C++ compiler is found)."""
+"""Drives CMake. LINMU_BUILD=auto|none|cpu says what to build (default auto: cpu wherever a C++ compiler is found).
+
+LINMU_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan/linmu_ops (`make asan`).
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ class CMakeBuild(build_ext):
             return
         import torch
 
-        output = Path(self.get_ext_fullpath("linmu_ops._C")).resolve().parent
-        build = ROOT / "build" / "cmake"
+        sanitize = bool(os.environ.get("LINMU_SANITIZE"))
+        build = ROOT / "build" / ("asan" if sanitize else "cmake")
+        output = build / "linmu_ops" if sanitize else Path(self.get_ext_fullpath("linmu_ops._C")).resolve().parent
         hash_code = "import linmu_ops._registry as r, linmu_ops; print(r.schema_hash())"
         environment = {**os.environ, "LINMU_NO_BINARY": "1", "PYTHONPATH": str(ROOT)}
         schema_hash = subprocess.check_output([sys.executable, "-c", hash_code], cwd=ROOT, env=environment, text=True)
@@ -47,6 +51,7 @@ class CMakeBuild(build_ext):
             f"-DLINMU_TORCH_VERSION={torch.__version__}",
             f"-DLINMU_SCHEMA_HASH={schema_hash.strip()}",
             f"-DLINMU_OUTPUT_DIR={output}",
+            f"-DLINMU_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _registry
+from ._dims import accumulate_dtype
 
 
 def to_double(value: Any) -> Any:
@@ -85,8 +86,6 @@ def rerun_with_isa(isa: str, file: str, select: str) -> None:
     """Run the tests of `file` named `select` in a process whose kernels are of instruction set `isa`, or skip."""
     import pytest
 
-    from . import _registry
-
     binary = _registry.binaries()["cpu"]
     levels = ("generic", "avx2", "avx512", "avx512bf16")
     if not binary.loaded:
@@ -109,11 +108,12 @@ class _Draw:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def unit(self, *shape: int) -> Tensor:
-        """In (0, 1), float32."""
-        return (0.01 + 0.98 * torch.rand(shape, generator=self.generator)).to(self.device)
+        """In (0, 1), accumulate dtype."""
+        return (0.01 + 0.98 * torch.rand(shape, generator=self.generator)).to(self.device, accumulate_dtype(self.dtype))
 
     def small(self, *shape: int) -> Tensor:
-        return self.normal(*shape).float()
+        """Accumulate dtype."""
+        return self.normal(*shape).to(accumulate_dtype(self.dtype))
 
     def mask(self, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=self.generator) < 0.5).to(self.device)
@@ -127,11 +127,11 @@ class _Draw:
 
 
 def _ssd_scan(r: _Draw) -> dict[str, Any]:
-    B, L, H, P, N = 2, 37, 4, 8, 12
+    B, L, H, G, P, N = 2, 37, 8, 4, 8, 12
     return dict(
-        x=r.normal(B, L, 2, P), dt=r.unit(B, L, H), A=-r.unit(H), B=r.normal(B, L, 2, N), C=r.normal(B, L, H, N),
+        x=r.normal(B, L, G, P), dt=r.unit(B, L, H), A=-r.unit(H), B=r.normal(B, L, G, N), C=r.normal(B, L, H, N),
         D=r.small(H), dt_bias=r.small(H), dt_softplus=True, direction="both", reverse_dt=r.unit(B, L, H),
-        reverse_dt_bias=r.small(H), reverse_A=-r.unit(H), reverse_B=r.normal(B, L, 2, N),
+        reverse_dt_bias=r.small(H), reverse_A=-r.unit(H), reverse_B=r.normal(B, L, G, N),
         reverse_C=r.normal(B, L, H, N), gate=r.unit(B, L, H), reverse_mask=r.mask(B, L),
         reverse_seq_idx=r.segments(B, L, 9), seq_idx=r.segments(B, L, 23), token_order=r.order(B, L),
         initial_state=r.small(B, H, P, N), return_final_state=True,
@@ -139,9 +139,9 @@ def _ssd_scan(r: _Draw) -> dict[str, Any]:
 
 
 def _ssd_step(r: _Draw) -> dict[str, Any]:
-    B, H, P, N = 2, 4, 8, 12
+    B, H, G, P, N = 2, 8, 4, 8, 12
     return dict(
-        state=r.small(B, H, P, N), x=r.normal(B, 2, P), dt=r.unit(B, H), A=-r.unit(H), B=r.normal(B, 2, N),
+        state=r.small(B, H, P, N), x=r.normal(B, G, P), dt=r.unit(B, H), A=-r.unit(H), B=r.normal(B, G, N),
         C=r.normal(B, H, N), D=r.small(H), dt_bias=r.small(H), dt_softplus=True,
     )  # fmt: skip
 

@@ -1,0 +1,157 @@
+"""Corrupt arguments handed straight to the dispatcher ops and to the planner: they raise, and touch nothing outside.
+
+`make asan` runs this with both libraries under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from linmu_ops import _native, _registry
+from linmu_ops._testing import run_small
+
+REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
+COMPILED = sorted(op for op in _registry.OPS if _registry.why_not(op, "cpu", "cpu") is None)
+# Values that index memory. Segment indices (seq_idx) are only compared, so that any value is legal there.
+POSITIONS = ("token_order", "tokens", "offsets", "coords")
+EXTREMES = (-1, -(2**31), 2**31 - 1, 10_000)
+
+
+class Record(TorchDispatchMode):
+    """Keeps every call of a linmu op, with its arguments as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "linmu":
+            self.calls.append((func, [a.clone() if isinstance(a, torch.Tensor) else a for a in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def calls(op):
+    """The dispatcher calls (forward, and backward where there is one) of the small case."""
+    with Record() as record:
+        run_small(op, "cpu")
+    expected = {op, _registry.OPS[op].backward} - {None}
+    assert {func.name().split("::")[1] for func, _ in record.calls} == expected
+    return record.calls
+
+
+def spoil(name, value):
+    """(what is wrong, corrupt value, must it be refused) for one argument."""
+    if isinstance(value, torch.Tensor):
+        yield "rank", value[None], True
+        yield "dtype", value.to(torch.int16), True
+        yield "dtype", value.double() if value.dtype != torch.float64 else value.float(), True
+        for dim in range(value.dim()):
+            if value.shape[dim]:
+                yield f"shorter in {dim}", value.narrow(dim, 0, value.shape[dim] - 1), True
+                yield f"longer in {dim}", torch.cat([value, value.narrow(dim, 0, 1)], dim), True
+                yield f"empty in {dim}", value.narrow(dim, 0, 0), True
+        if value.dtype == torch.int32:
+            for extreme in EXTREMES:
+                for where in (0, value.numel() // 2, value.numel() - 1):
+                    bad = value.clone()
+                    bad.view(-1)[where] = extreme
+                    yield f"{extreme} at {where}", bad, name in POSITIONS
+                yield f"all {extreme}", torch.full_like(value, extreme), name in POSITIONS
+            yield "all 0", torch.zeros_like(value), name in ("token_order", "tokens", "offsets")
+            yield "backwards", value.flip(-1), name == "offsets"
+    elif isinstance(value, (list, tuple)):
+        for bad in ([], [0] * len(value), [-1] * len(value), [2**40] * len(value), [*value, 1]):
+            yield f"{bad}", bad, False
+    elif isinstance(value, str):
+        yield "another word", "nonsense", True
+    elif isinstance(value, int) and not isinstance(value, bool):
+        for bad in (-1, -(2**63), 2**40, 2**63 - 1):
+            yield f"{bad}", bad, False
+
+
+@pytest.mark.parametrize("op", COMPILED)
+def test_ops_refuse_corrupt_arguments(op):
+    accepted = []
+    for func, arguments in calls(op):
+        for i, argument in enumerate(func._schema.arguments):
+            for what, bad, must_refuse in spoil(argument.name, arguments[i]):
+                values = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+                values[i] = bad
+                try:
+                    func(*values)
+                except REFUSALS:
+                    continue
+                if must_refuse:
+                    accepted.append(f"{func.name()}: {argument.name} {what}")
+    assert not accepted
+
+
+@pytest.mark.parametrize("op", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_small_cases_stay_inside(op, dtype):
+    values = run_small(op, "cpu", dtype=dtype).values()
+    assert all(v.isfinite().all() for v in values)
+
+
+def test_planner_refuses_corrupt_tables():
+    planner = _native.planner()
+    if planner is None:
+        pytest.skip(f"no compiled planner: {_native.planner_error}")
+    random = np.random.default_rng(0)
+    blocks, positions = np.array([[0, 2, 3, 4], [1, 1, 3, 3]]), np.r_[np.arange(24) + 2, np.arange(9)]
+    extremes = [-(2**63), -(2**31), -1, 0, 1, 3, 30, 2**31, 2**32 + 1, 2**62, 2**63 - 1]
+    refused = 0
+    for _ in range(3000):
+        b, p, rows, length = blocks.copy(), positions.copy(), 2, 30
+        for _ in range(random.integers(1, 4)):
+            value = random.choice(extremes)
+            match random.integers(5):
+                case 0 | 1:
+                    b[random.integers(2), random.integers(4)] = value
+                case 2 | 3:
+                    p[random.integers(len(p))] = value
+                case _:
+                    rows, length = random.choice([0, 1, 2, 3]), random.choice([0, 1, 29, 30, 31])
+        try:
+            plan = planner.Plan(b, p, rows, length)
+        except ValueError:
+            refused += 1
+            continue
+        plan.segments()
+        for mode in range(-1, 5):
+            try:
+                plan.scan_order(mode)
+            except ValueError:
+                assert mode in (-1, 4)
+        window, shift, image, image_shift = ([int(v) for v in random.choice(extremes, 3)] for _ in range(4))
+        try:
+            plan.window_table(window, shift, image, image_shift, bool(random.integers(2)))
+        except ValueError:
+            refused += 1
+    assert refused > 1000
+
+
+@pytest.mark.skipif("ASAN_OPTIONS" not in os.environ, reason="runs under `make asan`")
+def test_the_libraries_are_sanitized():
+    for pattern in ("liblinmu_cpu.so", "_C.*.so"):
+        (library,) = _native.HERE.glob(pattern)
+        assert b"__asan_init" in library.read_bytes() and b"__ubsan_handle" in library.read_bytes()
+    assert COMPILED
+
+
+@pytest.mark.skipif("ASAN_OPTIONS" not in os.environ, reason="runs under `make asan`")
+def test_a_write_outside_is_seen():
+    code = (
+        f"import ctypes, torch; library = ctypes.CDLL({str(_native.HERE / 'liblinmu_cpu.so')!r});"
+        "libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p;"
+        "library.linmu_register(b'wrong', ctypes.c_void_p(libc.malloc(8)), 4096)"  # its message has more than 8 bytes
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
