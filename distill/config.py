@@ -135,6 +135,8 @@ class Config(_Table):
     """Batches on which the mixers' norms and the scales of L_hid are set before stage 1."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_accumulation: Positive = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With more than one process: a whole student in each, or FSDP2, a part in each."""
     gradient_checkpointing: bool = False
     threads: Positive | None = None
     """CPU threads; None: torch's choice."""

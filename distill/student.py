@@ -1,5 +1,6 @@
 """The student: which of its parameters are which, how its branches are switched, and what LoRA adds."""
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.config import LoraConfig
+from distill.parallel import gathered
 from distill.stages import Stage
 from distill.teacher import Batch, attention_modules, record_outputs
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
-_SWIN = re.compile(r"(swin|mix)\b")
+_SWIN = re.compile(r"(swin|mix)")
+# Parts that act on visual tokens alone; so do the others of the window branch where text has no window.
+_REVERSE = re.compile(r"flex\.(reverse_|gate)")
 
 
 def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, nn.Module]:
@@ -32,13 +36,20 @@ def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module],
                          freeze: Sequence[str] = ()) -> dict[str, nn.Parameter]:  # fmt: skip
     """Name -> parameter that a stage trains.
 
+    Without L_hid, nothing depends on what the last decoder layer makes of visual tokens: its parts that act on these
+    alone stay as they are.
+
     Raises:
         ValueError: a pattern in `freeze` matches no parameter of the stage.
     """
+    last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
-    for block in blocks.values():
+    for layer, block in blocks.items():
         for name, parameter in block.named_parameters():
-            kinds[id(parameter)] = "swin" if _SWIN.match(name) else "flex"
+            in_swin = bool(_SWIN.match(name))
+            on_visual = _REVERSE.match(name) or (in_swin and not block.config.text_window)
+            if not (on_visual and layer == last and "hidden" not in stage.losses):
+                kinds[id(parameter)] = "swin" if in_swin else "flex"
     chosen = {}
     for name, parameter in student.named_parameters():
         kind = "lora" if ".lora_" in name else kinds.get(id(parameter))
@@ -91,10 +102,10 @@ def merge_lora(handle: Any) -> PreTrainedModel:
 
 
 def own_state(student: PreTrainedModel, blocks: dict[int, nn.Module]) -> dict[str, Tensor]:
-    """What the student has and its teacher has not: the M-MATE blocks, and LoRA where it is on."""
+    """What the student has and its teacher has not: the M-MATE blocks, and LoRA where it is on. For all processes."""
     own = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return {
-        name: tensor.detach()
+        name: gathered(tensor)
         for name, tensor in [*student.named_parameters(), *student.named_buffers()]
         if id(tensor) in own or ".lora_" in name
     }
@@ -128,3 +139,34 @@ def mean_squares(teacher: PreTrainedModel, layers: Sequence[int], batches: Seque
         sums += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
         count += int(mask.sum())
     return (sums / count).tolist()
+
+
+@torch.no_grad()
+def calibrate(
+    student: PreTrainedModel, teacher: PreTrainedModel, blocks: dict[int, nn.Module], batches: Sequence[Batch]
+) -> None:
+    """Give each block the size of the attention it replaces, by what that attention makes of a few batches."""
+    from linmu_ops.nn import MMATE
+
+    modules = attention_modules(teacher)
+    for layer, block in blocks.items():
+        seen: list[tuple[dict[str, Any], Tensor]] = []
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            arguments = {"layout": student.build_layout(inputs), "attention_mask": batch["attention_mask"].bool()}
+
+            caught: list[tuple[Any, Any]] = []
+            handle = modules[layer].register_forward_hook(
+                lambda _module, _args, kwargs, output, caught=caught: caught.append((kwargs, output[0])),
+                with_kwargs=True,
+            )
+            teacher.model(**inputs, use_cache=False)
+            handle.remove()
+            ((kwargs, output),) = caught
+            seen.append(({**arguments, **{n: kwargs[n] for n in ("hidden_states", "position_embeddings")}}, output))
+        # The block of a model takes its layout in another way than the bare block, which calibration calls.
+        block.forward = functools.partial(MMATE.forward, block)
+        try:
+            block.calibrate(seen)
+        finally:
+            del block.forward

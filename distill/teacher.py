@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sqlite3
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from distill.losses import IGNORE, Head, Kept
@@ -23,7 +24,7 @@ class Source(Protocol):
     """Training data with random access: batch `step` is a function of `step` alone.
 
     A sample is a dataclass with `turns`, a tuple of (question, answer). `processor(samples)` makes what the model
-    takes, padded on the right, and `labels` (-100 outside the answers; each answer ends with the end-of-sequence token).
+    takes, padded on the right, and `labels`: -100 outside the answers; each answer ends with the end-of-sequence token.
     """
 
     processor: Callable[[Sequence[Any]], Batch]
@@ -34,14 +35,16 @@ class Source(Protocol):
 
 
 def load_teacher(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
-    """A frozen model in evaluation mode, and its tokenizer."""
-    from transformers import AutoConfig
+    """A frozen model in evaluation mode, and its tokenizer; LinMU students are known here too.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", or "auto" for the one its configuration names.
+    """
+    import linmu_models  # noqa: F401  makes LinMU's classes known to the Auto classes
 
     config = AutoConfig.from_pretrained(path)
-    visual = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    model = (AutoModelForImageTextToText if visual else AutoModelForCausalLM).from_pretrained(
-        path, dtype=getattr(torch, dtype)
-    )
+    auto = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+    model = auto.from_pretrained(path, dtype=dtype)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
 
 
@@ -85,23 +88,26 @@ def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]
 
 def share_vision_features(*models: PreTrainedModel) -> None:
     """Let models with the same frozen vision tower encode a batch's pixels once between them."""
-    last: dict[str, tuple[Tensor, Any]] = {}
+    last: dict[str, tuple[Tensor, str, Any]] = {}
 
-    def share(core: nn.Module, name: str) -> None:
+    def share(core: nn.Module, name: str, argument: str) -> None:
         original = getattr(core, name)
 
-        def features(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if name not in last or last[name][0] is not pixels:
+        @functools.wraps(original)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            pixels = args[0] if args else kwargs[argument]
+            options = repr({key: value for key, value in kwargs.items() if not isinstance(value, Tensor)})
+            if name not in last or last[name][0] is not pixels or last[name][1] != options:
                 with torch.no_grad():
-                    last[name] = (pixels, original(pixels, *args, **kwargs))
-            return last[name][1]
+                    last[name] = (pixels, options, original(*args, **kwargs))
+            return last[name][2]
 
         setattr(core, name, features)
 
     for model in models:
-        for name in ("get_image_features", "get_video_features"):
+        for name, argument in (("get_image_features", "pixel_values"), ("get_video_features", "pixel_values_videos")):
             if hasattr(model.model, name):
-                share(model.model, name)
+                share(model.model, name, argument)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,15 @@ from transformers import PreTrainedModel
 from distill.checkpoint import CheckpointStore, random_states, set_random_states
 from distill.config import Config
 from distill.losses import answer_losses, hidden_loss, kept_positions
+from distill.parallel import (
+    assign,
+    gathered,
+    gradients_stay_local,
+    load_optimizer,
+    local_part,
+    shard,
+    total_norm,
+)
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
 from distill.teacher import Batch, Source, Transcripts, attention_modules, predicts_targets, record_outputs
@@ -172,8 +181,7 @@ def checksums(parameters: dict[str, Tensor]) -> dict[str, int]:
     """A number for each tensor that changes when any of its bytes does (except by freak coincidence)."""
     sums = {}
     for name, tensor in parameters.items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        flat = local.detach().contiguous().flatten()
+        flat = local_part(tensor).detach().contiguous().flatten()
         words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
         sums[name] = int(words.sum(dtype=torch.int64)) if words.numel() else 0
     return sums
@@ -230,6 +238,11 @@ class StageTrainer:
         self._seconds = 0.0
 
     @property
+    def seconds(self) -> float:
+        """Time spent in steps, over all attempts."""
+        return self._seconds
+
+    @property
     def metrics_path(self) -> Path:
         """One JSON line a step."""
         return self.folder / "metrics.jsonl"
@@ -237,14 +250,14 @@ class StageTrainer:
     def run(self) -> dict[str, float]:
         """Train to the end of the stage and return the means of the last steps' losses."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        frozen = {n: p for n, p in self.student.named_parameters() if not p.requires_grad}
-        before = checksums(frozen)
-        objective = Objective(self.student, self.teacher, self.stage, self.config)
+        objective = self._spread(Objective(self.student, self.teacher, self.stage, self.config))
         self.student.train()
         optimizer = torch.optim.AdamW(
             self._groups(), lr=self.stage.learning_rate, betas=self.config.optimizer.betas, foreach=False
         )
-        objective, optimizer = self.accelerator.prepare(objective, optimizer)
+        optimizer = self.accelerator.prepare(optimizer)
+        frozen = {n: p for n, p in self.student.named_parameters() if not p.requires_grad}
+        before = checksums(frozen)
         step = self._restore(optimizer)
         progress = Progress(self.stage, step, self.folder, self.accelerator.is_main_process)
         recent: list[dict[str, float]] = []
@@ -271,6 +284,16 @@ class StageTrainer:
         self.student.eval()
         names = [name for name in (*self.stage.losses, "supervised", "loss") if name in recent[-1]] if recent else []
         return {name: sum(r[name] for r in recent) / len(recent) for name in names}
+
+    def _spread(self, objective: Objective) -> nn.Module:
+        if self.accelerator.num_processes == 1:
+            return objective
+        if self.config.parallel == "ddp":
+            return self.accelerator.prepare(objective)
+        shard(objective, self.student, self.accelerator)
+        now = dict(self.student.named_parameters())
+        self.trainable = {name: now[name] for name in self.trainable}
+        return objective
 
     def _groups(self) -> list[dict[str, Any]]:
         # Decays, gates, norms and biases are no weights: pulling them to 0 would shorten the memory.
@@ -301,8 +324,7 @@ class StageTrainer:
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            with nullcontext() if last else accelerator.no_sync(objective):
+            with gradients_stay_local(objective, accelerator, local=i < len(parts) - 1):
                 with accelerator.autocast():
                     losses = objective(part, counts)
                 loss = sum(self.stage.losses[name] * losses[name] for name in self.stage.losses)
@@ -315,9 +337,7 @@ class StageTrainer:
         record: dict[str, Any] = {"step": step + 1, **dict(zip(totals, values, strict=True)), "learning_rate": rate}
         self._check_finite(record, totals)
         self._check_gradients(step)
-        if accelerator.scaler is None:  # With one, an overflow is expected now and then, and skipped.
-            self._check_norm(step)
-        norm = float(accelerator.clip_grad_norm_(list(self.trainable.values()), config.optimizer.clip))
+        norm = self._clip(optimizer, step)
         optimizer.step()
         seconds = time.perf_counter() - began
         self._seconds += seconds
@@ -340,26 +360,32 @@ class StageTrainer:
         if bad:
             raise TrainingError(self._where(record["step"] - 1, "the loss is not finite: " + ", ".join(bad)))
 
-    def _check_norm(self, step: int) -> None:
-        norm = float(nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None]))
-        if not math.isfinite(norm):
-            bad = [n for n, p in self.trainable.items() if not bool(torch.isfinite(p.grad).all())]
-            raise TrainingError(self._where(step, f"the gradient's norm is {norm}; it is not finite in {_list(bad)}"))
+    def _clip(self, optimizer: Any, step: int) -> float:
+        self.accelerator.unscale_gradients(optimizer)
+        parameters = list(self.trainable.values())
+        norm = total_norm(parameters)
+        value = float(norm)
+        if math.isfinite(value):
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm, foreach=False)
+        elif self.accelerator.scaler is None:  # With one, an overflow is expected now and then, and skipped.
+            bad = [n for n, p in self.trainable.items() if not bool(torch.isfinite(local_part(p.grad)).all())]
+            raise TrainingError(self._where(step, f"the gradient's norm is {value}; it is not finite in {_list(bad)}"))
+        return value
 
     def _check_gradients(self, step: int) -> None:
         if len(self._moved) == len(self.trainable):
             return
-        missing = []
+        missing, names, counts = [], [], []
         for name, parameter in self.trainable.items():
             if parameter.grad is None:
                 missing.append(name)
             elif name not in self._moved:
-                grad = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
-                seen = torch.count_nonzero(grad).to(self.accelerator.device)
-                if int(self.accelerator.reduce(seen, "sum")):
-                    self._moved.add(name)
+                counts.append(torch.count_nonzero(local_part(parameter.grad)))
+                names.append(name)
         if missing:
             raise TrainingError(self._where(step, f"trainable, but no gradient reaches {_list(missing)}"))
+        seen = self.accelerator.reduce(torch.stack(counts), "sum").tolist()
+        self._moved.update(name for name, count in zip(names, seen, strict=True) if count)
         still = sorted(set(self.trainable) - self._moved)
         if still and step + 1 >= ZERO_GRADIENT_STEPS:
             raise TrainingError(self._where(step, f"the gradient has been 0 in every step for {_list(still)}"))
@@ -376,13 +402,14 @@ class StageTrainer:
         return bool(self.accelerator.reduce(torch.tensor(int(stop), device=self.accelerator.device), "sum"))
 
     def _save(self, step: int, optimizer: Any) -> None:
+        weights = gathered(self.trainable)
+        moments = gathered(getattr(optimizer, "optimizer", optimizer).state_dict())
         if self.accelerator.is_main_process:
-            inner = getattr(optimizer, "optimizer", optimizer)
             self.store.save(
                 step,
                 {
-                    "weights.pt": {name: p.detach() for name, p in self.trainable.items()},
-                    "optimizer.pt": inner.state_dict(),
+                    "weights.pt": weights,
+                    "optimizer.pt": moments,
                     "progress.pt": {
                         "step": step,
                         "seconds": self._seconds,
@@ -408,10 +435,9 @@ class StageTrainer:
                 f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
                 "restore the configuration, or choose another name"
             )
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(files["weights.pt"][name])
-        getattr(optimizer, "optimizer", optimizer).load_state_dict(files["optimizer.pt"])
+        for name, parameter in self.trainable.items():
+            assign(parameter, files["weights.pt"][name])
+        load_optimizer(getattr(optimizer, "optimizer", optimizer), files["optimizer.pt"])
         set_random_states(progress["random"])
         if progress["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(progress["scaler"])

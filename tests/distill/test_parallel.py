@@ -1,0 +1,76 @@
+"""Two processes give the losses of one: DDP and FSDP2 over gloo."""
+
+import json
+import os
+import socket
+
+import pytest
+import tiny
+import torch
+
+from distill.checkpoint import CheckpointStore
+from distill.student import own_state
+
+NOISE = ("tokens_per_second", "peak_memory_mb", "seconds")
+
+
+def curve(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in NOISE} for line in lines]
+
+
+def run_two(config, number):
+    """The stage in two processes, joined as `accelerate launch` joins them; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+                )  # fmt: skip
+                trainer = tiny.stage_trainer(config, number)
+                assert trainer.accelerator.num_processes == 2
+                trainer.run()
+                blocks = {i: layer.self_attn for i, layer in enumerate(trainer.student.get_decoder().layers)}
+                torch.save(own_state(trainer.student, blocks), config.folder / f"state{rank}.pt")
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.parametrize("parallel, number", [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)])
+def test_two_processes_are_one(tmp_path, parallel, number):
+    """Batches are of unequal size, so that a mean of the processes' means would be something else."""
+    changes = {f"stage{number}": {"steps": 5, "learning_rate": 1e-2}}
+    one = tiny.stage_trainer(tiny.tiny_config(tmp_path / "one", gradient_accumulation=2, **changes), number)
+    one.run()
+    config = tiny.tiny_config(tmp_path / "two", parallel=parallel, **changes)
+    assert run_two(config, number) == [0, 0]
+    for ours, theirs in zip(curve(config.folder / f"stage{number}"), curve(one.folder), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    states = [torch.load(config.folder / f"state{rank}.pt") for rank in range(2)]
+    blocks = {i: layer.self_attn for i, layer in enumerate(one.student.get_decoder().layers)}
+    for name, tensor in own_state(one.student, blocks).items():
+        assert torch.equal(states[0][name], states[1][name])
+        torch.testing.assert_close(states[0][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_two_goes_on_from_its_checkpoint(tmp_path, parallel):
+    changes = dict(parallel=parallel, stage2={"steps": 8, "learning_rate": 1e-2})
+    whole = tiny.tiny_config(tmp_path / "whole", **changes)
+    assert run_two(whole, 2) == [0, 0]
+    config = tiny.tiny_config(tmp_path / "cut", **changes)
+    assert run_two(config, 2) == [0, 0]
+    store = CheckpointStore(config.folder / "stage2/checkpoints")
+    (store.folder / "step-000000008/manifest.json").unlink()
+    assert run_two(config, 2) == [0, 0]
+    assert curve(config.folder / "stage2") == curve(whole.folder / "stage2")
