@@ -36,6 +36,9 @@ asan: .venv/ready
 env: setup
 	$(BIN)/linmu env
 
+demo: setup
+	$(BIN)/linmu distill distill/configs/demo.toml --resume
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror

@@ -5,7 +5,8 @@ from __future__ import annotations
 import runpy
 import sys
 from importlib.util import find_spec
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 try:
     import typer
@@ -28,6 +29,57 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print one JSON object
     assert spec is not None and spec.origin is not None
     run = runpy.run_path(spec.origin.replace("__init__.py", "env.py"))["main"]
     raise typer.Exit(run(["--json"] if json else []))
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="A TOML file; see distill/README.md.")],
+    stage: Annotated[int | None, typer.Option(help="Run this stage only: 1, 2 or 3.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+) -> None:
+    """Make a teacher linear: convert it, train the student in three stages, write a report."""
+    from distill.checkpoint import CheckpointError
+    from distill.config import ConfigError, load_config
+
+    try:
+        settings = load_config(config)
+        from distill.handoff import HandoffError
+        from distill.run import RunError
+        from distill.run import distill as run
+        from distill.train import Interrupted, TrainingError
+    except ConfigError as error:
+        _stop(error)
+    try:
+        report = run(settings, stage, resume)
+    except (RunError, HandoffError, TrainingError, CheckpointError) as error:
+        _stop(error)
+    except Interrupted as error:
+        _stop(error, 130)
+    if report is not None:
+        typer.echo(f"report: {report}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="A model's folder, or that of a finished run.")],
+    teacher: Annotated[str | None, typer.Option(help="A model beside it; for a run: its own teacher.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task group.")] = 200,
+    group: Annotated[list[str] | None, typer.Option(help="Only this task group; may be repeated.")] = None,
+    split: Annotated[str, typer.Option(help="test, or test_font: a font that training never showed.")] = "test",
+    seed: int = 2024,
+) -> None:
+    """Exact match on the built-in tasks with 95 % intervals, beside the teacher's."""
+    from distill.evaluate import EvaluationError, evaluate_folder
+
+    try:
+        typer.echo(evaluate_folder(folder, teacher, samples, group, split, seed))
+    except EvaluationError as error:
+        _stop(error)
+
+
+def _stop(error: Exception, status: int = 1) -> NoReturn:
+    typer.echo(f"linmu: {error}", err=True)
+    raise typer.Exit(status)
 
 
 def main() -> None:

@@ -1,0 +1,58 @@
+"""`linmu evaluate`: a saved model on the built-in tasks, side by side with its teacher."""
+
+import json
+from pathlib import Path
+
+from distill.data import GROUPS, SPLITS
+from distill.evaluation import Result, evaluate
+from distill.report import table
+from distill.teacher import load_teacher
+
+
+class EvaluationError(RuntimeError):
+    """There is nothing to evaluate at that place, or no such task."""
+
+
+def _find(folder: Path, teacher: str | None) -> tuple[str, str | None]:
+    """The student's folder and the teacher, from a run's folder or a model's."""
+    if (folder / "config.json").exists():
+        return str(folder), teacher
+    if (folder / "student" / "config.json").exists():
+        manifest = json.loads((folder / "stage3" / "manifest.json").read_text())
+        return str(folder / "student"), teacher or manifest["teacher"]["path"]
+    if (folder / "stage0").exists():
+        raise EvaluationError(f"{folder} is a run that has not finished: go on with `linmu distill CONFIG --resume`")
+    raise EvaluationError(f"{folder} holds no model: neither config.json nor student/config.json is there")
+
+
+def evaluate_folder(
+    folder: Path, teacher: str | None, samples: int, groups: list[str] | None, split: str, seed: int
+) -> str:
+    """A Markdown table: a row for each task group, a column for each model.
+
+    Raises:
+        EvaluationError: no model in `folder`, an unknown group or split.
+    """
+    if unknown := sorted(set(groups or ()) - set(GROUPS)):
+        raise EvaluationError(f"--group must be among {', '.join(GROUPS)}, got {', '.join(unknown)}")
+    if split not in SPLITS:
+        raise EvaluationError(f"--split must be among {', '.join(SPLITS)}, got {split}")
+    path, teacher = _find(folder, teacher)
+    results: dict[str, list[Result]] = {}
+    names = groups or list(GROUPS)
+    for label, source in (("teacher", teacher), ("model", path)):
+        if source is not None:
+            model, tokenizer = load_teacher(source, "auto")
+            results[label] = [evaluate(model, tokenizer, name, samples, seed, split=split) for name in names]
+    rows = []
+    for i, name in enumerate(names):
+        cells = []
+        for found in results.values():
+            low, high = found[i].interval
+            cells.append(f"{found[i].accuracy:.1%} ({low:.1%}-{high:.1%})")
+        if teacher is not None:
+            base = results["teacher"][i].accuracy
+            cells.append(f"{results['model'][i].accuracy / base:.1%}" if base else "-")
+        rows.append([name, *cells])
+    head = [f"task ({split}, n={samples})", *results, *(["model / teacher"] if teacher is not None else [])]
+    return table(head, rows)

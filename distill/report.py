@@ -1,0 +1,262 @@
+"""The page a run ends with: what was done, how it went, what came out. Made from the files of the run's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from distill.config import Config
+from distill.figures import accuracy_bars, loss_curves, speed_curves
+from distill.handoff import stage_folder
+from distill.stages import STAGES
+
+LOSS_NAMES = {
+    "hidden": "L_hid",
+    "token": "L_tok",
+    "sequence": "L_seq",
+    "supervised": "L_sup",
+}
+
+_INTRODUCTION = """\
+A vision-language model reads an image or a video as hundreds or thousands of *visual tokens* and answers in text. In
+every layer of its decoder each token looks at all tokens before it (*attention*), so work grows with the square of the
+input's length, and while it answers it must keep two vectors of every token in every layer.
+
+Here each of these attention layers was replaced by a block whose work grows with the length itself (an *M-MATE* block,
+of [LinMU](https://arxiv.org/abs/2601.01322)), with two branches side by side:
+
+- **Flex-MA**: a scan. It carries a state of fixed size along the tokens, forgetting slowly; over visual tokens it also
+  runs backwards, so that they see each other in both directions.
+- **Local-Swin**: ordinary attention, but only inside small windows of neighbouring visual tokens.
+
+Everything else (vision tower, feed-forward layers, embeddings) is the original model's, the *teacher's*. The new model,
+the *student*, starts from the teacher's own attention weights and is trained to imitate it in three stages.
+"""
+
+_LOSSES = """\
+- **L_hid**: how far each new block's output is from the output of the attention it replaces, as a squared
+  distance{relative}.
+- **L_tok**: how far the student's probabilities for the next answer token are from the teacher's (Kullback-Leibler
+  divergence, nats a token; 0 is perfect imitation).
+- **L_seq**: surprise of the student at the teacher's own greedy answers, nats a token.
+- **L_sup**: surprise of the student at the true answers, nats a token. (Shown for all stages, trained on in stage 3.)
+"""
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The records of a stage, one a step."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _conversion(folder: Path) -> str:
+    report = _read(folder / "transfer.json")
+    counts = {how: sum(row["numel"] for row in report["rows"] if row["how"] == how)
+              for how in ("shared", "copied", "new")}  # fmt: skip
+    total = sum(counts.values())
+    blocks = sum(row["numel"] for row in report["rows"] if ".self_attn." in row["tensor"])
+    copied = blocks - counts["new"]
+    layers, kept = report["linear_layers"], report["kept_layers"]
+    lines = [
+        f"`{report['teacher']}` became a `{report['model_type']}`: {len(layers)} of {len(layers) + len(kept)} "
+        f"attention layers were replaced. The student has {total:,} parameters; {blocks:,} of them are in the new "
+        f"blocks, and of these {copied:,} ({copied / max(blocks, 1):.1%}) start as copies of the "
+        f"teacher's attention weights (W_q, W_k, W_v and W_o, once for each branch). Only {counts['new']:,} are new: "
+        "step sizes, decays, gates.",
+        "",
+        table(
+            ["part of a new block", "starts as", "parameters"],
+            [[f"`{name}`", source, f"{count:,}"] for name, source, count in _parts(report)],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _parts(report: dict[str, Any]) -> list[tuple[str, str, int]]:
+    parts: dict[tuple[str, str], int] = {}
+    for row in report["rows"]:
+        _, found, name = row["tensor"].partition(".self_attn.")
+        if found:
+            source = row["source"].partition(".self_attn.")[2] or row["source"]
+            key = (name, f"the attention's `{source}`" if row["source"] else "new")
+            parts[key] = parts.get(key, 0) + row["numel"]
+    return [(name, source, count) for (name, source), count in parts.items()]
+
+
+def _stages(folder: Path, config: Config) -> str:
+    rows = []
+    for stage in STAGES:
+        manifest = _read(stage_folder(folder, stage.number) / "manifest.json")
+        row = config.stage(stage.number)
+        weights = " + ".join(f"{weight:g} {LOSS_NAMES[name]}" for name, weight in row.losses.items())
+        records = read_metrics(stage_folder(folder, stage.number))
+        rate = np.median([record["tokens_per_second"] for record in records]) if records else 0
+        rows.append(
+            [str(stage.number), stage.title, f"{manifest['trained']:,}", weights, f"{row.learning_rate:g}",
+             f"{row.steps:,}", _duration(manifest["seconds"]), f"{rate:,.0f}",
+             f"{max(record['peak_memory_mb'] for record in records):,.0f} MB"]
+        )  # fmt: skip
+    head = ["stage", "trained, all else frozen", "parameters", "loss", "learning rate", "steps", "time", "tokens/s",
+            "peak memory"]  # fmt: skip
+    return table(head, rows)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    low, high = row["interval"]
+    return f"{row['accuracy']:.1%} ({low:.0%}-{high:.0%})"
+
+
+def _accuracy(results: dict[str, dict[str, Any]], groups: list[str]) -> str:
+    labels = list(results)
+    rows = []
+    for group in groups:
+        cells = [_cell(results[label].get(group)) for label in labels]
+        teacher, last = results["teacher"].get(group), results[labels[-1]].get(group)
+        share = f"{last['accuracy'] / teacher['accuracy']:.1%}" if teacher and last and teacher["accuracy"] else "-"
+        rows.append([f"*{group}*", *cells, f"**{share}**"])
+    return table(["task", *labels, "student / teacher"], rows)
+
+
+def _speed(rows: list[dict[str, Any]]) -> str:
+    lengths = sorted({row["tokens"] for row in rows})
+    by = {(row["model"], row["tokens"]): row for row in rows}
+    body = []
+    for length in lengths:
+        teacher, student = by["teacher", length], by["student", length]
+        body.append(
+            [f"{length:,}", f"{teacher['ttft_s'] * 1e3:.0f} / {student['ttft_s'] * 1e3:.0f} ms",
+             f"{teacher['tokens_per_second']:.0f} / {student['tokens_per_second']:.0f}",
+             f"{teacher['cache_bytes'] / 1024:,.0f} / {student['cache_bytes'] / 1024:,.0f} KB"]
+        )  # fmt: skip
+    head = ["input tokens", "time to first token (teacher / student)", "tokens/s while answering",
+            "memory held while answering"]  # fmt: skip
+    return table(head, body)
+
+
+def save_picture(frames: np.ndarray, path: Path, scale: int = 3, most: int = 8) -> None:
+    """An image, or up to `most` evenly chosen frames of a video side by side, as PNG."""
+    from PIL import Image
+
+    chosen = frames[np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)]
+    gap = np.full((*chosen.shape[1:2], 3), 128, dtype=np.uint8)
+    strips = [part for frame in chosen for part in (frame, gap)][:-1]
+    picture = Image.fromarray(np.concatenate(strips, axis=1))
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def _examples(folder: Path, config: Config, teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any) -> str:
+    from distill.data import Processor, generate
+    from distill.evaluation import answer
+
+    processor, lines = Processor.from_config(teacher.config, tokenizer), []
+    for i, group in enumerate([g for g in ("where", "line", "video", "read") if g in config.evaluation.groups][:3]):
+        (sample,) = generate(group, 1, 5, "test")
+        path = folder / "figures" / f"sample_{i + 1}.png"
+        save_picture(sample.frames, path)
+        question, truth = sample.turns[0]
+        said = [answer(m, processor, [sample], config.teacher.max_new_tokens)[0] for m in (teacher, student)]
+
+        def show(text: str | None) -> str:
+            return "(no end)" if text is None else f"`{text}`".replace("\n", "` / `")
+
+        lines += [
+            f"![{group}](figures/{path.name})",
+            "",
+            table(["question", "true answer", "teacher", "student"],
+                  [[f"`{question}`", show(truth), show(said[0]), show(said[1])]]),
+            "",
+        ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def write_report(
+    folder: Path, config: Config, teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any
+) -> Path:
+    """Write `report.md` and its figures from the files of a finished run."""
+    (folder / "figures").mkdir(exist_ok=True)
+    curves = {stage.number: read_metrics(stage_folder(folder, stage.number)) for stage in STAGES}
+    loss_curves(folder / "figures/losses.png", curves, LOSS_NAMES)
+    results, speed = _read(folder / "evaluation.json"), _read(folder / "speed.json")
+    groups = [g for g in config.evaluation.groups if results and g in results.get("teacher", {})]
+    parts = [
+        f"# {config.name}: {config.teacher.path} made linear",
+        "",
+        _INTRODUCTION,
+        "## What was converted",
+        "",
+        _conversion(folder),
+        "",
+        "## How it was trained",
+        "",
+        _stages(folder, config),
+        "",
+        _LOSSES.format(
+            relative=" relative to that output's own mean square (1 = as wrong as saying nothing)"
+            if config.losses.relative_hidden
+            else ""
+        ),
+        "![losses](figures/losses.png)",
+        "",
+    ]
+    if groups:
+        accuracy_bars(folder / "figures/accuracy.png", results, groups)
+        counts = sorted({row["n"] for rows in results.values() for row in rows.values()})
+        parts += [
+            "## How well it answers",
+            "",
+            "Share of held-out questions answered exactly, to the last character, and its 95 % interval (Wilson), "
+            f"{' to '.join(map(str, counts))} questions a cell. *initial* is the student before any training.",
+            "",
+            _accuracy(results, groups),
+            "",
+            "![accuracy](figures/accuracy.png)",
+            "",
+        ]
+    if speed:
+        speed_curves(folder / "figures/speed.png", speed)
+        parts += [
+            "## How fast it is, and what it must remember",
+            "",
+            "One question about a video of growing length, batch 1, without the time of the vision tower (the same for "
+            "both). The teacher keeps keys and values of every token; the student keeps a state of fixed size.",
+            "",
+            _speed(speed),
+            "",
+            "![speed](figures/speed.png)",
+            "",
+        ]
+    if groups:
+        parts += ["## Three questions", "", _examples(folder, config, teacher, student, tokenizer)]
+    parts += [
+        "## Use it",
+        "",
+        "```python",
+        "import linmu_models  # makes the student's class known to transformers",
+        "from transformers import AutoModelForImageTextToText",
+        "",
+        f'model = AutoModelForImageTextToText.from_pretrained("{folder}/student")',
+        "```",
+        "",
+    ]
+    path = folder / "report.md"
+    path.write_text("\n".join(parts))
+    return path

@@ -1,0 +1,256 @@
+"""A whole run: convert, calibrate, three stages, evaluation after each, report. Any part of it can be gone on with."""
+
+import dataclasses
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import nn
+from transformers import PreTrainedModel
+
+import linmu_models
+from distill import handoff
+from distill.checkpoint import write_atomically
+from distill.config import Config
+from distill.sources import build_source
+from distill.stages import STAGES
+from distill.student import (
+    add_lora,
+    calibrate,
+    load_own_state,
+    mean_squares,
+    merge_lora,
+    mixers,
+    own_state,
+    set_local_swin,
+    trainable_parameters,
+)
+from distill.teacher import AnswerCache, Transcripts, fingerprint, load_teacher, share_vision_features
+from distill.train import StageTrainer, Teacher
+
+
+class RunError(RuntimeError):
+    """The run cannot start as asked; the text says what to do."""
+
+
+@dataclasses.dataclass
+class Student:
+    """A student as some stage left it."""
+
+    model: PreTrainedModel
+    blocks: dict[int, nn.Module]
+    lora: Any = None
+    """peft's handle, once stage 3 has begun."""
+
+
+class Run:
+    """One configuration, its folder and its teacher."""
+
+    def __init__(self, config: Config, accelerator: Accelerator | None = None) -> None:
+        """Load the teacher.
+
+        Raises:
+            RunError: a teacher in half precision without mixed precision.
+        """
+        if config.teacher.dtype != "float32" and config.mixed_precision == "no":
+            raise RunError(
+                f"a {config.teacher.dtype} teacher needs mixed_precision: the student's own weights train in float32"
+            )
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # One process evaluates, the others wait.
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=config.mixed_precision, kwargs_handlers=[patience]
+        )
+        self.config, self.folder = config, config.folder
+        self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.teacher.dtype)
+        self.teacher.to(self.accelerator.device)
+        self.teacher_hash = fingerprint(self.teacher)
+
+    # -- students ------------------------------------------------------------------------------------------------
+
+    def fresh_student(self, *, lora: bool = False) -> Student:
+        """A new student with the teacher's weights; random numbers depend on the seed alone."""
+        torch.manual_seed(self.config.seed)
+        model = linmu_models.convert(self.teacher, self.config.student, share_frozen=self.config.teacher.inside)
+        blocks = mixers(model, self.teacher)
+        handle = add_lora(model, self.config.lora, self.config.seed) if lora else None
+        # In half precision, small updates would be rounded away.
+        for block in blocks.values():
+            block.float()
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+        return Student(model.eval(), blocks, handle)
+
+    def student_after(self, number: int, *, lora: bool | None = None) -> Student:
+        """The student that stage `number` left; 0: calibrated, untrained."""
+        state, _ = handoff.load_result(self.folder, number, self.teacher_hash, self.config)
+        student = self.fresh_student(lora="lora" in STAGES[max(number, 1) - 1].trainable if lora is None else lora)
+        load_own_state(student.model, state)
+        set_local_swin(student.blocks.values(), number == 0 or STAGES[number - 1].local_swin)
+        return student
+
+    # -- steps of a run ------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Convert and calibrate: "stage 0"."""
+        if handoff.is_finished(self.folder, 0):
+            handoff.load_result(self.folder, 0, self.teacher_hash, self.config)
+            return
+        if self.accelerator.is_main_process:
+            began = time.perf_counter()
+            student = self.fresh_student()
+            if not student.blocks:
+                raise RunError("the student has no M-MATE block: every layer keeps its attention")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            student.model.linmu_report.save(self.folder / "transfer.json")
+            source = build_source(self.config.data, self.teacher, self.tokenizer, self.config.seed * 4)
+            batches = []
+            for i in range(self.config.calibration_batches):
+                batch = source.processor(source.samples(i))
+                batches.append({name: value.to(self.accelerator.device) for name, value in batch.items()})
+            layers = list(student.blocks)
+            with self.accelerator.autocast():
+                calibrate(student.model, self.teacher, student.blocks, batches)
+                squares = mean_squares(self.teacher, layers, batches)
+            handoff.save_result(
+                self.folder, 0, own_state(student.model, student.blocks), self.teacher_hash, self.config,
+                layers=layers, mean_squares=squares,
+                seconds=time.perf_counter() - began,
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+
+    def train(self, number: int) -> None:
+        """Train stage `number` from the result of the stage before it."""
+        config, stage = self.config, self.config.stage(number)
+        student = self.student_after(number - 1, lora="lora" in stage.trainable)
+        _, start = handoff.load_result(self.folder, 0, self.teacher_hash, config)
+        set_local_swin(student.blocks.values(), stage.local_swin)
+        if config.gradient_checkpointing:
+            student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        source = build_source(config.stage_data(number), self.teacher, self.tokenizer, config.seed * 4 + number)
+        share_vision_features(self.teacher, student.model)
+        transcripts = None
+        if "sequence" in stage.losses:
+            cache = AnswerCache(self.folder / "answers.sqlite", self.teacher_hash)
+            transcripts = Transcripts(self.teacher, self.tokenizer, source, cache, config.teacher.max_new_tokens)
+        scales = start["mean_squares"] if config.losses.relative_hidden else None
+        trainer = StageTrainer(
+            config,
+            stage,
+            student.model,
+            Teacher(self.teacher, start["layers"], scales),
+            source,
+            trainable_parameters(student.model, student.blocks, stage, config.overrides(number).freeze),
+            handoff.stage_folder(self.folder, number),
+            self.accelerator,
+            transcripts,
+        )
+        means = trainer.run()
+        state = own_state(student.model, student.blocks)
+        if self.accelerator.is_main_process:
+            handoff.save_result(
+                self.folder, number, state, self.teacher_hash, config,
+                title=stage.title, steps=stage.steps, learning_rate=stage.learning_rate, losses=dict(stage.losses),
+                trained=sum(p.numel() for p in trainer.trainable.values()), means=means, seconds=trainer.seconds,
+                unfinished_answers=0 if transcripts is None else transcripts.unfinished,
+            )  # fmt: skip
+            trainer.store.clear()
+        self.accelerator.free_memory()
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self, label: str, model: PreTrainedModel, samples: int) -> None:
+        """Exact match of a model on held-out samples, kept under `label` in `evaluation.json`."""
+        from distill.evaluation import evaluate
+
+        path, options = self.folder / "evaluation.json", self.config.evaluation
+        table = json.loads(path.read_text()) if path.exists() else {}
+        known = table.setdefault(label, {})
+        for group in options.groups:
+            if not samples or known.get(group, {}).get("n") == samples:
+                continue
+            more = options.options.get(group, {})
+            with self.accelerator.autocast():
+                result = evaluate(model, self.tokenizer, group, samples, options.seed, **more)
+            known[group] = {
+                "n": result.n, "correct": result.correct, "accuracy": result.accuracy, "interval": result.interval,
+                "seconds": result.seconds, "by_question": result.by_question,
+            }  # fmt: skip
+            write_atomically(path, json.dumps(table, indent=1))
+            self.accelerator.print(f"{label:<8} {result}")
+
+    def evaluate_stage(self, number: int) -> None:
+        """Evaluate what stage `number` left (0: the untrained student), and before that, once, the teacher."""
+        options = self.config.evaluation
+        last = number == len(STAGES)
+        final = options.samples if options.final_samples is None else options.final_samples
+        if self.accelerator.is_main_process and options.samples:
+            if not number:
+                self.evaluate("teacher", self.teacher, final)
+            label = f"stage {number}" if number else "initial"
+            self.evaluate(label, self.student_after(number).model, final if last else options.samples)
+        self.accelerator.wait_for_everyone()
+
+    def export(self) -> Path:
+        """Write the finished student, LoRA merged, as a transformers model that loads anywhere `linmu` is installed."""
+        target = self.folder / "student"
+        if self.accelerator.is_main_process:
+            student = self.student_after(len(STAGES))
+            model = merge_lora(student.lora)
+            for block in student.blocks.values():
+                for name, parameter in block.named_parameters():
+                    if name.rpartition(".")[2] not in model._keep_in_fp32_modules_strict:
+                        parameter.data = parameter.data.to(self.teacher.dtype)
+            model.save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def finish(self) -> Path | None:
+        """Export the student, measure speed, write the report; its path on the first process."""
+        folder = self.export()
+        if not self.accelerator.is_main_process:
+            return None
+        from distill.report import write_report
+        from distill.speed import measure_speed
+
+        student, _ = load_teacher(str(folder), self.config.teacher.dtype)
+        student.to(self.accelerator.device)
+        speed = self.folder / "speed.json"
+        if self.config.evaluation.speed_lengths and not speed.exists():
+            rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, self.config.evaluation)
+            write_atomically(speed, json.dumps(rows, indent=1))
+        return write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
+
+
+def distill(config: Config, stage: int | None = None, resume: bool = False) -> Path | None:
+    """Run all stages, or one, and return the path of the report when the last one is done.
+
+    Raises:
+        RunError: the folder holds a run and `resume` is False.
+        HandoffError, TrainingError, Interrupted: see there.
+    """
+    if stage is not None and not 1 <= stage <= len(STAGES):
+        raise RunError(f"--stage must be 1 to {len(STAGES)}, got {stage}")
+    wanted = [row.number for row in STAGES] if stage is None else [stage]
+    for number in wanted:
+        folder = handoff.stage_folder(config.folder, number)
+        begun = handoff.is_finished(config.folder, number) or (folder / "checkpoints").exists()
+        if begun and not resume:
+            raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another name")
+    run = Run(config)
+    if wanted[0] == 1:
+        run.prepare()
+        run.evaluate_stage(0)
+    for number in wanted:
+        if handoff.is_finished(config.folder, number):
+            handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
+        else:
+            run.train(number)
+        run.evaluate_stage(number)
+    return run.finish() if wanted[-1] == len(STAGES) else None

@@ -1,0 +1,81 @@
+"""Time to first token, decode speed and cache size against length."""
+
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from distill.config import EvaluationConfig
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of every tensor that a generation cache holds."""
+    seen: dict[int, int] = {}
+
+    def walk(value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item, depth)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(item, depth)
+        elif depth and hasattr(value, "__dict__"):
+            walk(vars(value), depth - 1)
+
+    walk(cache, 3)
+    return sum(seen.values())
+
+
+def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
+    """A video of about `length` visual tokens and a question."""
+    from distill.data import Processor, generate
+
+    rows, columns = generate("needle", 1, 0, frames=(4, 4))[0].cells.shape[1:]
+    frames = max(2, length // (rows * columns))
+    batch = Processor.from_config(model.config, tokenizer)(
+        generate("needle", 1, 0, "test", frames=(frames, frames)), answers=False
+    )
+    return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+
+
+@torch.no_grad()
+def measure_speed(
+    models: dict[str, PreTrainedModel], tokenizer: Any, options: EvaluationConfig
+) -> list[dict[str, Any]]:
+    """One record for each model and length; interleaved, medians of three. The vision tower is not in the times."""
+    from distill.teacher import share_vision_features
+
+    share_vision_features(*models.values())
+    rows = []
+    for length in options.speed_lengths:
+        inputs = _inputs(next(iter(models.values())), tokenizer, length)
+        new = options.speed_new_tokens
+        common = dict(do_sample=False, num_beams=1, eos_token_id=None, pad_token_id=tokenizer.pad_token_id)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        sizes = {}
+        for model in models.values():
+            model.generate(**inputs, max_new_tokens=2, **common)
+        for _ in range(3):
+            for name, model in models.items():
+                marks = []
+                for count in (1, 1 + new):
+                    began = time.perf_counter()
+                    out = model.generate(
+                        **inputs, max_new_tokens=count, min_new_tokens=count, return_dict_in_generate=True, **common
+                    )
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    marks.append(time.perf_counter() - began)
+                times[name].append((marks[0], marks[1] - marks[0]))
+                sizes[name] = cache_bytes(out.past_key_values)
+        for name, marks in times.items():
+            first, rest = (sorted(values)[1] for values in zip(*marks, strict=True))
+            rows.append(
+                {"model": name, "tokens": inputs["input_ids"].shape[1], "ttft_s": first,
+                 "tokens_per_second": new / max(rest, 1e-9), "cache_bytes": sizes[name]}
+            )  # fmt: skip
+    return rows

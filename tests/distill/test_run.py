@@ -1,0 +1,257 @@
+"""A whole run on a random teacher of two layers: hand-off between stages, what is refused, report, saved student."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("linmu_models")
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from typer.testing import CliRunner
+
+from distill import handoff
+from distill.checkpoint import CheckpointStore
+from distill.cli import app
+from distill.config import parse_config
+from distill.data import build_tokenizer
+from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
+from distill.handoff import HandoffError
+from distill.report import read_metrics
+from distill.run import Run, RunError, distill
+
+
+def _teacher(folder, seed=0):
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
+                bos_token_id=token(BOS), eos_token_id=token(EOS), pad_token_id=token(PAD),
+                rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 3, 3]},
+            ),
+            vision_config=dict(
+                depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=8,
+                spatial_merge_size=2, temporal_patch_size=1, window_size=64, fullatt_block_indexes=[0],
+                tokens_per_second=1,
+            ),
+            image_token_id=token(IMAGE), video_token_id=token(VIDEO), vision_start_token_id=token(VISION_START),
+            vision_end_token_id=token(VISION_END), tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _values(folder, teacher, **changes):
+    steps = {f"stage{i}": {"steps": 2} for i in (1, 2, 3)}
+    values = {
+        "name": "r", "output": str(folder), "teacher": {"path": teacher, "max_new_tokens": 3},
+        "data": {"batch_size": 2, "turns": 2, "mixture": {"where": 1, "video": 1}},
+        "evaluation": {"groups": ["where", "video"], "samples": 2, "speed_lengths": [32, 64], "speed_new_tokens": 2},
+        "calibration_batches": 1, "checkpoints": {"every": 1}, **steps,
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return _teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    values = _values(tmp_path_factory.mktemp("runs"), teacher)
+    config = parse_config(values)
+    assert distill(config) == config.folder / "report.md"
+    return config
+
+
+def test_report_tells_the_whole_story(finished):
+    text = (finished.folder / "report.md").read_text()
+    heads = re.findall("^## (.*)", text, re.MULTILINE)
+    assert heads == ["What was converted", "How it was trained", "How well it answers",
+                     "How fast it is, and what it must remember", "Three questions", "Use it"]  # fmt: skip
+    pictures = re.findall(r"!\[\w+\]\((figures/[\w.]+)\)", text)
+    assert len(pictures) == 5
+    assert all((finished.folder / picture).stat().st_size > 500 for picture in pictures)
+    assert "| task | teacher | initial | stage 1 | stage 2 | stage 3 | student / teacher |" in text
+    assert "2 of 2 attention layers" in text
+    results = json.loads((finished.folder / "evaluation.json").read_text())
+    assert list(results) == ["teacher", "initial", "stage 1", "stage 2", "stage 3"]
+    speed = json.loads((finished.folder / "speed.json").read_text())
+    sizes = {m: [r["cache_bytes"] for r in speed if r["model"] == m] for m in ("teacher", "student")}
+    assert sizes["student"][0] == sizes["student"][1] < sizes["teacher"][1]
+
+
+def test_saved_student_is_the_trained_one(finished):
+    run = Run(finished)
+    student = run.student_after(3).model
+    loaded = AutoModelForImageTextToText.from_pretrained(finished.folder / "student").eval()
+    assert not any("lora" in name for name in loaded.state_dict())
+    from distill.data import Processor, generate
+
+    processor = Processor.from_config(loaded.config, run.tokenizer)
+    batch = {k: v for k, v in processor(generate("video", 2, 0)).items() if k != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, student(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_each_stage_starts_from_the_one_before(finished):
+    states = [handoff.load_result(finished.folder, i, Run(finished).teacher_hash, finished)[0] for i in range(4)]
+
+    def moved(a, b):
+        return {n for n in states[a] if not torch.equal(states[a][n], states[b][n])}
+
+    assert moved(0, 1) and not any(".swin." in name or ".mix" in name for name in moved(0, 1))
+    assert any(".swin." in name for name in moved(1, 2))
+    # What acts on visual tokens only in the last layer is out of reach of the answers' losses.
+    assert not any("layers.1." in name and (".swin." in name or ".reverse_" in name) for name in moved(2, 3))
+    assert {name for name in states[3] if ".lora_" in name} == set(states[3]) - set(states[2])
+
+
+def test_the_teacher_inside_saves_its_weights_twice_over(finished):
+    run = Run(finished)
+    student = run.fresh_student().model
+    shared = {p.data_ptr() for p in run.teacher.parameters()}
+    both = [name for name, p in student.named_parameters() if p.data_ptr() in shared]
+    assert len(both) == len([n for n, _ in student.named_parameters() if ".self_attn." not in n or "visual" in n])
+
+
+def test_a_finished_run_is_not_run_again(finished):
+    with pytest.raises(RunError, match="already has stage 1: go on with --resume"):
+        distill(finished)
+    before = (finished.folder / "stage3/manifest.json").read_text()
+    assert distill(finished, resume=True) == finished.folder / "report.md"
+    assert (finished.folder / "stage3/manifest.json").read_text() == before
+
+
+def test_a_stage_refuses_a_missing_or_unfinished_one_before_it(teacher, tmp_path):
+    config = parse_config(_values(tmp_path, teacher, evaluation={"samples": 0}))
+    with pytest.raises(HandoffError, match=r"stage 1 is missing in .*; run `linmu distill CONFIG --stage 1` first"):
+        distill(config, stage=2)
+    run = Run(config)
+    run.prepare()
+    CheckpointStore(config.folder / "stage1/checkpoints").save(1, {})
+    with pytest.raises(HandoffError, match="stage 1 is not finished"):
+        run.train(2)
+
+
+def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_path):
+    other = _teacher(tmp_path / "other", seed=5)
+    values = json.loads(finished.model_dump_json(exclude_none=True))
+    with pytest.raises(HandoffError, match="distilled from another teacher"):
+        Run(parse_config({**values, "teacher": {"path": other}})).student_after(1)
+    with pytest.raises(HandoffError, match="a student with other options"):
+        Run(parse_config({**values, "student": {"initial_mix": 0.7}})).student_after(1)
+    with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
+        distill(parse_config({**values, "stage1": {"steps": 3}}), resume=True)
+
+
+def test_a_damaged_result_is_refused(teacher, tmp_path):
+    config = parse_config(_values(tmp_path, teacher))
+    run = Run(config)
+    run.prepare()
+    path = config.folder / "stage0/weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(HandoffError, match="does not match its hash"):
+        run.student_after(0)
+
+
+def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
+    from distill.student import mean_squares
+
+    config = parse_config(_values(tmp_path, teacher, student={"norm": "rms"}))
+    run = Run(config)
+    run.prepare()
+    _, facts = handoff.load_result(config.folder, 0, run.teacher_hash, config)
+    assert facts["layers"] == [0, 1] and all(value > 0 for value in facts["mean_squares"])
+    student = run.student_after(0).model
+    from distill.sources import build_source
+
+    source = build_source(config.data, run.teacher, run.tokenizer, 0)
+    batch = source.processor(source.samples(0))
+    # The first block sees what the first attention sees; later ones see other streams.
+    ours, theirs = mean_squares(student, [0], [batch])[0], mean_squares(run.teacher, [0], [batch])[0]
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_command_line(finished, teacher, tmp_path):
+    runner = CliRunner()
+    path = tmp_path / "c.toml"
+    path.write_text('name = "x"\nstepz = 3\n[teacher]\npath = "t"\n')
+    done = runner.invoke(app, ["distill", str(path)])
+    assert done.exit_code == 1 and "c.toml: stepz: unknown key" in done.output
+    path.write_text(f'name = "r"\noutput = "{finished.output}"\n[teacher]\npath = "{teacher}"\n')
+    done = runner.invoke(app, ["distill", str(path)])
+    assert done.exit_code == 1 and "go on with --resume" in done.output
+    done = runner.invoke(app, ["evaluate", str(finished.folder), "--samples", "2", "--group", "where"])
+    assert done.exit_code == 0, done.output
+    assert "| where | " in done.output and "model / teacher" in done.output
+    done = runner.invoke(app, ["evaluate", str(tmp_path)])
+    assert done.exit_code == 1 and "holds no model" in done.output
+
+
+def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
+    values = _values(tmp_path, teacher, mixed_precision="bf16", evaluation={"samples": 0, "speed_lengths": []})
+    values["teacher"]["dtype"] = "bfloat16"
+    config = parse_config(values)
+    distill(config)
+    run = Run(config)
+    state, _ = handoff.load_result(config.folder, 3, run.teacher_hash, config)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    student = AutoModelForImageTextToText.from_pretrained(config.folder / "student", dtype="auto")
+    assert student.get_decoder().layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    with pytest.raises(RunError, match="bfloat16 teacher needs mixed_precision"):
+        distill(parse_config({**values, "name": "s", "mixed_precision": "no"}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_accelerate_launch(teacher, tmp_path, parallel):
+    """Two processes of the command give the curves of one process with twice the micro-batches."""
+    changes = dict(evaluation={"samples": 0, "speed_lengths": []}, threads=1)
+    one = parse_config(_values(tmp_path / "one", teacher, gradient_accumulation=2, **changes))
+    distill(one)
+    values = _values(tmp_path / "two", teacher, parallel=parallel, **changes)
+    path = tmp_path / "c.json.toml"
+    path.write_text(_toml(values))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    root = Path(__file__).parents[2]
+    # `--cpu` would start one process, or ask for MPI.
+    environment = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+    command += ["-m", "distill.cli", "distill", str(path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "report: " in done.stdout
+    two = parse_config(values)
+    for number in (1, 2, 3):
+        curves = [read_metrics(config.folder / f"stage{number}") for config in (one, two)]
+        for ours, theirs in zip(*curves, strict=True):
+            for name in ("loss", "token", "supervised", "gradient_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+def _toml(values, prefix=""):
+    plain = {k: v for k, v in values.items() if not isinstance(v, dict)}
+    lines = [f"{k} = {json.dumps(v)}" for k, v in plain.items()]
+    for name, table in values.items():
+        if isinstance(table, dict):
+            lines += [f"[{prefix}{name}]", _toml(table, f"{prefix}{name}.")]
+    return "\n".join(lines)
