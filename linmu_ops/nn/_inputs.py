@@ -1,0 +1,88 @@
+"""What the modules share about their inputs: where visual tokens are, and the rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..token_layout import TokenLayout
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def check_inputs(
+    op: str,
+    hidden_states: Tensor,
+    dim: int,
+    layout: TokenLayout | None,
+    grid: Sequence[int] | None,
+    attention_mask: Tensor | None,
+) -> TokenLayout | None:
+    """Check the tensors every module takes, and return the layout; None where no token is visual."""
+    if hidden_states.dim() != 3 or hidden_states.shape[2] != dim:
+        raise ValueError(f"{op}: hidden_states must be (B, L, D) with D={dim}, got shape {tuple(hidden_states.shape)}")
+    batch, length, _ = hidden_states.shape
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool:
+            raise TypeError(f"{op}: attention_mask must be bool, got {str(attention_mask.dtype).removeprefix('torch.')}")
+        if attention_mask.shape != (batch, length):
+            raise ValueError(
+                f"{op}: attention_mask must be (B, L) = ({batch}, {length}), got shape {tuple(attention_mask.shape)}"
+            )
+    if layout is not None and grid is not None:
+        raise ValueError(f"{op}: layout must be None where grid is given, got both")
+    if grid is not None:
+        layout = TokenLayout.from_grid(grid, batch)
+    if layout is None:
+        return None
+    if (layout.batch_size, layout.length) != (batch, length):
+        raise ValueError(
+            f"{op}: layout must be for (B, L) = ({batch}, {length}), got ({layout.batch_size}, {layout.length})"
+        )
+    return layout if layout.has_visual else None
+
+
+def apply_rotary(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
+    """Rotate the first R channels of x (B, L, heads, P) by cos, sin (B or 1, L, R)."""
+    if rotary is None:
+        return x
+    cos, sin = (t.to(x.dtype).unsqueeze(2) for t in rotary)
+    size = cos.shape[-1]
+    head, rest = x[..., :size], x[..., size:]
+    if interleaved:
+        turned = torch.stack((-head[..., 1::2], head[..., ::2]), dim=-1).flatten(-2)
+    else:
+        turned = torch.cat((-head[..., size // 2 :], head[..., : size // 2]), dim=-1)
+    out = head * cos + turned * sin
+    return out if rest.shape[-1] == 0 else torch.cat((out, rest), dim=-1)
+
+
+def real_tokens_first(attention_mask: Tensor) -> Tensor:
+    """(B, L) int64: the positions of each row's tokens in order, then those of its padding."""
+    return torch.argsort(~attention_mask, dim=1, stable=True)
+
+
+def last_tokens(t: Tensor, before: Tensor | None, n: int, attention_mask: Tensor | None, order: Tensor | None) -> Tensor:
+    """The last n tokens of each row of t (B, L, ...) that are not padding, oldest first, continued from `before`.
+
+    before: (B, n, ...), the n tokens before t; zeros if None. order: (B, L) int64, the row's tokens and then its
+    padding; needed where attention_mask is given.
+    """
+    if before is None:
+        before = t.new_zeros(t.shape[0], n, *t.shape[2:])
+    if attention_mask is None or order is None:
+        return torch.cat((before, t[:, max(t.shape[1] - n, 0) :]), dim=1)[:, -n:]
+    index = attention_mask.sum(1, keepdim=True) + torch.arange(n, device=t.device) - n  # < 0: in `before`
+    new = take(t, order.gather(1, index.clamp(min=0)))
+    return torch.where(expand_as(index >= 0, new), new, take(before, (index + n).clamp(max=n - 1)))
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """t[b, index[b]] for t (B, L, ...) and index (B, n)."""
+    return torch.gather(t, 1, index.view(*index.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+
+
+def expand_as(mask: Tensor, t: Tensor) -> Tensor:
+    return mask.view(*mask.shape, *[1] * (t.dim() - mask.dim()))

@@ -1,0 +1,118 @@
+"""Every choice of the M-MATE block that is not fixed by the attention layer it replaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+CHOICES = {
+    "reverse_projections": ("shared", "separate"),
+    "gate": ("head", "token"),
+    "mix": ("scalar", "channel", "token"),
+    "norm": ("none", "rms", "layer"),
+    "wrap": ("join", "mask"),
+}
+
+
+@dataclass(frozen=True)
+class MMATEConfig:
+    """Options of `MMATE`, `FlexMA` and `LocalSwin`. JSON-able: `MMATEConfig(**json.loads(json.dumps(asdict(c)))) == c`.
+
+    Sections and equations are those of LinMU, arXiv:2601.01322; "open" marks what the paper leaves open.
+
+    Branches
+        flex: Flex-MA, the scan (3.1). Off: `out = Norm(y_swin)`, 0 on text (Table 4, row 3).
+        swin: Local-Swin, the window attention (3.1). Off: `out = Norm(y_flex)` (Table 4, row 2).
+
+    Flex-MA
+        rotary: rotate B and C by the layer's position embeddings, so that C_i . B_j is the teacher's q_i . k_j (open).
+        rotary_interleaved: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...;
+            for both branches. R, the last size of cos, may be smaller than the head: the rest is not rotated.
+        reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere.
+        reverse_projections: "shared" B and C for both directions, or "separate" ones for the reverse scan, the
+            tildes of Eq. 2. Step size and decay are separate either way.
+        gate: g of Eq. 3 from one learned logit per "head", or per "token" and head from a linear map of the input.
+        initial_gate: g at the start, in (0, 1) (the paper says "identity"; open).
+        major_scan: visit visual tokens in the order of the layer, t,y,x . t,x,y . y,x,t . x,y,t (3.1.1). Off: in place.
+        initial_decay: decay of the state per token at the start, in (0, 1); exp(dt A) with A = -1, so that the scan
+            is an exponential average. A pair spreads the memory length 1/(1 - decay) geometrically over the heads
+            (the paper says "standard initialization"; open).
+        initial_scale: initial value of the learned scale of C . B per head, in units of the attention's own scale
+            1/sqrt(head size) (open).
+        conv_width: taps of a causal depthwise convolution of [x, B, C] along the visiting order, 2 to 8, starting as
+            the identity; 0 for none (open).
+        z_gate: multiply y by silu(W_z z + b), starting at 1 (open; "over 90 % of parameters reused" speaks against).
+        head_norm: RMSNorm of y per head, before the output projection (open).
+        skip: add D x to y, D per head, starting at 0 (open).
+
+    Local-Swin
+        window: window of a video block in tokens (T, H, W); clamped to the block (section 2: 16 x 4 x 4).
+        image_window: window of a block with T = 1; None for the same as `window` (open).
+        shift_alternate: layers with an odd layer_idx shift their windows by half a window (section 2).
+        wrap: windows that wrap around after a shift "join" the edges they cover (Fig. 4), or "mask" them apart (Swin).
+        relative_bias: learned bias per head and relative position, starting at 0; needs image_window=None (open).
+        text_window: causal softmax attention of text tokens over the last this many tokens of their row, themselves
+            included; 0 for none. Linear in length, a cache of this many keys in decoding (beyond the paper).
+
+    Fusion (Algorithm 1)
+        mix: lambda as one learned logit ("scalar"), one per model channel ("channel"), or per "token" from a linear
+            map of the input.
+        initial_mix: lambda at the start, in (0, 1).
+        norm: final norm: "layer" (Algorithm 1), "rms", or "none"; each with a learned scale per channel that
+            `MMATE.calibrate` sets from the teacher.
+        norm_eps: added to the variance in both norms.
+    """
+
+    flex: bool = True
+    swin: bool = True
+    rotary: bool = True
+    rotary_interleaved: bool = False
+    reverse: bool = True
+    reverse_projections: str = "shared"
+    gate: str = "head"
+    initial_gate: float = 0.5
+    major_scan: bool = True
+    initial_decay: float | tuple[float, float] = 0.985
+    initial_scale: float = 3.0
+    conv_width: int = 0
+    z_gate: bool = False
+    head_norm: bool = False
+    skip: bool = False
+    window: tuple[int, int, int] = (16, 4, 4)
+    image_window: tuple[int, int, int] | None = (1, 16, 16)
+    shift_alternate: bool = True
+    wrap: str = "join"
+    relative_bias: bool = False
+    text_window: int = 0
+    mix: str = "scalar"
+    initial_mix: float = 0.5
+    norm: str = "none"
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("window", "image_window", "initial_decay"):
+            if isinstance(getattr(self, name), list):  # as JSON gives it back
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, choices in CHOICES.items():
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        for name in ("initial_gate", "initial_mix"):
+            self._require(name, 0 < getattr(self, name) < 1, "in (0, 1)")
+        self._require("initial_decay", all(0 < d < 1 for d in self.decays) and len(self.decays) == 2, "in (0, 1)")
+        self._require("conv_width", self.conv_width == 0 or 2 <= self.conv_width <= 8, "0, or 2 to 8")
+        self._require("text_window", self.text_window >= 0, ">= 0")
+        for name in ("window", "image_window"):
+            size = getattr(self, name)
+            self._require(name, size is None or (len(size) == 3 and min(size) >= 1), "three sizes >= 1")
+        self._require("image_window", not (self.relative_bias and self.image_window), "None where relative_bias is on")
+        self._require("swin", self.flex or self.swin, "on where flex is off")
+
+    def _require(self, name: str, ok: bool, rule: str) -> None:
+        if not ok:
+            value: Any = getattr(self, name)
+            raise ValueError(f"MMATEConfig: {name} must be {rule}, got {value!r}")
+
+    @property
+    def decays(self) -> tuple[float, float]:
+        """`initial_decay` as a pair."""
+        d = self.initial_decay
+        return d if isinstance(d, tuple) else (d, d)

@@ -1,0 +1,56 @@
+"""The optional short convolution of Flex-MA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..causal_conv1d import causal_conv1d
+from ..causal_conv1d_step import causal_conv1d_step
+from ._inputs import expand_as, last_tokens, real_tokens_first
+
+
+class CausalConv1d(nn.Module):
+    """Causal depthwise convolution along the visiting order; starts as the identity.
+
+    Padding is visited after every token of its row, so that no tap ever reaches it, wherever it lies.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.weight[:, -1])
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        order: Tensor | None,
+        attention_mask: Tensor | None,
+        state: Tensor | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, L, channels), order (B, L) int32, state (B, K - 1, channels) -> y, new state (or None)."""
+        if x.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+            before = None if attention_mask is None else state.clone()
+            y = causal_conv1d_step(state, x[:, 0], self.weight, self.bias)[:, None]
+            if attention_mask is not None and before is not None:
+                state.copy_(torch.where(expand_as(attention_mask, state), state, before))
+            return y, state
+        if attention_mask is None:
+            y = causal_conv1d(
+                x, self.weight, self.bias, token_order=order, initial_state=state, return_final_state=return_state
+            )
+            return y if return_state else (y, None)  # type: ignore[return-value]
+        if order is None:
+            visits = real_tokens_first(attention_mask)
+        else:
+            visits = order.long().gather(1, real_tokens_first(attention_mask.gather(1, order.long())))
+        y = causal_conv1d(x, self.weight, self.bias, token_order=visits.int(), initial_state=state)
+        taps = self.weight.shape[1] - 1
+        return y, last_tokens(x, state, taps, attention_mask, visits) if return_state else None  # type: ignore[return-value]

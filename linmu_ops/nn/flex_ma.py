@@ -1,0 +1,201 @@
+"""Flex-MA: one scan over all tokens, one backwards over visual tokens, mixed by a gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._dims import accumulate_dtype
+from ..ssd_scan import ssd_scan
+from ..ssd_step import ssd_step
+from ..token_layout import TokenLayout
+from ._inputs import Rotary, apply_rotary, check_inputs
+from .config import MMATEConfig
+from .conv import CausalConv1d
+from .state import MMATEState, continue_state
+
+PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
+
+
+class FlexMA(nn.Module):
+    """Masked bidirectional scan in the shape of an attention layer (LinMU, arXiv:2601.01322, Eq. 1-3).
+
+        C = W_C z,  B = W_B z,  X = W_X z           C: H heads, B and X: G heads, nothing repeated
+        y> = scan of all tokens, visual tokens in the layer's major-scan order
+        y< = reverse scan of visual tokens, restarted at every visual block
+        y  = g y> + (1 - g) y<  on visual tokens,  y> on text;          out = W_O y
+
+    Text sees what lies before it and nothing else. Arguments as in `MMATE`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        layer_idx: int = 0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        scale: float | None = None,
+        config: MMATEConfig = MMATEConfig(),
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads = dim, num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.softmax_scale = self.head_dim**-0.5 if scale is None else scale
+        self.layer_idx, self.config = layer_idx, config
+        H, G, P = self.num_heads, self.num_kv_heads, self.head_dim
+        self.c_proj = nn.Linear(dim, H * P, bias=qkv_bias)
+        self.b_proj = nn.Linear(dim, G * P, bias=qkv_bias)
+        self.x_proj = nn.Linear(dim, G * P, bias=qkv_bias)
+        self.o_proj = nn.Linear(H * P, dim, bias=out_bias)
+        self.c_norm = qk_norm(P) if qk_norm else nn.Identity()
+        self.b_norm = qk_norm(P) if qk_norm else nn.Identity()
+        self.scale = nn.Parameter(torch.empty(H))
+        self.dt_proj = nn.Linear(dim, H, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.A_log = nn.Parameter(torch.empty(H))
+        separate = config.reverse and config.reverse_projections == "separate"
+        if config.reverse:
+            self.reverse_dt_proj = nn.Linear(dim, H, bias=False)
+            self.reverse_dt_bias = nn.Parameter(torch.empty(H))
+            self.reverse_A_log = nn.Parameter(torch.empty(H))
+            self.gate = nn.Parameter(torch.empty(H))
+        self.gate_proj = nn.Linear(dim, H, bias=False) if config.reverse and config.gate == "token" else None
+        self.reverse_c_proj = nn.Linear(dim, H * P, bias=qkv_bias) if separate else None
+        self.reverse_b_proj = nn.Linear(dim, G * P, bias=qkv_bias) if separate else None
+        self.sizes = [G * P, G * P, H * P] + ([G * P, H * P] if separate else [])  # x, B, C, reverse B, reverse C
+        self.conv = CausalConv1d(sum(self.sizes), config.conv_width) if config.conv_width else None
+        self.z_proj = nn.Linear(dim, H * P) if config.z_gate else None
+        self.head_norm = nn.Parameter(torch.empty(H, P)) if config.head_norm else None
+        self.D = nn.Parameter(torch.empty(H)) if config.skip else None
+        self.reset_new_parameters()
+
+    @torch.no_grad()
+    def reset_new_parameters(self) -> None:
+        """Initialise every parameter that attention does not have; all start neutral (see `MMATEConfig`)."""
+        H, (low, high) = self.num_heads, self.config.decays
+        spread = torch.linspace(0, 1, H) if H > 1 else torch.zeros(1)
+        memory = (1 - low) ** (spread - 1) * (1 - high) ** -spread  # geometric from 1/(1-low) to 1/(1-high)
+        dt_bias = torch.log(torch.expm1(-torch.log1p(-1 / memory)))  # softplus(dt_bias) = -log(decay)
+        nn.init.constant_(self.scale, self.config.initial_scale)
+        for proj, bias, A_log in self._directions():
+            nn.init.zeros_(proj.weight)
+            bias.copy_(dt_bias)
+            nn.init.zeros_(A_log)
+        if self.config.reverse:
+            nn.init.constant_(self.gate, math.log(self.config.initial_gate / (1 - self.config.initial_gate)))
+        if self.gate_proj is not None:
+            nn.init.zeros_(self.gate_proj.weight)
+        if self.reverse_c_proj is not None and self.reverse_b_proj is not None:
+            self.reverse_c_proj.load_state_dict(self.c_proj.state_dict())
+            self.reverse_b_proj.load_state_dict(self.b_proj.state_dict())
+        if self.conv is not None:
+            self.conv.reset_parameters()
+        if self.z_proj is not None:
+            nn.init.zeros_(self.z_proj.weight)
+            nn.init.constant_(self.z_proj.bias, 1.2784645)  # silu of it is 1
+        if self.head_norm is not None:
+            nn.init.ones_(self.head_norm)
+        if self.D is not None:
+            nn.init.zeros_(self.D)
+
+    def _directions(self) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+        forward = (self.dt_proj, self.dt_bias, self.A_log)
+        reverse = (self.reverse_dt_proj, self.reverse_dt_bias, self.reverse_A_log) if self.config.reverse else None
+        return [forward, reverse] if reverse else [forward]
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply the output (but for D and the output bias) by `factor`, through a parameter that has that effect."""
+        (self.scale if self.head_norm is None else self.head_norm).mul_(factor)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: TokenLayout | None = None,
+        grid: Sequence[int] | None = None,
+        position_embeddings: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        state: MMATEState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, MMATEState]:
+        """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned."""
+        layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask)
+        keep = return_state or state is not None
+        y, new = self.mix_tokens(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+        new = continue_state(state, new)
+        return (y, new) if return_state else y
+
+    def mix_tokens(
+        self,
+        z: Tensor,
+        layout: TokenLayout | None,
+        rotary: Rotary | None,
+        attention_mask: Tensor | None,
+        state: MMATEState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, MMATEState]:
+        """`forward` on checked inputs. One token without gradients updates `state` in place; else a new state is made,
+        an empty one without `return_state`."""
+        config, device, acc = self.config, z.device, accumulate_dtype(z.dtype)
+        (batch, length, _), H, P = z.shape, self.num_heads, self.head_dim
+        order = layout.scan_order(self.layer_idx, device) if layout is not None and config.major_scan else None
+        parts = [self.x_proj(z), self.b_proj(z), self.c_proj(z)]
+        if self.reverse_b_proj is not None and self.reverse_c_proj is not None:
+            parts += [self.reverse_b_proj(z), self.reverse_c_proj(z)]
+        conv_state = None
+        if self.conv is not None:
+            before = None if state is None else state.conv
+            mixed, conv_state = self.conv(torch.cat(parts, dim=-1), order, attention_mask, before, return_state)
+            parts = list(mixed.split(self.sizes, dim=-1))
+        x, B, C, *reverse = (t.view(batch, length, -1, P) for t in parts)
+        B, C = self._position(B, C, rotary)
+        if reverse:
+            reverse = list(self._position(reverse[0], reverse[1], rotary))
+        dt, A = _step_size(self.dt_proj(z), attention_mask), -self.A_log.to(acc).exp()
+        scan: dict[str, Any] = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
+        ssm = None if state is None else state.ssm
+        if length == 1 and layout is None and ssm is not None and not torch.is_grad_enabled():
+            y = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)[:, None]
+        else:
+            if layout is not None and config.reverse:
+                gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate
+                scan |= dict(
+                    direction="both", gate=gate.to(acc).sigmoid(), reverse_mask=layout.visual_mask(device),
+                    reverse_seq_idx=layout.reverse_seq_idx(device),
+                    reverse_dt=_step_size(self.reverse_dt_proj(z), attention_mask),
+                    reverse_dt_bias=self.reverse_dt_bias, reverse_A=-self.reverse_A_log.to(acc).exp(),
+                    reverse_B=reverse[0] if reverse else None, reverse_C=reverse[1] if reverse else None,
+                )  # fmt: skip
+            y = ssd_scan(x, dt, A, B, C, token_order=order, initial_state=ssm, return_final_state=return_state, **scan)
+            y, ssm = y if return_state else (y, None)
+        y = y.reshape(batch, length, H * P)
+        if self.z_proj is not None:
+            y = y * F.silu(self.z_proj(z)).to(y.dtype)
+        if self.head_norm is not None:
+            normed = F.rms_norm(y.view(batch, length, H, P).to(acc), (P,), eps=config.norm_eps)
+            y = (normed * self.head_norm).to(y.dtype).view(batch, length, H * P)
+        return self.o_proj(y), MMATEState(ssm=ssm, conv=conv_state)
+
+    def _position(self, B: Tensor, C: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Norm, scale and rotate, as attention does with k and q."""
+        rotary = rotary if self.config.rotary else None
+        dtype, interleaved = B.dtype, self.config.rotary_interleaved
+        B, C = self.b_norm(B).to(dtype), self.c_norm(C).to(dtype)
+        C = C * (self.scale * self.softmax_scale).to(dtype)[:, None]
+        return apply_rotary(B, rotary, interleaved), apply_rotary(C, rotary, interleaved)
+
+
+def _step_size(raw: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return raw if attention_mask is None else raw.masked_fill(~attention_mask[..., None], PADDING_DT)

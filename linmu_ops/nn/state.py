@@ -1,0 +1,45 @@
+"""What a layer remembers between calls: constant in size, whatever the length of the context."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MMATEState(NamedTuple):
+    """Decode state of one `MMATE` layer. Fields are None where the option they serve is off.
+
+    Attributes:
+        ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan.
+        conv: (B, K - 1, channels). The last inputs of the convolution, oldest first.
+        keys, values: (B, w, G, P). The last w tokens of `text_window`, oldest first, keys rotated.
+        filled: (B, w) bool. Which of them are tokens.
+    """
+
+    ssm: Tensor | None = None
+    conv: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    filled: Tensor | None = None
+
+    def reorder(self, index: Tensor) -> MMATEState:
+        """The rows `index` (int64) of every tensor, as a new state (beam search)."""
+        return MMATEState(*(None if t is None else t.index_select(0, index) for t in self))
+
+    def repeat(self, n: int) -> MMATEState:
+        """Each row n times in a row, as a new state."""
+        return MMATEState(*(None if t is None else t.repeat_interleave(n, dim=0) for t in self))
+
+    def copy_(self, other: MMATEState) -> MMATEState:
+        """Overwrite this state in place, keeping the addresses of its tensors."""
+        for mine, new in zip(self, other, strict=True):
+            if mine is not None and mine is not new:
+                mine.copy_(new)
+        return self
+
+
+def continue_state(state: MMATEState | None, new: MMATEState) -> MMATEState:
+    """What a call leaves behind: with gradients off, the state it was given, overwritten in place."""
+    return new if state is None or torch.is_grad_enabled() else state.copy_(new)

@@ -1,0 +1,187 @@
+"""Weights of an attention layer into both branches of an `MMATE` (LinMU, arXiv:2601.01322, Eq. 4-5)."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .mmate import MMATE
+
+# (branch, its module, the attention's part)
+PARTS = (
+    ("flex", "c_proj", "q"), ("flex", "b_proj", "k"), ("flex", "x_proj", "v"), ("flex", "o_proj", "o"),
+    ("flex", "reverse_c_proj", "q"), ("flex", "reverse_b_proj", "k"),
+    ("flex", "c_norm", "q_norm"), ("flex", "b_norm", "k_norm"),
+    ("swin", "q_proj", "q"), ("swin", "k_proj", "k"), ("swin", "v_proj", "v"), ("swin", "o_proj", "o"),
+    ("swin", "q_norm", "q_norm"), ("swin", "k_norm", "k_norm"),
+)  # fmt: skip
+NAMES = {  # of projections, in the attention modules of transformers, timm and torchvision
+    "q": ("q_proj", "query", "to_q"),
+    "k": ("k_proj", "key", "to_k"),
+    "v": ("v_proj", "value", "to_v"),
+    "o": ("o_proj", "out_proj", "dense", "proj", "to_out"),
+    "qkv": ("qkv", "qkv_proj", "Wqkv"),
+    "q_norm": ("q_norm", "q_layernorm", "norm_q"),
+    "k_norm": ("k_norm", "k_layernorm", "norm_k"),
+}
+
+
+class TransferRow(NamedTuple):
+    """One parameter of the block: where it came from."""
+
+    name: str  # in the block's state dict
+    source: str  # in the attention layer; "" for a new one
+    how: str  # "copied" or "new"
+
+
+@torch.no_grad()
+def load_attention_weights(
+    block: MMATE,
+    *,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    o_bias: Tensor | None = None,
+    q_norm: nn.Module | None = None,
+    k_norm: nn.Module | None = None,
+    names: dict[str, str] | None = None,
+) -> list[TransferRow]:
+    """Copy C <- q, B <- k, X <- v, O <- o into `block.flex`, and q, k, v, o into `block.swin`.
+
+    Args:
+        block: MMATE.
+        q_weight, k_weight, v_weight, o_weight: (H P, D), (G P, D), (G P, D), (D, H P).
+        q_bias, k_bias, v_bias, o_bias: their biases. One that is None becomes 0 where the block has a bias.
+        q_norm, k_norm: norms of queries and keys per head, of the class that the block's `qk_norm` makes.
+        names: what the report calls q, k, v, o, q_norm, k_norm; "q_proj" and so on by default.
+
+    Returns:
+        One row per parameter of the block. Those called "new" keep the values they had.
+
+    Raises:
+        ValueError: a shape differs, or the block has no place for a bias or norm that is given.
+    """
+    names = {**{k: f"{k}_proj" for k in "qkvo"}, "q_norm": "q_norm", "k_norm": "k_norm", **(names or {})}
+    given: dict[str, dict[str, Tensor]] = {}
+    for part, weight, bias in (
+        ("q", q_weight, q_bias), ("k", k_weight, k_bias), ("v", v_weight, v_bias), ("o", o_weight, o_bias),
+    ):  # fmt: skip
+        given[part] = {"weight": weight, **({} if bias is None else {"bias": bias})}
+    for part, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        given[part] = {} if norm is None else dict(norm.state_dict())
+    sources: dict[str, str] = {}
+    for branch_name, module_name, part in PARTS:
+        module = getattr(getattr(block, branch_name), module_name, None)
+        if module is None:
+            continue
+        have = dict(module.state_dict(keep_vars=True))
+        for key, value in given[part].items():
+            name = f"{branch_name}.{module_name}.{key}"
+            if key not in have:
+                raise ValueError(f"MMATE: {name} must exist to hold {names[part]}.{key}, got a block built without it")
+            if have[key].shape != value.shape:
+                raise ValueError(
+                    f"MMATE: {names[part]}.{key} must be {tuple(have[key].shape)} for {name}, got {tuple(value.shape)}"
+                )
+            have[key].copy_(value)
+            sources[name] = f"{names[part]}.{key}"
+        if part in "qkvo" and "bias" in have and "bias" not in given[part]:
+            have["bias"].zero_()
+    return [
+        TransferRow(name, sources.get(name, ""), "copied" if name in sources else "new")
+        for name, _ in block.named_parameters()
+    ]
+
+
+def from_attention(
+    cls: type[MMATE],
+    attention: nn.Module,
+    *,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    layer_idx: int = 0,
+    **options: Any,
+) -> MMATE:
+    """Build a block from an attention module and copy its weights.
+
+    Args:
+        cls: MMATE.
+        attention: a module with linear projections under one of the names in `NAMES` (transformers, timm), separate
+            or fused as qkv, or a `torch.nn.MultiheadAttention`; its norms of queries and keys per head, if any.
+        num_heads: the module's num_heads, num_attention_heads or config.num_attention_heads if None.
+        num_kv_heads: from the shape of the key projection if None.
+        head_dim: from the shape of the query projection if None.
+        layer_idx: of `MMATE`.
+        options: other arguments of `MMATE` (scale, config). scale: the module's own `scaling` or `scale` if not given.
+
+    Raises:
+        ValueError: no projection of a known name, or no number of heads.
+    """
+    projections, names = _projections(attention)
+    heads = num_heads or _first(attention, ("num_heads", "num_attention_heads")) or _first(
+        getattr(attention, "config", None), ("num_attention_heads", "num_heads")
+    )
+    if heads is None:
+        raise ValueError(f"MMATE: num_heads must be given for {type(attention).__name__}, got None")
+    (q, q_bias), (k, k_bias), (v, v_bias), (o, o_bias) = (projections[part] for part in "qkvo")
+    head_dim = head_dim or q.shape[0] // heads
+    norms = {n: _named(attention, n) for n in ("q_norm", "k_norm")}
+    norms = {n: None if m is None or isinstance(m[1], nn.Identity) else m for n, m in norms.items()}
+    query_norm = norms["q_norm"]
+    options.setdefault("scale", next((s for s in (_first(attention, ("scaling", "scale")),) if isinstance(s, float)), None))
+    block = cls(
+        o.shape[0], heads, num_kv_heads or k.shape[0] // head_dim, head_dim, layer_idx=layer_idx,
+        qkv_bias=any(b is not None for b in (q_bias, k_bias, v_bias)), out_bias=o_bias is not None,
+        qk_norm=None if query_norm is None else lambda _: copy.deepcopy(query_norm[1]), **options,
+    )  # fmt: skip
+    block.to(device=q.device, dtype=q.dtype)
+    block.load_attention_weights(
+        q_weight=q, k_weight=k, v_weight=v, o_weight=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias,
+        q_norm=query_norm and query_norm[1], k_norm=norms["k_norm"] and norms["k_norm"][1], names=names,
+    )  # fmt: skip
+    return block
+
+
+def _first(module: Any, names: tuple[str, ...]) -> Any:
+    return next((getattr(module, n) for n in names if getattr(module, n, None) is not None), None)
+
+
+def _named(attention: nn.Module, part: str) -> tuple[str, Any] | None:
+    return next(((n, getattr(attention, n)) for n in NAMES[part] if getattr(attention, n, None) is not None), None)
+
+
+def _projections(attention: nn.Module) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, str]]:
+    """(weight, bias) of q, k, v, o, and what they are called."""
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    names: dict[str, str] = {}
+    for part in "qkvo":
+        named = _named(attention, part)
+        if named is not None and isinstance(getattr(named[1], "weight", None), Tensor):
+            names[part], found[part] = named[0], (named[1].weight, named[1].bias)
+    fused = _named(attention, "qkv")
+    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
+        weight, bias, name = attention.in_proj_weight, attention.in_proj_bias, "in_proj"
+    elif fused is not None:
+        weight, bias, name = fused[1].weight, fused[1].bias, fused[0]
+    else:
+        weight = None
+    if weight is not None:
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        for part, w, b in zip("qkv", weight.chunk(3), biases, strict=True):
+            names[part], found[part] = name, (w, b)
+    missing = [part for part in "qkvo" if part not in found]
+    if missing:
+        raise ValueError(
+            f"MMATE: {type(attention).__name__} must have a projection for {', '.join(missing)}, under a name such as "
+            f"{', '.join(NAMES[missing[0]])}; or call load_attention_weights"
+        )
+    return found, names
