@@ -10,6 +10,7 @@ from ._registry import LinmuWarning, explain, use_impl
 from .branch_mix_norm import branch_mix_norm
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_step import causal_conv1d_step
+from .nn import MMATE, FlexMA, GridAttention, LocalSwin, MMATEConfig, MMATEState
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
 from .token_layout import TokenLayout, WindowTable, major_scan_order
@@ -19,7 +20,13 @@ _registry.load_binaries()
 
 __version__ = "0.1.0"
 __all__ = [
+    "MMATE",
+    "FlexMA",
+    "GridAttention",
     "LinmuWarning",
+    "LocalSwin",
+    "MMATEConfig",
+    "MMATEState",
     "TokenLayout",
     "WindowTable",
     "branch_mix_norm",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from ..token_layout import TokenLayout
 
 Rotary = tuple[Tensor, Tensor]
+Triple = tuple[int, int, int]
+# window, shift, wrap, image_window, image_shift, as TokenLayout.window_table takes them
+Windows = tuple[Triple, Triple, str, Triple | None, Triple | None]
 
 
 def check_inputs(
@@ -19,6 +24,8 @@ def check_inputs(
     layout: TokenLayout | None,
     grid: Sequence[int] | None,
     attention_mask: Tensor | None,
+    layer_idx: int,
+    windows: Windows | None,
 ) -> TokenLayout | None:
     """Check the tensors every module takes, and return the layout; None where no token is visual."""
     if hidden_states.dim() != 3 or hidden_states.shape[2] != dim:
@@ -34,7 +41,7 @@ def check_inputs(
     if layout is not None and grid is not None:
         raise ValueError(f"{op}: layout must be None where grid is given, got both")
     if grid is not None:
-        layout = TokenLayout.from_grid(grid, batch)
+        layout = grid_layout(grid, 0, batch, hidden_states.device, layer_idx, windows)
     if layout is None:
         return None
     if (layout.batch_size, layout.length) != (batch, length):
@@ -42,6 +49,53 @@ def check_inputs(
             f"{op}: layout must be for (B, L) = ({batch}, {length}), got ({layout.batch_size}, {layout.length})"
         )
     return layout if layout.has_visual else None
+
+
+def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: int, windows: Windows | None) -> None:
+    """Compute everything a layer reads from the layout; the layout keeps it."""
+    if layout.has_visual:
+        layout.visual_mask(device)
+        layout.scan_order(layer_idx, device)
+        if windows is not None:
+            layout.window_table(*windows, device)
+
+
+def grid_layout(
+    grid: Sequence[int], num_text: int, batch_size: int, device: torch.device, layer_idx: int, windows: Windows | None
+) -> TokenLayout:
+    """Layout of rows that are one (T, H, W) grid and then `num_text` tokens of text."""
+    if not torch.compiler.is_compiling():
+        return _grid_layout(tuple(grid), num_text, batch_size)
+    # A layout cannot be built inside a graph: it is built while tracing, for one batch size and grid (len(range(n))
+    # turns a symbolic n into a number, with a guard), and the graph reads its tensors from the global table.
+    key = (tuple(len(range(size)) for size in grid), num_text, len(range(batch_size)))
+    _prepare_while_tracing(*key, device, layer_idx, windows)
+    return _traced[key]
+
+
+_traced: dict[tuple[tuple[int, ...], int, int], TokenLayout] = {}
+
+
+@torch.compiler.assume_constant_result
+def _prepare_while_tracing(
+    grid: tuple[int, ...],
+    num_text: int,
+    batch_size: int,
+    device: torch.device,
+    layer_idx: int,
+    windows: Windows | None,
+) -> None:
+    layout = _traced.setdefault((grid, num_text, batch_size), _grid_layout(grid, num_text, batch_size))
+    prepare_layout(layout, device, layer_idx, windows)
+
+
+@lru_cache(maxsize=32)
+def _grid_layout(grid: tuple[int, ...], num_text: int, batch_size: int) -> TokenLayout:
+    if num_text == 0:
+        return TokenLayout.from_grid(grid, batch_size)
+    size = math.prod(grid)
+    blocks = [(row, *grid) for row in range(batch_size)]
+    return TokenLayout(blocks, list(range(size)) * batch_size, batch_size, size + num_text)
 
 
 def apply_rotary(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:

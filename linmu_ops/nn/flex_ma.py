@@ -131,7 +131,9 @@ class FlexMA(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned."""
-        layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask)
+        layout = check_inputs(
+            "FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None
+        )
         keep = return_state or state is not None
         y, new = self.mix_tokens(hidden_states, layout, position_embeddings, attention_mask, state, keep)
         new = continue_state(state, new)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..token_layout import TokenLayout
+from ._inputs import grid_layout
 from .mmate import MMATE
 
 
@@ -45,13 +44,7 @@ class GridAttention(nn.Module):
             out = self.mmate(hidden_states, grid=self.grid)
         else:
             last = torch.cat((hidden_states[:, n:], hidden_states[:, :n]), dim=1)
-            out = self.mmate(last, layout=_grid_then_text(self.grid, n, hidden_states.shape[0]))
+            layout = grid_layout(self.grid, n, last.shape[0], last.device, self.mmate.layer_idx, self.mmate.windows)
+            out = self.mmate(last, layout=layout)
             out = torch.cat((out[:, -n:], out[:, :-n]), dim=1)
         return (out, None) if self.return_weights else out
-
-
-@lru_cache(maxsize=32)
-def _grid_then_text(grid: tuple[int, int, int], num_text: int, batch_size: int) -> TokenLayout:
-    size = grid[0] * grid[1] * grid[2]
-    blocks = [(row, *grid) for row in range(batch_size)]
-    return TokenLayout(blocks, list(range(size)) * batch_size, batch_size, size + num_text)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
-from ._inputs import Rotary, apply_rotary, check_inputs, expand_as, last_tokens, real_tokens_first, take
+from ._inputs import Rotary, Triple, Windows, apply_rotary, check_inputs, expand_as, last_tokens, real_tokens_first, take
 from .config import MMATEConfig
 from .state import MMATEState, continue_state
 
@@ -50,12 +50,9 @@ class LocalSwin(nn.Module):
         self.o_proj = nn.Linear(H * P, dim, bias=out_bias)
         self.q_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(P) if qk_norm else nn.Identity()
+        self.windows = layer_windows(config, layer_idx)
         span = [2 * w - 1 for w in config.window]
         self.bias = nn.Parameter(torch.zeros(H, *span)) if config.relative_bias else None
-
-    def _shift(self, window: Sequence[int]) -> tuple[int, int, int]:
-        t, h, w = (size // 2 for size in window)
-        return (t, h, w) if self.config.shift_alternate and self.layer_idx % 2 else (0, 0, 0)
 
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
@@ -74,7 +71,9 @@ class LocalSwin(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """As `MMATE.forward`; of the state, `keys`, `values` and `filled` are read and returned."""
-        layout = check_inputs("LocalSwin", hidden_states, self.dim, layout, grid, attention_mask)
+        layout = check_inputs(
+            "LocalSwin", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
+        )
         keep = return_state or state is not None
         y, new = self.attend(hidden_states, layout, position_embeddings, attention_mask, state, keep)
         new = continue_state(state, new)
@@ -102,12 +101,12 @@ class LocalSwin(nn.Module):
         visual = text = None
         new = MMATEState()
         if layout is not None:
-            image = config.image_window
+            window, shift, wrap, image_window, image_shift = self.windows
             cos, sin = rotary or (None, None)
             visual = window_attention(
-                q, k, v, layout=layout, window=config.window, shift=self._shift(config.window), wrap=config.wrap,
-                image_window=image, image_shift=image and self._shift(image), scale=self.softmax_scale, bias=self.bias,
-                cos=cos, sin=sin, interleaved=config.rotary_interleaved,
+                q, k, v, layout=layout, window=window, shift=shift, wrap=wrap, image_window=image_window,
+                image_shift=image_shift, scale=self.softmax_scale, bias=self.bias, cos=cos, sin=sin,
+                interleaved=config.rotary_interleaved,
             )  # fmt: skip
         if config.text_window:
             q, k = (apply_rotary(t, rotary, config.rotary_interleaved) for t in (q, k))
@@ -152,6 +151,17 @@ class LocalSwin(nn.Module):
             if order is not None:
                 y = take(y, order.argsort(1))
         return y, new
+
+
+def layer_windows(config: MMATEConfig, layer_idx: int) -> Windows:
+    """The windows of a layer, shifted by half their size where it is odd."""
+
+    def shift(window: Triple) -> Triple:
+        t, h, w = window
+        return (t // 2, h // 2, w // 2) if config.shift_alternate and layer_idx % 2 else (0, 0, 0)
+
+    image = config.image_window
+    return config.window, shift(config.window), config.wrap, image, None if image is None else shift(image)
 
 
 def causal_window_attention(

@@ -14,7 +14,7 @@ from .._dims import accumulate_dtype
 from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
 from . import transfer
-from ._inputs import Rotary, check_inputs
+from ._inputs import Rotary, check_inputs, prepare_layout
 from .config import MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
@@ -80,6 +80,7 @@ class MMATE(nn.Module):
         self.flex = FlexMA(*shape, **options) if config.flex else None
         self.swin = LocalSwin(*shape, **options) if config.swin else None
         self.flex_enabled, self.swin_enabled = config.flex, config.swin
+        self.windows = None if self.swin is None else self.swin.windows
         if self.flex is not None and self.swin is not None:
             self.mix = nn.Parameter(torch.empty(dim if config.mix == "channel" else 1))
             self.mix_proj = nn.Linear(dim, 1, bias=False) if config.mix == "token" else None
@@ -128,7 +129,9 @@ class MMATE(nn.Module):
         Notes:
             Linear in L. One text token with a state is one `ssd_step`. A visual block must lie within one call.
         """
-        layout = check_inputs("MMATE", hidden_states, self.dim, layout, grid, attention_mask)
+        layout = check_inputs(
+            "MMATE", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
+        )
         keep = return_state or state is not None
         a = b = None
         flex_state = swin_state = MMATEState()
@@ -151,6 +154,11 @@ class MMATE(nn.Module):
             return out
         new = continue_state(state, MMATEState(*flex_state[:2], *swin_state[2:]))
         return (out, new) if return_state else out
+
+    def prepare_layout(self, layout: TokenLayout, device: torch.device | str) -> None:
+        """Compute what `forward` reads from `layout`, which keeps it. Before a compiled `forward`, whose graph cannot
+        build it; needless otherwise, and for `grid`. Every layout so prepared runs through the same graph."""
+        prepare_layout(layout, device, self.layer_idx, self.windows)
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

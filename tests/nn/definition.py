@@ -64,12 +64,12 @@ def rotate(x, rotary, interleaved):
 def scan_matrix(dt, A, B, C, order):
     """M (H, L, L) with y = M x: M[i, j] = C_i . B_j dt_j exp(A sum of dt after j up to i), j visited before i."""
     L, H = dt.shape
+    total = torch.zeros_like(dt)
+    total[order] = dt[order].cumsum(0)
     M = torch.zeros(H, L, L, dtype=dt.dtype)
     for a, i in enumerate(order):
-        for b in range(a + 1):
-            j = order[b]
-            passed = sum((dt[k] for k in order[b + 1 : a + 1]), torch.zeros(H, dtype=dt.dtype))
-            M[:, i, j] = (C[i] * B[j]).sum(-1) * dt[j] * torch.exp(A * passed)
+        for j in order[: a + 1]:
+            M[:, i, j] = (C[i] * B[j]).sum(-1) * dt[j] * torch.exp(A * (total[i] - total[j]))
     return M
 
 

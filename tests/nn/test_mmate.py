@@ -1,0 +1,320 @@
+"""The modules against the definition, and what every user of an attention layer expects of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import definition
+import pytest
+import torch
+from torch import nn
+
+from linmu_ops import MMATE, MMATEConfig, TokenLayout
+
+DIM, HEADS, GROUPS, P = 12, 4, 2, 4
+# Windows that the blocks exceed, so that shifts and partial windows occur.
+SMALL = dict(window=(2, 2, 2), image_window=(1, 2, 3))
+OPTIONS = {
+    "default": {},
+    "no_rotary": dict(rotary=False),
+    "interleaved": dict(rotary_interleaved=True),
+    "causal": dict(reverse=False),
+    "separate": dict(reverse_projections="separate"),
+    "token_gate": dict(gate="token"),
+    "in_place": dict(major_scan=False),
+    "long_memory": dict(initial_decay=(0.9, 0.999)),
+    "conv": dict(conv_width=4),
+    "conv_separate": dict(conv_width=3, reverse_projections="separate"),
+    "z_gate": dict(z_gate=True),
+    "head_norm": dict(head_norm=True),
+    "skip": dict(skip=True),
+    "no_shift": dict(shift_alternate=False),
+    "mask": dict(wrap="mask"),
+    "same_window": dict(image_window=None),
+    "bias": dict(relative_bias=True, image_window=None),
+    "text_window": dict(text_window=3),
+    "channel": dict(mix="channel"),
+    "token_mix": dict(mix="token"),
+    "rms": dict(norm="rms"),
+    "layer": dict(norm="layer", mix="channel"),
+    "no_swin": dict(swin=False, norm="rms"),
+    "no_flex": dict(flex=False),
+    "all": dict(
+        reverse_projections="separate", gate="token", conv_width=4, z_gate=True, head_norm=True, skip=True,
+        text_window=5, mix="token", norm="layer",
+    ),
+}  # fmt: skip
+
+
+class Norm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+
+
+def build(layer_idx=1, dtype=torch.float64, perturb=0.3, **options):
+    """A block with every parameter moved off its neutral start."""
+    config = MMATEConfig(**{**SMALL, **options})
+    block = MMATE(
+        DIM, HEADS, GROUPS, P, layer_idx=layer_idx, qkv_bias=True, out_bias=True, qk_norm=Norm, config=config
+    )
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(perturb * torch.randn_like(p))
+    return block.to(dtype)
+
+
+def prompt(batch=2, seed=0, dtype=torch.float64):
+    """Hidden states, rotary and blocks: text, video, text, image, text; the second row one image with gaps."""
+    g = torch.Generator().manual_seed(seed)
+    L = 24
+    z = torch.randn(batch, L, DIM, generator=g, dtype=torch.float64).to(dtype)
+    angle = torch.randn(batch, L, 1, generator=g, dtype=torch.float64)
+    cos, sin = angle.cos().expand(-1, -1, 2).to(dtype), angle.sin().expand(-1, -1, 2).to(dtype)
+    blocks = [
+        [((3, 1, 3), list(range(2, 11))), ((1, 2, 3), list(range(13, 19)))],
+        [((1, 3, 2), [4, 5, 7, 8, 10, 11])],
+    ]
+    return z, (cos, sin), blocks[:batch]
+
+
+def layout_of(blocks, length):
+    table = [(row, *size) for row, many in enumerate(blocks) for size, _ in many]
+    return TokenLayout(table, [p for many in blocks for _, positions in many for p in positions], len(blocks), length)
+
+
+def rows(block, z, rotary, blocks):
+    return torch.stack(
+        [definition.mmate(block, z[i], blocks[i], tuple(t[i] for t in rotary)) for i in range(len(blocks))]
+    )
+
+
+@pytest.mark.parametrize(
+    "options, layer_idx", [({}, i) for i in range(4)] + [(o, 1) for o in OPTIONS.values()], ids=[*"0123", *OPTIONS]
+)
+def test_definition(options, layer_idx):
+    block = build(layer_idx, **options)
+    z, rotary, blocks = prompt()
+    got = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    torch.testing.assert_close(got, rows(block, z, rotary, blocks), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_parameter_learns(options):
+    block = build(**options)
+    z, rotary, blocks = prompt()
+    z.requires_grad_()
+    out = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    (out * torch.randn_like(out)).sum().backward()
+    dead = [name for name, p in block.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not dead
+    assert z.grad.isfinite().all()
+
+
+def test_every_parameter_learns_from_the_start():
+    """Neutral starts must not be saddle points: no new parameter has a zero gradient at its initial value."""
+    config = MMATEConfig(**{**SMALL, **OPTIONS["all"]})
+    block = MMATE(DIM, HEADS, GROUPS, P, config=config).double()
+    z, rotary, blocks = prompt()
+    out = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    (out * torch.randn_like(out)).sum().backward()
+    assert not [name for name, p in block.named_parameters() if not p.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize("name", ["default", "all", "no_flex"])
+def test_text_sees_nothing_later(name):
+    block = build(**OPTIONS[name])
+    z, (cos, sin), blocks = prompt(1)
+    L = z.shape[1]
+    changed = z.repeat(L, 1, 1)  # row i differs from row 0 from token i on
+    for later in range(1, L):
+        changed[later, later:] = torch.randn_like(z[0, later:])
+    layout = layout_of(blocks * L, L)
+    out = block(changed, layout=layout, position_embeddings=(cos, sin))
+    text = ~layout.visual_mask()[0]
+    for later in range(1, L):
+        moved = (out[later] - out[0]).abs().amax(-1)
+        assert moved[:later][text[:later]].max() < 1e-12
+        assert moved[later:].max() > 0 or (name == "no_flex" and text[later:].all())
+
+
+def pieces(t, cuts):
+    return [t[:, a:b] for a, b in zip([0, *cuts], [*cuts, t.shape[1]], strict=True)]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["in_place", "grad"])
+@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", "conv"])
+def test_cached_is_uncached(name, grad):
+    """Prefill, a later chunk with an image, then single tokens: the same outputs as in one call."""
+    block = build(**OPTIONS[name])
+    z, rotary, blocks = prompt(1)
+    L = z.shape[1]
+    whole = block(z, layout=layout_of(blocks, L), position_embeddings=rotary)
+    video, image = blocks[0]
+    cuts = [12, 20, *range(21, L)]
+    state, out = block.init_state(1), []
+    addresses = [t.data_ptr() for t in state if t is not None]
+    with torch.set_grad_enabled(grad):
+        chunks = zip([0, *cuts], pieces(z, cuts), *(pieces(t, cuts) for t in rotary), strict=True)
+        for start, piece, cos, sin in chunks:
+            inside = [(s, [p - start for p in ps]) for s, ps in (video, image) if start <= ps[0] < start + piece.shape[1]]
+            layout = layout_of([inside], piece.shape[1])
+            before = state
+            y, state = block(piece, layout=layout, position_embeddings=(cos, sin), state=state, return_state=True)
+            assert (state is before) == (not grad)
+            out.append(y)
+    torch.testing.assert_close(torch.cat(out, 1), whole, rtol=1e-9, atol=1e-9)
+    if not grad:
+        assert [t.data_ptr() for t in state if t is not None] == addresses
+
+
+def test_gradients_flow_through_the_state():
+    block = build(**OPTIONS["conv"], text_window=3)
+    z, (cos, sin), _ = prompt(1)
+    z.requires_grad_()
+    whole = block(z, position_embeddings=(cos, sin))
+    (grad,) = torch.autograd.grad(whole.square().sum(), z)
+    a, state = block(z[:, :9], position_embeddings=(cos[:, :9], sin[:, :9]), return_state=True)
+    b = block(z[:, 9:], position_embeddings=(cos[:, 9:], sin[:, 9:]), state=state)
+    (chunked,) = torch.autograd.grad(torch.cat((a, b), 1).square().sum(), z)
+    torch.testing.assert_close(chunked, grad)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+@pytest.mark.parametrize("name", ["default", "all", "conv"])
+@torch.no_grad()
+def test_padding(name, side):
+    """A batch of different lengths is each row alone, then and in later steps."""
+    block = build(**OPTIONS[name])
+    z, (cos, sin), blocks = prompt()
+    L, pad = z.shape[1], 3
+    kept = {"left": range(pad, L), "right": range(L - pad), "inside": [0, *range(1 + pad, L)]}[side]
+    short = len(kept)
+    alone = [((s), [p - 2 for p in ps]) for s, ps in blocks[1]]  # row 1, shorter by `pad`
+    moved = [(s, [kept[p] for p in ps]) for s, ps in alone]
+    mask = torch.ones(2, L, dtype=torch.bool)
+    mask[1] = False
+    mask[1, list(kept)] = True
+    junk = z.clone()
+    junk[1, list(kept)] = z[1, :short]
+    cs = [t.clone() for t in (cos, sin)]
+    for t, original in zip(cs, (cos, sin), strict=True):
+        t[1, list(kept)] = original[1, :short]
+    out, state = block(
+        junk, layout=layout_of([blocks[0], moved], L), position_embeddings=cs, attention_mask=mask, return_state=True
+    )
+    one, one_state = block(
+        z[1:, :short], layout=layout_of([alone], short), position_embeddings=(cos[1:, :short], sin[1:, :short]),
+        return_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(out[1:, list(kept)], one)
+    assert out.isfinite().all()
+    new, turn = torch.randn(2, 2, DIM, dtype=z.dtype), (cos[:, :2], sin[:, :2])
+    chunk_mask = torch.tensor([[True, True], [False, True]])  # the second turn is padded as well
+    for at, mask in ((slice(0, 1), None), (slice(0, 2), chunk_mask), (slice(0, 1), torch.tensor([[False], [True]]))):
+        real = [mask is None or bool(m) for m in (mask[1] if mask is not None else [True])]
+        rot = tuple(t[:, at] for t in turn)
+        out = block(new[:, at], position_embeddings=rot, attention_mask=mask, state=state)
+        one = block(new[1:, at][:, real], position_embeddings=tuple(t[1:][:, real] for t in rot), state=one_state)
+        torch.testing.assert_close(out[1:][:, real], one)
+        assert out.isfinite().all()
+
+
+def test_a_finished_row_keeps_its_state():
+    block = build(**OPTIONS["all"]).requires_grad_(False)
+    z, rotary, _ = prompt()
+    _, state = block(z, position_embeddings=rotary, return_state=True)
+    before = [t.clone() for t in state]
+    step = (z[:, :1], tuple(t[:, :1] for t in rotary))
+    with torch.no_grad():
+        block(step[0], position_embeddings=step[1], attention_mask=torch.tensor([[True], [False]]), state=state)
+    for a, b in zip(state, before, strict=True):
+        assert torch.equal(a[1], b[1])
+        assert not torch.equal(a[0], b[0]) or a.dtype == torch.bool
+
+
+def test_state_is_constant_and_moves_with_beams():
+    block = build(**OPTIONS["all"])
+    z, rotary, _ = prompt()
+    sizes = []
+    for L in (2, 24):
+        _, state = block(z[:, :L], position_embeddings=tuple(t[:, :L] for t in rotary), return_state=True)
+        sizes.append([t.shape for t in state])
+    assert sizes[0] == sizes[1] == [t.shape for t in block.init_state(2)]
+    assert state.ssm.shape == (2, HEADS, P, P)
+    index = torch.tensor([1, 1, 0])
+    assert all(torch.equal(a, b[index]) for a, b in zip(state.reorder(index), state, strict=True))
+    assert all(torch.equal(a, b[[0, 0, 1, 1]]) for a, b in zip(state.repeat(2), state, strict=True))
+    assert block.init_state(2, dtype=torch.bfloat16).ssm.dtype == torch.float32
+
+
+def test_branches_can_be_switched_off():
+    block = build(norm="rms")
+    z, rotary, blocks = prompt()
+    call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    both = block(z, **call)
+    for branch in ("flex", "swin"):
+        setattr(block, f"{branch}_enabled", False)
+        torch.testing.assert_close(block(z, **call), rows(block, z, rotary, blocks), rtol=1e-9, atol=1e-9)
+        setattr(block, f"{branch}_enabled", True)
+    assert torch.equal(block(z, **call), both)
+
+
+def test_grid_is_a_layout():
+    block = build(window=(2, 2, 2), image_window=None)
+    z = torch.randn(2, 24, DIM, dtype=torch.float64)
+    layout = TokenLayout.from_grid((2, 3, 4), 2)
+    assert torch.equal(block(z, grid=(2, 3, 4)), block(z, layout=layout))
+
+
+def test_config_is_json():
+    config = MMATEConfig(**OPTIONS["all"], initial_decay=(0.9, 0.99))
+    assert MMATEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_initial_decay():
+    for decay in (0.985, (0.9, 0.999)):
+        flex = MMATE(DIM, HEADS, config=MMATEConfig(initial_decay=decay)).flex
+        first, last = MMATEConfig(initial_decay=decay).decays
+        got = torch.exp(-nn.functional.softplus(flex.dt_bias) * flex.A_log.exp())
+        torch.testing.assert_close(got[[0, -1]], torch.tensor([first, last]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(norm="batch"), "MMATEConfig: norm must be one of none, rms, layer, got 'batch'"),
+        (dict(initial_decay=1.0), r"MMATEConfig: initial_decay must be in \(0, 1\), got 1.0"),
+        (dict(conv_width=1), "MMATEConfig: conv_width must be 0, or 2 to 8, got 1"),
+        (dict(window=(4, 4)), r"MMATEConfig: window must be three sizes >= 1, got \(4, 4\)"),
+        (dict(relative_bias=True), "MMATEConfig: image_window must be None where relative_bias is on"),
+        (dict(flex=False, swin=False), "MMATEConfig: swin must be on where flex is off"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        MMATEConfig(**options)
+
+
+def test_errors():
+    block = build()
+    z = torch.randn(2, 6, DIM, dtype=torch.float64)
+    layout = TokenLayout.from_grid((1, 2, 3), 2)
+    with pytest.raises(ValueError, match=r"MMATE: hidden_states must be \(B, L, D\) with D=12"):
+        block(z[..., :5])
+    with pytest.raises(ValueError, match=r"MMATE: layout must be for \(B, L\) = \(2, 5\), got \(2, 6\)"):
+        block(z[:, :5], layout=layout)
+    with pytest.raises(ValueError, match="MMATE: layout must be None where grid is given"):
+        block(z, layout=layout, grid=(1, 2, 3))
+    with pytest.raises(TypeError, match="MMATE: attention_mask must be bool, got int64"):
+        block(z, attention_mask=torch.ones(2, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"MMATE: attention_mask must be \(B, L\) = \(2, 6\)"):
+        block(z, attention_mask=torch.ones(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="MMATE: num_kv_heads must divide num_heads=4, got 3"):
+        MMATE(DIM, 4, 3)
+    with pytest.raises(ValueError, match="MMATE: head_dim must be given where num_heads=5 does not divide dim, got 12"):
+        MMATE(DIM, 5)
