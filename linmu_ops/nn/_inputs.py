@@ -64,7 +64,7 @@ def grid_layout(
     grid: Sequence[int], num_text: int, batch_size: int, device: torch.device, layer_idx: int, windows: Windows | None
 ) -> TokenLayout:
     """Layout of rows that are one (T, H, W) grid and then `num_text` tokens of text."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         return _grid_layout(tuple(grid), num_text, batch_size)
     # A layout cannot be built inside a graph: it is built while tracing, for one batch size and grid (len(range(n))
     # turns a symbolic n into a number, with a guard), and the graph reads its tensors from the global table.
@@ -76,7 +76,6 @@ def grid_layout(
 _traced: dict[tuple[tuple[int, ...], int, int], TokenLayout] = {}
 
 
-@torch.compiler.assume_constant_result
 def _prepare_while_tracing(
     grid: tuple[int, ...],
     num_text: int,
@@ -87,6 +86,10 @@ def _prepare_while_tracing(
 ) -> None:
     layout = _traced.setdefault((grid, num_text, batch_size), _grid_layout(grid, num_text, batch_size))
     prepare_layout(layout, device, layer_idx, windows)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler with this module.
+_prepare_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=32)
