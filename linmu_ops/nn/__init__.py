@@ -1,9 +1,9 @@
 """Modules over the ops: parameters, reshapes and op calls.
 
-    MMATE       the block that replaces an attention layer: FlexMA and LocalSwin, mixed
-    FlexMA      masked bidirectional scan
-    LocalSwin   window attention on visual tokens
-    GridAttention   an MMATE that takes the place of a vision transformer's attention, CLS token included
+MMATE       the block that replaces an attention layer: FlexMA and LocalSwin, mixed
+FlexMA      masked bidirectional scan
+LocalSwin   window attention on visual tokens
+GridAttention   an MMATE that takes the place of a vision transformer's attention, CLS token included
 """
 
 from __future__ import annotations

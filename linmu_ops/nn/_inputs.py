@@ -33,7 +33,9 @@ def check_inputs(
     batch, length, _ = hidden_states.shape
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool:
-            raise TypeError(f"{op}: attention_mask must be bool, got {str(attention_mask.dtype).removeprefix('torch.')}")
+            raise TypeError(
+                f"{op}: attention_mask must be bool, got {str(attention_mask.dtype).removeprefix('torch.')}"
+            )
         if attention_mask.shape != (batch, length):
             raise ValueError(
                 f"{op}: attention_mask must be (B, L) = ({batch}, {length}), got shape {tuple(attention_mask.shape)}"
@@ -121,7 +123,9 @@ def real_tokens_first(attention_mask: Tensor) -> Tensor:
     return torch.argsort(~attention_mask, dim=1, stable=True)
 
 
-def last_tokens(t: Tensor, before: Tensor | None, n: int, attention_mask: Tensor | None, order: Tensor | None) -> Tensor:
+def last_tokens(
+    t: Tensor, before: Tensor | None, n: int, attention_mask: Tensor | None, order: Tensor | None
+) -> Tensor:
     """The last n tokens of each row of t (B, L, ...) that are not padding, oldest first, continued from `before`.
 
     before: (B, n, ...), the n tokens before t; zeros if None. order: (B, L) int64, the row's tokens and then its

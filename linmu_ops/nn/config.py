@@ -116,3 +116,6 @@ class MMATEConfig:
         """`initial_decay` as a pair."""
         d = self.initial_decay
         return d if isinstance(d, tuple) else (d, d)
+
+
+DEFAULTS = MMATEConfig()

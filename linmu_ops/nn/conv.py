@@ -43,14 +43,16 @@ class CausalConv1d(nn.Module):
                 state.copy_(torch.where(expand_as(attention_mask, state), state, before))
             return y, state
         if attention_mask is None:
-            y = causal_conv1d(
+            out = causal_conv1d(
                 x, self.weight, self.bias, token_order=order, initial_state=state, return_final_state=return_state
             )
-            return y if return_state else (y, None)  # type: ignore[return-value]
+            return out if isinstance(out, tuple) else (out, None)
         if order is None:
             visits = real_tokens_first(attention_mask)
         else:
             visits = order.long().gather(1, real_tokens_first(attention_mask.gather(1, order.long())))
-        y = causal_conv1d(x, self.weight, self.bias, token_order=visits.int(), initial_state=state)
         taps = self.weight.shape[1] - 1
-        return y, last_tokens(x, state, taps, attention_mask, visits) if return_state else None  # type: ignore[return-value]
+        last = last_tokens(x, state, taps, attention_mask, visits) if return_state else None
+        out = causal_conv1d(x, self.weight, self.bias, token_order=visits.int(), initial_state=state)
+        assert isinstance(out, Tensor)
+        return out, last

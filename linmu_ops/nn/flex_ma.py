@@ -15,7 +15,7 @@ from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ..token_layout import TokenLayout
 from ._inputs import Rotary, apply_rotary, check_inputs
-from .config import MMATEConfig
+from .config import DEFAULTS, MMATEConfig
 from .conv import CausalConv1d
 from .state import MMATEState, continue_state
 
@@ -45,7 +45,7 @@ class FlexMA(nn.Module):
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
-        config: MMATEConfig = MMATEConfig(),
+        config: MMATEConfig = DEFAULTS,
     ) -> None:
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
@@ -131,9 +131,7 @@ class FlexMA(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned."""
-        layout = check_inputs(
-            "FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None
-        )
+        layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None)
         keep = return_state or state is not None
         y, new = self.mix_tokens(hidden_states, layout, position_embeddings, attention_mask, state, keep)
         new = continue_state(state, new)
@@ -180,8 +178,10 @@ class FlexMA(nn.Module):
                     reverse_dt_bias=self.reverse_dt_bias, reverse_A=-self.reverse_A_log.to(acc).exp(),
                     reverse_B=reverse[0] if reverse else None, reverse_C=reverse[1] if reverse else None,
                 )  # fmt: skip
-            y = ssd_scan(x, dt, A, B, C, token_order=order, initial_state=ssm, return_final_state=return_state, **scan)
-            y, ssm = y if return_state else (y, None)
+            out = ssd_scan(
+                x, dt, A, B, C, token_order=order, initial_state=ssm, return_final_state=return_state, **scan
+            )
+            y, ssm = out if isinstance(out, tuple) else (out, None)
         y = y.reshape(batch, length, H * P)
         if self.z_proj is not None:
             y = y * F.silu(self.z_proj(z)).to(y.dtype)

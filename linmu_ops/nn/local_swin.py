@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
-from ._inputs import Rotary, Triple, Windows, apply_rotary, check_inputs, expand_as, last_tokens, real_tokens_first, take
-from .config import MMATEConfig
+from ._inputs import (
+    Rotary,
+    Triple,
+    Windows,
+    apply_rotary,
+    check_inputs,
+    last_tokens,
+    real_tokens_first,
+    take,
+)
+from .config import DEFAULTS, MMATEConfig
 from .state import MMATEState, continue_state
 
 
@@ -35,7 +44,7 @@ class LocalSwin(nn.Module):
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
-        config: MMATEConfig = MMATEConfig(),
+        config: MMATEConfig = DEFAULTS,
     ) -> None:
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
@@ -111,10 +120,10 @@ class LocalSwin(nn.Module):
         if config.text_window:
             q, k = (apply_rotary(t, rotary, config.rotary_interleaved) for t in (q, k))
             text, new = self._text(q, k, v, attention_mask, state, return_state)
-        if visual is None or text is None or layout is None:
-            y = text if visual is None else visual
-        else:
-            y = torch.where(layout.visual_mask(z.device)[..., None, None], visual, text)
+        if visual is not None and text is not None and layout is not None:
+            visual = torch.where(layout.visual_mask(z.device)[..., None, None], visual, text)
+        y = text if visual is None else visual
+        assert y is not None
         return self.o_proj(y.reshape(batch, length, -1)), new
 
     def _text(

@@ -15,7 +15,7 @@ from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
 from . import transfer
 from ._inputs import Rotary, check_inputs, prepare_layout
-from .config import MMATEConfig
+from .config import DEFAULTS, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
 from .state import MMATEState, continue_state
@@ -64,14 +64,14 @@ class MMATE(nn.Module):
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
-        config: MMATEConfig = MMATEConfig(),
+        config: MMATEConfig = DEFAULTS,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
             raise ValueError(f"MMATE: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         if head_dim is None and dim % num_heads:
-            raise ValueError(f"MMATE: head_dim must be given where num_heads={num_heads} does not divide dim, got {dim}")
+            raise ValueError(f"MMATE: num_heads must divide dim={dim} where head_dim is not given, got {num_heads}")
         self.dim, self.layer_idx, self.config = dim, layer_idx, config
         shape = (dim, num_heads, kv_heads, head_dim)
         options: dict[str, Any] = dict(
@@ -218,7 +218,7 @@ class MMATE(nn.Module):
         target = rms(lambda inputs, target: target)
         if self.flex is not None:
             flex = self.flex
-            size = rms(lambda inputs, target: flex(**inputs))  # type: ignore[arg-type, return-value]
+            size = rms(lambda inputs, target: flex(**inputs))
             if size > 0:
                 flex.rescale(target / size)
         if self.norm.weight is not None:

@@ -35,7 +35,7 @@ class MMATEState(NamedTuple):
     def copy_(self, other: MMATEState) -> MMATEState:
         """Overwrite this state in place, keeping the addresses of its tensors."""
         for mine, new in zip(self, other, strict=True):
-            if mine is not None and mine is not new:
+            if mine is not None and new is not None and mine is not new:
                 mine.copy_(new)
         return self
 

@@ -127,8 +127,10 @@ def from_attention(
         ValueError: no projection of a known name, or no number of heads.
     """
     projections, names = _projections(attention)
-    heads = num_heads or _first(attention, ("num_heads", "num_attention_heads")) or _first(
-        getattr(attention, "config", None), ("num_attention_heads", "num_heads")
+    heads = (
+        num_heads
+        or _first(attention, ("num_heads", "num_attention_heads"))
+        or _first(getattr(attention, "config", None), ("num_attention_heads", "num_heads"))
     )
     if heads is None:
         raise ValueError(f"MMATE: num_heads must be given for {type(attention).__name__}, got None")
@@ -137,7 +139,9 @@ def from_attention(
     norms = {n: _named(attention, n) for n in ("q_norm", "k_norm")}
     norms = {n: None if m is None or isinstance(m[1], nn.Identity) else m for n, m in norms.items()}
     query_norm = norms["q_norm"]
-    options.setdefault("scale", next((s for s in (_first(attention, ("scaling", "scale")),) if isinstance(s, float)), None))
+    options.setdefault(
+        "scale", next((s for s in (_first(attention, ("scaling", "scale")),) if isinstance(s, float)), None)
+    )
     block = cls(
         o.shape[0], heads, num_kv_heads or k.shape[0] // head_dim, head_dim, layer_idx=layer_idx,
         qkv_bias=any(b is not None for b in (q_bias, k_bias, v_bias)), out_bias=o_bias is not None,

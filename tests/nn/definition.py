@@ -96,10 +96,12 @@ def flex_ma(m, z, blocks=(), rotary=None):
     if m.conv is not None:
         parts = [*convolve(m.conv, torch.cat(parts, -1), order).split([p.shape[-1] for p in parts], -1)]
     X, Bs, Cs = heads(parts[0], H, P), parts[1::2], parts[2::2]
-    rot = rotary if c.rotary else None
+    rot, scale = rotary if c.rotary else None, (m.scale * m.softmax_scale)[:, None]
     Bs = [rotate(m.b_norm(heads(b, H, P)), rot, c.rotary_interleaved) for b in Bs]
-    Cs = [rotate(m.c_norm(heads(t, H, P)) * (m.scale * m.softmax_scale)[:, None], rot, c.rotary_interleaved) for t in Cs]
-    y = torch.einsum("hij,jhp->ihp", scan_matrix(F.softplus(m.dt_proj(z) + m.dt_bias), -m.A_log.exp(), Bs[0], Cs[0], order), X)
+    Cs = [rotate(m.c_norm(heads(t, H, P)) * scale, rot, c.rotary_interleaved) for t in Cs]
+    y = torch.einsum(
+        "hij,jhp->ihp", scan_matrix(F.softplus(m.dt_proj(z) + m.dt_bias), -m.A_log.exp(), Bs[0], Cs[0], order), X
+    )
     if blocks and c.reverse:
         gate = m.gate.expand(L, H) if m.gate_proj is None else m.gate_proj(z) + m.gate
         gate = gate.sigmoid()[..., None]

@@ -59,9 +59,7 @@ class Norm(nn.Module):
 def build(layer_idx=1, dtype=torch.float64, perturb=0.3, **options):
     """A block with every parameter moved off its neutral start."""
     config = MMATEConfig(**{**SMALL, **options})
-    block = MMATE(
-        DIM, HEADS, GROUPS, P, layer_idx=layer_idx, qkv_bias=True, out_bias=True, qk_norm=Norm, config=config
-    )
+    block = MMATE(DIM, HEADS, GROUPS, P, layer_idx=layer_idx, qkv_bias=True, out_bias=True, qk_norm=Norm, config=config)
     with torch.no_grad():
         for p in block.parameters():
             p.add_(perturb * torch.randn_like(p))
@@ -161,7 +159,8 @@ def test_cached_is_uncached(name, grad):
     with torch.set_grad_enabled(grad):
         chunks = zip([0, *cuts], pieces(z, cuts), *(pieces(t, cuts) for t in rotary), strict=True)
         for start, piece, cos, sin in chunks:
-            inside = [(s, [p - start for p in ps]) for s, ps in (video, image) if start <= ps[0] < start + piece.shape[1]]
+            end = start + piece.shape[1]
+            inside = [(s, [p - start for p in ps]) for s, ps in (video, image) if start <= ps[0] < end]
             layout = layout_of([inside], piece.shape[1])
             before = state
             y, state = block(piece, layout=layout, position_embeddings=(cos, sin), state=state, return_state=True)
@@ -316,5 +315,5 @@ def test_errors():
         block(z, attention_mask=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="MMATE: num_kv_heads must divide num_heads=4, got 3"):
         MMATE(DIM, 4, 3)
-    with pytest.raises(ValueError, match="MMATE: head_dim must be given where num_heads=5 does not divide dim, got 12"):
+    with pytest.raises(ValueError, match="MMATE: num_heads must divide dim=12 where head_dim is not given, got 5"):
         MMATE(DIM, 5)
