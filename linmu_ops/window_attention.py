@@ -69,7 +69,7 @@ def window_attention(
             Not together with image_window.
         cos: (B or 1, L, R) float, R even, R <= P. Rotary embedding of q and k: (x, y) pairs become
             (x cos - y sin, y cos + x sin). Constant: it gets no gradient.
-        sin: shape of cos.
+        sin: (B or 1, L, R) float. As cos.
         interleaved: rotary pairs are elements (2i, 2i+1) instead of (i, i + R/2).
 
     Returns:
@@ -114,7 +114,7 @@ def window_attention(
     if bias is not None:
         if image_window is not None:
             raise ValueError("window_attention: bias must be None with image_window: it belongs to one window")
-        d("bias", bias, "H " + " ".join(f"2{w}-1" for w in "THW"[4 - bias.dim() :]), FLOATS)
+        d("bias", bias, "H " + " ".join(f"2{w}-1" for w in "THW"[max(4 - bias.dim(), 0) :]), FLOATS)
         if bias.dim() < 4:
             bias = bias.view(d["H"], *[1] * (4 - bias.dim()), *bias.shape[1:])
         if tuple(bias.shape[1:]) != tuple(2 * w - 1 for w in sizes):
