@@ -47,19 +47,27 @@ def test_autocast_and_bfloat16(name):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile(name):
-    """One graph, whatever the layout; gradients as without compilation."""
+    """One graph, whatever the layout."""
     block, z, call = float_call(**OPTIONS[name])
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    for other in (call["layout"], TokenLayout([(0, 1, 2, 4), (1, 1, 3, 3)], [*range(3, 11), *range(9)], 2, 24)):
-        block.prepare_layout(other, z.device)
-        call["layout"] = other
-        grads = []
-        for run in (block, compiled):
-            out = run(z, **call)
-            grads.append(torch.autograd.grad(out.square().sum(), list(block.parameters())))
-            torch.testing.assert_close(out, block(z, **call))
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b)
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    others = [TokenLayout([(0, 1, 2, n), (1, 1, n, 3)], [*range(3, 3 + 2 * n), *range(3 * n)], 2, 24) for n in (4, 3)]
+    with torch.no_grad():
+        for i, layout in enumerate((call["layout"], *others)):
+            call["layout"] = layout
+            block.prepare_layout(layout, z.device)
+            # The second layout makes the number of visual tokens symbolic; from then on nothing is recompiled.
+            with torch._dynamo.config.patch(error_on_recompile=i == 2):
+                torch.testing.assert_close(compiled(z, **call), block(z, **call))
+
+
+def test_compiled_gradients():
+    block, z, call = float_call(text_window=3, norm="rms")
+    block.prepare_layout(call["layout"], z.device)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(run(z, **call).square().sum(), list(block.parameters())) for run in (block, compiled)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", [*COMPILED, "conv"])
@@ -69,10 +77,10 @@ def test_compiled_steps(name):
     block, z, call = float_call(**OPTIONS[name])
     rotary = call["position_embeddings"]
     torch.compiler.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
     state, expected = block.init_state(2), block.init_state(2)
     addresses = [t.data_ptr() for t in state if t is not None]
-    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for i in range(4):
             at = slice(i, i + 1)
             step = dict(position_embeddings=tuple(t[:, at] for t in rotary))
@@ -88,8 +96,8 @@ def test_compiled_grid():
     block = build(dtype=torch.float32)
     vision = GridAttention(block, (1, 4, 5), prefix_tokens=2)
     torch.compiler.reset()
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    compiled_vision = torch.compile(vision, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    compiled_vision = torch.compile(vision, fullgraph=True, backend="eager")
     for batch, grid in ((1, (2, 3, 4)), (3, (2, 3, 4)), (3, (4, 2, 3))):
         z = torch.randn(batch, 24, block.dim)
         torch.testing.assert_close(compiled(z, grid=grid), block(z, grid=grid))
