@@ -114,7 +114,7 @@ def apply_rotary(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
         turned = torch.stack((-head[..., 1::2], head[..., ::2]), dim=-1).flatten(-2)
     else:
         turned = torch.cat((-head[..., size // 2 :], head[..., : size // 2]), dim=-1)
-    out = head * cos + turned * sin
+    out = torch.addcmul(head * cos, turned, sin)
     return out if rest.shape[-1] == 0 else torch.cat((out, rest), dim=-1)
 
 

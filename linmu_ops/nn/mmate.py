@@ -127,7 +127,9 @@ class MMATE(nn.Module):
             The rows of padding are finite and mean nothing.
 
         Notes:
-            Linear in L. One text token with a state is one `ssd_step`. A visual block must lie within one call.
+            Linear in L. One text token with a state and gradients off is one `ssd_step`. A visual block must lie
+            within one call. A batch without visual tokens gives Local-Swin's, the reverse scan's and lambda's
+            parameters no gradient: train on such batches under DDP with find_unused_parameters=True.
         """
         layout = check_inputs(
             "MMATE", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows

@@ -101,6 +101,27 @@ def test_definition(options, layer_idx):
     torch.testing.assert_close(got, rows(block, z, rotary, blocks), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("branch, rule", [("flex", definition.flex_ma), ("swin", definition.local_swin)])
+def test_a_branch_alone(branch, rule):
+    """FlexMA and LocalSwin are modules of their own, with their own part of the state."""
+    block = build(conv_width=4)
+    module = getattr(block, branch)
+    z, rotary, blocks = prompt()
+    call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    expected = torch.stack([rule(module, z[i], blocks[i], tuple(t[i] for t in rotary)) for i in range(2)])
+    out, state = module(z, **call, return_state=True)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    _, both = block(z, **call, return_state=True)
+    kept = ("ssm", "conv") if branch == "flex" else ()
+    for name in state._fields:
+        assert torch.equal(getattr(state, name), getattr(both, name)) if name in kept else getattr(state, name) is None
+    with torch.no_grad():
+        step = tuple(t[:, :1] for t in rotary)
+        more = module(z[:, :1], position_embeddings=step, state=both)
+        again = rule(module, torch.cat((z[0], z[0, :1])), blocks[0], tuple(torch.cat((t[0], t[0, :1])) for t in rotary))
+        torch.testing.assert_close(more[0, 0], again[-1], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_parameter_learns(options):
     block = build(**options)
