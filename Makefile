@@ -5,20 +5,20 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
-.PHONY: setup build test asan lint env clean FORCE
+.PHONY: setup build test asan env demo lint clean FORCE
 
 .venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH_ASKED),,$(BIN)/python -c "import torch" 2>/dev/null ||) $(BIN)/pip install -q "$(TORCH)"
 	echo "$(TORCH)" > .venv/torch
 	$(BIN)/pip install -q setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13"
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	LINMU_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
 setup: .venv/ready build
 
 build: .venv/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python setup.py -q build_ext --inplace
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --durations=10
@@ -26,7 +26,7 @@ test: setup
 # The libraries under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 ASAN_PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(lib)))
 asan: .venv/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" LINMU_SANITIZE=1 $(BIN)/python setup.py -q build_ext
+	LINMU_SANITIZE=1 $(BIN)/python setup.py -q build_ext
 	tar -c --exclude='*.so' --exclude=__pycache__ linmu_ops | tar -x -C build/asan
 	for isa in avx2 avx512 avx512bf16; do \
 	  LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

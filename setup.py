@@ -55,8 +55,10 @@ class CMakeBuild(build_ext):
             f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
-        subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", str(build)])
+        # cmake and ninja of this environment, activated or not.
+        tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        subprocess.check_call(configure, env=tools)
+        subprocess.check_call(["cmake", "--build", str(build)], env=tools)
 
 
 setup(ext_modules=[Extension("linmu_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
