@@ -11,7 +11,7 @@ TORCH_ASKED := $(filter-out file,$(origin TORCH))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH_ASKED),,$(BIN)/python -c "import torch" 2>/dev/null ||) $(BIN)/pip install -q "$(TORCH)"
 	echo "$(TORCH)" > .venv/torch
-	$(BIN)/pip install -q setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13"
+	$(BIN)/pip install -q setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13" numpy
 	LINMU_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 

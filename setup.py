@@ -44,12 +44,15 @@ class CMakeBuild(build_ext):
         output = build / "linmu_ops" if sanitize else Path(self.get_ext_fullpath("linmu_ops._C")).resolve().parent
         hash_code = "import linmu_ops._registry as r, linmu_ops; print(r.schema_hash())"
         environment = {**os.environ, "LINMU_NO_BINARY": "1", "PYTHONPATH": str(ROOT)}
-        schema_hash = subprocess.check_output([sys.executable, "-c", hash_code], cwd=ROOT, env=environment, text=True)
+        command = [sys.executable, "-c", hash_code]
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if found.returncode:
+            sys.exit(f"linmu: building needs the op schemas, and linmu_ops cannot be imported:\n{found.stderr}")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DLINMU_TORCH_DIR={Path(torch.__file__).parent}",
             f"-DLINMU_TORCH_VERSION={torch.__version__}",
-            f"-DLINMU_SCHEMA_HASH={schema_hash.strip()}",
+            f"-DLINMU_SCHEMA_HASH={found.stdout.strip()}",
             f"-DLINMU_OUTPUT_DIR={output}",
             f"-DLINMU_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
