@@ -32,6 +32,7 @@ LINMU_EXPORT int linmu_register(const char* schema_hash, char* message, int size
     register_branch_mix_norm_cpu(*lib);
     register_causal_conv1d_cpu(*lib);
     register_causal_conv1d_step_cpu(*lib);
+    register_ssd_scan_cpu(*lib);
     register_ssd_step_cpu(*lib);
     register_window_attention_cpu(*lib);
     lib.release();  // registrations live as long as the process

@@ -1,0 +1,144 @@
+// Small matrix products on tiles that fit a core's cache: the accumulators stay in registers, B is read by rows,
+// A is broadcast, so A may lie either way (row stride, column stride) and is never packed.
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "vec.h"
+
+namespace linmu {
+namespace LINMU_ISA {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Uninitialised scratch of one task, aligned to a cache line.
+template <class A>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t n) {
+    if (n == 0) return;
+    data_ = static_cast<A*>(std::aligned_alloc(64, round_up(n * static_cast<int64_t>(sizeof(A)), 64)));
+    if (!data_) throw std::bad_alloc();
+  }
+  Buffer(Buffer&& o) noexcept : data_(o.data_) { o.data_ = nullptr; }
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data_, o.data_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+  operator A*() const { return data_; }
+  A* get() const { return data_; }
+
+ private:
+  A* data_ = nullptr;
+};
+
+// What a product does with its result: out = beta * out + scale[row] * sum. beta 0 never reads out.
+template <class A>
+struct Epilogue {
+  A beta = A(0);
+  const A* scale = nullptr;  // one factor per row, or null
+};
+
+// kRows x kVectors accumulators, the B vectors and one A value fill the register file.
+#if LINMU_VECTOR_BYTES == 32
+constexpr int kTileRows = 6, kTileVectors = 2;
+#else
+constexpr int kTileRows = 6, kTileVectors = 4;
+#endif
+
+template <class A, int M, int V>
+inline void tile(int64_t k, const A* a, int64_t row_stride, int64_t col_stride, const A* b, int64_t ldb, A* out,
+                 int64_t ldo, Epilogue<A> e) {
+  constexpr int W = Simd<A>::width;
+  vec<A> acc[M][V] = {};
+  for (int64_t l = 0; l < k; ++l, a += col_stride, b += ldb) {
+    vec<A> bv[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) bv[v] = load(b + v * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const A x = a[m * row_stride];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] = bv[v] * x + acc[m][v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    const A s = e.scale ? e.scale[m] : A(1);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      A* o = out + m * ldo + v * W;
+      vec<A> r = acc[m][v] * s;
+      if (e.beta != A(0)) r = load(o) * e.beta + r;
+      store(o, r);
+    }
+  }
+}
+
+template <class A, int V>
+inline void tile_column(int64_t m, int64_t k, const A* a, int64_t row_stride, int64_t col_stride, const A* b,
+                        int64_t ldb, A* out, int64_t ldo, Epilogue<A> e) {
+  for (int64_t tiles = (m + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    const int64_t rows = (m + tiles - 1) / tiles;  // as even as possible: a tile of one row is slow
+    switch (rows) {
+      case 6: tile<A, 6, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 5: tile<A, 5, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 4: tile<A, 4, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 3: tile<A, 3, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 2: tile<A, 2, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      default: tile<A, 1, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+    }
+    m -= rows, a += rows * row_stride, out += rows * ldo;
+    if (e.scale) e.scale += rows;
+  }
+}
+
+// out[i, j] = beta out[i, j] + scale[i] sum_l a[i row_stride + l col_stride] b[l ldb + j]; n a multiple of the width.
+template <class A>
+inline void gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t row_stride, int64_t col_stride, const A* b,
+                 int64_t ldb, A* out, int64_t ldo, Epilogue<A> e = {}) {
+  constexpr int W = Simd<A>::width;
+  int64_t j = 0;
+  for (; j + kTileVectors * W <= n; j += kTileVectors * W)
+    tile_column<A, kTileVectors>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+  if constexpr (kTileVectors == 4)
+    for (; j + 2 * W <= n; j += 2 * W) tile_column<A, 2>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+  for (; j < n; j += W) tile_column<A, 1>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+}
+
+// Swaps the off-diagonal D x D blocks of every 2D x 2D block of a square of vectors; for D = 1, 2, 4, ... a transpose.
+template <class A, int D>
+inline void swap_blocks(vec<A>* rows) {
+  constexpr int W = Simd<A>::width;
+  using Mask = decltype(vec<A>{} < vec<A>{});
+  Mask low{}, high{};
+#pragma GCC unroll 16
+  for (int w = 0; w < W; ++w) low[w] = w & D ? W + w - D : w, high[w] = w & D ? W + w : w + D;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & D) continue;
+    const vec<A> a = rows[i], b = rows[i + D];
+    rows[i] = __builtin_shuffle(a, b, low), rows[i + D] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * D < W) swap_blocks<A, 2 * D>(rows);
+}
+
+// dst[j, i] = src[i, j] for a (rows, cols) tile whose sides are multiples of the width.
+template <class A>
+inline void transpose(const A* src, int64_t lds, int64_t rows, int64_t cols, A* dst, int64_t ldd) {
+  constexpr int W = Simd<A>::width;
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < cols; j += W) {
+      vec<A> block[W];
+#pragma GCC unroll 16
+      for (int w = 0; w < W; ++w) block[w] = load(src + (i + w) * lds + j);
+      swap_blocks<A, 1>(block);
+#pragma GCC unroll 16
+      for (int w = 0; w < W; ++w) store(dst + (j + w) * ldd + i, block[w]);
+    }
+}
+
+}  // namespace LINMU_ISA
+}  // namespace linmu

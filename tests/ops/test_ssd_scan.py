@@ -1,0 +1,242 @@
+"""`ssd_scan` against its reference: every value and every gradient, over dtypes, directions, options and sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import linmu_ops
+from linmu_ops._testing import check_against_reference, rerun_with_isa
+from linmu_ops.ssd_scan import DIFFERENTIABLE
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DIRECTIONS = ["forward", "reverse", "both"]
+CASES = [  # B, L, H, Gx, Gb, Gc, P, N; chunks are of 32 visits
+    (1, 1, 4, 1, 1, 1, 3, 5),
+    (2, 31, 4, 4, 1, 1, 5, 7),
+    (1, 32, 4, 2, 2, 4, 16, 3),
+    (1, 33, 6, 3, 2, 6, 17, 33),
+    (1, 70, 2, 1, 1, 2, 64, 48),
+    (1, 37, 12, 2, 3, 1, 8, 70),
+]
+SMALL = (2, 20, 8, 2, 2, 8, 6, 5)
+
+
+def visible(i):
+    return [k for k in DIFFERENTIABLE if k in i]
+
+
+def make_inputs(case, dtype=torch.float32, direction="both", options=(), seed=0):
+    """`options` names the optional arguments to give; "all" gives every one that the direction takes."""
+    g = torch.Generator().manual_seed(seed)
+    B, L, H, Gx, Gb, Gc, P, N = case
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).float()
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g)
+
+    def segments():
+        return (uniform(B, L) < 0.08).cumsum(1).int()
+
+    softplus = "dt_softplus" in options or "all" in options
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    i = dict(
+        x=normal(B, L, Gx, P).to(dtype), dt=normal(B, L, H) if softplus else uniform(B, L, H), A=-2 * uniform(H),
+        B=normal(B, L, Gb, N).to(dtype), C=normal(B, L, Gc, N).to(dtype),
+    )  # fmt: skip
+    bias = normal if softplus else uniform  # dt >= 0 either way
+    more = dict(
+        D=normal(H), dt_bias=bias(H), dt_softplus=True, seq_idx=segments(),
+        token_order=torch.stack([torch.randperm(L, generator=g) for _ in range(B)]).int() if B else segments(),
+        initial_state=normal(B, H, P, N), return_final_state=True, chunk_size=16,
+    )  # fmt: skip
+    if direction != "forward":
+        more |= dict(
+            reverse_dt=normal(B, L, H) if softplus else uniform(B, L, H), reverse_dt_bias=bias(H),
+            reverse_A=-2 * uniform(H), reverse_B=normal(B, L, Gb, N).to(dtype), reverse_C=normal(B, L, Gc, N).to(dtype),
+            reverse_mask=uniform(B, L) < 0.7, reverse_seq_idx=segments(),
+        )  # fmt: skip
+    if direction == "both":
+        more |= dict(gate=uniform(B, L, H), head_gate=uniform(H))
+    i |= {k: v for k, v in more.items() if k in options or ("all" in options and k not in ("head_gate", "chunk_size"))}
+    if "head_gate" in i:
+        i["gate"] = i.pop("head_gate")
+    kept = ("x", "B", "C", "reverse_B", "reverse_C")
+    for k, v in i.items():
+        if isinstance(v, torch.Tensor) and v.is_floating_point() and k not in kept:
+            i[k] = v.to(acc)
+    return i | dict(direction=direction)
+
+
+def by_reference(**inputs):
+    with linmu_ops.use_impl("ssd_scan:reference"):
+        return linmu_ops.ssd_scan(**inputs)
+
+
+def used(i):
+    """The differentiable inputs the output depends on."""
+    replaced = {"dt": "reverse_dt", "A": "reverse_A", "B": "reverse_B", "C": "reverse_C", "dt_bias": "reverse_dt_bias"}
+    return [k for k in visible(i) if not (i["direction"] == "reverse" and replaced.get(k) in i)]
+
+
+def check(i):
+    check_against_reference(linmu_ops.ssd_scan, by_reference, i, used(i))
+
+
+@pytest.mark.parametrize("options", [(), ("all",)], ids=["plain", "all"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case, dtype, direction, options):
+    check(make_inputs(case, dtype, direction, options) | dict(chunk_size=32))
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 130])
+def test_own_chunk_size(length):
+    check(make_inputs((1, length, 2, 1, 1, 2, 3, 4), torch.float32, "both", ("all",)))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "D", "dt_bias", "dt_softplus", "seq_idx", "token_order", "initial_state", "return_final_state", "chunk_size",
+        "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C", "reverse_mask", "reverse_seq_idx",
+        "gate", "head_gate",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_option_alone(direction, option):
+    if (option.startswith("reverse_") and direction == "forward") or ("gate" in option and direction != "both"):
+        pytest.skip(f"direction={direction!r} takes no {option}")
+    check(make_inputs(SMALL, torch.float32, direction, (option,)))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.tuples(*[st.sampled_from([1, 2, 3, 6])] * 3),
+    sizes=st.tuples(st.integers(1, 2), st.integers(0, 50), st.integers(1, 20), st.integers(1, 20)),
+    direction=st.sampled_from(DIRECTIONS),
+    options=st.sets(
+        st.sampled_from(
+            ["D", "dt_bias", "dt_softplus", "seq_idx", "token_order", "initial_state", "return_final_state",
+             "chunk_size", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_mask", "reverse_seq_idx",
+             "gate"]
+        )
+    ),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_combination(seed, groups, sizes, direction, options):
+    B, L, P, N = sizes
+    check(make_inputs((B, L, 6, *groups, P, N), torch.float32, direction, options, seed))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", [(2, 0, 2, 1, 2, 2, 3, 4), (0, 5, 2, 1, 2, 2, 3, 4)], ids=["L0", "B0"])
+def test_empty(case, direction):
+    i = make_inputs(case, torch.float32, direction, ("all",))
+    leaves = {k: v.clone().requires_grad_() if k in used(i) else v for k, v in i.items()}
+    y, state = linmu_ops.ssd_scan(**leaves)
+    assert y.shape == (case[0], case[1], 2, 3)
+    torch.testing.assert_close(state, i["initial_state"])
+    grads = torch.autograd.grad(state.sum() + y.sum(), [leaves[k] for k in used(i)])
+    for k, grad in zip(used(i), grads, strict=True):
+        expected = torch.ones_like(i[k]) if k == "initial_state" else torch.zeros_like(i[k])
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_strided_inputs(direction):
+    """Slices of one fused projection, transposed and expanded tensors are read where they lie."""
+    i = make_inputs(SMALL, torch.float32, direction, ("all",))
+    B, L, _, G, _, H, P, N = SMALL
+    fused = torch.randn(B, L, G * P + G * N + H * N)
+    x, b, c = fused.split([G * P, G * N, H * N], dim=-1)
+    i |= dict(x=x.view(B, L, G, P), B=b.view(B, L, G, N), C=c.view(B, L, H, N))
+    i["dt"] = i["dt"].transpose(0, 1).contiguous().transpose(0, 1)
+    i["initial_state"] = i["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)
+    i["seq_idx"] = i["seq_idx"][:1].expand(B, L)
+    if direction != "forward":
+        i["reverse_B"] = i["reverse_B"].transpose(2, 3).contiguous().transpose(2, 3)
+        i["reverse_mask"] = i["reverse_mask"].t().contiguous().t()
+    check(i)
+    leaf = i["x"].clone().requires_grad_()
+    linmu_ops.ssd_scan(**{**i, "x": leaf})[0].sum().backward()  # an expanded gradient
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradcheck(direction):
+    i = make_inputs((1, 5, 2, 1, 2, 2, 2, 3), torch.float64, direction, ("all",))
+    names = used(i)
+
+    def f(*leaves):
+        return linmu_ops.ssd_scan(**{**i, **dict(zip(names, leaves, strict=True))})
+
+    assert torch.autograd.gradcheck(f, [i[k].clone().requires_grad_() for k in names])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_opcheck(direction):
+    i = make_inputs((2, 7, 4, 2, 2, 4, 3, 5), torch.float32, direction, ("all",))
+    names = [a.name for a in torch.ops.linmu.ssd_scan.default._schema.arguments]
+    defaults = dict(dt_softplus=False, return_final_state=False, chunk_size=0)
+    given_ = {k: v.requires_grad_() if k in used(i) else v for k, v in i.items()}
+    args = [given_.get(n, defaults.get(n)) for n in names]
+    torch.library.opcheck(torch.ops.linmu.ssd_scan.default, args)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_compile_with_any_length(direction):
+    torch._dynamo.reset()
+    compiled = torch.compile(linmu_ops.ssd_scan, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 70, 33):
+        i = make_inputs((1, length, 4, 2, 2, 4, 4, 8), torch.float32, direction, ("all",))
+        leaves = [{**i, "x": i["x"].clone().requires_grad_()} for _ in range(2)]
+        y, state = compiled(**leaves[0])
+        expected, expected_state = linmu_ops.ssd_scan(**leaves[1])
+        assert torch.equal(y, expected) and torch.equal(state, expected_state)
+        y.sum().backward(), expected.sum().backward()
+        assert torch.equal(leaves[0]["x"].grad, leaves[1]["x"].grad)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_older_processors(isa):
+    rerun_with_isa(isa, __file__, "test_forward_and_backward and all and 33 or test_own_chunk_size")
+
+
+BAD = [
+    (dict(x=torch.zeros(2, 3, 4)), ValueError, r"x must be \(B, L, Gx, P\)"),
+    (dict(dt=torch.zeros(2, 3, 8)), ValueError, r"dt must be \(B, L, H\) with B=2, L=20, got shape \(2, 3, 8\)"),
+    (dict(A=torch.zeros(3)), ValueError, r"A must be \(H,\) with H=8"),
+    (dict(x=torch.zeros(2, 20, 3, 6)), ValueError, "x's Gx=3 must divide H=8"),
+    (dict(B=torch.zeros(2, 20, 3, 5)), ValueError, "B's Gb=3 must divide H=8"),
+    (dict(C=torch.zeros(2, 20, 3, 5)), ValueError, "C's Gc=3 must divide H=8"),
+    (dict(B=torch.zeros(2, 20, 2, 5).double()), TypeError, "B must be float32, got float64"),
+    (dict(x=torch.zeros(2, 20, 2, 6).int()), TypeError, "x must be float32 or float64 or bfloat16 or float16, got int"),
+    (dict(D=torch.zeros(8, 6)), ValueError, r"D must be \(H,\)"),
+    (dict(gate=torch.zeros(2, 20)), ValueError, r"gate must be \(B, L, H\)"),
+    (dict(reverse_mask=torch.zeros(2, 20)), TypeError, "reverse_mask must be bool, got float32"),
+    (dict(seq_idx=torch.zeros(2, 20).long()), TypeError, "seq_idx must be int32, got int64"),
+    (dict(initial_state=torch.zeros(2, 8, 6, 5).bfloat16()), TypeError, "initial_state must be float32, got bfloat16"),
+    (dict(initial_state=torch.zeros(2, 8, 5, 6)), ValueError, r"initial_state must be \(B, H, P, N\)"),
+    (dict(D=torch.zeros(8, device="meta")), ValueError, "D must be on cpu, got meta"),
+    (dict(x=[1.0]), TypeError, "x must be a Tensor, got list"),
+    (dict(direction="sideways"), ValueError, "direction must be one of forward, reverse, both, got 'sideways'"),
+    (dict(chunk_size=0), ValueError, "chunk_size must be >= 1, got 0"),
+    (dict(token_order=torch.arange(20).expand(2, 20).int() + 1), ValueError, "token_order must hold every position"),
+    (dict(token_order=torch.zeros(2, 20).int()), ValueError, "token_order must hold every position"),
+    (dict(token_order=torch.full((2, 20), -(2**31)).int()), ValueError, "token_order must hold every position"),
+    (dict(direction="forward", reverse_A=torch.zeros(8)), ValueError, "reverse_A needs direction='reverse' or 'both'"),
+    (dict(direction="reverse", gate=torch.zeros(8)), ValueError, "gate needs direction='both', got direction='rev"),
+]
+
+
+@pytest.mark.parametrize("change,error,message", BAD, ids=lambda v: v if isinstance(v, str) else "")
+def test_errors(change, error, message):
+    i = make_inputs(SMALL)
+    with pytest.raises(error, match=f"ssd_scan: {message}"):
+        linmu_ops.ssd_scan(**{**i, **change})
