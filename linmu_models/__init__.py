@@ -1,0 +1,37 @@
+"""Linear vision-language models for transformers.
+
+    convert(teacher)    a linear model from a loaded transformers one
+    convert_nvila(...)  the same for NVILA, which is not a part of transformers
+    families()          the model types that can be converted
+
+Importing this package makes saved LinMU models known to transformers' Auto classes.
+"""
+
+from linmu_ops.nn import MMATEConfig
+
+from . import families as _families  # noqa: F401  registers
+from .cache import LinmuCacheLayer
+from .convert import convert
+from .families.nvila import attach_nvila, convert_nvila
+from .layout import LinmuInputs
+from .modeling import FAMILIES, LinmuAttention, LinmuModel
+from .report import TransferReport
+
+
+def families() -> list[str]:
+    """Model types (`teacher.config.model_type`) that `convert` knows."""
+    return sorted(FAMILIES)
+
+
+__all__ = [
+    "LinmuAttention",
+    "LinmuCacheLayer",
+    "LinmuInputs",
+    "LinmuModel",
+    "MMATEConfig",
+    "TransferReport",
+    "attach_nvila",
+    "convert",
+    "convert_nvila",
+    "families",
+]

@@ -1,0 +1,127 @@
+"""The decode state of a linear layer, as a layer of a transformers `Cache`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+
+from linmu_ops.nn import MMATEState
+
+
+class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """Holds one `MMATEState` of constant size, and counts the tokens it has seen.
+
+    The count is what `Cache.get_seq_length` and position ids need: an int, or in the place of a static layer a tensor
+    on the layer's device, so that a compiled step does not depend on its value.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, static: bool = False) -> None:
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
+        CacheLayerMixin.__init__(self)
+        self.is_compileable = static
+        self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
+        self.state: MMATEState | None = None
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the first forward brings the state."""
+
+    def advance(self, state: MMATEState, tokens: int) -> None:
+        """Keep the state after `tokens` more tokens; a static layer keeps it at its first address."""
+        if not isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length += tokens
+            self.state = state
+        elif self.state is None:
+            kept = [t for t in state if t is not None]
+            self.cumulative_length = self.cumulative_length.to(kept[0].device if kept else "cpu").add_(tokens)
+            if not torch.compiler.is_compiling():
+                for tensor in (self.cumulative_length, *kept):
+                    torch._dynamo.mark_static_address(tensor)
+            self.state = state
+        else:
+            self.cumulative_length.add_(tokens)
+            for mine, new in zip(self.state, state, strict=True):
+                if mine is not None and mine is not new:
+                    mine.copy_(new)
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("linmu: a linear layer keeps no keys and values")
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("linmu: a linear layer's state is updated through LinmuCacheLayer.advance")
+
+    update_recurrent_state = update_conv_state
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise RuntimeError(
+                "linmu: a recurrent state cannot be rolled back, so contrastive, assisted and prompt-lookup decoding "
+                "are not possible; use greedy, sampling or beams"
+            )
+
+    def offload(self) -> None:
+        """Stays where it is: the state is small and of constant size."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+
+    def reset(self) -> None:
+        if isinstance(self.cumulative_length, Tensor):
+            # Zeros are the state before the first token, and a compiled step keeps its addresses.
+            for tensor in (self.cumulative_length, *(self.state or ())):
+                if tensor is not None:
+                    tensor.zero_()
+        else:
+            self.cumulative_length = 0
+            self.state = None
+            self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            where = next((t.device for t in self.state if t is not None), beam_idx.device)
+            self.state = self.state.reorder(beam_idx.to(where))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self.state = self.state.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+
+def linear_layer(cache: Cache, layer_idx: int) -> LinmuCacheLayer:
+    """The state layer of decoder layer `layer_idx`, put in the place of the attention layer on first use.
+
+    `Cache` builds one attention layer per decoder layer from the configuration, which still speaks of attention.
+
+    Raises:
+        ValueError: that attention layer has already been filled by another model.
+    """
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, LinmuCacheLayer):
+        return layer
+    if layer.is_initialized:
+        raise ValueError(f"linmu: layer {layer_idx} of past_key_values must be new or linear, got keys and values")
+    cache.layers[layer_idx] = fresh = LinmuCacheLayer(static=isinstance(layer, StaticLayer))
+    return fresh

@@ -1,0 +1,57 @@
+"""What a LinMU model keeps in its configuration, beside everything its teacher kept: the field `linmu`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from linmu_ops.nn import MMATEConfig
+
+FORMAT = 1
+
+
+def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) -> dict[str, Any]:
+    """The JSON-able `linmu` field.
+
+    Args:
+        mmate: options of the M-MATE block.
+        keep_attention: decoder layers that stay quadratic; negative ones count from the end.
+        layers: how many decoder layers there are.
+
+    Raises:
+        ValueError: a layer that does not exist.
+    """
+    kept = list(keep_attention)
+    for index in kept:
+        if not -layers <= index < layers:
+            raise ValueError(f"linmu: keep_attention must hold layers in [-{layers}, {layers}), got {index}")
+    return {"format": FORMAT, "mmate": dataclasses.asdict(mmate), "keep_attention": sorted({i % layers for i in kept})}
+
+
+def parse_mmate(options: dict[str, Any]) -> MMATEConfig:
+    """`MMATEConfig` of a (JSON) dict: lists become tuples; ValueError for an unknown option."""
+    known = {f.name for f in dataclasses.fields(MMATEConfig)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"linmu: M-MATE options must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return MMATEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig, frozenset[int]]:
+    """(M-MATE options, layers that keep attention) of a LinMU configuration.
+
+    Raises:
+        ValueError: there is no `linmu` field, or a newer format wrote it.
+    """
+    field = getattr(config, "linmu", None)
+    if not field:
+        raise ValueError(
+            f"linmu: {type(config).__name__}.linmu must be set, got {field!r}; "
+            "convert a teacher with linmu_models.convert"
+        )
+    if field.get("format", FORMAT) > FORMAT:
+        raise ValueError(f"linmu: the model's format must be <= {FORMAT}, got {field['format']}; update linmu")
+    return parse_mmate(field.get("mmate", {})), frozenset(field.get("keep_attention", ()))

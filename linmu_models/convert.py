@@ -1,0 +1,160 @@
+"""`convert`: a loaded transformers model in, a linear one out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linmu_ops.nn import MMATEConfig
+
+from .config import linmu_field, parse_mmate
+from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel
+from .report import TensorRow, TransferReport
+
+
+def convert(
+    teacher: PreTrainedModel,
+    config: MMATEConfig | dict[str, Any] | None = None,
+    keep_attention: Iterable[int] = (),
+    *,
+    share_frozen: bool = False,
+) -> Any:
+    """A model like `teacher`, with a linear M-MATE block in the place of each decoder layer's attention.
+
+    Every other weight is the teacher's; a block starts from the weights of the attention it replaces. The teacher is
+    not touched, except that calling either changes shared memory if `share_frozen` and someone trains it.
+
+    Args:
+        teacher: a loaded `...ForConditionalGeneration` (or `...ForCausalLM`) of one of `linmu_models.families()`, of
+            any floating dtype, on any device or device map, or on the meta device.
+        config: options of the block; a dict gives some of them.
+        keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
+            the end.
+        share_frozen: use the teacher's memory for everything but the blocks, and freeze it in the student
+            (`requires_grad` False). For distillation: two models, one vision tower, one set of MLPs and embeddings.
+
+    Returns:
+        A `LinmuModel` that is also an instance of the teacher's class; its `linmu_report` (a `TransferReport`) says
+        where each tensor comes from. Save it with `save_pretrained`; load it with the Auto class after
+        `import linmu_models`, or with `trust_remote_code=True`.
+
+    Raises:
+        ValueError: an unknown family or option; a quantised or offloaded teacher. TypeError: not such a model.
+    """
+    family = _family(teacher)
+    options = config if isinstance(config, MMATEConfig) else parse_mmate(config or {})
+    options = dataclasses.replace(options, **family.forced_options)
+    with torch.device("meta"):
+        student: Any = family(_student_config(teacher, family, options, keep_attention))
+    memo: dict[int, nn.Parameter] = {}
+    report = TransferReport(
+        teacher.config.name_or_path or type(teacher).__name__,
+        student.config.model_type,
+        student.config.linmu["keep_attention"],
+        [i for i, layer in enumerate(student.linmu_layers()) if isinstance(layer.self_attn, LinmuAttention)],
+    )
+    layer_names = {id(layer): name for name, layer in student.named_modules()}
+    linear_names = [f"{layer_names[id(student.linmu_layers()[i])]}.self_attn" for i in report.linear_layers]
+    report.rows += _take(student, teacher, linear_names, share_frozen, memo)
+    for name in linear_names:
+        block, rows = _block(student.get_submodule(name), teacher.get_submodule(name), options, name)
+        student.set_submodule(name, block)
+        report.rows += rows
+    student.linmu_report = report
+    student.train(teacher.training)
+    if teacher.can_generate():
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+    for name in type(teacher.config).sub_configs:
+        _same_attention(getattr(student.config, name, None), getattr(teacher.config, name, None))
+    student._name_attention()
+    device_map = getattr(teacher, "hf_device_map", None)
+    if device_map is not None and len(set(device_map.values())) > 1:
+        from accelerate import dispatch_model
+
+        student = dispatch_model(student, device_map=device_map)
+    return student
+
+
+def _family(teacher: Any) -> type[LinmuModel]:
+    if not isinstance(teacher, PreTrainedModel):
+        raise TypeError(f"convert: teacher must be a transformers model, got {type(teacher).__name__}")
+    family = FAMILIES.get(teacher.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"convert: teacher's model type must be one of {', '.join(sorted(FAMILIES))}, "
+            f"got {teacher.config.model_type!r}"
+        )
+    if not issubclass(family, type(teacher)):
+        wanted = next(c for c in family.__mro__ if c.__module__.startswith("transformers.")).__name__
+        raise TypeError(f"convert: teacher must be a {wanted}, got {type(teacher).__name__}")
+    if getattr(teacher, "hf_quantizer", None) is not None:
+        raise ValueError("convert: teacher must not be quantised, got a quantised one; load it in a float dtype")
+    on_meta = [t.device.type == "meta" for t in teacher.parameters()]
+    if any(on_meta) and not all(on_meta):
+        raise ValueError("convert: teacher must be in memory, got parts offloaded to CPU or disk by its device map")
+    return family
+
+
+def _student_config(teacher: Any, family: Any, options: MMATEConfig, keep_attention: Iterable[int]) -> Any:
+    values = teacher.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
+    config = family.config_class.from_dict({**values, "linmu": linmu_field(options, keep_attention, layers)})
+    config.name_or_path = teacher.config.name_or_path
+    return config
+
+
+def _take(
+    student: nn.Module, teacher: nn.Module, skip: list[str], share: bool, memo: dict[int, nn.Parameter]
+) -> Iterator[TensorRow]:
+    """Give the student's tensors, all but those under `skip`, the teacher's values; ties between tensors stay."""
+    theirs = dict(teacher.named_modules())
+    for module_name, module in student.named_modules():
+        if any(module_name == s or module_name.startswith(s + ".") for s in skip):
+            continue
+        source = theirs[module_name]
+        for name, value in list(module._parameters.items()):
+            if value is None:
+                continue
+            original = source._parameters[name]
+            assert original is not None
+            if id(original) not in memo:
+                data = original.detach() if share else original.detach().clone()
+                memo[id(original)] = nn.Parameter(data, requires_grad=original.requires_grad and not share)
+            module._parameters[name] = memo[id(original)]
+            full = f"{module_name}.{name}"
+            yield TensorRow(full, full, "shared" if share else "copied", original.numel())
+        for name, buffer in source._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.detach().clone()
+
+
+def _block(
+    blueprint: LinmuAttention, attention: Any, options: MMATEConfig, name: str
+) -> tuple[LinmuAttention, list[TensorRow]]:
+    weight: Tensor = attention.q_proj.weight
+    with torch.device(weight.device):
+        block = LinmuAttention(attention, options, blueprint.layer_idx)
+    for parameter_name, parameter in block.named_parameters():
+        if not IN_FLOAT32.search(f"{name}.{parameter_name}"):
+            parameter.data = parameter.data.to(weight.dtype)
+    parts = {part: getattr(attention, f"{part}_proj") for part in "qkvo"}
+    weights = {f"{part}_weight": projection.weight for part, projection in parts.items()}
+    biases = {f"{part}_bias": projection.bias for part, projection in parts.items()}
+    norms = {n: getattr(attention, n, None) for n in ("q_norm", "k_norm")}
+    sizes = {n: p.numel() for n, p in block.named_parameters()}
+    rows = block.load_attention_weights(**weights, **biases, **norms)
+    return block, [
+        TensorRow(f"{name}.{r.name}", f"{name}.{r.source}" if r.source else "", r.how, sizes[r.name]) for r in rows
+    ]
+
+
+def _same_attention(mine: Any, theirs: Any) -> None:
+    if mine is not None and theirs is not None:
+        mine._attn_implementation_internal = theirs._attn_implementation_internal

@@ -1,0 +1,35 @@
+"""One file per family: where the visual tokens are, and what its attention forces on the block."""
+
+from . import (
+    gemma3,
+    glm4v,
+    internvl,
+    llava,
+    llava_next,
+    llava_onevision,
+    mistral3,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    smolvlm,
+    text,
+    video_llama_3,
+)
+
+__all__ = [
+    "gemma3",
+    "glm4v",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "smolvlm",
+    "text",
+    "video_llama_3",
+]

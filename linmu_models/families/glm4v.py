@@ -1,0 +1,37 @@
+"""GLM-4V: partial rotary embedding of channel pairs; images and videos share a placeholder, told apart by type ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+from linmu_models.layout import Placeholders, grids_to_units, to_numpy
+from linmu_models.modeling import LinmuModel, register
+
+
+class LinmuGlm4vConfig(Glm4vConfig):
+    model_type = "linmu_glm4v"
+    linmu: dict | None = None
+
+
+@register
+class LinmuGlm4vForConditionalGeneration(LinmuModel, Glm4vForConditionalGeneration):
+    config_class = LinmuGlm4vConfig
+    config: LinmuGlm4vConfig
+    forced_options: ClassVar = {"rotary_interleaved": True}
+
+    def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
+        merge = self.config.vision_config.spatial_merge_size
+        given = [(kind, inputs.get(f"{name}_grid_thw")) for kind, name in ((1, "image"), (2, "video"))]
+        given = [(kind, grids) for kind, grids in given if grids is not None]
+        if not given:
+            return
+        mask = self.placeholder_mask(inputs, self.config.image_token_id)
+        types = inputs.get("mm_token_type_ids")
+        if len(given) > 1 and types is None:
+            raise ValueError("linmu: mm_token_type_ids must be given with both images and videos, got None")
+        for kind, grids in given:
+            mine = mask if len(given) == 1 else mask & (to_numpy(types)[:, -mask.shape[1] :] == kind)
+            yield Placeholders(mine, grids_to_units(grids, merge))

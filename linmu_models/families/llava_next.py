@@ -1,0 +1,30 @@
+"""LLaVA-NeXT (1.6): AnyRes images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+from linmu_models.layout import Placeholders, to_numpy
+from linmu_models.modeling import LinmuModel, register
+
+from ._anyres import anyres_unit
+
+
+class LinmuLlavaNextConfig(LlavaNextConfig):
+    model_type = "linmu_llava_next"
+    linmu: dict | None = None
+
+
+@register
+class LinmuLlavaNextForConditionalGeneration(LinmuModel, LlavaNextForConditionalGeneration):
+    config_class = LinmuLlavaNextConfig
+    config: LinmuLlavaNextConfig
+
+    def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
+        sizes = inputs.get("image_sizes")
+        if sizes is not None:
+            units = [anyres_unit(self.config, size) for size in to_numpy(sizes).tolist()]
+            yield Placeholders(self.placeholder_mask(inputs, self.config.image_token_id), units)

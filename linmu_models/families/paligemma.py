@@ -1,0 +1,20 @@
+"""PaliGemma: a square per image, before the text."""
+
+from __future__ import annotations
+
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+from linmu_models.modeling import LinmuModel, register
+
+from ._square import SquarePlaceholders
+
+
+class LinmuPaliGemmaConfig(PaliGemmaConfig):
+    model_type = "linmu_paligemma"
+    linmu: dict | None = None
+
+
+@register
+class LinmuPaliGemmaForConditionalGeneration(SquarePlaceholders, LinmuModel, PaliGemmaForConditionalGeneration):
+    config_class = LinmuPaliGemmaConfig
+    config: LinmuPaliGemmaConfig

@@ -1,0 +1,20 @@
+"""Qwen3-VL: q and k norms, interleaved M-RoPE, DeepStack; a video has time stamps between its frames."""
+
+from __future__ import annotations
+
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from linmu_models.modeling import LinmuModel, register
+
+from ._thw import ThwPlaceholders
+
+
+class LinmuQwen3VLConfig(Qwen3VLConfig):
+    model_type = "linmu_qwen3_vl"
+    linmu: dict | None = None
+
+
+@register
+class LinmuQwen3VLForConditionalGeneration(ThwPlaceholders, LinmuModel, Qwen3VLForConditionalGeneration):
+    config_class = LinmuQwen3VLConfig
+    config: LinmuQwen3VLConfig

@@ -1,0 +1,283 @@
+"""What every LinMU model is: its teacher's transformers class, with M-MATE blocks in the place of attention."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import create_masks_for_generate as create_attention_masks
+from transformers.modeling_utils import AttentionInterface
+
+from linmu_ops import TokenLayout
+from linmu_ops.nn import MMATE, MMATEConfig
+
+from .cache import linear_layer
+from .config import read_linmu
+from .layout import LinmuInputs, Placeholders, build_layout, token_mask
+from .report import TransferReport
+
+REMOTE_CODE = "modeling_linmu.py"
+REPORT = "linmu_report.json"
+AUTO_CLASSES = {c.__name__: c for c in (AutoModelForImageTextToText, AutoModelForCausalLM)}
+
+# The few parameters per head or channel that stay float32 in a half-precision model: decay and step sizes need it.
+IN_FLOAT32 = re.compile(
+    r"self_attn\.(mix|norm\.weight|norm\.bias|flex\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm|D))$"
+)
+
+# Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
+LINEAR = "linmu"
+
+
+def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    raise RuntimeError("linmu: no layer of this model has attention; set_attn_implementation was bypassed")
+
+
+def _padding_mask(q_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    return None if attention_mask is None else attention_mask[:, -q_length:]
+
+
+AttentionInterface.register(LINEAR, _no_attention)
+AttentionMaskInterface.register(LINEAR, _padding_mask)
+
+
+class LinmuAttention(MMATE):
+    """An `MMATE` with the interface of the transformers attention module it replaces.
+
+    Args:
+        attention: that module; sizes, biases, scale and norms of q and k are read off it, its weights are not.
+        config: options of the block.
+        layer_idx: index of the decoder layer.
+    """
+
+    def __init__(self, attention: nn.Module, config: MMATEConfig, layer_idx: int) -> None:
+        head_dim = attention.head_dim
+        norm = getattr(attention, "q_norm", None)
+        super().__init__(
+            attention.q_proj.in_features,
+            attention.q_proj.out_features // head_dim,
+            attention.k_proj.out_features // head_dim,
+            head_dim,
+            layer_idx=layer_idx,
+            qkv_bias=attention.q_proj.bias is not None,
+            out_bias=attention.o_proj.bias is not None,
+            qk_norm=None if norm is None else lambda _: copy.deepcopy(norm),
+            scale=attention.scaling,
+            config=config,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        linmu: LinmuInputs | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """`hidden_states` (B, L, D) to (output (B, L, D), None), as an attention module without weights to show."""
+        linmu = linmu or LinmuInputs()
+        padding = None if linmu.padding is None else linmu.padding.to(hidden_states.device)
+        if past_key_values is None:
+            out = super().forward(
+                hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding
+            )
+            return out, None
+        layer = linear_layer(past_key_values, self.layer_idx)
+        out, state = super().forward(
+            hidden_states,
+            layout=linmu.layout,
+            position_embeddings=position_embeddings,
+            attention_mask=padding,
+            state=layer.state,
+            return_state=True,
+        )
+        layer.advance(state, hidden_states.shape[1])
+        return out, None
+
+
+class LinmuModel:
+    """Mixed into a transformers class, before it in the bases; a family adds where its visual tokens are.
+
+    Attributes:
+        linmu_report: what `linmu_models.convert` copied from the teacher; None for a loaded model.
+        layout_source: a function of the inner model's keywords that says where the visual tokens are, in the place of
+            the family's own rule; for a decoder inside another model, which gives it embeddings.
+    """
+
+    _is_stateful = True
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {IN_FLOAT32.pattern}
+    auto_class: ClassVar[str] = "AutoModelForImageTextToText"
+    # What the teacher's rotary embedding forces on the options.
+    forced_options: ClassVar[Mapping[str, Any]] = {}
+
+    config: Any
+    model: nn.Module
+    linmu_report: TransferReport | None = None
+    layout_source: Callable[[Mapping[str, Any]], TokenLayout | None] | None = None
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        options, kept = read_linmu(config)
+        for index, layer in enumerate(self.linmu_layers()):
+            if index not in kept:
+                layer.self_attn = LinmuAttention(layer.self_attn, options, index)
+        for module in {self.model, self.get_decoder()}:
+            module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
+        self._name_attention()
+        self.post_init()
+
+    def linmu_layers(self) -> Iterable[nn.Module]:
+        """The decoder layers; each has its attention, or the M-MATE block in its place, as `self_attn`."""
+        return self.get_decoder().layers
+
+    def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
+        """Where the images and videos of one call are; `inputs` are the keywords of the inner model's forward."""
+        return ()
+
+    def placeholder_mask(self, inputs: Mapping[str, Any], token_id: int) -> Any:
+        """(B, L) bool numpy array, where the input tokens are `token_id`."""
+        return token_mask(inputs, token_id, self.get_input_embeddings())
+
+    @torch.compiler.disable
+    def build_layout(self, inputs: Mapping[str, Any]) -> TokenLayout | None:
+        """The layout of one call's input tokens; None for text only."""
+        if self.layout_source is not None:
+            return self.layout_source(inputs)
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        return build_layout(self.placeholders(inputs), *tokens.shape[:2])
+
+    def _share_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("linmu") is not None:
+            return None
+        given = {**dict(zip(_forward_names(type(module)), args, strict=False)), **kwargs} if args else kwargs
+        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        if tokens is None:
+            return None  # the model's own error says it better
+        length = tokens.shape[1]
+        # A single token after others is text; its image, if any, is in the cache.
+        decoding = length == 1 and given.get("past_key_values") is not None
+        layout = None if decoding or module is not self.model else self.build_layout(given)
+        padding = _padding(given.get("linmu_padding", given.get("attention_mask")), length)
+        kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
+        return args, {**kwargs, "linmu": LinmuInputs(layout, padding)}
+
+    @property
+    def is_linear(self) -> bool:
+        """No decoder layer has attention."""
+        return all(isinstance(layer.self_attn, LinmuAttention) for layer in self.linmu_layers())
+
+    def _name_attention(self) -> None:
+        if self.is_linear:
+            self.get_decoder().config._attn_implementation_internal = LINEAR
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; speaks of the vision tower and of the layers that keep attention."""
+        super().set_attn_implementation(*args, **kwargs)
+        self._name_attention()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # The inner models, which initialise their own parts, know linear maps but not a block's other parameters.
+        blocks = [m for m in self.modules() if isinstance(m, LinmuAttention)]
+        new = [b for b in blocks if not getattr(b, "_is_hf_initialized", False)]
+        super().initialize_weights()
+        for block in new:
+            loaded = [(p, p.clone()) for p in block.parameters() if getattr(p, "_is_hf_initialized", False)]
+            block.reset_new_parameters()
+            for parameter, value in loaded:
+                parameter.copy_(value)
+
+    def create_masks_for_generate(
+        self, *, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor | dict[str, Tensor | None] | None:
+        """The masks of one step with a static cache, which transformers makes outside the compiled forward."""
+        if self.is_linear:
+            return _padding_mask(inputs_embeds.shape[1], attention_mask)
+        make = getattr(super(), "create_masks_for_generate", create_attention_masks)
+        return make(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # generate() looks for this name
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if (
+            attention_mask is not None
+            and attention_mask.ndim == 2
+            and _padding(inputs.get("attention_mask"), 1) is None
+        ):
+            # The mask of a static cache: attention's layers read it, padding can no longer be read from it.
+            tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["linmu_padding"] = attention_mask[:, -tokens.shape[1] :]
+        return inputs
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and such that the directory also loads where only `linmu` is installed, not imported:
+        with `trust_remote_code=True`, through a one-line file that imports this class."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        config_class, model_class = type(self).config_class, type(self)
+        write_remote_code(folder, config_class, model_class)
+        if self.linmu_report is not None:
+            self.linmu_report.save(folder / REPORT)
+
+
+@functools.cache
+def _forward_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def _padding(mask: Any, length: int) -> Tensor | None:
+    if mask is None or isinstance(mask, dict) or mask.ndim != 2:
+        return None
+    return mask[:, -length:].bool()
+
+
+def write_remote_code(folder: Path, config_class: type, model_class: type) -> None:
+    """Make the saved model in `folder` loadable with `trust_remote_code=True`."""
+    (folder / REMOTE_CODE).write_text(
+        f'"""Needs the package linmu."""\n\nfrom {model_class.__module__} import '
+        f"{config_class.__name__}, {model_class.__name__}\n\n"
+        f'__all__ = ["{config_class.__name__}", "{model_class.__name__}"]\n'
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    module = REMOTE_CODE.removesuffix(".py")
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.{config_class.__name__}",
+        model_class.auto_class: f"{module}.{model_class.__name__}",
+    }
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+FAMILIES: dict[str, type[LinmuModel]] = {}
+
+
+def register(model_class: type[Any]) -> type[Any]:
+    """Make a family known: to `convert` by its teacher's model type, to transformers' Auto classes by its own."""
+    config_class = model_class.config_class
+    teacher_type = config_class.model_type.removeprefix("linmu_")
+    FAMILIES[teacher_type] = model_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AUTO_CLASSES[model_class.auto_class].register(config_class, model_class, exist_ok=True)
+    return model_class

@@ -1,0 +1,155 @@
+"""Every family: where its visual tokens are found, that its blocks start as its attention, that it generates."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import linmu_models
+
+from . import tiny
+
+VISUAL = [f for f in tiny.BUILDERS if f not in ("llama", "qwen2", "qwen3")]
+
+
+@functools.cache
+def student(family):
+    return linmu_models.convert(tiny.teacher(family))
+
+
+def richest(family):
+    return next(b for kind in ("video", "images", "image", "text") if (b := tiny.example(family, kind)) is not None)
+
+
+BLOCKS = {
+    "qwen2_vl": ([(1, 2, 3), (1, 3, 4)], [(3, 2, 3)]),
+    "qwen2_5_vl": ([(1, 2, 3), (1, 3, 4)], [(1, 2, 2), (3, 2, 3)]),
+    "qwen3_vl": ([(1, 2, 3), (1, 3, 4)], [(1, 2, 2), (3, 2, 3)]),
+    "glm4v": ([(1, 2, 3), (1, 3, 4)], [(3, 2, 3)]),
+    "video_llama_3": ([(1, 2, 3), (1, 3, 4)], [(3, 2, 3)]),
+    "llava": ([(1, 4, 4)] * 2, None),
+    # 56 x 100 in 56 x 112 pixels leaves 4 x 8 patches; 112 x 90 in 112 x 112 leaves 8 x 6.
+    "llava_next": ([(1, 4, 4), (1, 4, 8), (1, 4, 4), (1, 8, 6)], None),
+    # At most 2 crops of 4 x 4: 8 x 6 shrinks by sqrt(48 / 32).
+    "llava_onevision": ([(1, 4, 4), (1, 4, 8), (1, 4, 4), (1, 6, 4)], [(3, 2, 2)]),
+    "internvl": ([(1, 2, 2)] * 3, None),
+    "smolvlm": ([(1, 4, 6), (1, 2, 2)], None),
+    "gemma3": ([(1, 2, 2)] * 2, None),
+    "paligemma": ([(1, 4, 4)] * 2, None),
+    "mistral3": ([(1, 2, 3), (1, 3, 4)], None),
+}
+
+
+@pytest.mark.parametrize("family", VISUAL)
+def test_finds_its_visual_tokens(family):
+    for kind, blocks in zip(("images", "video"), BLOCKS[family], strict=True):
+        if blocks is None:
+            assert tiny.example(family, kind) is None
+            continue
+        inputs = tiny.example(family, kind)
+        layout = student(family).build_layout(inputs)
+        assert [tuple(b[1:]) for b in layout.blocks.tolist()] == blocks
+        placeholders = torch.isin(inputs["input_ids"], torch.tensor([tiny.IMAGE, tiny.VIDEO]))
+        newlines = 0
+        if family in ("llava_next", "llava_onevision"):
+            newlines = 1 if kind == "video" else sum(h for _, h, _ in blocks[1::2])
+        assert layout.num_visual == placeholders.sum() - newlines
+        assert placeholders[0, layout.positions.tolist()].all()
+    assert student(family).build_layout(tiny.example(family, "text")) is None
+
+
+def attention_inputs(model, inputs, layer):
+    """What layer `layer`'s attention is called with."""
+    seen = {}
+    hook = (
+        model.get_decoder()
+        .layers[layer]
+        .self_attn.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", VISUAL)
+def test_local_swin_starts_as_attention_inside_windows(family):
+    teacher, inputs = tiny.teacher(family), richest(family)
+    options = linmu_models.MMATEConfig(window=(2, 2, 2), image_window=(1, 2, 2))
+    linear = linmu_models.convert(teacher, options)
+    layout = linear.build_layout(inputs)
+    length = inputs["input_ids"].shape[1]
+    for layer in (0, 1):
+        seen = attention_inputs(teacher, inputs, layer)
+        window = torch.full((length,), -1)
+        table = layout.window_table((2, 2, 2), (1, 1, 1) if layer else (0, 0, 0), image_window=(1, 2, 2),
+                                    image_shift=(0, 1, 1) if layer else (0, 0, 0))  # fmt: skip
+        for i, (a, b) in enumerate(zip(table.offsets[:-1], table.offsets[1:], strict=True)):
+            window[table.tokens[a:b].long()] = i
+        allowed = (window[:, None] == window) | torch.eye(length, dtype=torch.bool)
+        attention = copy.deepcopy(teacher.get_decoder().layers[layer].self_attn)
+        attention.config._attn_implementation_internal = "sdpa"
+        with torch.no_grad():
+            expected, _ = attention(**{**seen, "attention_mask": allowed[None, None], "past_key_values": None})
+            got = (
+                linear.get_decoder()
+                .layers[layer]
+                .self_attn.swin(seen["hidden_states"], layout=layout, position_embeddings=seen["position_embeddings"])
+            )
+        at = layout.positions.tolist()
+        torch.testing.assert_close(got[:, at], expected[:, at], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+def test_cached_is_uncached(family):
+    model, inputs = student(family), richest(family)
+    options = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    cached = model.generate(**inputs, **options)
+    uncached = model.generate(**inputs, **options, use_cache=False)
+    assert all(isinstance(layer, linmu_models.LinmuCacheLayer) for layer in cached.past_key_values.layers)
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+def test_left_padded_rows_are_each_alone(family):
+    model = student(family)
+    kinds = ("images", "image") if family in VISUAL else ("text", "text")
+    rows = [tiny.example(family, kind) for kind in kinds]
+    if family not in VISUAL:
+        rows[1] = tiny.batch(tiny.text_ids(4))
+    with torch.no_grad():
+        alone = [model(**row).logits[0] for row in rows]
+        together = model(**tiny.left_padded(rows)).logits
+    for row, logits in zip(together, alone, strict=True):
+        torch.testing.assert_close(row[-len(logits) :], logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+def test_text_sees_no_later_token(family):
+    model, inputs = student(family), richest(family)
+    changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    changed["input_ids"][0, -2] = 7
+    with torch.no_grad():
+        before, after = model(**inputs).logits, model(**changed).logits
+    assert torch.equal(before[:, :-2], after[:, :-2])
+    assert not torch.equal(before[:, -2:], after[:, -2:])
+
+
+@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+def test_saves_and_loads_bit_for_bit(family, tmp_path):
+    model, inputs = student(family), richest(family)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    auto = getattr(tiny.hf, model.auto_class)
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+        half = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        half.save_pretrained(tmp_path / "half")
+        assert torch.equal(auto.from_pretrained(tmp_path / "half")(**inputs).logits, half(**inputs).logits)

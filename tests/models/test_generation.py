@@ -1,0 +1,192 @@
+"""`generate` on a linear model: every way of decoding, chats that keep the cache, constant memory and cost."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch._dynamo.testing
+from transformers import DynamicCache
+
+import linmu_models
+
+from . import tiny
+
+FAMILIES = ["qwen2_5_vl", "gemma3", "smolvlm"]
+OPTIONS = {"conv_width": 3, "text_window": 4}  # so that every part of the state is in use
+
+
+@functools.cache
+def student(family, keep=(), options=True):
+    return linmu_models.convert(tiny.teacher(family), OPTIONS if options else None, keep_attention=keep)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [(), (1,)], ids=["linear", "hybrid"])
+@pytest.mark.parametrize(
+    "how",
+    [{"do_sample": False}, {"do_sample": True}, {"do_sample": False, "num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "sampling", "beams"],
+)
+def test_cached_is_uncached(family, keep, how):
+    model = student(family, keep)
+    rows = tiny.left_padded([tiny.example(family, "images"), tiny.example(family, "image")])
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outs.append(model.generate(**rows, max_new_tokens=5, use_cache=use_cache, **how))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_cache(family):
+    for keep in ((), (1,)):
+        model = student(family, keep)
+        rows = tiny.left_padded([tiny.example(family, "images"), tiny.example(family, "image")])
+        dynamic = model.generate(**rows, max_new_tokens=4, do_sample=False)
+        assert torch.equal(
+            dynamic, model.generate(**rows, max_new_tokens=4, do_sample=False, cache_implementation="static")
+        )
+
+
+@pytest.mark.parametrize("keep", [(), (0,)], ids=["linear", "hybrid"])
+def test_a_chat_keeps_its_cache(keep):
+    model = student("qwen2_5_vl", keep)
+    first = tiny.thw_batch([(2, 3)], [], 14, False)
+    cache = DynamicCache(config=model.config)
+    out = model.generate(**first, max_new_tokens=3, do_sample=False, past_key_values=cache)
+    more = torch.tensor([tiny.text_ids(5, 7)])
+    ids = torch.cat((out, more), dim=1)
+    kinds = torch.nn.functional.pad(first["mm_token_type_ids"], (0, ids.shape[1] - first["input_ids"].shape[1]))
+    whole = {**first, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+    fresh = model.generate(**whole, max_new_tokens=4, do_sample=False)
+    # The second turn has no new image: pixels stay away, the grid may stay.
+    turn = {k: v for k, v in whole.items() if k != "pixel_values"}
+    assert torch.equal(model.generate(**turn, max_new_tokens=4, do_sample=False, past_key_values=cache), fresh)
+
+
+def test_a_chat_may_bring_a_second_image():
+    model = student("smolvlm")
+    first, second = tiny.smolvlm_batch(2, 3), tiny.smolvlm_batch(0, 0)
+    ids = torch.cat((first["input_ids"], second["input_ids"]), dim=1)
+    with torch.no_grad():
+        both = torch.cat((first["pixel_values"], second["pixel_values"]), dim=1)
+        whole = model(input_ids=ids, pixel_values=both).logits
+        cache = DynamicCache(config=model.config)
+        model(**first, past_key_values=cache, use_cache=True)
+        second = {**second, "attention_mask": torch.ones_like(ids)}
+        rest = model(**second, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, -rest.shape[1] :], rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_in_two_calls_is_an_error():
+    inputs = tiny.thw_batch([(2, 3)], [], 14, False)
+    part = {**inputs, "input_ids": inputs["input_ids"][:, :7]}
+    with pytest.raises(ValueError, match=r"must be those of whole images and videos of \[6\] tokens, got 3"):
+        student("qwen2_5_vl").build_layout(part)
+
+
+def test_decoding_that_takes_tokens_back_says_so():
+    model, inputs = student("qwen2_5_vl"), tiny.example("qwen2_5_vl", "text")
+    for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny.teacher("qwen2")}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            model.generate(**inputs, max_new_tokens=4, **how)
+    cache = model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="a recurrent state cannot be rolled back"):
+        cache.crop(-1)  # as contrastive search, which lives outside transformers, does
+
+
+def state_bytes(cache):
+    states = [layer.state for layer in cache.layers]
+    return sum(t.numel() * t.element_size() for s in states for t in s if t is not None)
+
+
+def test_state_is_of_constant_size():
+    model = student("qwen2")
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([[5]])
+    sizes = {}
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tiny.text_ids(6)]), past_key_values=cache, use_cache=True)
+        for step in range(1200):
+            position = torch.tensor([[6 + step]])
+            ids = model(input_ids=ids, past_key_values=cache, position_ids=position).logits[:, -1:].argmax(-1)
+            sizes[step] = state_bytes(cache)
+    assert sizes[10] == sizes[1199] and cache.get_seq_length() == 1206
+    layer = cache.layers[0].state
+    assert layer.ssm.shape == (1, 4, 12, 12) and layer.conv.shape[1] == 2 and layer.keys.shape[1] == 4
+
+
+def test_the_step_does_not_depend_on_the_position():
+    """Not the time, which is noise on a busy machine: the same ops on the same shapes at position 100 and 100 000."""
+    model = student("qwen2_5_vl", (), False)
+    shapes = []
+    for position in (100, 100_000):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([tiny.text_ids(4)]), past_key_values=cache, use_cache=True)
+            for layer in cache.layers:
+                layer.cumulative_length = position
+            ids = torch.full((3, 1, 1), position)
+            with Shapes() as seen:
+                model(input_ids=torch.tensor([[5]]), past_key_values=cache, position_ids=ids)
+        shapes.append(seen.calls)
+    assert shapes[0] == shapes[1]
+
+
+class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Every op that ran and the shapes of what it made."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.calls.append((str(func), made))
+        return out
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_nothing_is_quadratic(family):
+    """No op makes a tensor of L x L elements, with padding in the batch, in prefill and in a step after it."""
+    model = student(family, (), False)
+    length = 8192 if family == "qwen2_5_vl" else 2048
+    image = tiny.example(family, "image")
+    fill = tiny.batch(tiny.text_ids(length - image["input_ids"].shape[1] - 8))
+    rest = {k: v for k, v in image.items() if k not in ("input_ids", "attention_mask")}
+    ids = torch.cat((torch.zeros(1, 8, dtype=torch.long), image["input_ids"], fill["input_ids"]), dim=1)
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in rest:
+            rest[key] = torch.nn.functional.pad(rest[key], (8, length - 8 - rest[key].shape[1]))
+    mask = torch.ones_like(ids)
+    mask[:, :8] = 0
+    with torch.no_grad(), Shapes() as seen:
+        model.generate(input_ids=ids, attention_mask=mask, **rest, max_new_tokens=3, do_sample=False)
+    largest = max((torch.Size(s).numel(), name, s) for name, shapes in seen.calls for s in shapes)
+    assert largest[0] < length * length / 8, largest
+    assert not [s for _, shapes in seen.calls for s in shapes if sum(n >= length for n in s) > 1]
+
+
+def test_the_step_compiles_once():
+    model = linmu_models.convert(tiny.teacher("qwen2"), OPTIONS)
+    counter = torch._dynamo.testing.CompileCounter()
+    cache = tiny.hf.StaticCache(config=model.config, max_cache_len=64)
+    plain = DynamicCache(config=model.config)
+    prompt, steps = (
+        torch.tensor([tiny.text_ids(6)]),
+        [(torch.tensor([[20 + i]]), torch.tensor([[6 + i]])) for i in range(5)],
+    )
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(input_ids=prompt, past_key_values=plain)
+        expected = [model(input_ids=i, past_key_values=plain, position_ids=p).logits for i, p in steps]
+        model(input_ids=prompt, past_key_values=cache)
+        step = torch.compile(model, backend=counter, fullgraph=True)
+        for (ids, position), logits in zip(steps, expected, strict=True):
+            compiled = step(input_ids=ids, past_key_values=cache, position_ids=position).logits
+            torch.testing.assert_close(compiled, logits, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    assert cache.get_seq_length() == 11

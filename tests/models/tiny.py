@@ -1,0 +1,390 @@
+"""Tiny random models of every family, built from their configurations, and hand-made batches for them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+
+VOCAB = 320
+IMAGE, VIDEO, START, END = 300, 301, 302, 303
+SIZES: dict[str, Any] = dict(
+    hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=VOCAB, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+SIGLIP: dict[str, Any] = dict(
+    model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=2, image_size=56, patch_size=14, vision_use_head=False,
+)  # fmt: skip
+Batch = dict[str, Any]
+
+
+def text_ids(n: int, seed: int = 0) -> list[int]:
+    """Ordinary tokens."""
+    return torch.randint(5, 290, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def batch(ids: list[int], **rest: Any) -> Batch:
+    row = torch.tensor([ids])
+    return dict(input_ids=row, attention_mask=torch.ones_like(row), **rest)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Qwen family and those with (T, H, W) grids ---------------------------------------------------------------------
+
+
+def thw_batch(images: list[tuple[int, int]], videos: list[tuple[int, int, int]], patch: int, stamped: bool) -> Batch:
+    """Images (h, w) and videos (t, h, w) in tokens of 2 x 2 patches; `stamped`: text between a video's frames."""
+    ids, kinds = text_ids(3), [0] * 3
+    for h, w in images:
+        ids += [START] + [IMAGE] * (h * w) + [END, *text_ids(2, h)]
+        kinds += [0] + [1] * (h * w) + [0] * 3
+    for t, h, w in videos:
+        frames = [h * w] * t if stamped else [t * h * w]
+        for i, n in enumerate(frames):
+            ids += [*text_ids(2, i), START] + [VIDEO] * n + [END]
+            kinds += [0] * 3 + [2] * n + [0]
+    ids += text_ids(4, 9)
+    kinds += [0] * 4
+    out = batch(ids, mm_token_type_ids=torch.tensor([kinds]))
+    volume = 3 * 2 * patch * patch
+    if images:
+        out["image_grid_thw"] = torch.tensor([[1, 2 * h, 2 * w] for h, w in images])
+        out["pixel_values"] = noise(sum(4 * h * w for h, w in images), volume)
+    if videos:
+        out["video_grid_thw"] = torch.tensor([[t, 2 * h, 2 * w] for t, h, w in videos])
+        out["pixel_values_videos"] = noise(sum(4 * t * h * w for t, h, w in videos), volume)
+    return out
+
+
+QWEN_IDS: dict[str, Any] = dict(
+    image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END
+)
+
+
+def qwen2_vl() -> Any:
+    vision = dict(
+        depth=2, embed_dim=32, hidden_size=48, num_heads=2, mlp_ratio=2, patch_size=14, spatial_merge_size=2,
+        temporal_patch_size=2,
+    )  # fmt: skip
+    config = hf.Qwen2VLConfig(text_config=dict(**SIZES, rope_parameters=MROPE), vision_config=vision, **QWEN_IDS)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> Any:
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=14,
+        spatial_merge_size=2, temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1],
+    )  # fmt: skip
+    config = hf.Qwen2_5_VLConfig(text_config=dict(**SIZES, rope_parameters=MROPE), vision_config=vision, **QWEN_IDS)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl() -> Any:
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=16,
+        spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0],
+    )  # fmt: skip
+    rope = {**MROPE, "mrope_section": [4, 2, 2]}
+    text = dict(**SIZES, head_dim=16, rope_parameters=rope)
+    config = hf.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+def glm4v() -> Any:
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=14,
+        spatial_merge_size=2, temporal_patch_size=2, image_size=56,
+    )  # fmt: skip
+    text = {**SIZES, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}
+    rope = {**MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    config = hf.Glm4vConfig(
+        text_config=dict(**text, rope_parameters=rope), vision_config=vision, image_token_id=IMAGE,
+        video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END, video_start_token_id=304,
+        video_end_token_id=305,
+    )  # fmt: skip
+    return hf.Glm4vForConditionalGeneration(config)
+
+
+def glm4v_batch(images: list[tuple[int, int]], videos: list[tuple[int, int, int]]) -> Batch:
+    out = thw_batch(images, videos, 14, True)
+    out["input_ids"][out["input_ids"] == VIDEO] = IMAGE
+    return out
+
+
+def video_llama_3() -> Any:
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14)
+    config = hf.VideoLlama3Config(
+        text_config=dict(model_type="qwen2", **SIZES), vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO
+    )
+    return hf.VideoLlama3ForConditionalGeneration(config)
+
+
+def video_llama_3_batch(images: list[tuple[int, int]], videos: list[tuple[int, int, int]], prune: int = 0) -> Batch:
+    out = thw_batch(images, videos, 14, True)
+    out.pop("mm_token_type_ids")
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if pixels in out:
+            out[pixels] = noise(len(out[pixels]), 3 * 14 * 14)
+            out[f"{kind}_merge_sizes"] = torch.full((len(out[f"{kind}_grid_thw"]),), 2)
+    if videos:
+        kept = torch.ones(sum(t * h * w for t, h, w in videos), dtype=torch.bool)
+        kept[1 : 1 + prune] = False
+        out["video_compression_mask"] = kept
+        dropped = (out["input_ids"] == VIDEO).nonzero()[1 : 1 + prune, 1]
+        rest = [i for i in range(out["input_ids"].shape[1]) if i not in dropped.tolist()]
+        out["input_ids"], out["attention_mask"] = out["input_ids"][:, rest], out["attention_mask"][:, rest]
+    return out
+
+
+# Square images ----------------------------------------------------------------------------------------------------
+
+
+def square_batch(images: int, tokens: int, size: int, dims: tuple[int, ...] | None = None, gap: int = 1) -> Batch:
+    ids = text_ids(2)
+    for i in range(images):
+        ids += [IMAGE] * tokens + text_ids(gap, i)
+    pixels = noise(*(dims or (images,)), 3, size, size)
+    return batch(ids + text_ids(4, 9), pixel_values=pixels)
+
+
+def llava() -> Any:
+    clip = dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, image_size=56, patch_size=14, projection_dim=32,
+    )  # fmt: skip
+    config = hf.LlavaConfig(
+        vision_config=clip, text_config=dict(model_type="llama", **SIZES), image_token_id=IMAGE,
+        vision_feature_layer=-1, image_seq_length=16,
+    )  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def internvl() -> Any:
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[56, 56],
+        patch_size=[14, 14],
+    )  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config=vision, text_config=dict(model_type="qwen2", **SIZES), image_token_id=IMAGE, image_seq_length=4
+    )
+    return hf.InternVLForConditionalGeneration(config)
+
+
+def gemma3() -> Any:
+    text = {**SIZES, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = hf.Gemma3Config(
+        vision_config=SIGLIP, text_config=dict(**text, layer_types=layers), mm_tokens_per_image=4,
+        image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END,
+    )  # fmt: skip
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def gemma3_batch(images: int) -> Batch:
+    out = square_batch(images, 4, 56)
+    return {**out, "token_type_ids": (out["input_ids"] == IMAGE).long()}
+
+
+def paligemma() -> Any:
+    config = hf.PaliGemmaConfig(
+        vision_config=SIGLIP, text_config=dict(model_type="gemma", **SIZES, head_dim=16), image_token_index=IMAGE,
+        projection_dim=48, hidden_size=48,
+    )  # fmt: skip
+    return hf.PaliGemmaForConditionalGeneration(config)
+
+
+def paligemma_batch(images: int) -> Batch:
+    out = square_batch(images, 16, 56)
+    return {**out, "token_type_ids": torch.zeros_like(out["input_ids"])}
+
+
+def smolvlm() -> Any:
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    config = hf.SmolVLMConfig(
+        vision_config=dict(**vision, patch_size=14), text_config=dict(model_type="llama", **SIZES),
+        image_token_id=IMAGE, scale_factor=2, pad_token_id=0,
+    )  # fmt: skip
+    return hf.SmolVLMForConditionalGeneration(config)
+
+
+def smolvlm_batch(rows: int, columns: int) -> Batch:
+    """One image in rows x columns tiles of 2 x 2 tokens, the whole of it after them, as the processor writes it."""
+    fake, tile = 310, [IMAGE] * 4
+    ids = text_ids(3)
+    for r in range(rows):
+        for c in range(columns):
+            ids += [fake, 311 + r * columns + c, *tile]
+        ids += [306]
+    ids += [306, fake, 307, *tile, fake, *text_ids(4, 9)]
+    return batch(ids, pixel_values=noise(1, rows * columns + 1, 3, 56, 56))
+
+
+# Images of any size ---------------------------------------------------------------------------------------------
+
+
+def mistral3() -> Any:
+    vision = dict(
+        model_type="pixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=112, patch_size=14, head_dim=16,
+    )  # fmt: skip
+    text = dict(model_type="mistral", **SIZES, head_dim=16, sliding_window=None)
+    config = hf.Mistral3Config(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, spatial_merge_size=2, vision_feature_layer=-1
+    )
+    return hf.Mistral3ForConditionalGeneration(config)
+
+
+def mistral3_batch(images: list[tuple[int, int]]) -> Batch:
+    ids = text_ids(2)
+    for h, w in images:
+        ids += ([IMAGE] * w + [304]) * (h - 1) + [IMAGE] * w + [305]
+    pixels = torch.zeros(len(images), 3, 28 * max(h for h, _ in images), 28 * max(w for _, w in images))
+    for i, (h, w) in enumerate(images):
+        pixels[i, :, : 28 * h, : 28 * w] = noise(3, 28 * h, 28 * w, seed=i)
+    sizes = torch.tensor([[28 * h, 28 * w] for h, w in images])
+    return batch(ids + text_ids(4, 9), pixel_values=pixels, image_sizes=sizes)
+
+
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+
+
+def llava_next() -> Any:
+    clip = dict(
+        model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, image_size=56, patch_size=14, projection_dim=32,
+    )  # fmt: skip
+    config = hf.LlavaNextConfig(
+        vision_config=clip, text_config=dict(model_type="mistral", **SIZES, sliding_window=None),
+        image_token_id=IMAGE, vision_feature_layer=-1, image_grid_pinpoints=PINPOINTS, image_seq_length=16,
+    )  # fmt: skip
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def llava_onevision() -> Any:
+    config = hf.LlavaOnevisionConfig(
+        vision_config=SIGLIP, text_config=dict(model_type="qwen2", **SIZES), image_token_id=IMAGE,
+        video_token_id=VIDEO, vision_feature_layer=-1, image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio="anyres_max_2",
+    )  # fmt: skip
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def anyres_batch(model: Any, sizes: list[tuple[int, int]], frames: int = 0) -> Batch:
+    """Images of `sizes` (height, width), and a video of `frames`; the model itself says how many tokens they take."""
+    ids = text_ids(2)
+    rest: Batch = {}
+    if sizes:
+        image_sizes = torch.tensor(sizes)
+        pixels = noise(len(sizes), 5, 3, 56, 56)
+        with torch.no_grad():
+            features = model.model.get_image_features(pixels, image_sizes).pooler_output
+        for f in features:
+            ids += [IMAGE] * len(f) + text_ids(1)
+        rest |= dict(pixel_values=pixels, image_sizes=image_sizes)
+    if frames:
+        ids += [VIDEO] * (frames * 4 + 1) + text_ids(1)
+        rest |= dict(pixel_values_videos=noise(1, frames, 3, 56, 56))
+    return batch(ids + text_ids(4, 9), **rest)
+
+
+# Text -------------------------------------------------------------------------------------------------------------
+
+
+def llama() -> Any:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, attention_bias=True, tie_word_embeddings=True))
+
+
+def qwen2() -> Any:
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES))
+
+
+def qwen3() -> Any:
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=16))
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    f.__name__: f
+    for f in (
+        qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v, video_llama_3, llava, llava_next, llava_onevision, internvl, smolvlm,
+        gemma3, paligemma, mistral3, llama, qwen2, qwen3,
+    )
+}  # fmt: skip
+
+
+@functools.cache
+def teacher(family: str) -> Any:
+    """A random model in float32; weights large enough for every part to matter. Shared: do not change it."""
+    torch.manual_seed(0)
+    model = BUILDERS[family]().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.15)
+            elif "bias" in name or "norm" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    model.generation_config.eos_token_id = None  # random models must not stop at random
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def example(family: str, kind: str = "image") -> Batch | None:
+    """A batch of one row: kind "image", "images" (two or more), "video", "text"; None where the family has no such."""
+    if kind == "text":
+        return batch(text_ids(9))
+    two = kind == "images"
+    if kind == "video":
+        videos = {
+            "qwen2_vl": lambda: thw_batch([], [(3, 2, 3)], 14, False),
+            "qwen2_5_vl": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 14, False),
+            "qwen3_vl": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
+            "glm4v": lambda: glm4v_batch([], [(3, 2, 3)]),
+            "video_llama_3": lambda: video_llama_3_batch([], [(3, 2, 3)]),
+            "llava_onevision": lambda: anyres_batch(teacher(family), [], 3),
+        }
+        return videos[family]() if family in videos else None
+    sizes = [(2, 3), (3, 4)] if two else [(2, 3)]
+    pixels = [(56, 100), (112, 90)] if two else [(56, 100)]
+    images = {
+        "qwen2_vl": lambda: thw_batch(sizes, [], 14, False),
+        "qwen2_5_vl": lambda: thw_batch(sizes, [], 14, False),
+        "qwen3_vl": lambda: thw_batch(sizes, [], 16, False),
+        "glm4v": lambda: glm4v_batch(sizes, []),
+        "video_llama_3": lambda: video_llama_3_batch(sizes, []),
+        "llava": lambda: square_batch(len(sizes), 16, 56),
+        "llava_next": lambda: anyres_batch(teacher(family), pixels),
+        "llava_onevision": lambda: anyres_batch(teacher(family), pixels),
+        "internvl": lambda: square_batch(3 if two else 1, 4, 56, gap=0),
+        "smolvlm": lambda: smolvlm_batch(2, 3) if two else smolvlm_batch(0, 0),
+        "gemma3": lambda: gemma3_batch(len(sizes)),
+        "paligemma": lambda: paligemma_batch(len(sizes)),
+        "mistral3": lambda: mistral3_batch(sizes),
+    }
+    return images[family]() if family in images else None
+
+
+def left_padded(rows: list[Batch]) -> Batch:
+    """Rows of different lengths as one batch, padded on the left."""
+    longest = max(r["input_ids"].shape[1] for r in rows)
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+    out: Batch = {}
+    for key in {k for r in rows for k in r}:
+        values = [r[key] for r in rows if key in r]
+        if key in per_token:
+            fill = [v.new_zeros(1, longest - v.shape[1]) for v in values]
+            values = [torch.cat((f, v), dim=1) for f, v in zip(fill, values, strict=True)]
+        elif key == "pixel_values" and values[0].dim() >= 4:
+            most = [max(v.shape[d] for v in values) for d in range(values[0].dim())]
+            values = [
+                torch.nn.functional.pad(v, [p for d in range(v.dim() - 1, 0, -1) for p in (0, most[d] - v.shape[d])])
+                for v in values
+            ]
+        out[key] = torch.cat(values)
+    return out
