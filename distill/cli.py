@@ -51,10 +51,12 @@ def distill(
         _stop(error)
     try:
         report = run(settings, stage, resume)
-    except (RunError, HandoffError, TrainingError, CheckpointError) as error:
+    except (RunError, HandoffError, TrainingError, CheckpointError, OSError) as error:
         _stop(error)
     except Interrupted as error:
         _stop(error, 130)
+    except KeyboardInterrupt:
+        _stop("stopped; go on with --resume", 130)
     if report is not None:
         typer.echo(f"report: {report}")
 
@@ -77,7 +79,7 @@ def evaluate(
         _stop(error)
 
 
-def _stop(error: Exception, status: int = 1) -> NoReturn:
+def _stop(error: Exception | str, status: int = 1) -> NoReturn:
     typer.echo(f"linmu: {error}", err=True)
     raise typer.Exit(status)
 

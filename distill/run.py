@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 import linmu_models
 from distill import handoff
@@ -31,6 +33,14 @@ from distill.student import (
 )
 from distill.teacher import AnswerCache, Transcripts, fingerprint, load_teacher, share_vision_features
 from distill.train import StageTrainer, Teacher
+
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 class RunError(RuntimeError):
@@ -208,6 +218,14 @@ class Run:
                         parameter.data = parameter.data.to(self.teacher.dtype)
             model.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
+            # The processor is copied as files: some can only be loaded where torchvision is.
+            for name in _PROCESSOR_FILES:
+                found = cached_file(
+                    self.config.teacher.path, name, _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )  # fmt: skip
+                if found is not None:
+                    shutil.copy(found, target / name)
         self.accelerator.wait_for_everyone()
         return target
 

@@ -53,6 +53,7 @@ def _teacher(folder, seed=0):
                 parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 8}')
     return str(folder)
 
 
@@ -102,6 +103,7 @@ def test_saved_student_is_the_trained_one(finished):
     student = run.student_after(3).model
     loaded = AutoModelForImageTextToText.from_pretrained(finished.folder / "student").eval()
     assert not any("lora" in name for name in loaded.state_dict())
+    assert (finished.folder / "student/preprocessor_config.json").read_text() == '{"patch_size": 8}'
     from distill.data import Processor, generate
 
     processor = Processor.from_config(loaded.config, run.tokenizer)
