@@ -13,6 +13,7 @@ from distill.config import LoraConfig
 from distill.parallel import gathered
 from distill.stages import Stage
 from distill.teacher import Batch, attention_modules, record_outputs
+from linmu_ops.nn import MMATE
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
 _SWIN = re.compile(r"(swin|mix)")
@@ -146,8 +147,6 @@ def calibrate(
     student: PreTrainedModel, teacher: PreTrainedModel, blocks: dict[int, nn.Module], batches: Sequence[Batch]
 ) -> None:
     """Give each block the size of the attention it replaces, by what that attention makes of a few batches."""
-    from linmu_ops.nn import MMATE
-
     modules = attention_modules(teacher)
     for layer, block in blocks.items():
         seen: list[tuple[dict[str, Any], Tensor]] = []

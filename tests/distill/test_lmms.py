@@ -9,7 +9,6 @@ import pytest
 import torch
 
 pytest.importorskip("lmms_eval")
-pytest.importorskip("linmu_models")
 
 ROOT = Path(__file__).parents[2]
 

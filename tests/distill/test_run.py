@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("linmu_models")
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
