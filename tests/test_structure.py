@@ -33,8 +33,6 @@ def test_an_op_is_one_word_in_every_folder(op):
     files.append("tests/ops/test_{}.py")
     if (ROOT / "bench" / "ops").exists():
         files.append("bench/ops/{}.py")
-    if not (ROOT / "csrc" / "torch" / f"{op}.cpp").exists():
-        pytest.skip("its compiled kernel has not arrived")
     assert [f for f in files if not (ROOT / f.format(op)).exists()] == []
     assert op in CASES, "linmu_ops/_testing.py needs a small case of it"
     assert op in linmu_ops.__all__
