@@ -32,6 +32,55 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print one JSON object
 
 
 @app.command()
+def convert(
+    teacher: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder to save the linear model in.")],
+    keep_attention: Annotated[list[int] | None, typer.Option(help="A layer that stays quadratic; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help='name=value of MMATEConfig, e.g. "text_window=16".')] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
+) -> None:
+    """Make a model linear, untrained; prints where each tensor comes from."""
+    import json
+
+    from linmu_models.generate import convert_folder
+
+    options = {}
+    for item in option or ():
+        name, _, value = item.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    try:
+        typer.echo(convert_folder(teacher, out, options, keep_attention or (), dtype))
+    except (ValueError, OSError) as error:
+        _stop(error)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a model, linear or not, with its processor.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; repeatable.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
+) -> None:
+    """Answer a prompt about images and videos."""
+    from linmu_models.generate import generate_text, load
+
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    try:
+        loaded = load(model, device, dtype)
+        answer = generate_text(*loaded, prompt, image or (), video or (), max_new_tokens=max_new_tokens, **sampling)
+    except (ValueError, OSError) as error:
+        _stop(error)
+    typer.echo(answer)
+
+
+@app.command()
 def distill(
     config: Annotated[Path, typer.Argument(help="A TOML file; see distill/README.md.")],
     stage: Annotated[int | None, typer.Option(help="Run this stage only: 1, 2 or 3.")] = None,
