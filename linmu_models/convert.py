@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linmu_ops import LinmuWarning
 from linmu_ops.nn import MMATEConfig
 
 from .config import linmu_field, parse_mmate
@@ -50,6 +52,8 @@ def convert(
     family = _family(teacher)
     options = config if isinstance(config, MMATEConfig) else parse_mmate(config or {})
     options = dataclasses.replace(options, **family.forced_options)
+    if getattr(teacher.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        warnings.warn("convert: attn_logit_softcapping is left out of the blocks", LinmuWarning, stacklevel=2)
     with torch.device("meta"):
         student: Any = family(_student_config(teacher, family, options, keep_attention))
     memo: dict[int, nn.Parameter] = {}

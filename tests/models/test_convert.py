@@ -13,6 +13,7 @@ import torch
 
 import linmu_models
 from linmu_models.report import TransferReport
+from linmu_ops import LinmuWarning
 
 from . import tiny
 
@@ -64,6 +65,16 @@ def test_leaves_the_teacher_alone():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_with_every_layer_kept_it_is_the_teacher(family):
+    teacher = tiny.teacher(family)
+    student = linmu_models.convert(teacher, keep_attention=range(3))
+    rows = tiny.left_padded([tiny.example(family, "images"), tiny.example(family, "image")])
+    with torch.no_grad():
+        assert torch.equal(student(**rows).logits, teacher(**rows).logits)
+    assert torch.equal(student.generate(**rows, max_new_tokens=3), teacher.generate(**rows, max_new_tokens=3))
+
+
 def test_shares_what_stays_frozen():
     teacher = tiny.teacher("smolvlm")
     student = linmu_models.convert(teacher, share_frozen=True)
@@ -92,6 +103,13 @@ def test_options():
     assert student.config.linmu["mmate"]["window"] == (4, 2, 2)
     assert isinstance(student, tiny.hf.Qwen2_5_VLForConditionalGeneration)
     assert linmu_models.convert(tiny.teacher("glm4v")).config.linmu["mmate"]["rotary_interleaved"]
+
+
+def test_warns_of_what_it_leaves_out():
+    teacher = copy.deepcopy(tiny.teacher("qwen2"))
+    teacher.config.attn_logit_softcapping = 50.0
+    with pytest.warns(LinmuWarning, match="attn_logit_softcapping is left out of the blocks"):
+        linmu_models.convert(teacher)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])

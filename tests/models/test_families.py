@@ -61,6 +61,23 @@ def test_finds_its_visual_tokens(family):
     assert student(family).build_layout(tiny.example(family, "text")) is None
 
 
+def test_other_ways_to_pass_images():
+    # Several images of one row have no crops in LLaVA-OneVision: a base view and a newline each.
+    ids = torch.tensor([[5, *[tiny.IMAGE] * 17, 6, *[tiny.IMAGE] * 17, 7]])
+    given = dict(input_ids=ids, image_sizes=torch.tensor([[56, 100], [90, 60]]), batch_num_images=torch.tensor([2]))
+    layout = student("llava_onevision").build_layout(given)
+    assert layout.blocks[:, 1:].tolist() == [[1, 4, 4]] * 2 and layout.positions[16] == 19
+    # LLaVA with a Pixtral tower has images of any size, and a break (text) after each row.
+    ids = torch.tensor([[5, *([tiny.IMAGE] * 3 + [304]) * 2, 7]])
+    layout = student("llava").build_layout(dict(input_ids=ids, image_sizes=torch.tensor([[28, 42]])))
+    assert layout.blocks.tolist() == [[0, 1, 2, 3]] and layout.positions.tolist() == [1, 2, 3, 5, 6, 7]
+    # Without ids, placeholders are found by their embedding.
+    model, inputs = student("qwen2_5_vl"), tiny.example("qwen2_5_vl", "images")
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    assert repr(model.build_layout({**rest, "inputs_embeds": embeds})) == repr(model.build_layout(inputs))
+
+
 def attention_inputs(model, inputs, layer):
     """What layer `layer`'s attention is called with."""
     seen = {}

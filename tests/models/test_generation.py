@@ -39,6 +39,16 @@ def test_cached_is_uncached(family, keep, how):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("keep", [(0,), (0, 1)])
+def test_layers_with_a_window_of_keys_may_stay(keep):
+    model = student("gemma3", keep)  # layer 0 attends to 8 tokens back, layer 1 to all
+    rows = tiny.left_padded([tiny.example("gemma3", "images"), tiny.example("gemma3", "image")])
+    greedy = dict(max_new_tokens=8, do_sample=False)
+    expected = model.generate(**rows, **greedy, use_cache=False)
+    assert torch.equal(model.generate(**rows, **greedy), expected)
+    assert torch.equal(model.generate(**rows, **greedy, cache_implementation="static"), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_cache(family):
     for keep in ((), (1,)):
