@@ -39,6 +39,9 @@ env: setup
 demo: setup
 	$(BIN)/linmu distill distill/configs/demo.toml --resume
 
+bench: setup
+	$(BIN)/python -m bench.run --both --save --report
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror

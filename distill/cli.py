@@ -14,6 +14,9 @@ except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[distill]' (`python -m linmu_ops.env` does without)")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench = typer.Typer(no_args_is_help=True, help="Measure ops against their peers and the machine's roofs.")
+app.add_typer(bench, name="bench")
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.callback()
@@ -131,6 +134,14 @@ def evaluate(
 def _stop(error: Exception | str, status: int = 1) -> NoReturn:
     typer.echo(f"linmu: {error}", err=True)
     raise typer.Exit(status)
+
+
+@bench.command("ops", context_settings=PASSED_ON)
+def bench_ops(context: typer.Context) -> None:
+    """Measure ops; options as of `python -m bench.run`."""
+    from bench import run
+
+    raise typer.Exit(run.main(context.args))
 
 
 def main() -> None:

@@ -1,0 +1,121 @@
+"""From rows to tables, a Markdown page and plots."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+Row = dict[str, Any]
+
+
+def results_file(device: str, op: str) -> Path:
+    return HERE / "results" / device / f"{op}.jsonl"
+
+
+def read(device: str) -> dict[str, list[Row]]:
+    files = sorted((HERE / "results" / device).glob("*.jsonl"))
+    return {f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+
+
+def title(row: Row) -> str:
+    """Of one case: what all its rows share."""
+    return f"{row['op']} · {row['case']} · {row['dtype']} · {'forward + backward' if row['backward'] else 'forward'}"
+
+
+def _cells(row: Row) -> list[str]:
+    if "us" not in row:
+        return [row["impl"], row["status"]]
+    best = row["times_best_peer"]
+    return [
+        row["impl"], f"{row['us']:,.1f}", f"{row['us_p20']:,.1f} to {row['us_p80']:,.1f}", f"{row['gbps']:.1f}",
+        f"{row['gflops']:.1f}", f"{row['roof_percent']:.0f} % {row['bound']}", f"{best:.2f}" if best else "",
+    ]  # fmt: skip
+
+
+HEADER = ["implementation", "µs", "p20 to p80", "GB/s", "GFLOP/s", "of the roof", "times best peer"]
+
+
+def table(rows: list[Row], verified: bool = True) -> str:
+    """Plain text, for the terminal."""
+    timed = [HEADER] + [_cells(r) for r in rows if "us" in r]
+    widths = [max(len(line[i]) for line in timed) for i in range(len(HEADER))]
+    lines = [title(rows[0]) + ("" if verified else "   UNVERIFIED")]
+    for cells in timed:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(padded))
+    lines += [f"  {r['impl']}: {r['status']}" for r in rows if "us" not in r]
+    return "\n".join([*lines, ""])
+
+
+def _markdown(rows: list[Row]) -> list[str]:
+    lines = [f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    lines += [f"| {' | '.join(_cells(r))} |" for r in rows if "us" in r]
+    absent = [f"{r['impl']}: {r['status']}." for r in rows if "us" not in r]
+    return [*lines, "", *(["; ".join(absent).replace(".;", ";"), ""] if absent else [])]
+
+
+def write(device: str) -> Path:
+    """bench/reports/<device>.md, with the plots beside it."""
+    target = HERE / "reports" / f"{device}.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    by_op = read(device)
+    first = next(iter(by_op.values()))[0]
+    lines = [
+        f"# Ops on {first['device']}",
+        "",
+        "Written by `make bench` from `bench/results`; the method is in `bench/README.md`. Each row of those files "
+        "names its commit, versions and clock.",
+        "",
+        f"{first['threads']} threads, instruction set {first['isa']}; "
+        + ", ".join(f"{k} {v}" for k, v in first["versions"].items())
+        + f". Clock {first['clock']}.",
+        "",
+    ]  # fmt: skip
+    for op, rows in by_op.items():
+        lines += [f"## {op}", ""]
+        if plot := _length_plot(op, rows, target.parent / f"{device}_{op}.svg"):
+            lines += [f"![time against length]({plot.name})", ""]
+        cases: dict[str, list[Row]] = defaultdict(list)
+        for row in rows:
+            cases[title(row)].append(row)
+        for name, group in cases.items():
+            lines += [f"**{name}**  (commit {group[0]['commit']}{', modified' if group[0]['dirty'] else ''})", ""]
+            lines += _markdown(group)
+    target.write_text("\n".join(lines).rstrip() + "\n")
+    return target
+
+
+def _length_plot(op: str, rows: list[Row], target: Path) -> Path | None:
+    """Time against L over the cases that differ in L alone, with the roof drawn in."""
+    swept = [r for r in rows if "us" in r and r["case"].startswith("L=")]
+    if not swept:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grey = "#808080"  # readable on a light and on a dark page, as are the colours
+    colours = ("#3b82f6", "#e8710a", "#16a34a", "#d946ef", "#ca8a04", "#14b8a6")
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for colour, impl in zip(colours * 3, dict.fromkeys(r["impl"] for r in swept), strict=False):
+        points = [(r["sizes"]["L"], r["us"] / r["sizes"]["L"]) for r in swept if r["impl"] == impl]
+        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=impl)
+    roof = {r["sizes"]["L"]: r["us"] * r["roof_percent"] / 100 / r["sizes"]["L"] for r in swept}
+    axes.plot(list(roof), list(roof.values()), "--", color=grey, label="roof")
+    axes.set(xscale="log", yscale="log", xlabel="L, tokens", ylabel="µs per token", title=op)
+    axes.set_xticks(list(roof), [f"{n // 1024}k" if n >= 1024 else str(n) for n in roof], minor=False)
+    axes.minorticks_off()
+    legend = axes.legend(frameon=False)
+    for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *legend.get_texts()):
+        item.set_color(grey)
+    axes.tick_params(colors=grey)
+    for spine in axes.spines.values():
+        spine.set_color(grey)
+    axes.grid(color=grey, alpha=0.25)
+    figure.savefig(target, transparent=True)
+    plt.close(figure)
+    return target
