@@ -110,9 +110,61 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const typename Compute<C>::Uni
     }
 }
 
-// dst[c * ldd + r] = src[r * lds + c] for r < rows <= kTileN, c < columns; the other r < kTileN become zero.
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen 4-byte units, of which `columns` are stored.
+inline void transpose16(float* dst, int64_t ldd, const float* src, int64_t lds, int64_t rows, int64_t columns) {
+  __m512 r[16], t[16];
+  const __mmask16 mask = static_cast<__mmask16>(columns < 16 ? (1u << columns) - 1 : 0xffffu);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = i < rows ? _mm512_maskz_loadu_ps(mask, src + i * lds) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  const auto low = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  // r[4 i + j] then holds, in its quarter l, column 4 l + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = low(t[i], t[i + 2]);
+    r[i + 1] = high(t[i], t[i + 2]);
+    r[i + 2] = low(t[i + 1], t[i + 3]);
+    r[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even0 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88),
+                 even1 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd),
+                 odd1 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    t[8 + j] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    t[4 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    t[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (i < columns) _mm512_storeu_ps(dst + i * ldd, t[i]);
+}
+#endif
+
+// dst[c * ldd + r] = src[r * lds + c] for r < rows and c < columns; zero for r from rows to width, whole vectors.
 template <class U>
 inline void transpose(U* dst, int64_t ldd, const U* src, int64_t lds, int64_t rows, int64_t columns, int64_t width) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(U) == 4) {
+    for (int64_t r = 0; r < width; r += 16)
+      for (int64_t c = 0; c < columns; c += 16)
+        transpose16(reinterpret_cast<float*>(dst + c * ldd + r), ldd, reinterpret_cast<const float*>(src + r * lds + c),
+                    lds, rows - r, columns - c);
+    return;
+  }
+#endif
   for (int64_t c = 0; c < columns; ++c) {
     for (int64_t r = 0; r < rows; ++r) dst[c * ldd + r] = src[r * lds + c];
     for (int64_t r = rows; r < width; ++r) dst[c * ldd + r] = U(0);

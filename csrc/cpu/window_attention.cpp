@@ -21,14 +21,21 @@ class Forward : Packing<T> {
   using typename Base::U;
 
  public:
-  // The queries of a window are split into `parts` tasks where there are few windows for the threads.
-  Forward(const WindowAttentionParams& params, int64_t parts) : Base(params), parts_(parts) {
+  // A task is `span` key/value heads of one window, or, where there are few for the threads, one of the `parts` that
+  // the queries of one are split into.
+  Forward(const WindowAttentionParams& params, int64_t span, int64_t parts)
+      : Base(params),
+        shared_(p.heads / p.groups),
+        span_(span),
+        parts_(parts),
+        unit_(p.bias || !(p.scale > 0) ? A(1) : static_cast<A>(p.scale)) {
+    const int64_t keys = round_up(p.max_tokens, N);
     for (int pass = 0; pass < 2; ++pass) {
-      const int64_t keys = round_up(p.max_tokens, N);
+      k_ = arena_.take<C>(span_ * keys * ld);
+      v_ = arena_.take<C>(span_ * keys * ld);
+      q_ = arena_.take<C>((span_ > 1 ? span_ * shared_ * keys : kQueries) * ld);
       kt_ = arena_.take<U>(keys * units);
-      vn_ = arena_.take<U>(keys / pack * ld);
-      raw_ = arena_.take<C>((pack == 1 ? std::min<int64_t>(keys, N) : keys) * ld);
-      q_ = arena_.take<C>(kQueries * ld);
+      vn_ = arena_.take<U>(pack > 1 ? keys / pack * ld : 0);
       scores_ = arena_.take<A>(kQueries * std::min(kKeys, keys));
       o_ = arena_.take<A>(kQueries * ld);
       coords_ = arena_.take<int32_t>(keys);
@@ -37,51 +44,52 @@ class Forward : Packing<T> {
   }
 
   void operator()(int64_t task) {
-    const int64_t part = task % parts_, g = task / parts_ % p.groups, w = task / parts_ / p.groups;
-    const int64_t first = p.offsets[w], n = p.offsets[w + 1] - first;
-    const int64_t blocks = (n + kQueries - 1) / kQueries, shared = p.heads / p.groups;
-    const int64_t begin = blocks * shared * part / parts_, end = blocks * shared * (part + 1) / parts_;
+    const int64_t part = task % parts_, spans = (p.groups + span_ - 1) / span_, w = task / parts_ / spans;
+    const int64_t g = task / parts_ % spans * span_, groups = std::min(span_, p.groups - g);
+    const int64_t first = p.offsets[w], n = p.offsets[w + 1] - first, apart = n * ld;
+    const int64_t blocks = (n + kQueries - 1) / kQueries;
+    const int64_t begin = blocks * shared_ * part / parts_, end = blocks * shared_ * (part + 1) / parts_;
     if (begin == end) return;
-    lds_ = std::min(kKeys, round_up(n, N));
     const int32_t* tokens = p.tokens + first;
-    for (int64_t j = 0; j < n; j += N) {
-      const int64_t count = std::min<int64_t>(N, n - j);
-      Base::rows(raw_, p.k, tokens + j, count, g, true);
-      Base::transposed(kt_ + j * units, raw_, count);
-    }
-    const U* values;
-    if constexpr (pack == 1) {
-      Base::rows(vn_, p.v, tokens, n, g, false);
-      values = vn_;
-    } else {
-      Base::rows(raw_, p.v, tokens, n, g, false);
-      values = Base::summed_over(vn_, raw_, n);
-    }
+    Base::rows(k_, p.k, tokens, n, g, groups, apart, true);
+    Base::rows(v_, p.v, tokens, n, g, groups, apart, false);
+    if (span_ > 1) Base::rows(q_, p.q, tokens, n, g * shared_, groups * shared_, apart, true);
     if (p.bias) {
       std::copy(p.coords + first, p.coords + first + n, coords_);
       std::fill(coords_ + n, coords_ + round_up(n, N), 0);
     }
-    for (int64_t i = begin; i < end; ++i) attend(first, n, i % blocks * kQueries, g * shared + i / blocks, values);
+    lds_ = std::min(kKeys, round_up(n, N));
+    for (int64_t r = 0; r < groups; ++r) {
+      Base::transposed(kt_, k_ + r * apart, n);
+      const U* values = Base::summed_over(vn_, v_ + r * apart, n);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = r * shared_ + i / blocks, q0 = i % blocks * kQueries, nq = std::min(kQueries, n - q0);
+        const C* q = q_ + (span_ > 1 ? head * apart + q0 * ld : 0);
+        if (span_ == 1) Base::rows(q_, p.q, tokens + q0, nq, g * shared_ + head, 1, 0, true);
+        attend(first, n, q0, nq, g * shared_ + head, q, values);
+      }
+    }
   }
 
  private:
-  // Queries q0.. of head h in the window of n tokens that starts at `first` of the table.
-  void attend(int64_t first, int64_t n, int64_t q0, int64_t h, const U* values) {
-    const int64_t nq = std::min(kQueries, n - q0);
+  // The nq queries from q0 of head h, rows q, in the window of n tokens that starts at `first` of the table.
+  void attend(int64_t first, int64_t n, int64_t q0, int64_t nq, int64_t h, const C* q, const U* values) {
     const int32_t* tokens = p.tokens + first + q0;
-    Base::rows(q_, p.q, tokens, nq, h, true);
     for (int64_t k0 = 0; k0 < n; k0 += kKeys) {
       const int64_t nk = std::min(kKeys, n - k0);
-      gemm<C>(nq, nk, units, reinterpret_cast<U*>(q_), ld / pack, kt_ + k0 * units, N, Base::panel(), scores_, lds_,
-              false);
-      for (int64_t i = 0; i < nq; ++i) softmax(i, q0 + i, k0, nk, h);
+      gemm<C>(nq, nk, units, reinterpret_cast<const U*>(q), ld / pack, kt_ + k0 * units, N, Base::panel(), scores_,
+              lds_, false);
+      for (int64_t i = 0; i < nq; ++i) {
+        softmax(i, q0 + i, k0, nk, h);
+        if (k0 + nk == n) Base::expect(p.out, tokens[i], h, p.heads);
+      }
       gemm<C>(nq, p.head_dim, (nk + pack - 1) / pack, reinterpret_cast<U*>(scores_), lds_, values + k0 / pack * ld, ld,
               N, o_, ld, k0 > 0);
     }
     for (int64_t i = 0; i < nq; ++i) {
       T* out = static_cast<T*>(p.out) + (tokens[i] * p.heads + h) * p.head_dim;
       copy(out, o_ + i * ld, p.head_dim, A(1) / sum_[i]);
-      static_cast<A*>(p.lse)[(first + q0 + i) * p.heads + h] = max_[i] + std::log(sum_[i]);
+      static_cast<A*>(p.lse)[(first + q0 + i) * p.heads + h] = max_[i] * unit_ + std::log(sum_[i]);
     }
   }
 
@@ -91,28 +99,31 @@ class Forward : Packing<T> {
     constexpr A infinity = std::numeric_limits<A>::infinity();
     A* s = scores_ + i * lds_;
     C* weights = reinterpret_cast<C*>(s);
-    const vec<A> scale = splat(static_cast<A>(p.scale));
+    const A scale = static_cast<A>(p.scale), per_score = unit_ * kPerE<A>;
     const int64_t padded = round_up(nk, W);
+    if (p.bias) {
+      const A* table = static_cast<const A*>(p.bias) + h * p.bias_size;
+      const int32_t base = coords_[query] + static_cast<int32_t>((p.bias_size - 1) / 2);
+      for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) * scale + gather(table, base, coords_ + k0 + j));
+    } else if (!(scale > 0)) {
+      for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) * scale);
+    }
+    if (nk < padded) {
+      A* tail = s + padded - W;
+      store(tail, first_lanes<A>(load(tail), nk - (padded - W), -infinity));
+    }
     vec<A> top = splat(-infinity);
-    const auto last = lanes_below<A>(nk - (padded - W));
-    const A* table = static_cast<const A*>(p.bias) + (p.bias ? h * p.bias_size : 0);
-    const int32_t base = p.bias ? coords_[query] + static_cast<int32_t>((p.bias_size - 1) / 2) : 0;
     for (int64_t j = 0; j < padded; j += W) {
-      vec<A> t = load(s + j) * scale;
-      if (p.bias) t += gather(table, base, coords_ + k0 + j);
-      if (j + W == padded) t = last ? t : splat(-infinity);
-      store(s + j, t);
+      const vec<A> t = load(s + j);
       top = t > top ? t : top;
     }
-    const A before = k0 ? max_[i] : -infinity;
-    A now = before;
-    for (int j = 0; j < W; ++j) now = top[j] > now ? top[j] : now;
+    const A before = k0 ? max_[i] : -infinity, most = largest<A>(top), now = most > before ? most : before;
     max_[i] = now;
     // All scores -inf so far: their weights are 0, not NaN; if it stays so, 0 / 0 at the end.
     const A from = now == -infinity ? A(0) : now;
     vec<A> sums{};
     for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> e = exp_below(load(s + j) - from);
+      const vec<A> e = power<Base::coarse>((load(s + j) - from) * per_score);
       sums += e;
       store(weights + j, e);
     }
@@ -122,17 +133,19 @@ class Forward : Packing<T> {
     } else if (before == now) {
       sum_[i] += sum;
     } else {
-      const A shrink = exp_below(splat(before - from))[0];
+      const A shrink = power<false>(splat((before - now) * per_score))[0];
       sum_[i] = sum_[i] * shrink + sum;
       for (int64_t j = 0; j < ld; j += W) store(o_ + i * ld + j, load(o_ + i * ld + j) * shrink);
     }
   }
 
-  const int64_t parts_;
+  const int64_t shared_, span_, parts_;
+  const A
+      unit_;     // of the maxima: the scale, where it can wait until after the subtraction of a maximum, which is exact
   int64_t lds_;  // from one query's scores to the next
   Arena arena_;
+  C *k_, *v_, *q_;
   U *kt_, *vn_;
-  C *raw_, *q_;
   A *scores_, *o_;
   int32_t* coords_;
   A max_[kQueries], sum_[kQueries];
@@ -144,11 +157,13 @@ void window_attention_cpu(const WindowAttentionParams& p) {
   dispatch(p.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     zero_uncovered<T>(p, p.out, p.heads);
-    const int64_t pairs = p.num_windows * p.groups;
+    const int64_t pairs = p.num_windows * p.groups, threads = p.threads.count;
     if (pairs == 0 || p.max_tokens == 0 || p.heads == 0) return;
     const int64_t items = (p.max_tokens + kQueries - 1) / kQueries * (p.heads / p.groups);
-    const int64_t parts = std::clamp<int64_t>(4 * p.threads.count / pairs, 1, items);
-    hand_out(p.threads, pairs * parts, 2 * product_flops(p), [&] { return Forward<T>(p, parts); });
+    const int64_t parts = std::clamp<int64_t>(4 * threads / pairs, 1, items);
+    const int64_t span = parts > 1 ? 1 : Packing<T>(p).heads_together(2 + p.heads / p.groups);
+    const int64_t tasks = p.num_windows * ((p.groups + span - 1) / span) * parts;
+    hand_out(p.threads, tasks, 2 * product_flops(p), [&] { return Forward<T>(p, span, parts); });
   });
 }
 

@@ -2,6 +2,7 @@
 // per (chunk of windows, key/value head) owns the gradients of its keys and values, summed over the group's query heads
 // and blocks of queries in a fixed order; the bias table gets one partial sum per chunk, added in order at the end.
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "window_attention_tile.h"
@@ -23,17 +24,23 @@ class Backward : Packing<T> {
   using typename Base::U;
 
  public:
-  // bias_sums: (chunks, H, bias_size), or null.
-  Backward(const WindowAttentionBwdParams& params, int64_t chunks, double* bias_sums)
-      : Base(params.forward), b_(params), chunks_(chunks), bias_sums_(bias_sums) {
+  // A task is `span` key/value heads of one of the `chunks`. bias_sums: (chunks, H, bias_size), or null.
+  Backward(const WindowAttentionBwdParams& params, int64_t chunks, int64_t span, double* bias_sums)
+      : Base(params.forward),
+        b_(params),
+        shared_(p.heads / p.groups),
+        chunks_(chunks),
+        span_(span),
+        bias_sums_(bias_sums) {
     const int64_t keys = round_up(p.max_tokens, N), scores = block_elements(keys);
     const bool paired = pack > 1;
     for (int pass = 0; pass < 2; ++pass) {
-      k_ = arena_.take<C>(keys * ld);
+      k_ = arena_.take<C>(span_ * keys * ld);
+      v_ = arena_.take<C>(span_ * keys * ld);
+      q_ = arena_.take<C>((span_ > 1 ? span_ * shared_ * keys : kQueries) * ld);
+      do_ = arena_.take<C>((span_ > 1 ? span_ * shared_ * keys : kQueries) * ld);
       kt_ = arena_.take<U>(keys * units);
       vt_ = arena_.take<U>(keys * units);
-      q_ = arena_.take<C>(kQueries * ld);
-      do_ = arena_.take<C>(kQueries * ld);
       weights_ = arena_.take<A>(scores);
       ds_ = arena_.take<A>(scores);
       dq_ = arena_.take<A>(kQueries * ld);
@@ -50,11 +57,12 @@ class Backward : Packing<T> {
   }
 
   void operator()(int64_t task) {
-    const int64_t g = task % p.groups, chunk = task / p.groups, shared = p.heads / p.groups;
+    const int64_t spans = (p.groups + span_ - 1) / span_, chunk = task / spans;
+    const int64_t g = task % spans * span_, groups = std::min(span_, p.groups - g);
     double* sums = bias_sums_ ? bias_sums_ + chunk * p.heads * p.bias_size : nullptr;
-    if (sums) std::fill(sums + g * shared * p.bias_size, sums + (g + 1) * shared * p.bias_size, 0.0);
+    if (sums) std::fill(sums + g * shared_ * p.bias_size, sums + (g + groups) * shared_ * p.bias_size, 0.0);
     for (int64_t w = p.num_windows * chunk / chunks_; w < p.num_windows * (chunk + 1) / chunks_; ++w)
-      window(p.offsets[w], p.offsets[w + 1] - p.offsets[w], g, sums);
+      window(p.offsets[w], p.offsets[w + 1] - p.offsets[w], g, groups, sums);
   }
 
  private:
@@ -65,38 +73,51 @@ class Backward : Packing<T> {
     return std::max(block_size(n) * row_length(n), kQueries * std::min<int64_t>(256, row_length(n)));
   }
 
-  void window(int64_t first, int64_t n, int64_t g, double* sums) {
-    lds_ = row_length(n);
+  void window(int64_t first, int64_t n, int64_t g, int64_t groups, double* sums) {
     const int32_t* tokens = p.tokens + first;
-    Base::rows(k_, p.v, tokens, n, g, false);
-    Base::transposed(vt_, k_, n);
-    Base::rows(k_, p.k, tokens, n, g, true);
-    Base::transposed(kt_, k_, n);
-    const U* keys = Base::summed_over(kn_, k_, n);
-    std::fill(dk_, dk_ + n * ld, A(0));
-    std::fill(dv_, dv_ + n * ld, A(0));
+    const int64_t apart = n * ld, step = block_size(n);
+    lds_ = row_length(n);
+    Base::rows(k_, p.k, tokens, n, g, groups, apart, true);
+    Base::rows(v_, p.v, tokens, n, g, groups, apart, false);
+    if (span_ > 1) {
+      Base::rows(q_, p.q, tokens, n, g * shared_, groups * shared_, apart, true);
+      Base::rows(do_, b_.grad_out, tokens, n, g * shared_, groups * shared_, apart, false);
+    }
     if (p.bias) {
       std::copy(p.coords + first, p.coords + first + n, coords_);
       std::fill(coords_ + n, coords_ + round_up(n, N), 0);
     }
-    const int64_t shared = p.heads / p.groups;
-    for (int64_t h = g * shared; h < (g + 1) * shared; ++h)
-      for (int64_t q0 = 0; q0 < n; q0 += block_size(n))
-        queries(first, n, q0, h, keys, sums ? sums + h * p.bias_size : nullptr);
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t at = (tokens[j] * p.groups + g) * p.head_dim;
-      turn_row<true>(p, static_cast<T*>(b_.dk) + at, dk_ + j * ld, tokens[j], static_cast<A>(p.scale));
-      copy(static_cast<T*>(b_.dv) + at, dv_ + j * ld, p.head_dim, A(1));
+    for (int64_t r = 0; r < groups; ++r) {
+      Base::transposed(kt_, k_ + r * apart, n);
+      Base::transposed(vt_, v_ + r * apart, n);
+      const U* keys = Base::summed_over(kn_, k_ + r * apart, n);
+      std::fill(dk_, dk_ + n * ld, A(0));
+      std::fill(dv_, dv_ + n * ld, A(0));
+      for (int64_t head = r * shared_; head < (r + 1) * shared_; ++head)
+        for (int64_t q0 = 0; q0 < n; q0 += step) {
+          const int64_t h = g * shared_ + head, nq = std::min(step, n - q0),
+                        at = span_ > 1 ? head * apart + q0 * ld : 0;
+          if (span_ == 1) {
+            Base::rows(q_, p.q, tokens + q0, nq, h, 1, 0, true);
+            Base::rows(do_, b_.grad_out, tokens + q0, nq, h, 1, 0, false);
+          }
+          queries(first, n, q0, nq, h, q_ + at, do_ + at, keys, sums ? sums + h * p.bias_size : nullptr);
+        }
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = (tokens[j] * p.groups + g + r) * p.head_dim;
+        turn_row<true>(p, static_cast<T*>(b_.dk) + at, dk_ + j * ld, tokens[j], static_cast<A>(p.scale));
+        copy(static_cast<T*>(b_.dv) + at, dv_ + j * ld, p.head_dim, A(1));
+      }
     }
   }
 
-  void queries(int64_t first, int64_t n, int64_t q0, int64_t h, const U* keys, double* sums) {
-    const int64_t nq = std::min(block_size(n), n - q0), pairs = (nq + pack - 1) / pack, P = p.head_dim;
+  // The nq queries from q0 of head h, rows q_rows and gradients do_rows.
+  void queries(int64_t first, int64_t n, int64_t q0, int64_t nq, int64_t h, const C* q_rows, const C* do_rows,
+               const U* keys, double* sums) {
+    const int64_t pairs = (nq + pack - 1) / pack, P = p.head_dim;
     const int32_t* tokens = p.tokens + first + q0;
-    Base::rows(q_, p.q, tokens, nq, h, true);
-    Base::rows(do_, b_.grad_out, tokens, nq, h, false);
-    const U* q = Base::summed_over(qn_, q_, nq);
-    const U* grad_out = Base::summed_over(don_, do_, nq);
+    const U* q = Base::summed_over(qn_, q_rows, nq);
+    const U* grad_out = Base::summed_over(don_, do_rows, nq);
     for (int64_t i = 0; i < nq; ++i) {
       if (n > kKeys)
         delta_[i] =
@@ -105,12 +126,15 @@ class Backward : Packing<T> {
     }
     for (int64_t k0 = 0; k0 < n; k0 += kKeys) {
       const int64_t nk = std::min(kKeys, n - k0);
-      gemm<C>(nq, nk, units, reinterpret_cast<U*>(q_), ld / pack, kt_ + k0 * units, N, Base::panel(), weights_, lds_,
-              false);
-      gemm<C>(nq, nk, units, reinterpret_cast<U*>(do_), ld / pack, vt_ + k0 * units, N, Base::panel(), ds_, lds_,
-              false);
-      for (int64_t i = 0; i < nq; ++i) weigh(i, q0 + i, k0, nk, h, sums, n <= kKeys);
-      if constexpr (pack > 1) narrow_pairs(nq, nk);
+      gemm<C>(nq, nk, units, reinterpret_cast<const U*>(q_rows), ld / pack, kt_ + k0 * units, N, Base::panel(),
+              weights_, lds_, false);
+      gemm<C>(nq, nk, units, reinterpret_cast<const U*>(do_rows), ld / pack, vt_ + k0 * units, N, Base::panel(), ds_,
+              lds_, false);
+      for (int64_t i = 0; i < nq; i += pack) {
+        weigh(i, std::min<int64_t>(pack, nq - i), q0, k0, nk, h, sums, n <= kKeys);
+        for (int64_t r = i; r < std::min(i + pack, nq); ++r)
+          if (k0 + nk == n) Base::expect(b_.dq, tokens[r], h, p.heads);
+      }
       const U* weights_across = pack == 1 ? reinterpret_cast<U*>(weights_) : weights_across_;
       const U* ds_across = pack == 1 ? reinterpret_cast<U*>(ds_) : ds_across_;
       gemm<C, true>(nk, P, pairs, weights_across, lds_, grad_out, ld, N, dv_ + k0 * ld, ld, true);
@@ -132,82 +156,100 @@ class Backward : Packing<T> {
     return sum<A>(total);
   }
 
-  // Row i: scores become weights, and the weights' gradients those of the scores. A row that is `whole` is normalised
-  // again and gives its own sum of weight times gradient, both exact to rounding; parts of one rely on the rounded
-  // log-sum-exp and output.
-  void weigh(int64_t i, int64_t query, int64_t k0, int64_t nk, int64_t h, double* sums, bool whole) {
-    A *s = weights_ + i * lds_, *d = ds_ + i * lds_;
-    const vec<A> scale = splat(static_cast<A>(p.scale)), lse = splat(lse_[i]);
+  // Scores of rows i.. (as many as a unit holds; `rows` of them exist) become weights, and the weights' gradients those
+  // of the scores. A `whole` row is normalised again and gives its own sum of weight times gradient, both exact to
+  // rounding; parts of one rely on the rounded log-sum-exp and output.
+  void weigh(int64_t i, int64_t rows, int64_t q0, int64_t k0, int64_t nk, int64_t h, double* sums, bool whole) {
+    A *s[pack], *d[pack], factor[pack], delta[pack];
     const int64_t padded = round_up(nk, W);
-    const auto last = lanes_below<A>(nk - (padded - W));
-    const A* table = static_cast<const A*>(p.bias) + (p.bias ? h * p.bias_size : 0);
-    const int32_t base = p.bias ? coords_[query] + static_cast<int32_t>((p.bias_size - 1) / 2) : 0;
-    if (whole && nk == 1) {  // weight 1 whatever the score, which so has no gradient: exactly
-      s[0] = A(1);
-      std::fill(s + 1, s + W, A(0));
-      std::fill(d, d + W, A(0));
-      return;
+    for (int r = 0; r < pack; ++r) {
+      s[r] = weights_ + (i + r) * lds_, d[r] = ds_ + (i + r) * lds_;
+      factor[r] = A(1), delta[r] = delta_[i + r];
+      if (r >= rows) {
+        std::fill(s[r], s[r] + padded, A(0));
+        std::fill(d[r], d[r] + padded, A(0));
+        delta[r] = A(0);
+      } else if (whole && nk == 1) {  // weight 1 whatever the score, which so has no gradient: exactly
+        store(s[r], first_lanes<A>(splat(A(1)), 1, A(0)));
+        store(d[r], vec<A>{});
+        delta[r] = A(0);
+      } else {
+        exponentials(s[r], d[r], i + r, q0 + i + r, k0, nk, h, whole, factor[r], delta[r]);
+      }
+    }
+    if constexpr (pack == 1) {
+      for (int64_t j = 0; j < padded; j += W) {
+        const vec<A> e = load(s[0] + j) * factor[0];
+        store(s[0] + j, e);
+        store(d[0] + j, e * (load(d[0] + j) - delta[0]));
+      }
+      if (sums) add_bias_gradients(sums, d[0], q0 + i, k0, nk);
+    } else {
+      U *weights = weights_across_ + i / pack * lds_, *ds = ds_across_ + i / pack * lds_;
+      for (int64_t j = 0; j < padded; j += W) {
+        alignas(64) bf16 e_narrow[2][W], d_narrow[2][W];
+        for (int r = 0; r < pack; ++r) {
+          const vec<A> e = load(s[r] + j) * factor[r], g = e * (load(d[r] + j) - delta[r]);
+          store(e_narrow[r], e);
+          store(d_narrow[r], g);
+          if (sums) store(bias_row_[r] + j, g);
+          std::memcpy(static_cast<void*>(reinterpret_cast<bf16*>(d[r]) + j), d_narrow[r], sizeof(d_narrow[r]));
+        }
+        interleave(weights + j, e_narrow[0], e_narrow[1], W);
+        interleave(ds + j, d_narrow[0], d_narrow[1], W);
+      }
+      for (int r = 0; sums && r < rows; ++r) add_bias_gradients(sums, bias_row_[r], q0 + i + r, k0, nk);
+    }
+  }
+
+  // s: scores -> unnormalised weights.
+  void exponentials(A* s, const A* d, int64_t i, int64_t query, int64_t k0, int64_t nk, int64_t h, bool whole,
+                    A& factor, A& delta) const {
+    const int64_t padded = round_up(nk, W);
+    A scale = static_cast<A>(p.scale);
+    if (p.bias) {
+      const A* table = static_cast<const A*>(p.bias) + h * p.bias_size;
+      const int32_t base = coords_[query] + static_cast<int32_t>((p.bias_size - 1) / 2);
+      for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) * scale + gather(table, base, coords_ + k0 + j));
+      scale = A(1);
+    } else if (!(scale > 0)) {
+      for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) * scale);
+      scale = A(1);
+    }
+    if (nk < padded) {
+      constexpr A infinity = std::numeric_limits<A>::infinity();
+      A* tail = s + padded - W;
+      store(tail, first_lanes<A>(load(tail), nk - (padded - W), -infinity));
     }
     vec<A> total{}, products{};
     for (int64_t j = 0; j < padded; j += W) {
-      vec<A> t = load(s + j) * scale;
-      if (p.bias) t += gather(table, base, coords_ + k0 + j);
-      // Rounding may leave a score a little above the sum of all.
-      vec<A> e = exp_below(lower(t - lse, vec<A>{}));
-      if (j + W == padded) e = last ? e : vec<A>{};
+      const vec<A> e = power<Base::coarse>((load(s + j) * scale - lse_[i]) * kPerE<A>);
       store(s + j, e);
       total += e;
       products += e * load(d + j);
     }
-    const A factor = whole ? A(1) / sum<A>(total) : A(1);
-    const A delta = whole ? factor * sum<A>(products) : delta_[i];
-    for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> e = load(s + j) * factor;
-      store(s + j, e);
-      store(d + j, e * (load(d + j) - delta));
-    }
-    if (sums) {
-      double* at = sums + base;
-      for (int64_t j = 0; j < nk; ++j) at[-coords_[k0 + j]] += d[j];
+    if (whole) {
+      factor = A(1) / sum<A>(total);
+      delta = factor * sum<A>(products);
     }
   }
 
-  // Weights and score gradients, for sums over queries: units of two rows; score gradients also, in place, for sums
-  // over keys.
-  void narrow_pairs(int64_t nq, int64_t nk) {
-    const int64_t padded = round_up(nk, W);
-    alignas(64) bf16 even[kKeys], odd[kKeys];
-    const auto narrow_row = [&](bf16* dst, const A* src) {
-      for (int64_t j = 0; j < padded; j += W) store(dst + j, load(src + j));
-    };
-    for (const bool is_ds : {false, true}) {
-      for (int64_t i = 0; i < nq; i += 2) {
-        A* src = (is_ds ? ds_ : weights_) + i * lds_;
-        narrow_row(even, src);
-        if (i + 1 < nq)
-          narrow_row(odd, src + lds_);
-        else
-          std::memset(odd, 0, padded * sizeof(bf16));
-        interleave(reinterpret_cast<uint32_t*>((is_ds ? ds_across_ : weights_across_) + i / 2 * lds_), even, odd,
-                   padded);
-        if (is_ds) {
-          std::memcpy(static_cast<void*>(src), even, padded * sizeof(bf16));
-          if (i + 1 < nq) std::memcpy(static_cast<void*>(src + lds_), odd, padded * sizeof(bf16));
-        }
-      }
-    }
+  void add_bias_gradients(double* sums, const A* d, int64_t query, int64_t k0, int64_t nk) const {
+    double* at = sums + coords_[query] + (p.bias_size - 1) / 2;
+    for (int64_t j = 0; j < nk; ++j) at[-coords_[k0 + j]] += d[j];
   }
 
   const WindowAttentionBwdParams& b_;
-  const int64_t chunks_;
+  const int64_t shared_, chunks_, span_;
   double* bias_sums_;
   int64_t lds_;  // from one query's scores to the next
   Arena arena_;
-  C *k_, *q_, *do_;
+  C *k_, *v_, *q_, *do_;
   U *kt_, *vt_, *kn_, *qn_, *don_, *weights_across_, *ds_across_;
   A *weights_, *ds_, *dq_, *dk_, *dv_;
   int32_t* coords_;
   A delta_[kQueries], lse_[kQueries];
+  alignas(64) A bias_row_[pack][pack > 1 ? kKeys : 1];  // score gradients before they are rounded
 };
 
 template <class A>
@@ -236,9 +278,11 @@ void window_attention_bwd_cpu(const WindowAttentionBwdParams& b) {
       chunks = std::min(chunks, (kBiasTasks + p.groups - 1) / p.groups);
       sums.resize(chunks * p.heads * p.bias_size);
     }
-    if (!empty)
-      hand_out(p.threads, chunks * p.groups, 5 * product_flops(p),
-               [&] { return Backward<T>(b, chunks, b.dbias ? sums.data() : nullptr); });
+    if (!empty) {
+      const int64_t span = b.dbias ? 1 : Packing<T>(p).heads_together(2 + 2 * p.heads / p.groups);
+      hand_out(p.threads, chunks * ((p.groups + span - 1) / span), 5 * product_flops(p),
+               [&] { return Backward<T>(b, chunks, span, b.dbias ? sums.data() : nullptr); });
+    }
     if (b.dbias) add_up<acc_t<T>>(b, sums, chunks);
   });
 }

@@ -9,23 +9,39 @@
 namespace linmu {
 namespace LINMU_ISA {
 
-// exp for x <= 0 (NaN stays), 1 ulp; exactly 0 far below, so a bias of -inf is a mask.
-inline vf exp_below(vf x) {
-  x *= 1.44269504f;
-  x = x > splat(-160.0f) ? x : (x == x ? splat(-160.0f) : x);
+// Weights are powers of 2 in float, where those are cheap, and of e in double: exp(x) = power(x * kPerE).
+template <class A>
+constexpr A kPerE = std::is_same_v<A, float> ? A(1.4426950408889634) : A(1);
+
+// x is 0 or less but for rounding (NaN stays); exactly 0 far below, so a bias of -inf is a mask. To 1 ulp, or to 3e-6
+// for weights that are then rounded to bfloat16.
+template <bool kCoarse>
+inline vf power(vf x) {
 #if defined(__AVX512F__)
+  // Of a NaN and a number these return the second.
+  x = (vf)_mm512_min_ps(_mm512_setzero_ps(), _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x));
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
+  x = x < splat(-160.0f) ? splat(-160.0f) : x;
+  x = x > vf{} ? vf{} : x;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf n = (x + magic) - magic;
 #endif
   const vf r = x - n;
-  vf p = splat(1.534581198e-4f);  // 2^r, minimax on [-1/2, 1/2], 2e-9
-  p = p * r + 1.339993139e-3f;
-  p = p * r + 9.618488959e-3f;
-  p = p * r + 5.550328777e-2f;
-  p = p * r + 2.402264689e-1f;
-  p = p * r + 6.931472057e-1f;
+  vf p;  // 2^r, minimax on [-1/2, 1/2]
+  if constexpr (kCoarse) {
+    p = splat(9.570101878e-3f);
+    p = p * r + 5.591786178e-2f;
+    p = p * r + 2.402474484e-1f;
+    p = p * r + 6.931218146e-1f;
+  } else {
+    p = splat(1.534581198e-4f);
+    p = p * r + 1.339993139e-3f;
+    p = p * r + 9.618488959e-3f;
+    p = p * r + 5.550328777e-2f;
+    p = p * r + 2.402264689e-1f;
+    p = p * r + 6.931472057e-1f;
+  }
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
@@ -34,19 +50,28 @@ inline vf exp_below(vf x) {
   return n < splat(-126.0f) ? vf{} : scaled;
 #endif
 }
-inline vd exp_below(vd x) { return exp(x); }
-
-template <class V>
-inline V lower(V a, V b) {
-  return a < b ? a : b;
+template <bool kCoarse>
+inline vd power(vd x) {
+  return exp(x > vd{} ? vd{} : x);
 }
 
-// Lanes 0, 1, 2, ... below n.
+// The largest lane; NaN lanes do not count.
 template <class A>
-inline auto lanes_below(int64_t n) {
+inline A largest(typename Simd<A>::V v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_max_ps((__m512)v);
+#endif
+  A most = v[0];
+  for (int i = 1; i < Simd<A>::width; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// The first n lanes of v, `fill` in the others.
+template <class A>
+inline vec<A> first_lanes(vec<A> v, int64_t n, A fill) {
   vec<A> lane;
   for (int i = 0; i < Simd<A>::width; ++i) lane[i] = static_cast<A>(i);
-  return lane < splat(static_cast<A>(n));
+  return lane < splat(static_cast<A>(n)) ? v : splat(fill);
 }
 
 // table[base - c[0]], table[base - c[1]], ...
@@ -108,12 +133,21 @@ inline void rotate_pairs(D* dst, const S* src, const acc_t<D>* cos, const acc_t<
   if (rest) step(i, [&](auto* p) { return load_n(p, rest); }, [&](D* p, auto v) { store_n(p, v, rest); });
 }
 
+// n elements as they are.
+template <class C>
+inline void move(C* dst, const C* src, int64_t n) {
+  constexpr int64_t step = LINMU_VECTOR_BYTES / sizeof(C);
+  int64_t i = 0;
+  for (; i + step <= n; i += step) std::memcpy(static_cast<void*>(dst + i), src + i, LINMU_VECTOR_BYTES);
+  if (i < n) std::memcpy(static_cast<void*>(dst + i), src + i, (n - i) * sizeof(C));
+}
+
 // One row of P elements on its way in (kAdjoint false) or a gradient on its way out (kAdjoint true).
 template <bool kAdjoint, class D, class S>
 inline void turn_row(const WindowAttentionParams& p, D* dst, const S* src, int64_t token, acc_t<D> factor) {
   const int64_t R = p.cos ? p.rotary_dim : 0;
   if (R) {
-    const int64_t at = token / p.length * p.rotary_batch + token % p.length * R;
+    const int64_t at = (p.rotary_batch ? token : token % p.length) * R;
     const auto* cos = static_cast<const acc_t<D>*>(p.cos) + at;
     const auto* sin = static_cast<const acc_t<D>*>(p.sin) + at;
     if (p.interleaved)
@@ -122,21 +156,25 @@ inline void turn_row(const WindowAttentionParams& p, D* dst, const S* src, int64
       rotate_halves<kAdjoint>(dst, src, cos, sin, R, factor);
   }
   if constexpr (std::is_same_v<D, S> && !kAdjoint)
-    std::memcpy(static_cast<void*>(dst + R), src + R, (p.head_dim - R) * sizeof(D));
+    move(dst + R, src + R, p.head_dim - R);
   else
     copy(dst + R, src + R, p.head_dim - R, factor);
 }
 
 template <class T>
 inline const T* row(const WindowAttentionParams& p, const TokenRows<const void*>& rows, int64_t token, int64_t head) {
-  return static_cast<const T*>(rows.data) + token / p.length * rows.batch + token % p.length * rows.token +
-         head * rows.head;
+  const T* data = static_cast<const T*>(rows.data) + head * rows.head;
+  if (rows.batch == p.length * rows.token) return data + token * rows.token;  // no division
+  return data + token / p.length * rows.batch + token % p.length * rows.token;
 }
 
 // (a[0], b[0]), (a[1], b[1]), ...: two rows as one row of units.
 inline void interleave(uint32_t* dst, const bf16* a, const bf16* b, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<uint32_t>(a[i].bits) | static_cast<uint32_t>(b[i].bits) << 16;
 }
+
+// Half of a common second-level cache; the rest is for packed operands and scores.
+constexpr int64_t kCacheBytes = 512 << 10;
 
 // Sizes and packed forms for one element type. Rows are padded with zeros to `ld` elements, `units` of them hold P.
 template <class T>
@@ -145,6 +183,7 @@ struct Packing {
   using A = acc_t<T>;
   using U = typename Compute<C>::Unit;
   static constexpr int pack = Compute<C>::pack, W = Simd<A>::width, N = kTileN<A>;
+  static constexpr bool coarse = pack > 1;
 
   const WindowAttentionParams& p;
   const int64_t ld, units;
@@ -152,19 +191,36 @@ struct Packing {
   explicit Packing(const WindowAttentionParams& params)
       : p(params), ld(round_up(p.head_dim, N)), units((p.head_dim + pack - 1) / pack) {}
 
-  // `count` rows of one head, one after another.
+  // `count` rows of each of `heads` heads from `head`; a head's rows one after another, the heads `apart` elements.
+  // All heads of a token are read before the next: its row is one stretch of memory, tokens lie far apart.
   void rows(C* dst, const TokenRows<const void*>& from, const int32_t* tokens, int64_t count, int64_t head,
-            bool rotate) const {
-    for (int64_t i = 0; i < count; ++i, dst += ld) {
-      const T* src = row<T>(p, from, tokens[i], head);
-      if (rotate && p.cos)
-        turn_row<false>(p, dst, src, tokens[i], A(1));
-      else if constexpr (std::is_same_v<C, T>)
-        std::memcpy(static_cast<void*>(dst), src, p.head_dim * sizeof(T));
-      else
-        copy(dst, src, p.head_dim, A(1));
-      std::memset(static_cast<void*>(dst + p.head_dim), 0, (ld - p.head_dim) * sizeof(C));
-    }
+            int64_t heads, int64_t apart, bool rotate) const {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t h = 0; h < heads; ++h) {
+        C* to = dst + h * apart + i * ld;
+        const T* src = row<T>(p, from, tokens[i], head + h);
+        if (rotate && p.cos)
+          turn_row<false>(p, to, src, tokens[i], A(1));
+        else if constexpr (std::is_same_v<C, T>)
+          move(to, src, p.head_dim);
+        else
+          copy(to, src, p.head_dim, A(1));
+        if (ld > p.head_dim) std::memset(static_cast<void*>(to + p.head_dim), 0, (ld - p.head_dim) * sizeof(C));
+      }
+  }
+
+  // Key/value heads that are read together: as many as leave every thread enough tasks and fit in cache, `tensors`
+  // rows each.
+  int64_t heads_together(int64_t tensors) const {
+    const int64_t bytes = tensors * p.max_tokens * ld * static_cast<int64_t>(sizeof(C));
+    const int64_t enough = p.num_windows * p.groups / (16 * p.threads.count);
+    return std::clamp<int64_t>(std::min(enough, kCacheBytes / std::max<int64_t>(bytes, 1)), 1, p.groups);
+  }
+
+  // Asks for the memory of a row that will be written soon.
+  void expect(const void* data, int64_t token, int64_t head, int64_t heads) const {
+    const T* at = static_cast<const T*>(data) + (token * heads + head) * p.head_dim;
+    for (int64_t i = 0; i < p.head_dim; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + i, 1, 2);
   }
 
   // Rows as the B operand of a product that sums over them: row pairs interleaved where a unit holds two.

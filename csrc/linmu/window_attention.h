@@ -26,7 +26,9 @@ struct WindowAttentionParams {
   int64_t bias_size;
   const void* cos;  // (B or 1, L, R) accumulate type, or null
   const void* sin;
-  int64_t rotary_dim, rotary_batch;  // R; elements from one batch row of cos to the next, 0 when they share it
+  int64_t rotary_dim;  // R
+  bool rotary_batch;   // cos has a row per batch row
+
   bool interleaved;
   void* out;  // (B, L, H, P)
   void* lse;  // (num_visual, H) accumulate type, in window order

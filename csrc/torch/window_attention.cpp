@@ -101,7 +101,7 @@ struct Inputs {
     if (cos.has_value()) {
       d("cos", cos, cos->dim() == 3 && cos->size(0) == 1 ? "1 L R" : "B L R", acc);
       d("sin", sin, cos->size(0) == 1 ? "1 L R" : "B L R", acc);
-      p.rotary_dim = d["R"], p.rotary_batch = cos->size(0) == 1 ? 0 : p.length * p.rotary_dim;
+      p.rotary_dim = d["R"], p.rotary_batch = cos->size(0) == p.batch;
       STD_TORCH_CHECK(p.rotary_dim % 2 == 0 && p.rotary_dim <= p.head_dim, kOp,
                       ": cos must have an even R of at most P=", p.head_dim, ", got R=", p.rotary_dim);
     }
