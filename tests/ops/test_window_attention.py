@@ -127,8 +127,10 @@ def test_any_shape(data):
     sizes = st.tuples(*[st.integers(1, 7 if dims > 1 else 40)] * dims)
     grid, window, shift = data.draw(sizes), data.draw(sizes), data.draw(sizes)
     G, R = data.draw(st.integers(1, 3)), 2 * data.draw(st.integers(0, 3))
+    # Rows enough for the baseline's largest error to say something: among two tokens it may be 0 by luck.
     case = dict(
-        B=data.draw(st.integers(1, 2)), G=G, H=G * data.draw(st.integers(1, 3)), P=R + data.draw(st.integers(1, 40)),
+        B=data.draw(st.integers(1, 2)) + 64 // math.prod(grid), G=G,
+        H=G * data.draw(st.integers(1, 3)), P=R + data.draw(st.integers(1, 40)),
         grid=grid, window=window, shift=shift, wrap=data.draw(st.sampled_from(["join", "mask"])), rotary=R,
         bias=data.draw(st.booleans()), interleaved=data.draw(st.booleans()),
     )  # fmt: skip
