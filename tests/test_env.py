@@ -14,6 +14,12 @@ from distill.cli import app
 from linmu_ops import _native, _registry, env
 
 
+@pytest.fixture(autouse=True)
+def _without_the_triton_interpreter(monkeypatch):
+    """It takes minutes, and Triton has tests of its own."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_json(capsys):
     code = env.main(["--json"])
     found = json.loads(capsys.readouterr().out)
