@@ -164,8 +164,9 @@ class Decays {
   static vec<A> between(const Place& to, const Place& from) {
     const vec<A> x = to.high - from.high, back = x - to.high;
     const vec<A> rest = (to.high - (x - back)) - (from.high + back) + (to.low - from.low);
-    const vec<A> e = exp(x);
-    return to.segment == from.segment ? e * rest + e : vec<A>{};
+    const vec<A> high = x + rest, low = x - high + rest;
+    const vec<A> e = exp(high);
+    return to.segment == from.segment ? e * low + e : vec<A>{};
   }
 
   static vec<A> iota() {
