@@ -34,6 +34,32 @@ class Buffer {
   A* data_ = nullptr;
 };
 
+// What a product multiplies: single values, or pairs of bfloat16 that are adjacent in the summed dimension, which one
+// instruction multiplies and adds in float.
+template <class U>
+struct Operand {
+  using Sum = U;
+  using Vector = vec<U>;
+  static Vector read(const U* p) { return load(p); }
+  static vec<U> multiply_add(Vector b, U a, vec<U> sum) { return b * a + sum; }
+};
+struct bf16x2 {
+  uint32_t bits;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16x2> {
+  using Sum = float;
+  using Vector = __m512bh;
+  static Vector read(const bf16x2* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static vf multiply_add(Vector b, bf16x2 a, vf sum) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(a.bits)), b);
+  }
+};
+#endif
+template <class U>
+using sum_t = typename Operand<U>::Sum;
+
 // What a product does with its result: out = beta * out + scale[row] * sum. beta 0 never reads out.
 template <class A>
 struct Epilogue {
@@ -48,20 +74,20 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kTileRows = 6, kTileVectors = 4;
 #endif
 
-template <class A, int M, int V>
-inline void tile(int64_t k, const A* a, int64_t row_stride, int64_t col_stride, const A* b, int64_t ldb, A* out,
+template <class U, int M, int V, class A = sum_t<U>>
+inline void tile(int64_t k, const U* a, int64_t row_stride, int64_t col_stride, const U* b, int64_t ldb, A* out,
                  int64_t ldo, Epilogue<A> e) {
   constexpr int W = Simd<A>::width;
   vec<A> acc[M][V] = {};
   for (int64_t l = 0; l < k; ++l, a += col_stride, b += ldb) {
-    vec<A> bv[V];
+    typename Operand<U>::Vector bv[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) bv[v] = load(b + v * W);
+    for (int v = 0; v < V; ++v) bv[v] = Operand<U>::read(b + v * W);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const A x = a[m * row_stride];
+      const U x = a[m * row_stride];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[m][v] = bv[v] * x + acc[m][v];
+      for (int v = 0; v < V; ++v) acc[m][v] = Operand<U>::multiply_add(bv[v], x, acc[m][v]);
     }
   }
 #pragma GCC unroll 8
@@ -77,35 +103,36 @@ inline void tile(int64_t k, const A* a, int64_t row_stride, int64_t col_stride, 
   }
 }
 
-template <class A, int V>
-inline void tile_column(int64_t m, int64_t k, const A* a, int64_t row_stride, int64_t col_stride, const A* b,
+template <class U, int V, class A = sum_t<U>>
+inline void tile_column(int64_t m, int64_t k, const U* a, int64_t row_stride, int64_t col_stride, const U* b,
                         int64_t ldb, A* out, int64_t ldo, Epilogue<A> e) {
   for (int64_t tiles = (m + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
     const int64_t rows = (m + tiles - 1) / tiles;  // as even as possible: a tile of one row is slow
     switch (rows) {
-      case 6: tile<A, 6, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
-      case 5: tile<A, 5, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
-      case 4: tile<A, 4, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
-      case 3: tile<A, 3, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
-      case 2: tile<A, 2, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
-      default: tile<A, 1, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 6: tile<U, 6, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 5: tile<U, 5, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 4: tile<U, 4, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 3: tile<U, 3, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      case 2: tile<U, 2, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
+      default: tile<U, 1, V>(k, a, row_stride, col_stride, b, ldb, out, ldo, e); break;
     }
     m -= rows, a += rows * row_stride, out += rows * ldo;
     if (e.scale) e.scale += rows;
   }
 }
 
-// out[i, j] = beta out[i, j] + scale[i] sum_l a[i row_stride + l col_stride] b[l ldb + j]; n a multiple of the width.
-template <class A>
-inline void gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t row_stride, int64_t col_stride, const A* b,
-                 int64_t ldb, A* out, int64_t ldo, Epilogue<A> e = {}) {
-  constexpr int W = Simd<A>::width;
+// out[i, j] = beta out[i, j] + scale[i] sum_l a[i row_stride + l col_stride] b[l ldb + j]; n a multiple of the width, k
+// in units of U.
+template <class U>
+inline void gemm(int64_t m, int64_t n, int64_t k, const U* a, int64_t row_stride, int64_t col_stride, const U* b,
+                 int64_t ldb, sum_t<U>* out, int64_t ldo, Epilogue<sum_t<U>> e = {}) {
+  constexpr int W = Simd<sum_t<U>>::width;
   int64_t j = 0;
   for (; j + kTileVectors * W <= n; j += kTileVectors * W)
-    tile_column<A, kTileVectors>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+    tile_column<U, kTileVectors>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
   if constexpr (kTileVectors == 4)
-    for (; j + 2 * W <= n; j += 2 * W) tile_column<A, 2>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
-  for (; j < n; j += W) tile_column<A, 1>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+    for (; j + 2 * W <= n; j += 2 * W) tile_column<U, 2>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+  for (; j < n; j += W) tile_column<U, 1>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
 }
 
 // Swaps the off-diagonal D x D blocks of every 2D x 2D block of a square of vectors; for D = 1, 2, 4, ... a transpose.

@@ -9,10 +9,23 @@ namespace linmu {
 namespace LINMU_ISA {
 namespace {
 
+// What the products of M with X and of C with B and the state are computed in: pairs of bfloat16 where the inputs are
+// bfloat16 and the processor multiplies them. States are always updated in float: they are kept, and handed out, so.
+#if defined(__AVX512BF16__)
+template <class T>
+using unit_t = std::conditional_t<std::is_same_v<T, bf16>, bf16x2, acc_t<T>>;
+#else
+template <class T>
+using unit_t = acc_t<T>;
+#endif
+
 template <class T>
 class Scan {
   using A = acc_t<T>;
+  using U = unit_t<T>;
   static constexpr int W = Simd<A>::width;
+  static constexpr bool kPairs = std::is_same_v<U, bf16x2>;
+  static constexpr int64_t kPack = kPairs ? 2 : 1;
 
  public:
   Scan(const SsdScanParams& p, const ScanSizes& s, int64_t b, int64_t first_head)
@@ -21,19 +34,24 @@ class Scan {
         b_(b),
         h0_(first_head),
         both_(p.forward.on && p.reverse.on),
+        units_(round_up(p.state_dim, kPack * W) / kPack),
         chunk_(s.chunk),
         decays_{Decays<A>(s.chunk), Decays<A>(s.chunk)},
         x_(s.chunk * s.head_dim),
-        c_(s.chunk * s.state_dim),
-        bt_(s.state_dim * s.chunk),
-        scratch_(s.state_dim * s.chunk),
+        b_rows_(s.chunk * s.state_dim),
+        scaled_(s.chunk * s.state_dim),
+        factor_(s.chunk),
         cb_(s.chunk * s.chunk),
-        m_(s.chunk * s.chunk),
         y_(s.chunk * s.head_dim),
-        state_(s.bundle * s.state) {
+        state_(s.bundle * s.state),
+        c_(s.chunk * units_),
+        bt_(units_ * s.chunk),
+        m_(s.chunk * s.chunk / kPack) {
+    if (kPairs) rows_of_units_ = Buffer<U>(s.chunk * units_), x_units_ = Buffer<U>(s.chunk * s.head_dim / 2);
+    if (kPairs) state_units_ = Buffer<U>(units_ * s.head_dim);
     if (both_) arriving_ = Buffer<A>(s.bundle * s.chunks * s.state);
     if (both_ && !p.shared_projections)
-      cb_reverse_ = Buffer<A>(s.chunk * s.chunk), c_reverse_ = Buffer<A>(s.chunk * s.state_dim);
+      cb_reverse_ = Buffer<A>(s.chunk * s.chunk), c_reverse_ = Buffer<U>(s.chunk * units_);
   }
 
   void run() {
@@ -66,91 +84,123 @@ class Scan {
   void visit(int64_t index, bool reverse, bool with_output) {
     chunk_.move_to(p_, s_, b_, index);
     rows_ = round_up(chunk_.visits, W);
+    gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, b_rows_);
     if (with_output) {
       if (both_ && !p_.shared_projections) multiply_projections(true, c_reverse_, cb_reverse_);
       multiply_projections(reverse, c_, cb_);
-    } else {
-      gather_b(reverse);
     }
     int64_t gathered = -1;
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t group = (h0_ + h) / s_.per_x;
-      if (group != gathered) gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
+      if (group != gathered) {
+        gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
+        if constexpr (kPairs)
+          if (with_output) pair_rows(x_, rows_, s_.head_dim, x_units_);
+      }
       gathered = group;
       decays_[reverse].move_to(p_, chunk_, h0_ + h, reverse);
       if (with_output && both_) decays_[1].move_to(p_, chunk_, h0_ + h, true);
       A* state = state_ + h * s_.state;
       if (with_output) output(h, reverse, state, arriving_ + (index * s_.bundle + h) * s_.state);
       const Decays<A>& d = decays_[reverse];
-      for (int64_t i = 0; i < rows_; i += W) store(y_ + i, load(d.leave + i) * load(d.step + i));
-      for (int64_t n = 0; n < p_.state_dim; ++n)
-        for (int64_t i = 0; i < rows_; i += W)
-          store(scratch_ + n * s_.chunk + i, load(bt_ + n * s_.chunk + i) * load(y_ + i));
-      gemm<A>(p_.state_dim, s_.head_dim, chunk_.visits, scratch_, s_.chunk, 1, x_, s_.head_dim, state, s_.head_dim,
+      scale_rows<A>(b_rows_, rows_, s_.state_dim, d.leave, d.step, scaled_);
+      gemm<A>(p_.state_dim, s_.head_dim, chunk_.visits, scaled_, 1, s_.state_dim, x_, s_.head_dim, state, s_.head_dim,
               {d.total, nullptr});
     }
   }
 
-  void gather_b(bool reverse) {
-    gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, scratch_);
-    transpose<A>(scratch_, s_.state_dim, s_.chunk, s_.state_dim, bt_, s_.chunk);
+  // The rows of B or C, in units, zeros beyond the chunk's visits and the state's size.
+  void gather_units(const SsdScanTensor& t, int64_t group, U* out) {
+    if constexpr (kPairs) {
+      const T* data = static_cast<const T*>(t.data) + b_ * t.batch_stride + group * t.group_stride;
+      std::memset(static_cast<void*>(out), 0, s_.chunk * units_ * sizeof(U));
+      for (int64_t i = 0; i < chunk_.visits; ++i)
+        std::memcpy(static_cast<void*>(out + i * units_), data + chunk_.tokens[i] * t.token_stride,
+                    p_.state_dim * sizeof(T));
+    } else {
+      gather<T>(t, chunk_, group, p_.state_dim, s_.chunk, out);
+    }
   }
 
   // C B^T where the direction needs it: on and below the diagonal, on and above it, or everywhere.
-  void multiply_projections(bool reverse, A* c, A* cb) {
-    gather_b(reverse);
-    gather<T>(direction(reverse).C, chunk_, h0_ / s_.per_c, p_.state_dim, s_.chunk, c);
+  void multiply_projections(bool reverse, U* c, A* cb) {
+    const SsdScanDirection& d = direction(reverse);
+    if constexpr (kPairs) {
+      gather_units(d.B, h0_ / s_.per_b, rows_of_units_);
+      transpose<float>(reinterpret_cast<const float*>(rows_of_units_.get()), units_, s_.chunk, units_,
+                       reinterpret_cast<float*>(bt_.get()), s_.chunk);
+    } else {
+      if (reverse && both_) gather_units(d.B, h0_ / s_.per_b, scaled_);
+      transpose<A>(reverse && both_ ? scaled_ : b_rows_, units_, s_.chunk, units_, bt_, s_.chunk);
+    }
+    gather_units(d.C, h0_ / s_.per_c, c);
     const bool all = both_ && p_.shared_projections;
+    const int64_t k = (p_.state_dim + kPack - 1) / kPack;
     for (int64_t i = 0; i < rows_; i += W) {
       const int64_t from = all || !reverse ? 0 : i, to = all || reverse ? rows_ : i + W;
-      gemm<A>(W, to - from, p_.state_dim, c + i * s_.state_dim, s_.state_dim, 1, bt_ + from, s_.chunk,
-              cb + i * s_.chunk + from, s_.chunk);
+      gemm<U>(W, to - from, k, c + i * units_, units_, 1, bt_ + from, s_.chunk, cb + i * s_.chunk + from, s_.chunk);
     }
   }
 
   void output(int64_t h, bool reverse, const A* state, const A* arriving) {
-    const Decays<A>& d = decays_[reverse];
-    for (int64_t i = 0; i < rows_; ++i) combine_row(i, reverse);
+    for (int64_t i = 0; i < rows_; ++i) combine_row(i);
+    const int64_t ldm = s_.chunk / kPack;
+    const U* x;
+    if constexpr (kPairs)
+      x = x_units_;
+    else
+      x = x_;
     for (int64_t i = 0; i < rows_; i += W) {
       const int64_t from = both_ || !reverse ? 0 : i, to = std::min(both_ || reverse ? rows_ : i + W, chunk_.visits);
-      gemm<A>(W, s_.head_dim, to - from, m_ + i * s_.chunk + from, s_.chunk, 1, x_ + from * s_.head_dim, s_.head_dim,
-              y_ + i * s_.head_dim, s_.head_dim);
+      gemm<U>(W, s_.head_dim, (to - from + kPack - 1) / kPack, m_ + i * ldm + from / kPack, ldm, 1,
+              x + from / kPack * s_.head_dim, s_.head_dim, y_ + i * s_.head_dim, s_.head_dim);
     }
-    add_carried(d, c_, state);
+    add_carried(decays_[reverse], c_, state);
     if (both_) add_carried(decays_[1], p_.shared_projections ? c_ : c_reverse_, arriving);
     write(h0_ + h);
   }
 
   // Row i of M.
-  void combine_row(int64_t i, bool reverse) {
-    const A* cb = cb_ + i * s_.chunk;
-    const A* cb_reverse = both_ && !p_.shared_projections ? cb_reverse_ + i * s_.chunk : cb;
-    A* m = m_ + i * s_.chunk;
+  void combine_row(int64_t i) {
     const int64_t own = i / W;
-    if (!reverse) {
+    vec<A> mine{};
+    if (p_.forward.on) {
       const Decays<A>& d = decays_[0];
-      for (int64_t j = 0; j < own; ++j) {
-        const A s = d.weight[i] * d.row[i] * d.at_block(own, j);
-        store(m + j * W, load(cb + j * W) * s * (load(d.col + j * W) * load(d.step + j * W)));
-      }
-      store(m + own * W, load(cb + own * W) * d.weight[i] * (d.diagonal(i) * load(d.step + own * W)));
+      const A* cb = cb_ + i * s_.chunk;
+      const A outer = d.weight[i] * d.row[i];
+      for (int64_t j = 0; j < own; ++j)
+        put(i, j * W, load(cb + j * W) * (outer * d.at_block(own, j)) * (load(d.col + j * W) * load(d.step + j * W)));
+      mine = load(cb + own * W) * d.weight[i] * (d.diagonal(i) * load(d.step + own * W));
     }
-    if (reverse || both_) {
+    if (p_.reverse.on) {
       const Decays<A>& d = decays_[1];
-      vec<A> mine = load(cb_reverse + own * W) * d.weight[i] * (d.diagonal(i) * load(d.step + own * W));
-      if (both_) mine += load(m + own * W);
-      store(m + own * W, mine);
-      for (int64_t j = own + 1; j * W < rows_; ++j) {
-        const A s = d.weight[i] * d.row[i] * d.at_block(own, j);
-        store(m + j * W, load(cb_reverse + j * W) * s * (load(d.col + j * W) * load(d.step + j * W)));
-      }
+      const A* cb = (both_ && !p_.shared_projections ? cb_reverse_ : cb_) + i * s_.chunk;
+      const A outer = d.weight[i] * d.row[i];
+      mine += load(cb + own * W) * d.weight[i] * (d.diagonal(i) * load(d.step + own * W));
+      for (int64_t j = own + 1; j * W < rows_; ++j)
+        put(i, j * W, load(cb + j * W) * (outer * d.at_block(own, j)) * (load(d.col + j * W) * load(d.step + j * W)));
     }
+    put(i, own * W, mine);
   }
 
-  void add_carried(const Decays<A>& d, const A* c, const A* state) {
-    A* factor = scratch_;
-    for (int64_t i = 0; i < rows_; i += W) store(factor + i, load(d.weight + i) * load(d.carry + i));
-    gemm<A>(rows_, s_.head_dim, p_.state_dim, c, s_.state_dim, 1, state, s_.head_dim, y_, s_.head_dim, {A(1), factor});
+  void put(int64_t i, int64_t j, vec<A> values) {
+    if constexpr (kPairs)
+      store(reinterpret_cast<bf16*>(m_.get()) + i * s_.chunk + j, values);
+    else
+      store(m_ + i * s_.chunk + j, values);
+  }
+
+  void add_carried(const Decays<A>& d, const U* c, const A* state) {
+    for (int64_t i = 0; i < rows_; i += W) store(factor_ + i, load(d.weight + i) * load(d.carry + i));
+    const U* s;
+    if constexpr (kPairs) {
+      pair_rows(state, round_up(p_.state_dim, 2), s_.head_dim, state_units_);
+      s = state_units_;
+    } else {
+      s = state;
+    }
+    gemm<U>(rows_, s_.head_dim, (p_.state_dim + kPack - 1) / kPack, c, units_, 1, s, s_.head_dim, y_, s_.head_dim,
+            {A(1), factor_});
   }
 
   void write(int64_t h) {
@@ -170,11 +220,14 @@ class Scan {
   const ScanSizes& s_;
   const int64_t b_, h0_;
   const bool both_;
-  int64_t rows_ = 0;  // visits of the chunk at hand, rounded up to the vector width
+  const int64_t units_;  // per row of B and C
+  int64_t rows_ = 0;     // visits of the chunk at hand, rounded up to the vector width
   Chunk chunk_;
   Decays<A> decays_[2];
-  Buffer<A> x_, c_, c_reverse_, bt_, scratch_, cb_, cb_reverse_, m_, y_;
+  Buffer<A> x_, b_rows_, scaled_, factor_, cb_, cb_reverse_, y_;
   Buffer<A> state_, arriving_;  // per head of the bundle; the reverse state that enters each chunk
+  Buffer<U> c_, c_reverse_, bt_, m_;
+  Buffer<U> rows_of_units_, x_units_, state_units_;  // of pairs only
 };
 
 template <class T>

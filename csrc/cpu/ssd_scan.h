@@ -231,6 +231,19 @@ inline void gather(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_
   std::fill(out, out + (size - c.visits) * ld, A(0));
 }
 
+#if defined(__AVX512BF16__)
+// Two rows of float to one of pairs, rounded to bfloat16.
+inline void pair_rows(const float* rows, int64_t n, int64_t ld, bf16x2* out) {
+  for (int64_t i = 0; i < n; i += 2, rows += 2 * ld, out += ld)
+    for (int64_t j = 0; j < ld; j += Simd<float>::width) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(rows + ld + j), (__m512)load(rows + j));
+      const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+      _mm512_storeu_si512(out + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+#endif
+
 // out[i, :] = factor[i] * rows[i, :], or scaled by a second factor too.
 template <class A>
 inline void scale_rows(const A* rows, int64_t n, int64_t ld, const A* factor, const A* second, A* out) {

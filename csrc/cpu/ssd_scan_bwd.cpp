@@ -25,6 +25,17 @@ inline void add_wide(double* to, vf v, int sign) {
     store(to, load(to) + __builtin_convertvector(part[i], vd) * static_cast<double>(sign));
 }
 
+// out = a b, summed in parts of 16. Gradients of A and dt are sums over pairs that largely cancel; one running sum over
+// a whole row would lose there, per product, what the recurrence does not.
+template <class A>
+inline void gemm_in_parts(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* out,
+                          int64_t ldo) {
+  constexpr int64_t kPart = 16;
+  gemm<A>(m, n, std::min(k, kPart), a, lda, 1, b, ldb, out, ldo);
+  for (int64_t l = kPart; l < k; l += kPart)
+    gemm<A>(m, n, std::min(k - l, kPart), a + l, lda, 1, b + l * ldb, ldb, out, ldo, {A(1), nullptr});
+}
+
 // Heads [first, last) of one task, and where each adds the gradients of what it shares with heads of other tasks:
 // slots of group_heads heads, summed in order when all tasks are done.
 template <class A>
@@ -223,12 +234,12 @@ class ScanGrad {
   void multiply_projections(int d) {
     A* bt = scratch_;
     transpose<A>(b_tile_[of_b(d)], np_, q_, np_, bt, q_);
-    gemm<A>(rows_, rows_, p_.state_dim, c_tile_[of_c(d)], np_, 1, bt, q_, k_[d], q_);
+    gemm_in_parts<A>(rows_, rows_, p_.state_dim, c_tile_[of_c(d)], np_, bt, q_, k_[d], q_);
   }
 
   void head_gradients(int64_t c, int64_t h) {
     Totals<Wide>& sums = plan_.totals[b_ * p_.heads + h0_ + h];
-    gemm<A>(rows_, rows_, p_.head_dim, dy_, pp_, 1, xt_, q_, gram_, q_);
+    gemm_in_parts<A>(rows_, rows_, p_.head_dim, dy_, pp_, xt_, q_, gram_, q_);
     std::fill(m_.get(), m_ + q_ * q_, A(0));
     for (int d = 0; d < 2; ++d)
       if (direction(d).on) within(d);
