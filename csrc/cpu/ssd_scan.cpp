@@ -28,11 +28,9 @@ class Scan {
   static constexpr int64_t kPack = kPairs ? 2 : 1;
 
  public:
-  Scan(const SsdScanParams& p, const ScanSizes& s, int64_t b, int64_t first_head)
+  Scan(const SsdScanParams& p, const ScanSizes& s)
       : p_(p),
         s_(s),
-        b_(b),
-        h0_(first_head),
         both_(p.forward.on && p.reverse.on),
         units_(round_up(p.state_dim, kPack * W) / kPack),
         chunk_(s.chunk),
@@ -54,7 +52,8 @@ class Scan {
       cb_reverse_ = Buffer<A>(s.chunk * s.chunk), c_reverse_ = Buffer<U>(s.chunk * units_);
   }
 
-  void run() {
+  void run(int64_t b, int64_t first_head) {
+    b_ = b, h0_ = first_head;
     const bool backwards = !p_.forward.on;
     if (both_) {
       std::fill(state_.get(), state_ + s_.bundle * s_.state, A(0));
@@ -218,7 +217,7 @@ class Scan {
 
   const SsdScanParams& p_;
   const ScanSizes& s_;
-  const int64_t b_, h0_;
+  int64_t b_ = 0, h0_ = 0;
   const bool both_;
   const int64_t units_;  // per row of B and C
   int64_t rows_ = 0;     // visits of the chunk at hand, rounded up to the vector width
@@ -236,7 +235,8 @@ void scan(const SsdScanParams& p) {
   const int64_t bundles = p.heads / s.bundle;
   const double work = static_cast<double>(s.bundle) * p.length * p.head_dim * p.state_dim;
   p.threads.run(p.batch * bundles, 1 + static_cast<int64_t>(65536 / (work + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) Scan<T>(p, s, i / bundles, i % bundles * s.bundle).run();
+    Scan<T> task(p, s);
+    for (int64_t i = begin; i < end; ++i) task.run(i / bundles, i % bundles * s.bundle);
   });
 }
 

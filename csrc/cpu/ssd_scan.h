@@ -24,6 +24,7 @@ using wide_t = std::conditional_t<std::is_same_v<A, double>, long double, double
 
 // Heads [first, last) that share a B and a C group, so also C B^T.
 constexpr int64_t kBundle = 4;
+constexpr int64_t kTasks = 4;  // that bundles leave at least; of shapes alone, so that threads don't change a bit
 
 struct ScanSizes {
   int64_t chunk, chunks;        // visits per chunk, a multiple of the vector width
@@ -44,7 +45,7 @@ inline ScanSizes scan_sizes(const SsdScanParams& p) {
   s.per_x = p.heads / p.groups_x, s.per_b = p.heads / p.groups_b, s.per_c = p.heads / p.groups_c;
   s.state = std::max(s.head_dim * round_up(p.state_dim, W), s.state_dim * round_up(p.head_dim, W));
   s.bundle = 1;
-  for (int64_t n = 2; n <= kBundle; ++n)
+  for (int64_t n = 2; n <= kBundle && p.batch * p.heads >= n * kTasks; ++n)
     if (s.per_b % n == 0 && s.per_c % n == 0 && (s.per_x % n == 0 || n % s.per_x == 0)) s.bundle = n;
   return s;
 }

@@ -7,6 +7,8 @@
 //     d(dt_j) = sum_i weight_i E_ij,   d(weight_i) = sum_j E_ij dt_j
 //     d(log-decay of t) = sum of weight_i E_ij dt_j over the pairs whose path crosses t
 // The carried states add the same terms with a chunk's edge in place of i or j.
+#include <numeric>
+
 #include "ssd_scan.h"
 
 namespace linmu {
@@ -69,7 +71,7 @@ struct Totals {
 template <class A>
 struct Plan {
   ScanSizes sizes;
-  int64_t unit;  // heads per task, a multiple of the bundle
+  int64_t unit;  // heads per task
   Shared<A> x, B[2], C[2];
   std::vector<Totals<wide_t<A>>> totals;  // (B, H)
 };
@@ -81,12 +83,11 @@ class ScanGrad {
   static constexpr int W = Simd<A>::width;
 
  public:
-  ScanGrad(const SsdScanBwdParams& g, Plan<A>& plan, int64_t b)
+  ScanGrad(const SsdScanBwdParams& g, Plan<A>& plan)
       : g_(g),
         p_(g.scan),
         plan_(plan),
         s_(plan.sizes),
-        b_(b),
         chunk_(s_.chunk),
         decays_{Decays<A>(s_.chunk), Decays<A>(s_.chunk)},
         q_(s_.chunk),
@@ -106,8 +107,8 @@ class ScanGrad {
     scratch_ = Buffer<A>(q_ * std::max(np_, pp_)), factor_ = Buffer<A>(q_), decay_sum_ = Buffer<Wide>(q_);
   }
 
-  void run(int64_t first_head) {
-    h0_ = first_head;
+  void run(int64_t b, int64_t first_head) {
+    b_ = b, h0_ = first_head;
     const bool f = p_.forward.on, r = p_.reverse.on;
     // running_[0] holds forward states, then their adjoints; running_[1] adjoints of reverse states, then the states.
     if (f) start_states(0, p_.initial_state);
@@ -376,8 +377,7 @@ class ScanGrad {
   const SsdScanParams& p_;
   Plan<A>& plan_;
   const ScanSizes& s_;
-  const int64_t b_;
-  int64_t h0_ = 0, rows_ = 0, gathered_ = -1;
+  int64_t b_ = 0, h0_ = 0, rows_ = 0, gathered_ = -1;
   Chunk chunk_;
   Decays<A> decays_[2];
   const int64_t q_, np_, pp_;  // padded sizes of a chunk, a state row, a head
@@ -392,16 +392,11 @@ class ScanGrad {
   Wide through_[2] = {};  // the state that crosses the whole chunk
 };
 
-// The largest task that still leaves enough of them, such that groups and tasks nest.
+// One bundle, or whole groups where these are enough tasks: either way a group's sum runs over its bundles in order, so
+// the bits do not depend on the choice, nor on the number of threads.
 inline int64_t heads_per_task(const SsdScanParams& p, const ScanSizes& s) {
-  constexpr int64_t kTasks = 8;
-  int64_t best = s.bundle;
-  for (int64_t n = s.bundle; n <= p.heads; n += s.bundle) {
-    bool fits = p.heads % n == 0 && p.batch * (p.heads / n) >= kTasks;
-    for (int64_t per : {s.per_x, s.per_b, s.per_c}) fits = fits && (per % n == 0 || n % per == 0);
-    if (fits) best = n;
-  }
-  return best;
+  const int64_t groups = std::lcm(std::lcm(s.per_x, s.per_b), std::lcm(s.per_c, s.bundle));
+  return p.batch * (p.heads / groups) >= p.threads.count ? groups : s.bundle;
 }
 
 template <class T>
@@ -482,10 +477,9 @@ void scan_grad(const SsdScanBwdParams& g) {
   const int64_t tasks = p.heads / plan.unit;
   const double work = static_cast<double>(plan.unit) * p.length * p.head_dim * p.state_dim;
   p.threads.run(p.batch * tasks, 1 + static_cast<int64_t>(16384 / (work + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      ScanGrad<T> task(g, plan, i / tasks);
-      for (int64_t h = 0; h < plan.unit; h += s.bundle) task.run(i % tasks * plan.unit + h);
-    }
+    ScanGrad<T> task(g, plan);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t h = 0; h < plan.unit; h += s.bundle) task.run(i / tasks, i % tasks * plan.unit + h);
   });
   reduce<T>(p, plan.x, s.per_x, g.x);
   for (int d = 0; d < 2; ++d) {

@@ -57,6 +57,7 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   d("seq_idx", seq_idx, "B L", ScalarType::Int);
   d("token_order", token_order, "B L", ScalarType::Int);
   d("initial_state", initial_state, "B H P N", acc);
+  STD_TORCH_CHECK(d["H"] > 0, "ssd_scan: dt must have at least one head, got H=0");
   d.divides("x", "Gx", "H");
   d.divides("B", "Gb", "H");
   d.divides("C", "Gc", "H");
