@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distill.stages import STAGES, Stage
 
 Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -92,15 +93,21 @@ class EvaluationConfig(_Table):
     """Exact match on held-out samples after initialisation and each stage, and speed at the end."""
 
     groups: list[str] = ["read", "line", "where", "video", "needle"]
-    samples: Annotated[int, Field(ge=0)] = 200
-    """Samples of each group; 0 turns evaluation off."""
-    final_samples: Annotated[int, Field(ge=0)] | None = None
+    samples: Count | dict[str, Count] = 200
+    """Samples of each group, for all groups or for each; 0 turns evaluation off."""
+    final_samples: Count | dict[str, Count] | None = None
     """Samples for the teacher and the final student, when other than `samples`."""
     seed: int = 2024
     options: dict[str, dict[str, Any]] = {}
     speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
     """Visual tokens at which time to first token, decode speed and cache size are measured; empty: not at all."""
     speed_new_tokens: Positive = 16
+
+    def counts(self, *, final: bool) -> dict[str, int]:
+        """Samples of each group that is evaluated: of the teacher and the finished student, or in between."""
+        chosen = self.final_samples if final and self.final_samples is not None else self.samples
+        every = {group: chosen if isinstance(chosen, int) else chosen.get(group, 0) for group in self.groups}
+        return {group: count for group, count in every.items() if count}
 
 
 class StageConfig(_Table):

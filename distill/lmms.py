@@ -1,7 +1,7 @@
 """LinMU models in lmms-eval, through its plugin entry point: `lmms-eval --model linmu --model_args pretrained=DIR`.
 
 lmms-eval finds `manifest` by the entry point `lmms_eval.models` in pyproject.toml; nothing of it is changed or copied.
-Its own `huggingface` model (0.7.3) does not find the class of a converted model, nor call processors as transformers 5 asks.
+Its own `huggingface` model (0.7.3) does not find a converted model's class, and calls processors as transformers 4 did.
 """
 
 from typing import Any

@@ -219,12 +219,13 @@ def write_report(
     ]
     if groups:
         accuracy_bars(folder / "figures/accuracy.png", results, groups)
-        counts = sorted({row["n"] for rows in results.values() for row in rows.values()})
+        counts = [row["n"] for rows in results.values() for row in rows.values()]
+        span = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
         parts += [
             "## How well it answers",
             "",
             "Share of held-out questions answered exactly, to the last character, and its 95 % interval (Wilson), "
-            f"{' to '.join(map(str, counts))} questions a cell. *initial* is the student before any training.",
+            f"{span} questions a cell. *initial* is the student before any training.",
             "",
             _accuracy(results, groups),
             "",

@@ -174,15 +174,15 @@ class Run:
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
 
-    def evaluate(self, label: str, model: PreTrainedModel, samples: int) -> None:
+    def evaluate(self, label: str, model: PreTrainedModel, counts: dict[str, int]) -> None:
         """Exact match of a model on held-out samples, kept under `label` in `evaluation.json`."""
         from distill.evaluation import evaluate
 
         path, options = self.folder / "evaluation.json", self.config.evaluation
         table = json.loads(path.read_text()) if path.exists() else {}
         known = table.setdefault(label, {})
-        for group in options.groups:
-            if not samples or known.get(group, {}).get("n") == samples:
+        for group, samples in counts.items():
+            if known.get(group, {}).get("n") == samples:
                 continue
             more = options.options.get(group, {})
             with self.accelerator.autocast():
@@ -197,13 +197,12 @@ class Run:
     def evaluate_stage(self, number: int) -> None:
         """Evaluate what stage `number` left (0: the untrained student), and before that, once, the teacher."""
         options = self.config.evaluation
-        last = number == len(STAGES)
-        final = options.samples if options.final_samples is None else options.final_samples
-        if self.accelerator.is_main_process and options.samples:
-            if not number:
-                self.evaluate("teacher", self.teacher, final)
-            label = f"stage {number}" if number else "initial"
-            self.evaluate(label, self.student_after(number).model, final if last else options.samples)
+        counts = options.counts(final=number == len(STAGES))
+        if self.accelerator.is_main_process:
+            if not number and (of_teacher := options.counts(final=True)):
+                self.evaluate("teacher", self.teacher, of_teacher)
+            if counts:
+                self.evaluate(f"stage {number}" if number else "initial", self.student_after(number).model, counts)
         self.accelerator.wait_for_everyone()
 
     def export(self) -> Path:

@@ -63,6 +63,14 @@ def test_overrides():
     assert config.stage(1) == STAGES[0]
 
 
+def test_samples_of_each_group():
+    tables = [{"samples": 5}, {"samples": {"read": 5, "needle": 2}, "final_samples": {"needle": 9}}]
+    one, two = (parse_config({**MINIMAL, "evaluation": {"groups": ["read", "needle"], **t}}).evaluation for t in tables)
+    assert one.counts(final=True) == one.counts(final=False) == {"read": 5, "needle": 5}
+    assert two.counts(final=False) == {"read": 5, "needle": 2}
+    assert two.counts(final=True) == {"needle": 9}
+
+
 def test_fingerprints_follow_what_a_stage_depends_on():
     first = parse_config(MINIMAL)
     longer = parse_config({**MINIMAL, "stage2": {"steps": 7}})
