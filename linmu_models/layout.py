@@ -76,6 +76,21 @@ def grids_to_units(grid_thw: Any, merge: int | Iterable[int]) -> list[VisualUnit
     return [VisualUnit.of_grid(t, h // m, w // m) for (t, h, w), m in zip(rows, merges, strict=True)]
 
 
+def repeat_units(placeholders: Placeholders) -> Placeholders:
+    """Units for rows that were each repeated a number of times in place, as beam search does: rows' units as often."""
+    mask, units = placeholders
+    tokens = sum(unit.tokens for unit in units)
+    times = int(mask.sum()) // tokens if tokens else 1
+    repeated: list[VisualUnit] = []
+    left = list(units)
+    for row in mask[::times] if times > 1 else ():
+        count, mine = int(row.sum()), []
+        while left and sum(unit.tokens for unit in mine) < count:
+            mine.append(left.pop(0))
+        repeated += mine * times
+    return Placeholders(mask, repeated or list(units))
+
+
 def build_layout(modalities: Iterable[Placeholders], batch_size: int, length: int) -> TokenLayout | None:
     """Lay every modality's units on its placeholders; None without any.
 

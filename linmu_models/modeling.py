@@ -25,7 +25,7 @@ from linmu_ops.nn import MMATE, MMATEConfig
 
 from .cache import linear_layer
 from .config import read_linmu
-from .layout import LinmuInputs, Placeholders, build_layout, token_mask
+from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
 from .report import TransferReport
 
 REMOTE_CODE = "modeling_linmu.py"
@@ -157,7 +157,13 @@ class LinmuModel:
         if self.layout_source is not None:
             return self.layout_source(inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        return build_layout(self.placeholders(inputs), *tokens.shape[:2])
+        sizes: dict[str, Any] = {}
+        for encoded in (inputs.get("mm_encoder_outputs") or {}).values():
+            sizes |= getattr(encoded, "linmu_sizes", {})
+        found = self.placeholders({**inputs, **sizes})
+        if sizes:
+            found = (repeat_units(placeholders) for placeholders in found)
+        return build_layout(found, *tokens.shape[:2])
 
     def _share_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("linmu") is not None:
@@ -208,6 +214,16 @@ class LinmuModel:
             return _padding_mask(inputs_embeds.shape[1], attention_mask)
         make = getattr(super(), "create_masks_for_generate", create_attention_masks)
         return make(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        # `generate` encodes pixels before the prefill and drops the grids with them; without them, the prefill would
+        # take visual tokens for text. They travel with what was encoded.
+        before = dict(model_kwargs)
+        out = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
+        dropped = {k: v for k, v in before.items() if k not in out and isinstance(v, Tensor) and "pixel" not in k}
+        for encoded in (out.get("mm_encoder_outputs") or {}).values():
+            encoded.linmu_sizes = dropped
+        return out
 
     def prepare_inputs_for_generation(
         self,

@@ -39,6 +39,19 @@ def test_cached_is_uncached(family, keep, how):
     assert torch.equal(*outs)
 
 
+@pytest.mark.parametrize("example", ["image", "images", "video"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_first_token_is_that_of_a_plain_forward_pass(family, example):
+    """`generate` may encode pixels before the prefill: the prefill must still know where the visual tokens are."""
+    if family == "gemma3" and example == "video":
+        pytest.skip("takes no video")
+    model = student(family)
+    inputs = tiny.example(family, example)
+    out = model.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        torch.testing.assert_close(out.logits[0], model(**inputs).logits[:, -1].float())
+
+
 @pytest.mark.parametrize("keep", [(0,), (0, 1)])
 def test_layers_with_a_window_of_keys_may_stay(keep):
     model = student("gemma3", keep)  # layer 0 attends to 8 tokens back, layer 1 to all
