@@ -82,8 +82,15 @@ def check_against_reference(
         narrow = {k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in inputs.items()}
         rounding = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         coarse, judge = run(reference, narrow), run(reference, {k: to_double(v) for k, v in narrow.items()})
-        base = [e + (c.double() - j) * rounding for e, c, j in zip(exact, coarse[0], judge[0], strict=True)]
-        base_grads = [e + (c.double() - j) * rounding for e, c, j in zip(exact_grads, coarse[1], judge[1], strict=True)]
+
+        def estimate(
+            exact: list[Tensor], coarse: list[Tensor], judge: list[Tensor], base: list[Tensor]
+        ) -> list[Tensor]:
+            every = zip(exact, coarse, judge, base, strict=True)
+            return [(e + (c.double() - j) * rounding).to(b.dtype) for e, c, j, b in every]
+
+        base = estimate(exact, coarse[0], judge[0], base)
+        base_grads = estimate(exact_grads, coarse[1], judge[1], base_grads)
     for i, (g, e, b) in enumerate(zip(got, exact, base, strict=True)):
         assert_within_twice(g, e, b, f"output {i}")
     for k, g, e, b in zip(wrt, got_grads, exact_grads, base_grads, strict=True):

@@ -24,35 +24,60 @@ struct Row {
 
   explicit Row(const BranchMixNormParams& params) : p(params), mixed(params.dim) {}
 
-  template <class L>
-  vec<A> mix(int64_t row, int64_t d, L lanes) const {
+  // The weight of a, by channel or the same for the row.
+  struct Share {
+    const A* by_channel;
+    vec<A> same;
+
+    template <class L>
+    vec<A> operator()(int64_t d, L lanes) const {
+      return by_channel ? lanes.load(by_channel + d) : same;
+    }
+  };
+  Share share_of(int64_t row) const {
     const A* mix = static_cast<const A*>(p.mix);
-    if (p.mix_by == MixBy::channel) return lanes.load(mix + d);
-    return splat(mix[p.mix_by == MixBy::token ? row : 0]);
+    Share share{};
+    if (p.mix_by == MixBy::channel)
+      share.by_channel = mix;
+    else
+      share.same += mix[p.mix_by == MixBy::token ? row : 0];
+    return share;
+  }
+
+  // Asks for the next row while this one is computed on; past the last row that is harmless.
+  void prefetch(int64_t d) const {
+    __builtin_prefetch(a + p.dim + d);
+    __builtin_prefetch(b + p.dim + d);
   }
 
   void read(int64_t row) {
     const int64_t D = p.dim;
     a = static_cast<const T*>(p.a) + row * D, b = static_cast<const T*>(p.b) + row * D;
     on = !p.mask || p.mask[row];
+    // Copies, because a store through a pointer could change what `this` holds, as far as the compiler knows.
+    const T *from = a, *other = b;
+    A* to = mixed.data();
+    const bool both = on, layer = p.norm == Norm::layer;
+    const Share share = share_of(row);
     vec<A> total{};  // lanes past the end stay 0: they load as 0 and mix to 0
     for_each_vector<A>(D, [&](int64_t d, auto lanes) {
-      vec<A> m = lanes.load(a + d);
-      if (on) {
-        const vec<A> share = mix(row, d, lanes);
-        m = share * m + (1 - share) * lanes.load(b + d);
+      vec<A> m = lanes.load(from + d);
+      if (both) {
+        const vec<A> mix = share(d, lanes);
+        m = mix * m + (1 - mix) * lanes.load(other + d);
       }
-      lanes.store(mixed.data() + d, m);
-      total = p.norm == Norm::layer ? total + m : m * m + total;
+      lanes.store(to + d, m);
+      total = layer ? total + m : m * m + total;
     });
     mean = 0, scale = 1;
     if (p.norm == Norm::none) return;
     A square = sum<A>(total) / static_cast<A>(D);
     if (p.norm == Norm::layer) {
       mean = square;
+      const A middle = mean;
       vec<A> squares{};
       for_each_vector<A>(D, [&](int64_t d, auto lanes) {
-        const vec<A> c = lanes.only(lanes.load(mixed.data() + d) - mean);
+        const vec<A> c = lanes.only(lanes.load(to + d) - middle);
         squares = c * c + squares;
       });
       square = sum<A>(squares) / static_cast<A>(D);
@@ -70,8 +95,11 @@ void forward(const BranchMixNormParams& p) {
     for (int64_t row = begin; row < end; ++row) {
       r.read(row);
       T* out = static_cast<T*>(p.out) + row * p.dim;
+      const A* mixed = r.mixed.data();
+      const A mean = r.mean, scale = r.scale;
       for_each_vector<A>(p.dim, [&](int64_t d, auto lanes) {
-        vec<A> m = (lanes.load(r.mixed.data() + d) - r.mean) * r.scale;
+        r.prefetch(d);
+        vec<A> m = (lanes.load(mixed + d) - mean) * scale;
         if (weight) m = m * lanes.load(weight + d);
         if (bias) m = m + lanes.load(bias + d);
         lanes.store(out + d, m);
@@ -89,7 +117,7 @@ void backward(const BranchMixNormBwdParams& q) {
   const int64_t D = p.dim, rows = p.rows;
   const int64_t per_task = std::max(kBlock, (rows + 31) / 32), tasks = (rows + per_task - 1) / per_task;
   const A* weight = static_cast<const A*>(p.weight);
-  const bool by_channel = p.mix_by == MixBy::channel;
+  const bool by_channel = p.mix_by == MixBy::channel, has_weight = q.dweight, has_bias = q.dbias;
   std::vector<A> sums(tasks * 3 * D);  // per task: dmix, dweight, dbias, each (D,)
   std::vector<double> shares(tasks);   // per task: dmix of a scalar
   p.threads.run(tasks, 1 + 16384 / (per_task * D + 1), [&](int64_t begin, int64_t end) {
@@ -99,11 +127,13 @@ void backward(const BranchMixNormBwdParams& q) {
       for (int64_t row = task * per_task; row < std::min(rows, (task + 1) * per_task); ++row) {
         r.read(row);
         const T* dy = static_cast<const T*>(q.grad_out) + row * D;
+        const A* mixed = r.mixed.data();
+        const A mean = r.mean, scale = r.scale;
         vec<A> sum_g{}, sum_gn{};
         for_each_vector<A>(D, [&](int64_t d, auto lanes) {
-          const vec<A> grad = lanes.load(dy + d), n = (lanes.load(r.mixed.data() + d) - r.mean) * r.scale;
-          if (q.dweight) lanes.store(dweight + d, grad * n + lanes.load(dweight + d));
-          if (q.dbias) lanes.store(dbias + d, grad + lanes.load(dbias + d));
+          const vec<A> grad = lanes.load(dy + d), n = (lanes.load(mixed + d) - mean) * scale;
+          if (has_weight) lanes.store(dweight + d, grad * n + lanes.load(dweight + d));
+          if (has_bias) lanes.store(dbias + d, grad + lanes.load(dbias + d));
           const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
           sum_g = sum_g + g;
           sum_gn = g * n + sum_gn;
@@ -111,20 +141,24 @@ void backward(const BranchMixNormBwdParams& q) {
         const A mean_g = p.norm == Norm::layer ? sum<A>(sum_g) / static_cast<A>(D) : A(0);
         const A mean_gn = p.norm == Norm::none ? A(0) : sum<A>(sum_gn) / static_cast<A>(D);
         T *da = static_cast<T*>(q.da) + row * D, *db = static_cast<T*>(q.db) + row * D;
+        const T *a = r.a, *b = r.b;
+        const bool on = r.on;
+        const auto share_of = r.share_of(row);
         vec<A> share{};
         for_each_vector<A>(D, [&](int64_t d, auto lanes) {
-          const vec<A> grad = lanes.load(dy + d), n = (lanes.load(r.mixed.data() + d) - r.mean) * r.scale;
+          r.prefetch(d);
+          const vec<A> grad = lanes.load(dy + d), n = (lanes.load(mixed + d) - mean) * scale;
           const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
-          const vec<A> dm = (g - mean_g - n * mean_gn) * r.scale;
-          if (!r.on) {
+          const vec<A> dm = (g - mean_g - n * mean_gn) * scale;
+          if (!on) {
             lanes.store(da + d, dm);
             lanes.store(db + d, vec<A>{});
             return;
           }
-          const vec<A> mix = r.mix(row, d, lanes);
+          const vec<A> mix = share_of(d, lanes);
           lanes.store(da + d, mix * dm);
           lanes.store(db + d, (1 - mix) * dm);
-          const vec<A> difference = lanes.load(r.a + d) - lanes.load(r.b + d);  // 0 past the end
+          const vec<A> difference = lanes.load(a + d) - lanes.load(b + d);  // 0 past the end
           if (by_channel)
             lanes.store(dmix + d, dm * difference + lanes.load(dmix + d));
           else

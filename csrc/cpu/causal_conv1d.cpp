@@ -66,27 +66,23 @@ void with_shape(bool tile, int64_t width, F&& f) {
 }
 bool has_tile(int64_t width) { return width >= 2 && width <= 4; }
 
-// The convolution of R rows; in[K-1+i-j] is what tap j of row i reads.
+// Of R rows, what `convolve` needs of one vector: x[width-1+i-j] is what tap j of row i reads.
 template <int R, int K, class A, class T, class L>
-inline void convolve(vec<A> (&y)[R], const T* const* in, const A* taps, const A* bias, int64_t width, int64_t D,
-                     int64_t d, L lanes) {
-  const vec<A> start = bias ? lanes.load(bias + d) : vec<A>{};
-  if constexpr (K == 0) {
-    y[0] = start;
-    for (int64_t j = width - 1; j >= 0; --j)
-      y[0] = lanes.load(taps + j * D + d) * lanes.load(in[width - 1 - j] + d) + y[0];
-  } else {
-    vec<A> x[K - 1 + R];
+inline void load_rows(vec<A>* x, const T* const* in, int width, int64_t d, L lanes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < (K ? K : width) - 1 + R; ++i) x[i] = lanes.load(in[i] + d);
+}
+template <int R, int K, class A, class L>
+inline void convolve(vec<A> (&y)[R], const vec<A>* x, const A* taps, const A* bias, int width, int64_t D, int64_t d,
+                     L lanes) {
+  const int before = (K ? K : width) - 1;
 #pragma GCC unroll 8
-    for (int i = 0; i < K - 1 + R; ++i) x[i] = lanes.load(in[i] + d);
+  for (int i = 0; i < R; ++i) y[i] = bias ? lanes.load(bias + d) : vec<A>{};
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) y[i] = start;
+  for (int j = before; j >= 0; --j) {
+    const vec<A> w = lanes.load(taps + j * D + d);
 #pragma GCC unroll 8
-    for (int j = K - 1; j >= 0; --j) {
-      const vec<A> w = lanes.load(taps + j * D + d);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) y[i] = w * x[K - 1 + i - j] + y[i];
-    }
+    for (int i = 0; i < R; ++i) y[i] = w * x[before + i - j] + y[i];
   }
 }
 
@@ -109,7 +105,9 @@ void forward(const CausalConv1dParams& p) {
   const int64_t D = p.dim, L = p.length, before = p.width - 1, blocks = (L + kBlock - 1) / kBlock;
   const std::vector<A> taps = taps_of<A>(p);
   const std::vector<T> zeros(D);
-  const A* bias = static_cast<const A*>(p.bias);
+  const A *bias = static_cast<const A*>(p.bias), *taps_data = taps.data();
+  const bool silu = p.silu;
+  const int width = static_cast<int>(p.width);
   p.threads.run(p.batch * blocks, 1 + 32768 / (kBlock * D + 1), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const Line<T> line{p, block / blocks, zeros.data()};
@@ -123,10 +121,11 @@ void forward(const CausalConv1dParams& p) {
           T* out[R];
           for (int i = 0; i < R; ++i) out[i] = static_cast<T*>(p.y) + line.offset(v + i);
           for_each_vector<A>(D, [&](int64_t d, auto lanes) {
-            vec<A> y[R];
-            convolve<R, K, A>(y, in, taps.data(), bias, p.width, D, d, lanes);
+            vec<A> x[kMaxWidth - 1 + R], y[R];
+            load_rows<R, K, A>(x, in, width, d, lanes);
+            convolve<R, K, A>(y, x, taps_data, bias, width, D, d, lanes);
 #pragma GCC unroll 8
-            for (int i = 0; i < R; ++i) lanes.store(out[i] + d, p.silu ? y[i] * sigmoid(y[i]) : y[i]);
+            for (int i = 0; i < R; ++i) lanes.store(out[i] + d, silu ? y[i] * sigmoid(y[i]) : y[i]);
           });
           v += R;
         });
@@ -163,8 +162,11 @@ struct Backward {
   A* g(int64_t v) { return ring.data() + (v & (kRing - 1)) * p.dim; }
 
   void gradient_rows(const Line<T>& line, int64_t v, bool tile, bool count) {
-    const int64_t D = p.dim, width = p.width;
-    const A* bias = static_cast<const A*>(p.bias);
+    const int64_t D = p.dim;
+    const int width = static_cast<int>(p.width);
+    const bool silu = p.silu;
+    const A *bias = static_cast<const A*>(p.bias), *w = taps;
+    A* total = count ? sums : nullptr;
     with_shape(tile, width, [&](auto r, auto k) {
       constexpr int R = r, K = k;
       const T* in[kMaxWidth - 1 + R];
@@ -176,29 +178,30 @@ struct Backward {
         out[i] = g(v + i);
       }
       for_each_vector<A>(D, [&](int64_t d, auto lanes) {
-        vec<A> y[R];
-        if (p.silu) convolve<R, K, A>(y, in, taps, bias, width, D, d, lanes);
-        vec<A> total{};
+        vec<A> x[kMaxWidth - 1 + R], y[R], dbias{};
+        load_rows<R, K, A>(x, in, width, d, lanes);
+        if (silu) convolve<R, K, A>(y, x, w, bias, width, D, d, lanes);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
           vec<A> grad = lanes.load(dy[i] + d);
-          if (p.silu) {
+          if (silu) {
             const vec<A> s = sigmoid(y[i]);
             grad = grad * (s * (1 + y[i] * (1 - s)));
           }
           y[i] = grad;
-          total = total + grad;
+          dbias = dbias + grad;
           lanes.store(out[i] + d, grad);
         }
-        if (!count) return;
-        A* sum = sums + width * D + d;
-        lanes.store(sum, lanes.load(sum) + total);
-        const int64_t before = K ? K - 1 : width - 1;
-        for (int64_t j = 0; j <= before; ++j) {
+        if (!total) return;
+        A* sum = total + width * D + d;
+        lanes.store(sum, lanes.load(sum) + dbias);
+        const int before = (K ? K : width) - 1;
+#pragma GCC unroll 8
+        for (int j = 0; j <= before; ++j) {
           vec<A> dw{};
 #pragma GCC unroll 8
-          for (int i = 0; i < R; ++i) dw = y[i] * lanes.load(in[before + i - j] + d) + dw;
-          sum = sums + j * D + d;
+          for (int i = 0; i < R; ++i) dw = y[i] * x[before + i - j] + dw;
+          sum = total + j * D + d;
           lanes.store(sum, lanes.load(sum) + dw);
         }
       });
@@ -207,7 +210,9 @@ struct Backward {
 
   // dx of R rows from v (v < 0: rows of the initial state); `last` is the row's share in the final state, or null.
   void input_rows(const Line<T>& line, int64_t v, bool tile, const T* last) {
-    const int64_t D = p.dim, width = p.width;
+    const int64_t D = p.dim;
+    const int width = static_cast<int>(p.width);
+    const A* w = taps;
     with_shape(tile, width, [&](auto r, auto k) {
       constexpr int R = r, K = k;
       const A* in[kMaxWidth - 1 + R];
@@ -225,16 +230,16 @@ struct Backward {
         vec<A> dx[R] = {};
         if constexpr (K == 0) {
           if (last) dx[0] = lanes.load(last + d);
-          for (int64_t j = 0; j < width; ++j) dx[0] = lanes.load(taps + j * D + d) * lanes.load(in[j] + d) + dx[0];
+          for (int j = 0; j < width; ++j) dx[0] = lanes.load(w + j * D + d) * lanes.load(in[j] + d) + dx[0];
         } else {
           vec<A> x[K - 1 + R];
 #pragma GCC unroll 8
           for (int i = 0; i < K - 1 + R; ++i) x[i] = lanes.load(in[i] + d);
 #pragma GCC unroll 8
           for (int j = 0; j < K; ++j) {
-            const vec<A> w = lanes.load(taps + j * D + d);
+            const vec<A> tap = lanes.load(w + j * D + d);
 #pragma GCC unroll 8
-            for (int i = 0; i < R; ++i) dx[i] = w * x[i + j] + dx[i];
+            for (int i = 0; i < R; ++i) dx[i] = tap * x[i + j] + dx[i];
           }
         }
 #pragma GCC unroll 8

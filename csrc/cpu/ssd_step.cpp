@@ -7,10 +7,26 @@ namespace linmu {
 namespace LINMU_ISA {
 namespace {
 
+// R rows of the state, which share the loads of B and C.
+template <int R, class T, class A = acc_t<T>>
+inline void rows(A* state, const T* x, const T* B, const T* C, T* y, int64_t N, A dt, A decay, A skip) {
+  vec<A> u[R], dot[R] = {};
+  for (int i = 0; i < R; ++i) u[i] = splat(dt * widen(x[i]));
+  for_each_vector<A>(N, [&](int64_t n, auto lanes) {
+    const vec<A> b = lanes.load(B + n), c = lanes.load(C + n);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vec<A> s = lanes.load(state + i * N + n) * decay + b * u[i];
+      lanes.store(state + i * N + n, s);
+      dot[i] = s * c + dot[i];
+    }
+  });
+  for (int i = 0; i < R; ++i) y[i] = narrow<T>(sum<A>(dot[i]) + skip * widen(x[i]));
+}
+
 template <class T>
 void step(const SsdStepParams& p) {
   using A = acc_t<T>;
-  constexpr int W = Simd<A>::width;
   const int64_t P = p.head_dim, N = p.state_dim, H = p.heads;
   p.threads.run(p.batch * H, 1 + 16384 / (P * N + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -25,23 +41,9 @@ void step(const SsdStepParams& p) {
       if (p.dt_softplus) dt = softplus(dt);
       const A decay = std::exp(dt * static_cast<const A*>(p.A)[h]);
       const A skip = p.D ? static_cast<const A*>(p.D)[h] : A(0);
-      for (int64_t r = 0; r < P; ++r, state += N) {
-        const A u = dt * widen(x[r]);
-        vec<A> dot{};
-        int64_t n = 0;
-        for (; n + W <= N; n += W) {
-          vec<A> s = load(state + n) * decay + load(B + n) * u;
-          store(state + n, s);
-          dot = s * load(C + n) + dot;
-        }
-        if (n < N) {
-          const int rest = static_cast<int>(N - n);
-          vec<A> s = load_n(state + n, rest) * decay + load_n(B + n, rest) * u;
-          store_n(state + n, s, rest);
-          dot = s * load_n(C + n, rest) + dot;
-        }
-        y[r] = narrow<T>(sum<A>(dot) + skip * widen(x[r]));
-      }
+      int64_t r = 0;
+      for (; r + 4 <= P; r += 4) rows<4>(state + r * N, x + r, B, C, y + r, N, dt, decay, skip);
+      for (; r < P; ++r) rows<1>(state + r * N, x + r, B, C, y + r, N, dt, decay, skip);
     }
   });
 }

@@ -177,9 +177,28 @@ inline float sum<float>(vf v) {
 }
 #endif
 
+inline vf exp_polynomial(vf r) {
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * r * r + r + 1.0f;
+}
+
 // exp to 1-2 ulp in float; below -87.3 it is 0, which is what a decay that small means.
 inline vf exp(vf x) {
   const vf low = splat(-87.336f), high = splat(88.376f);
+#if defined(__AVX512F__)
+  // In this order a NaN stays one; scalef multiplies by 2^n.
+  const __m512 clamped = _mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));
+  const vf n =
+      (vf)_mm512_roundscale_ps((__m512)((vf)clamped * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf r = (vf)clamped - n * 0.693145752f;
+  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ),
+                                    (__m512)exp_polynomial(r - n * 1.42860677e-6f), (__m512)n);
+#else
   vf clamped = x < low ? low : x;
   clamped = clamped > high ? high : clamped;
   vf n = clamped * 1.44269504f;
@@ -187,17 +206,12 @@ inline vf exp(vf x) {
   n = (n + magic) - magic;
   vf r = clamped - n * 0.693145752f;
   r = r - n * 1.42860677e-6f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  const vf p = exp_polynomial(r);
   vi e = __builtin_convertvector(n, vi);
   vf scaled = (vf)((vi)p + (e << 23));
   scaled = x < low ? vf{} : scaled;
   return x == x ? scaled : x;
+#endif
 }
 inline vd exp(vd x) {
   for (int i = 0; i < Simd<double>::width; ++i) x[i] = std::exp(x[i]);
@@ -207,7 +221,7 @@ inline vd exp(vd x) {
 // 1 / (1 + exp(-x)), through exp(-|x|) alone.
 template <class V>
 inline V sigmoid(V x) {
-  const V e = exp(x < 0 ? x : -x);
+  const V e = exp((V)((decltype(x < 0))x | (decltype(x < 0))(-V{})));  // the sign bit set: -|x|
   const V s = 1 / (1 + e);
   return x < 0 ? e * s : s;
 }
