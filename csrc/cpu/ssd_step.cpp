@@ -7,26 +7,39 @@ namespace linmu {
 namespace LINMU_ISA {
 namespace {
 
-// R rows of the state, which share the loads of B and C.
-template <int R, class T, class A = acc_t<T>>
-inline void rows(A* state, const T* x, const T* B, const T* C, T* y, int64_t N, A dt, A decay, A skip) {
-  vec<A> u[R], dot[R] = {};
-  for (int i = 0; i < R; ++i) u[i] = splat(dt * widen(x[i]));
-  for_each_vector<A>(N, [&](int64_t n, auto lanes) {
-    const vec<A> b = lanes.load(B + n), c = lanes.load(C + n);
+// Rows of N values each. V > 0: N is V vectors, and B and C stay in registers, so that a row costs little more than the
+// memory it is in.
+template <int V, class T, class A = acc_t<T>>
+inline void rows(A* state, const T* x, const T* B, const T* C, T* y, int64_t P, int64_t N, A dt, A decay, A skip) {
+  constexpr int W = Simd<A>::width;
+  vec<A> b[V ? V : 1], c[V ? V : 1];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      const vec<A> s = lanes.load(state + i * N + n) * decay + b * u[i];
-      lanes.store(state + i * N + n, s);
-      dot[i] = s * c + dot[i];
+  for (int i = 0; i < V; ++i) b[i] = load(B + i * W), c[i] = load(C + i * W);
+  for (int64_t r = 0; r < P; ++r, state += N) {
+    const A u = dt * widen(x[r]);
+    vec<A> dot[2] = {};
+    if constexpr (V > 0) {
+#pragma GCC unroll 8
+      for (int i = 0; i < V; ++i) {
+        const vec<A> s = load(state + i * W) * decay + b[i] * u;
+        store(state + i * W, s);
+        dot[i % 2] = s * c[i] + dot[i % 2];
+      }
+    } else {
+      for_each_vector<A>(N, [&](int64_t n, auto lanes) {
+        const vec<A> s = lanes.load(state + n) * decay + lanes.load(B + n) * u;
+        lanes.store(state + n, s);
+        dot[0] = s * lanes.load(C + n) + dot[0];
+      });
     }
-  });
-  for (int i = 0; i < R; ++i) y[i] = narrow<T>(sum<A>(dot[i]) + skip * widen(x[i]));
+    y[r] = narrow<T>(sum<A>(dot[0] + dot[1]) + skip * widen(x[r]));
+  }
 }
 
 template <class T>
 void step(const SsdStepParams& p) {
   using A = acc_t<T>;
+  constexpr int W = Simd<A>::width;
   const int64_t P = p.head_dim, N = p.state_dim, H = p.heads;
   p.threads.run(p.batch * H, 1 + 16384 / (P * N + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -41,9 +54,13 @@ void step(const SsdStepParams& p) {
       if (p.dt_softplus) dt = softplus(dt);
       const A decay = std::exp(dt * static_cast<const A*>(p.A)[h]);
       const A skip = p.D ? static_cast<const A*>(p.D)[h] : A(0);
-      int64_t r = 0;
-      for (; r + 4 <= P; r += 4) rows<4>(state + r * N, x + r, B, C, y + r, N, dt, decay, skip);
-      for (; r < P; ++r) rows<1>(state + r * N, x + r, B, C, y + r, N, dt, decay, skip);
+      const auto run = [&](auto v) { rows<v>(state, x, B, C, y, P, N, dt, decay, skip); };
+      if (N == 8 * W)
+        run(std::integral_constant<int, 8>{});
+      else if (N == 4 * W)
+        run(std::integral_constant<int, 4>{});
+      else
+        run(std::integral_constant<int, 0>{});
     }
   });
 }
