@@ -22,6 +22,8 @@ CASES = {
     "gqa-both": case(L=4096, direction="both", dtypes=("float32", "bfloat16"), **GQA),
 } | {f"L={length}": case(L=length, **SMALL) for length in (1024, 8192, 32768, 131072)}
 
+MEMORY_GB = 4  # a peer that would need more is left out
+
 
 def make(c: Case, dtype: torch.dtype, device: str) -> Inputs:
     B, L, H = c["B"], c["L"], c["H"]
@@ -73,6 +75,10 @@ def _both(scan: Any) -> Any:
 
 def _transformers(c: Case, chunk_size: int) -> Peer:
     scan = mamba2().mamba2_chunk_scan
+    # Its two largest temporaries, a few of each: (L, chunk, H), and (L / chunk) squared by H.
+    gigabytes = 4 * c["B"] * c["H"] * (4 * c["L"] * chunk_size + 3 * (c["L"] / chunk_size) ** 2) * 1e-9
+    if gigabytes > MEMORY_GB:
+        raise Missing(f"would need about {gigabytes:.0f} GB")
 
     def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         heads = dt.shape[2]
