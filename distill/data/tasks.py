@@ -14,7 +14,7 @@ from distill.data import assets
 from distill.data.assets import BLANK, CELL, CLASSES, DIGITS, LETTERS
 
 Sizes = tuple[tuple[int, int], ...]
-PAGE_SIZES: Sizes = ((4, 8), (3, 8), (4, 6), (3, 6))
+PAGE_SIZES: Sizes = ((4, 8), (3, 8), (2, 8))
 VIDEO_SIZE = (4, 4)
 VIDEO_FRAMES = (4, 8)
 NEEDLE_SIZE = (4, 8)
