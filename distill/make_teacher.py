@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import distributed
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -62,19 +63,18 @@ class Phase:
 
 
 LOOK = {"read": 2.0, "where": 3.0, "video": 1.0, "needle": 1.0}
-COPY = {"read": 1.0, "line": 1.0}
-FIRST = {"read": 3.0, "line": 3.0, "where": 3.0, "video": 2.0, "needle": 1.0}
-EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 3.0, "needle": 1.0}
+EASY = {"read": 3.0, "line": 3.0, "where": 3.0, "video": 1.0, "needle": 1.0}
+EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 2.0, "needle": 1.0}
 FIND = {"read": 1.0, "line": 1.0, "where": 2.0, "video": 2.0, "needle": 2.0}
 # One question about one or two lines first: there the cell to copy is at a fixed distance, which is found at once. With
 # several questions, or lines of different lengths, the decoder stays at the frequencies of the letters for long.
 CURRICULUM = (
     Phase("eyes", 1500, (1.5e-3, 3.0e-4), LOOK, needle_frames=(2, 4), needle_batch=16),
-    Phase("mind", 300, (1.0e-3, 1.0e-3), COPY, pages=((1, 8), (2, 8)), turns=1),
-    Phase("mind", 350, (1.0e-3, 1.0e-3), FIRST, pages=((1, 8), (2, 8), (3, 8), (4, 8)), turns=2, needle_frames=(2, 6)),
-    Phase("mind", 1200, (1.0e-3, 1.0e-3), EVEN, needle_batch=4),
-    Phase("mind", 200, (1.0e-3, 3.0e-4), FIND, needle_frames=(16, 64), needle_batch=3),
-    Phase("whole", 700, (5.0e-4, 1.0e-5), EVEN, needle_frames=(8, 64), needle_batch=2),
+    Phase("mind", 500, (1.0e-3, 1.0e-3), EASY, pages=((1, 8), (2, 8)), turns=1, needle_frames=(2, 4)),
+    Phase("mind", 800, (1.0e-3, 1.0e-3), EASY, pages=((1, 8), (2, 8), (3, 8), (4, 8)), turns=1, needle_frames=(2, 8)),
+    Phase("mind", 1500, (1.0e-3, 1.0e-3), EVEN, turns=3, needle_batch=4),
+    Phase("mind", 200, (1.0e-3, 3.0e-4), FIND, needle_frames=(16, 64), needle_batch=4),
+    Phase("whole", 600, (5.0e-4, 1.0e-5), EVEN, needle_frames=(8, 64), needle_batch=2),
 )
 PARTS = ("eyes", "mind", "whole")
 EMBEDDING_STD = 0.02
@@ -99,8 +99,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalG
             "num_attention_heads": 6,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
-            # The width axis gets the slowest frequencies; with a large base neighbouring columns would look alike.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 4.0, "mrope_section": [4, 6, 6]},
+            # Sections of one frequency each, in turns t, h, w, t, ...: every axis gets fast ones, to tell neighbours
+            # apart, and slow ones, to compare contents wherever they are. Three long sections give w slow ones only.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1] * 16},
             "bos_token_id": token(BOS),
             "eos_token_id": token(EOS),
             "pad_token_id": token(PAD),
@@ -133,6 +134,8 @@ class Trainer:
     def __init__(self, work: Path, part: str, seed: int) -> None:
         """Start `part` from what the earlier parts left in `work`, or where its own checkpoint stands."""
         self.work, self.part, self.seed = work, part, seed
+        shared = distributed.is_initialized()
+        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
         self.phases = [phase for phase in CURRICULUM if phase.part == part]
         self.tokenizer = build_tokenizer()
         torch.manual_seed(seed)
@@ -234,7 +237,7 @@ class Trainer:
     def train_step(self, phase: Phase) -> dict[str, float]:
         """One optimiser step; returns what the log is to say about it."""
         stream = phase.stream(self.processor, self.seed)
-        group, samples = stream.group(self.step), stream.samples(self.step)
+        group, samples = stream.group(self.step), stream.samples(self.step)[self.rank :: self.world]
         batch = self.processor(samples)
         # Padding is on the right: with causal attention, leaving the mask out changes no supervised position.
         del batch["attention_mask"]
@@ -252,6 +255,11 @@ class Trainer:
             loss = output.loss + VISION_WEIGHT * loss
         self.optimizer.zero_grad()
         loss.backward()
+        if self.world > 1:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            mean = torch.nn.utils.parameters_to_vector(gradients) / self.world
+            distributed.all_reduce(mean)
+            torch.nn.utils.vector_to_parameters(mean, gradients)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return record
@@ -270,20 +278,26 @@ class Trainer:
             self.step += 1
             self.seconds += time.perf_counter() - clock
             self.cpu_seconds += time.process_time() - cpu
-            if self.step % LOG_EVERY == 0:
+            if self.rank == 0 and self.step % LOG_EVERY == 0:
                 self.log(lr=round(rate, 6), **{k: round(sum(v) / len(v), 4) for k, v in sorted(running.items())})
                 running.clear()
-            if self.step % CHECKPOINT_EVERY == 0:
+            if self.rank == 0 and self.step % CHECKPOINT_EVERY == 0:
                 self.save()
-        self.save()
+        if self.rank == 0:
+            self.save()
 
 
 @app.command()
 def train(
     work: Path = Path("runs/teacher"), part: Annotated[list[str] | None, typer.Option()] = None, seed: int = 0
 ) -> None:
-    """Train, or go on training, with checkpoints and log in WORK. `eyes` and `mind` may run at the same time."""
+    """Train, or go on training, with checkpoints and log in WORK.
+
+    `eyes` and `mind` may run at the same time; under torchrun, each batch is shared among the processes.
+    """
     torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo")
     for name in part or PARTS:
         Trainer(work, name, seed).run()
 

@@ -109,15 +109,17 @@ def _page_sample(
 
 
 def read(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
-    """Transcribe a page: every line, blanks as `-`. There is one question to ask, so `turns` changes nothing."""
+    """Transcribe a page: every line with its number, blanks as `-`. There is only one question to ask."""
     page = _text_page(rng, split, sizes)
-    return _page_sample(rng, "read", split, page, [("read", "\n".join(page))])
+    return _page_sample(
+        rng, "read", split, page, [("read", "\n".join(f"{k + 1} {text}" for k, text in enumerate(page)))]
+    )
 
 
 def line(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Transcribe line k of a page."""
     page = _text_page(rng, split, sizes)
-    asked = [(f"line {k + 1}?", page[k]) for k in rng.permutation(len(page))[:turns]]
+    asked = [(f"line {k + 1}", page[k]) for k in rng.permutation(len(page))[:turns]]
     return _page_sample(rng, "line", split, page, asked)
 
 

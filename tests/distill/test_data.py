@@ -65,7 +65,7 @@ def _page(sample):
 
 def test_answers_follow_from_what_is_drawn():
     for sample in generate("read", 50, 0):
-        assert sample.turns == (("read", "\n".join(_page(sample))),)
+        assert sample.turns == (("read", "\n".join(f"{k + 1} {text}" for k, text in enumerate(_page(sample)))),)
     for sample in generate("line", 50, 0, turns=4):
         assert len(sample.turns) == len(_page(sample))
         for question, answer in sample.turns:
