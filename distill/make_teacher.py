@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import distributed
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, TaskStream, build_tokenizer
+from distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
 from distill.data.tasks import PAGE_SIZES, Sizes
 from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
 from distill.evaluation import blind_baseline, evaluate
@@ -52,27 +53,28 @@ class Phase:
     pages: Sizes = PAGE_SIZES
     needle_frames: tuple[int, int] = (4, 16)
     needle_batch: int = 8
-    turns: int = 4
+    where_turns: int = 4
 
     def stream(self, processor: Processor, seed: int) -> TaskStream:
         """The training data of this phase."""
         pages = {group: {"sizes": self.pages} for group in ("read", "line", "where")}
         options = {**pages, "needle": {"frames": self.needle_frames}}
         sizes = {"read": 16, "line": 16, "where": 16, "video": 8, "needle": self.needle_batch}
-        return TaskStream(processor, self.mixture, sizes, self.turns, seed, options=options)
+        # One question for each of the others: with more, the cell to copy is no longer at a fixed distance.
+        turns = {group: self.where_turns if group == "where" else 1 for group in GROUPS}
+        return TaskStream(processor, self.mixture, sizes, turns, seed, options=options)
 
 
 LOOK = {"read": 2.0, "where": 3.0, "video": 1.0, "needle": 1.0}
 EASY = {"read": 3.0, "line": 3.0, "where": 3.0, "video": 1.0, "needle": 1.0}
-EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 2.0, "needle": 1.0}
+EVEN = {"read": 2.0, "line": 3.0, "where": 5.0, "video": 2.0, "needle": 2.0}
 FIND = {"read": 1.0, "line": 1.0, "where": 2.0, "video": 2.0, "needle": 2.0}
 # One question about one or two lines first: there the cell to copy is at a fixed distance, which is found at once. With
 # several questions, or lines of different lengths, the decoder stays at the frequencies of the letters for long.
 CURRICULUM = (
     Phase("eyes", 1500, (1.5e-3, 3.0e-4), LOOK, needle_frames=(2, 4), needle_batch=16),
-    Phase("mind", 500, (1.0e-3, 1.0e-3), EASY, pages=((1, 8), (2, 8)), turns=1, needle_frames=(2, 4)),
-    Phase("mind", 800, (1.0e-3, 1.0e-3), EASY, pages=((1, 8), (2, 8), (3, 8), (4, 8)), turns=1, needle_frames=(2, 8)),
-    Phase("mind", 1500, (1.0e-3, 1.0e-3), EVEN, turns=3, needle_batch=4),
+    Phase("mind", 400, (1.5e-3, 1.5e-3), EASY, pages=((1, 8), (2, 8)), needle_frames=(2, 4)),
+    Phase("mind", 2600, (1.5e-3, 1.0e-3), EVEN, pages=((1, 8), *PAGE_SIZES), needle_frames=(2, 12)),
     Phase("mind", 200, (1.0e-3, 3.0e-4), FIND, needle_frames=(16, 64), needle_batch=4),
     Phase("whole", 600, (5.0e-4, 1.0e-5), EVEN, needle_frames=(8, 64), needle_batch=2),
 )
@@ -82,6 +84,8 @@ MIND_NOISE = 0.3
 FINAL_NORM = 4.0
 BLANK_WEIGHT = 0.2
 VISION_WEIGHT = 0.2
+PLACE_WEIGHT = 0.2
+MAX_ROWS, MAX_COLUMNS = 4, 8
 LOG_EVERY = 25
 CHECKPOINT_EVERY = 100
 
@@ -148,6 +152,8 @@ class Trainer:
         if part == "whole":
             core.visual.load_state_dict(self._finished("eyes", core.visual))
             core.language_model.load_state_dict(self._finished("mind", core.language_model))
+        # A row and a column for each visual token, read off halfway up the decoder; not part of the teacher.
+        self.places = torch.nn.Linear(self.embedding.shape[1], MAX_ROWS + MAX_COLUMNS)
         trained = {"eyes": core.visual, "mind": core.language_model.layers, "whole": self.model}[part]
         self.model.requires_grad_(False)
         trained.requires_grad_(True)
@@ -156,12 +162,14 @@ class Trainer:
         self.class_tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(CLASSES)))
         self.class_weights = torch.ones(len(CLASSES)).index_fill_(0, torch.tensor(0), BLANK_WEIGHT)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters += self.places.parameters() if part != "eyes" else []
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         work.mkdir(parents=True, exist_ok=True)
         if self.checkpoint(part).exists():
             state = torch.load(self.checkpoint(part), weights_only=True)
             self.model.load_state_dict(state["model"])
+            self.places.load_state_dict(state["places"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
 
@@ -184,6 +192,7 @@ class Trainer:
         torch.save(
             {
                 "model": self.model.state_dict(),
+                "places": self.places.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
@@ -234,6 +243,14 @@ class Trainer:
         loss = loss + torch.nn.functional.mse_loss(features, ideal.detach()) / EMBEDDING_STD**2
         return features, loss, (logits.argmax(-1) == classes)[classes > 0].float().mean()
 
+    def place_loss(self, hidden: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+        """How badly `hidden` `(N, D)`, the decoder's states at the visual tokens, tells their rows and columns."""
+        where = [np.indices(sample.cells.shape).reshape(3, -1)[1:] for sample in samples]
+        rows, columns = torch.from_numpy(np.concatenate(where, axis=1))
+        logits = self.places(hidden)
+        cross_entropy = torch.nn.functional.cross_entropy
+        return cross_entropy(logits[:, :MAX_ROWS], rows) + cross_entropy(logits[:, MAX_ROWS:], columns)
+
     def train_step(self, phase: Phase) -> dict[str, float]:
         """One optimiser step; returns what the log is to say about it."""
         stream = phase.stream(self.processor, self.seed)
@@ -248,11 +265,17 @@ class Trainer:
         if self.part != "eyes":
             batch.pop("pixel_values_videos" if video else "pixel_values")
             outputs = {"video" if video else "image": BaseModelOutputWithPooling(pooler_output=[features])}
-            output = self.model(**batch, mm_encoder_outputs=outputs)
+            output = self.model(**batch, mm_encoder_outputs=outputs, output_hidden_states=True)
+            halfway = output.hidden_states[len(output.hidden_states) // 2][batch["mm_token_type_ids"] > 0]
+            places = self.place_loss(halfway, samples)
             labels = batch["labels"][:, 1:]
             right = (output.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORE)
-            record |= {group: output.loss.item(), f"{group} right": right.all(1).float().mean().item()}
-            loss = output.loss + VISION_WEIGHT * loss
+            record |= {
+                "places": places.item(),
+                group: output.loss.item(),
+                f"{group} right": right.all(1).float().mean().item(),
+            }
+            loss = output.loss + VISION_WEIGHT * loss + PLACE_WEIGHT * places
         self.optimizer.zero_grad()
         loss.backward()
         if self.world > 1:

@@ -140,7 +140,7 @@ class TaskStream:
     mixture: dict[str, float]
     """How often each group is drawn; need not sum to 1."""
     batch_size: int | dict[str, int] = 16
-    turns: int = 4
+    turns: int | dict[str, int] = 1
     seed: int = 0
     split: str = "train"
     options: dict[str, dict[str, Any]] | None = None
@@ -155,8 +155,8 @@ class TaskStream:
     def samples(self, step: int) -> list[Sample]:
         """The samples of batch `step`."""
         group = self.group(step)
-        n = self.batch_size[group] if isinstance(self.batch_size, dict) else self.batch_size
-        return generate(group, n, (self.seed, step), self.split, self.turns, **(self.options or {}).get(group, {}))
+        n, turns = (x[group] if isinstance(x, dict) else x for x in (self.batch_size, self.turns))
+        return generate(group, n, (self.seed, step), self.split, turns, **(self.options or {}).get(group, {}))
 
     def __getitem__(self, step: int) -> Batch:
         """Batch `step`, as tensors."""

@@ -24,6 +24,7 @@ MAX_COUNT = 5
 _DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 _RANDOM_LINES = 0.6
 _NEEDLE_CLUTTER = 0.15
+_THIN_PAGES = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _where_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tupl
         return None
     symbol = once[rng.integers(len(once))]
     row = next(i for i, row in enumerate(page) if symbol in row)
-    return f"where is {symbol}?", f"{row + 1} {page[row].index(symbol) + 1}"
+    return f"where is {symbol}", f"{symbol}{row + 1}{page[row].index(symbol) + 1}"
 
 
 def _count_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tuple[str, str]:
@@ -139,13 +140,18 @@ def _count_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tupl
     counts = sorted({text.count(c) for c in symbols if text.count(c) <= MAX_COUNT})
     count = counts[rng.integers(len(counts))]
     candidates = [c for c in symbols if text.count(c) == count]
-    return f"how many {candidates[rng.integers(len(candidates))]}?", str(count)
+    symbol = candidates[rng.integers(len(candidates))]
+    return f"how many {symbol}", f"{symbol}{count}"
 
 
 def where(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Where is a symbol that occurs once (row and column), and how many there are of a symbol; letters or digits."""
     digits = rng.random() < 0.5
     page, symbols = (_digit_page(rng, sizes), DIGITS) if digits else (_text_page(rng, split, sizes), LETTERS)
+    if split == "train" and rng.random() < _THIN_PAGES:
+        # A page with little on it teaches where cells are before symbols have to be told apart as well.
+        kept = rng.uniform(0.05, 0.6)
+        page = ["".join(c if rng.random() < kept else BLANK for c in text) for text in page]
     asked: dict[str, str] = {}
     for _ in range(turns):
         turn = _where_turn(rng, page, symbols) if rng.random() < 0.5 else None
@@ -183,8 +189,8 @@ def video(rng: np.random.Generator, split: str, turns: int) -> Sample:
     for digit, path in tracks.items():
         for t, (row, column) in enumerate(path):
             cells[t, row, column] = 1 + len(LETTERS) + digit
-    asked = [("what moved?", f"{names[0]} {name} {steps}")]
-    asked += [(f"track {digit}?", _cell_names(path)) for digit, path in tracks.items()]
+    asked = [("what moved", f"{names[0]} {name} {steps}")]
+    asked += [(f"track {digit}", f"{digit} {_cell_names(path)}") for digit, path in tracks.items()]
     # Half of single questions are about the motion: a still digit's track needs no comparison of frames.
     chosen = [0] if turns == 1 and rng.random() < 0.5 else rng.permutation(len(asked))[:turns]
     coverage = draw_cells(rng, cells, split, keep_image=True)
@@ -209,7 +215,7 @@ def needle(rng: np.random.Generator, split: str, turns: int, frames: tuple[int, 
     cluttered = (rng.random(cells.shape) < _NEEDLE_CLUTTER) & (cells == 0)
     tiles = assets.clutter_table()
     coverage[cluttered] = tiles[rng.integers(len(tiles), size=cluttered.sum())]
-    asked = [("digit?", str(digit)), ("word?", word)]
+    asked = [("digit", str(digit)), ("word", word)]
     chosen = rng.permutation(2)[:turns]
     return Sample("needle", paint(rng, coverage), tuple(asked[i] for i in chosen), cells, is_video=True)
 
