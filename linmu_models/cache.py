@@ -16,17 +16,25 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     The count is what `Cache.get_seq_length` and position ids need: an int, or in the place of a static layer a tensor
     on the layer's device, so that a compiled step does not depend on its value.
+
+    Args:
+        max_cache_len: length of the static layers beside this one, whose masks may be asked of it; None in a cache
+            that grows.
     """
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, static: bool = False) -> None:
+    def __init__(self, max_cache_len: int | None = None) -> None:
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
         CacheLayerMixin.__init__(self)
-        self.is_compileable = static
-        self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
+        self.max_cache_len = max_cache_len
+        self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.tensor(0)
         self.state: MMATEState | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.max_cache_len is not None
 
     @property
     def is_croppable(self) -> bool:
@@ -58,7 +66,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return (self.get_seq_length() + query_length if self.max_cache_len is None else self.max_cache_len), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -122,6 +130,8 @@ def linear_layer(cache: Cache, layer_idx: int) -> LinmuCacheLayer:
     if isinstance(layer, LinmuCacheLayer):
         return layer
     if layer.is_initialized:
-        raise ValueError(f"linmu: layer {layer_idx} of past_key_values must be new or linear, got keys and values")
-    cache.layers[layer_idx] = fresh = LinmuCacheLayer(static=isinstance(layer, StaticLayer))
+        raise ValueError(f"linmu: layer {layer_idx} of the cache must be new or linear, got keys and values")
+    # A layer with a sliding window is shorter than those that a mask made for all of them must fit.
+    lengths = [other.max_cache_len for other in cache.layers if getattr(other, "max_cache_len", None) is not None]
+    cache.layers[layer_idx] = fresh = LinmuCacheLayer(max(lengths) if isinstance(layer, StaticLayer) else None)
     return fresh

@@ -83,19 +83,24 @@ class LinmuAttention(MMATE):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         linmu: LinmuInputs | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """`hidden_states` (B, L, D) to (output (B, L, D), None), as an attention module without weights to show."""
+        """`hidden_states` (B, L, D) to (output (B, L, D), None), as an attention module without weights to show.
+
+        transformers passes its cache as `past_key_values` before version 5.24, as `cache` from then on.
+        """
+        cache = past_key_values if cache is None else cache
         linmu = linmu or LinmuInputs()
         padding = None if linmu.padding is None else linmu.padding.to(hidden_states.device)
-        if past_key_values is None:
+        if cache is None:
             out = super().forward(
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding
             )
             return out, None
-        layer = linear_layer(past_key_values, self.layer_idx)
+        layer = linear_layer(cache, self.layer_idx)
         out, state = super().forward(
             hidden_states,
             layout=linmu.layout,
@@ -174,7 +179,7 @@ class LinmuModel:
             return None  # the model's own error says it better
         length = tokens.shape[1]
         # A single token after others is text; its image, if any, is in the cache.
-        decoding = length == 1 and given.get("past_key_values") is not None
+        decoding = length == 1 and any(given.get(name) is not None for name in ("cache", "past_key_values"))
         layout = None if decoding or module is not self.model else self.build_layout(given)
         padding = _padding(given.get("linmu_padding", given.get("attention_mask")), length)
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
