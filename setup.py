@@ -1,4 +1,6 @@
-"""Drives CMake. LINMU_BUILD=auto|none|cpu says what to build (default auto: cpu wherever a C++ compiler is found).
+"""Drives CMake. LINMU_BUILD=auto|none|cpu|cuda says what to build; cuda includes cpu.
+
+auto (the default) builds cpu wherever a C++ compiler is found, and cuda where nvcc and a torch with CUDA are, too.
 
 LINMU_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan/linmu_ops (`make asan`).
 """
@@ -15,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CHOICES = ("auto", "none", "cpu")
+CHOICES = ("auto", "none", "cpu", "cuda")
 
 
 def chosen() -> str:
@@ -23,13 +25,28 @@ def chosen() -> str:
     if wanted not in CHOICES:
         sys.exit(f"LINMU_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if wanted == "auto":
-        choice, why = ("cpu", f"C++ compiler {compiler}") if compiler else ("none", "no C++ compiler found")
+        choice, why = automatic(compiler, nvcc)
         print(f"linmu: LINMU_BUILD=auto builds {choice} ({why})", file=sys.stderr)
         return choice
-    if wanted == "cpu" and not compiler:
-        sys.exit("LINMU_BUILD=cpu needs a C++ compiler; none found (set CXX)")
+    if wanted != "none" and not compiler:
+        sys.exit(f"LINMU_BUILD={wanted} needs a C++ compiler; none found (set CXX)")
+    if wanted == "cuda" and not nvcc:
+        sys.exit("LINMU_BUILD=cuda needs nvcc; none found (set CUDACXX)")
     return wanted
+
+
+def automatic(compiler: str | None, nvcc: str | None) -> tuple[str, str]:
+    if not compiler:
+        return "none", "no C++ compiler found"
+    import torch
+
+    if not nvcc:
+        return "cpu", f"C++ compiler {compiler}; no nvcc found"
+    if torch.version.cuda is None:
+        return "cpu", f"C++ compiler {compiler}; this torch has no CUDA"
+    return "cuda", f"C++ compiler {compiler}, {nvcc}, torch with CUDA {torch.version.cuda}"
 
 
 class CMakeBuild(build_ext):
@@ -54,6 +71,7 @@ class CMakeBuild(build_ext):
             f"-DLINMU_TORCH_VERSION={torch.__version__}",
             f"-DLINMU_SCHEMA_HASH={found.stdout.strip()}",
             f"-DLINMU_OUTPUT_DIR={output}",
+            f"-DLINMU_CUDA={'ON' if choice == 'cuda' else 'OFF'}",
             f"-DLINMU_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -30,6 +30,12 @@ NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "referen
 # Order of preference per device. Triton first on a GPU until the CUDA kernels have run on one.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
+# What stands behind the kernels of a GPU so far, until they have run on one.
+UNTRIED = {
+    "cuda": "CUDA C++ kernels have been compiled and emulated on a CPU, and have not run on a GPU",
+    "triton": "Triton kernels have run under Triton's interpreter, and have not run on a GPU",
+}
+
 _libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("linmu", "linmu_reference", "linmu_triton")}
 
 
@@ -194,7 +200,7 @@ def why_not(op: str, impl: str, device: str, dtype: torch.dtype = torch.float32)
             return f"{_binaries[impl].file}: {error}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"linmu::{op}", impl.upper()):
             return f"{_binaries[impl].file} has no kernel for this op"
-        return None
+        return "the CUDA kernels take no float64" if impl == "cuda" and dtype == torch.float64 else None
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device} (TRITON_INTERPRET=1 would interpret)"
     return "the Triton kernels take no float64" if dtype == torch.float64 else _triton_why_not(op)
@@ -229,6 +235,11 @@ def _warn_of_reference(op: str, device: str) -> None:
         warn_once((op, device), f"linmu_ops.{op} runs the slow reference on {device} ({reasons})")
 
 
+def _warn_of_untried(impl: str, device: str) -> None:
+    if device == "cuda" and impl in UNTRIED and not torch.compiler.is_compiling():
+        warn_once(("untried", impl), f"linmu_ops: its {UNTRIED[impl]} yet; check with `linmu env`")
+
+
 def call(op: str, like: torch.Tensor, *args: Any) -> Any:
     """Run `op` through the implementation that serves tensors like `like`."""
     device = like.device.type
@@ -241,6 +252,7 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
         reason = why_not(op, impl, device, like.dtype)
         if reason is not None and device != "meta":
             raise RuntimeError(f"{op}: implementation {impl!r} is forced but cannot serve: {reason}")
+    _warn_of_untried(impl, device)
     kernel = getattr(getattr(torch.ops, NAMESPACE[impl]), op).default
     if torch.compiler.is_compiling():
         return kernel(*args)

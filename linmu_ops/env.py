@@ -80,6 +80,8 @@ def _binaries(failures: list[str]) -> dict[str, dict[str, str]]:
     found = {}
     for binary in _registry.binaries().values():
         found[binary.file] = {"state": "loaded" if binary.loaded else binary.error or "", **binary.info}
+        if binary.file == "liblinmu_cuda.so":
+            found[binary.file]["evidence"] = _registry.UNTRIED["cuda"]
         if binary.path is not None and binary.error:
             failures.append(f"{binary.file}: {binary.error}")
     planner = _native.planner()

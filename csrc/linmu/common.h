@@ -21,6 +21,13 @@ struct Threads {
   void (*run)(int64_t n, int64_t grain, const Range& body);
 };
 
+// What the host side of a CUDA kernel gets: the stream (a cudaStream_t) to launch on, and uninitialised device memory,
+// aligned to 256 bytes, that lives until the work queued on that stream is done.
+struct CudaContext {
+  void* stream;
+  std::function<void*(int64_t bytes)> allocate;
+};
+
 // The type sums are kept in: double for double, float for everything narrower.
 template <class T>
 struct Accumulate {
@@ -78,5 +85,7 @@ const char* isa_name(Isa isa);
   LINMU_DECLARE_IN(generic, name, Params) \
   inline void name(const Params& p) { generic::name(p); }
 #endif
+
+#define LINMU_CUDA_KERNEL(name, Params) void name(const Params&, const CudaContext&);
 
 }  // namespace linmu

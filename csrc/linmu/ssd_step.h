@@ -22,5 +22,6 @@ struct SsdStepParams {
 };
 
 LINMU_CPU_KERNEL(ssd_step_cpu, SsdStepParams)
+LINMU_CUDA_KERNEL(ssd_step_cuda, SsdStepParams)
 
 }  // namespace linmu

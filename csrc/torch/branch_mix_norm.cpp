@@ -76,7 +76,7 @@ std::vector<Tensor> branch_mix_norm_bwd(const Tensor& grad_out, const Tensor& a,
 
 }  // namespace
 
-void register_branch_mix_norm_cpu(StableLibrary& lib) {
+void register_branch_mix_norm(StableLibrary& lib) {
   lib.impl("branch_mix_norm", TORCH_BOX(&branch_mix_norm));
   lib.impl("branch_mix_norm_bwd", TORCH_BOX(&branch_mix_norm_bwd));
 }

@@ -83,7 +83,7 @@ std::vector<Tensor> causal_conv1d_bwd(const Tensor& grad_y, const OptTensor& gra
 
 }  // namespace
 
-void register_causal_conv1d_cpu(StableLibrary& lib) {
+void register_causal_conv1d(StableLibrary& lib) {
   lib.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   lib.impl("causal_conv1d_bwd", TORCH_BOX(&causal_conv1d_bwd));
 }

@@ -36,8 +36,6 @@ Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& we
 
 }  // namespace
 
-void register_causal_conv1d_step_cpu(StableLibrary& lib) {
-  lib.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step));
-}
+void register_causal_conv1d_step(StableLibrary& lib) { lib.impl("causal_conv1d_step", TORCH_BOX(&causal_conv1d_step)); }
 
 }  // namespace linmu

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../linmu/common.h"
+#include "device.h"
 
 namespace linmu {
 
@@ -90,7 +91,9 @@ class Dims {
 inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
+    case ScalarType::Double:
+      STD_TORCH_CHECK(kTakesFloat64, op, ": the CUDA kernels take no float64");
+      return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     default:
@@ -111,7 +114,7 @@ inline OptTensor contiguous(const OptTensor& t) {
 
 // Before any read through it: token_order, int32 (B, L), must be a permutation of 0..L-1 in every row.
 inline void check_token_order(const char* op, const OptTensor& token_order) {
-  if (!token_order.has_value()) return;
+  if (!kValuesAreReadable || !token_order.has_value()) return;
   const Tensor order = torch::stable::contiguous(*token_order);
   const int64_t batch = order.size(0), length = order.size(1);
   const int32_t* at = static_cast<const int32_t*>(order.const_data_ptr());

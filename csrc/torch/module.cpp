@@ -1,5 +1,5 @@
-// Entry points of liblinmu_cpu.so, called through ctypes. Registration happens here, under try/catch, and never in a
-// static initialiser: a stale binary must be an error message, not a dead process.
+// Entry points of liblinmu_cpu.so and liblinmu_cuda.so, called through ctypes. Registration happens here, under
+// try/catch, and never in a static initialiser: a stale binary must be an error message, not a dead process.
 #include <cstdio>
 #include <memory>
 #include <string>
@@ -7,12 +7,39 @@
 #include "../linmu/common.h"
 #include "ops.h"
 
+#ifndef LINMU_NAMESPACE
+#define LINMU_NAMESPACE "linmu"
+#endif
+#ifdef USE_CUDA
+#define LINMU_KEY "CUDA"
+#else
+#define LINMU_KEY "CPU"
+#endif
+
+namespace linmu {
+namespace {
+
+using Register = void (*)(StableLibrary&);
+#ifdef LINMU_FOR_CUDA
+constexpr Register kOps[] = {register_ssd_step};
+std::string target() { return "archs=" LINMU_CUDA_ARCHS; }
+bool runs_here() { return true; }
+#else
+constexpr Register kOps[] = {register_branch_mix_norm, register_causal_conv1d, register_causal_conv1d_step,
+                             register_ssd_scan,        register_ssd_step,      register_window_attention};
+std::string target() { return std::string("isa=") + isa_name(cpu_isa()); }
+bool runs_here() { return cpu_isa() != Isa::none; }
+#endif
+
+}  // namespace
+}  // namespace linmu
+
 #define LINMU_EXPORT extern "C" __attribute__((visibility("default")))
 
 LINMU_EXPORT const char* linmu_build_info() {
-  static const std::string info = std::string("schema_hash=" LINMU_SCHEMA_HASH "\ntorch=" LINMU_TORCH_VERSION
-                                              "\ncompiler=" LINMU_COMPILER "\nisa=") +
-                                  linmu::isa_name(linmu::cpu_isa()) + "\n";
+  static const std::string info =
+      std::string("schema_hash=" LINMU_SCHEMA_HASH "\ntorch=" LINMU_TORCH_VERSION "\ncompiler=" LINMU_COMPILER "\n") +
+      linmu::target() + "\n";
   return info.c_str();
 }
 
@@ -24,17 +51,13 @@ LINMU_EXPORT int linmu_register(const char* schema_hash, char* message, int size
       std::snprintf(message, size, "it was built for other op schemas (%s, now %s)", LINMU_SCHEMA_HASH, schema_hash);
       return 1;
     }
-    if (cpu_isa() == Isa::none) {
+    if (!runs_here()) {
       std::snprintf(message, size, "this processor has no AVX2");
       return 1;
     }
-    auto lib = std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, "linmu", "CPU", __FILE__, __LINE__);
-    register_branch_mix_norm_cpu(*lib);
-    register_causal_conv1d_cpu(*lib);
-    register_causal_conv1d_step_cpu(*lib);
-    register_ssd_scan_cpu(*lib);
-    register_ssd_step_cpu(*lib);
-    register_window_attention_cpu(*lib);
+    auto lib =
+        std::make_unique<StableLibrary>(StableLibrary::Kind::IMPL, LINMU_NAMESPACE, LINMU_KEY, __FILE__, __LINE__);
+    for (const auto register_op : kOps) register_op(*lib);
     lib.release();  // registrations live as long as the process
     return 0;
   } catch (const std::exception& e) {

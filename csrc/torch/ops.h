@@ -6,11 +6,11 @@ namespace linmu {
 
 using StableLibrary = torch::stable::detail::StableLibrary;
 
-void register_branch_mix_norm_cpu(StableLibrary& lib);
-void register_causal_conv1d_cpu(StableLibrary& lib);
-void register_causal_conv1d_step_cpu(StableLibrary& lib);
-void register_ssd_scan_cpu(StableLibrary& lib);
-void register_ssd_step_cpu(StableLibrary& lib);
-void register_window_attention_cpu(StableLibrary& lib);
+void register_branch_mix_norm(StableLibrary& lib);
+void register_causal_conv1d(StableLibrary& lib);
+void register_causal_conv1d_step(StableLibrary& lib);
+void register_ssd_scan(StableLibrary& lib);
+void register_ssd_step(StableLibrary& lib);
+void register_window_attention(StableLibrary& lib);
 
 }  // namespace linmu

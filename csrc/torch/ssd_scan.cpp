@@ -162,7 +162,7 @@ std::vector<Tensor> ssd_scan_bwd(const Tensor& grad_y, const OptTensor& grad_fin
 
 }  // namespace
 
-void register_ssd_scan_cpu(StableLibrary& lib) {
+void register_ssd_scan(StableLibrary& lib) {
   lib.impl("ssd_scan", TORCH_BOX(&ssd_scan));
   lib.impl("ssd_scan_bwd", TORCH_BOX(&ssd_scan_bwd));
 }

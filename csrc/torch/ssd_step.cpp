@@ -38,12 +38,12 @@ Tensor ssd_step(const Tensor& state, const Tensor& x, const Tensor& dt, const Te
   p.B = B_.const_data_ptr(), p.C = C_.const_data_ptr(), p.D = pointer(D_), p.dt_bias = pointer(bias_);
   p.y = y.mutable_data_ptr();
   p.threads = torch_threads();
-  ssd_step_cpu(p);
+  LINMU_LAUNCH(ssd_step, p, x);
   return y;
 }
 
 }  // namespace
 
-void register_ssd_step_cpu(StableLibrary& lib) { lib.impl("ssd_step", TORCH_BOX(&ssd_step)); }
+void register_ssd_step(StableLibrary& lib) { lib.impl("ssd_step", TORCH_BOX(&ssd_step)); }
 
 }  // namespace linmu

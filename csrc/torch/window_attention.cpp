@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
 
 }  // namespace
 
-void register_window_attention_cpu(StableLibrary& lib) {
+void register_window_attention(StableLibrary& lib) {
   lib.impl("window_attention", TORCH_BOX(&window_attention));
   lib.impl("window_attention_bwd", TORCH_BOX(&window_attention_bwd));
 }

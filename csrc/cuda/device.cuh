@@ -1,0 +1,106 @@
+// What device code of this folder is written against. Everything that is CUDA's and not C++'s is here and in mma.cuh:
+// with LINMU_EMULATE, tests/cuda/emulator.h gives the same names in plain C++, and the kernels run on a CPU.
+#pragma once
+#ifdef LINMU_EMULATE
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "../linmu/common.h"
+
+namespace linmu {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// Shared memory that one block may use on every architecture the kernels are built for (sm_80, sm_86 have less).
+constexpr int64_t kSharedSm80 = 163 * 1024;
+
+// IEEE half precision as it lies in memory; linmu::f16 is the host compiler's type.
+struct half16 {
+  uint16_t bits;
+};
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T v[N];
+};
+
+#ifndef LINMU_EMULATE
+
+// Dynamic shared memory, aligned for cp.async and ldmatrix.
+#define LINMU_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ inline float to_float(half16 x) { return __half2float(__ushort_as_half(x.bits)); }
+template <class T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline bf16 from_float<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ inline half16 from_float<half16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+__device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
+
+inline void check_cuda(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+}
+
+// kernel<<<blocks, threads, shared>>> on the context's stream. No blocks is no launch.
+template <class... Formal, class... Actual>
+void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads, int64_t shared,
+            const CudaContext& context, Actual&&... arguments) {
+  if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
+  if (shared > 48 * 1024)
+    check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(context.stream)>>>(static_cast<Formal>(arguments)...);
+  check_cuda(op, cudaGetLastError());
+}
+
+#endif
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// log(1 + exp(x)) as torch has it: x itself where that is exact in float.
+__device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
+// Its derivative.
+__device__ inline float softplus_slope(float x) { return x > 20.f ? 1.f : 1.f / (1.f + expf(-x)); }
+
+// Calls f with a null pointer of the element type, of the three that CUDA kernels take.
+template <class F>
+void dispatch_cuda(const char* op, DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(static_cast<float*>(nullptr));
+    case DType::bf16: return f(static_cast<bf16*>(nullptr));
+    case DType::f16: return f(static_cast<half16*>(nullptr));
+    case DType::f64: throw std::runtime_error(std::string(op) + ": the CUDA kernels take no float64");
+  }
+}
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A grid of n blocks in x; n beyond its limit is refused by the launch.
+inline dim3 blocks_of(int64_t n) { return dim3(static_cast<unsigned>(n > INT32_MAX ? UINT32_MAX : n)); }
+
+}  // namespace linmu
