@@ -1,4 +1,4 @@
-"""Fixed seeds, and every uninitialised tensor filled with NaN so that an element a kernel forgets is seen."""
+"""One thread, fixed seeds, and every uninitialised tensor filled with NaN so that a forgotten element is seen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 
 import pytest
 import torch
+
+# Matrix products round differently on other numbers of threads: a subprocess must count as its parent does, and test
+# processes side by side must not wait for each other's threads. Tests of thread counts set their own.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
@@ -18,6 +23,7 @@ def _deterministic_and_poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

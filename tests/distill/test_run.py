@@ -24,7 +24,6 @@ from distill.run import Run, RunError, distill
 
 
 def _teacher(folder, seed=0):
-    torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     token = tokenizer.convert_tokens_to_ids
     torch.manual_seed(seed)

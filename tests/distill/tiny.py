@@ -16,8 +16,6 @@ from distill.student import add_lora, mixers, set_local_swin, trainable_paramete
 from distill.teacher import AnswerCache, Transcripts
 from distill.train import StageTrainer, Teacher
 
-torch.set_num_threads(1)
-
 PAD, BOS, EOS, IMAGE, VIDEO, START, END, FIRST = range(8)
 
 

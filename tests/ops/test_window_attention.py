@@ -39,15 +39,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Shapes here are too small for a pool to pay; the test of thread counts sets its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_layout(B):
     """Blocks of different sizes in every row, one interrupted by text, text before, between and after."""
     blocks, positions = [], []
@@ -381,7 +372,7 @@ def test_lower_instruction_sets(isa):
     subprocess.run(
         [sys.executable, "-c", ISA_SCRIPT, isa],
         check=True,
-        env={**os.environ, "LINMU_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "LINMU_CPU_ISA": isa},
         cwd=Path(__file__).parents[2],
     )
 
