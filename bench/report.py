@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from . import plots
+
 HERE = Path(__file__).parent
 Row = dict[str, Any]
 
@@ -58,13 +60,22 @@ def _markdown(rows: list[Row]) -> list[str]:
 
 
 def write(device: str) -> Path:
-    """bench/reports/<device>.md, with the plots beside it."""
+    """bench/reports/<device>.md of every result there is, with the plots beside it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    from .models import report as models
+
     target = HERE / "reports" / f"{device}.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     by_op = read(device)
-    first = next(iter(by_op.values()))[0]
+    of_models = models.read(device)
+    first = next((rows[0] for rows in (*by_op.values(), *of_models.values()) if rows), None)
+    if first is None:
+        raise FileNotFoundError(f"bench: {HERE / 'results' / device} must hold results, got none")
     lines = [
-        f"# Ops on {first['device']}",
+        f"# Measured on {first['device']}",
         "",
         "Written by `make bench` from `bench/results`; the method is in `bench/README.md`. Each row of those files "
         "names its commit, versions and clock.",
@@ -75,17 +86,24 @@ def write(device: str) -> Path:
         "",
     ]  # fmt: skip
     for op, rows in by_op.items():
-        lines += [f"## {op}", ""]
-        if plot := _length_plot(op, rows, target.parent / f"{device}_{op}.svg"):
-            lines += [f"![time against length]({plot.name})", ""]
-        cases: dict[str, list[Row]] = defaultdict(list)
-        for row in rows:
-            cases[title(row)].append(row)
-        for name, group in cases.items():
-            lines += [f"**{name}**  (commit {group[0]['commit']}{', modified' if group[0]['dirty'] else ''})", ""]
-            lines += _markdown(group)
+        lines += _section(op, rows, target)
+    for name, rows in of_models.items():
+        lines += models.section(name, rows, target)
     target.write_text("\n".join(lines).rstrip() + "\n")
     return target
+
+
+def _section(op: str, rows: list[Row], page: Path) -> list[str]:
+    lines = [f"## {op}", ""]
+    if plot := _length_plot(op, rows, page.with_name(f"{page.stem}_{op}.svg")):
+        lines += [f"![time against length]({plot.name})", ""]
+    cases: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[title(row)].append(row)
+    for name, group in cases.items():
+        lines += [f"**{name}**  (commit {group[0]['commit']}{', modified' if group[0]['dirty'] else ''})", ""]
+        lines += _markdown(group)
+    return lines
 
 
 def _length_plot(op: str, rows: list[Row], target: Path) -> Path | None:
@@ -93,29 +111,13 @@ def _length_plot(op: str, rows: list[Row], target: Path) -> Path | None:
     swept = [r for r in rows if "us" in r and r["case"].startswith("L=")]
     if not swept:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grey = "#808080"  # readable on a light and on a dark page, as are the colours
-    colours = ("#3b82f6", "#e8710a", "#16a34a", "#d946ef", "#ca8a04", "#14b8a6")
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for colour, impl in zip(colours * 3, dict.fromkeys(r["impl"] for r in swept), strict=False):
+    made, (axes,) = plots.figure()
+    for colour, impl in zip(plots.COLOURS * 3, dict.fromkeys(r["impl"] for r in swept), strict=False):
         points = [(r["sizes"]["L"], r["us"] / r["sizes"]["L"]) for r in swept if r["impl"] == impl]
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=impl)
     roof = {r["sizes"]["L"]: r["us"] * r["roof_percent"] / 100 / r["sizes"]["L"] for r in swept}
-    axes.plot(list(roof), list(roof.values()), "--", color=grey, label="roof")
-    axes.set(xscale="log", yscale="log", xlabel="L, tokens", ylabel="µs per token", title=op)
-    axes.set_xticks(list(roof), [f"{n // 1024}k" if n >= 1024 else str(n) for n in roof], minor=False)
-    axes.minorticks_off()
-    legend = axes.legend(frameon=False)
-    for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *legend.get_texts()):
-        item.set_color(grey)
-    axes.tick_params(colors=grey)
-    for spine in axes.spines.values():
-        spine.set_color(grey)
-    axes.grid(color=grey, alpha=0.25)
-    figure.savefig(target, transparent=True)
-    plt.close(figure)
+    axes.plot(list(roof), list(roof.values()), "--", color=plots.GREY, label="roof")
+    plots.length_axis(axes, roof, "µs per token", op)
+    axes.legend(frameon=False)
+    plots.save(made, target)
     return target

@@ -14,7 +14,7 @@ except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[distill]' (`python -m linmu_ops.env` does without)")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True, help="Measure ops against their peers and the machine's roofs.")
+bench = typer.Typer(no_args_is_help=True, help="Measure ops and models against their peers and the machine's roofs.")
 app.add_typer(bench, name="bench")
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -142,6 +142,22 @@ def bench_ops(context: typer.Context) -> None:
     from bench import run
 
     raise typer.Exit(run.main(context.args))
+
+
+@bench.command("model", context_settings=PASSED_ON)
+def bench_model(context: typer.Context) -> None:
+    """Prefill, decode and memory of a student beside its teacher; options as of `python -m bench.models.run`."""
+    from bench.models import run
+
+    raise typer.Exit(run.main(context.args))
+
+
+@bench.command("breakdown", context_settings=PASSED_ON)
+def bench_breakdown(context: typer.Context) -> None:
+    """Where a model's time goes; options as of `python -m bench.models.breakdown`."""
+    from bench.models import breakdown
+
+    raise typer.Exit(breakdown.main(context.args))
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""`linmu bench model`: prefill, decode and memory of a student beside its teacher."""

@@ -1,0 +1,167 @@
+"""Rows of models as tables, sections of the report, and plots."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench import plots
+from bench import report as ops_report
+
+Row = dict[str, Any]
+STARTED = "started"
+KINDS = {"prefill": "time to first token", "decode": "decode"}
+
+
+def results_file(device: str, shape: str, layers: int | None) -> Path:
+    name = shape if layers is None else f"{shape}-{layers}-layers"
+    return ops_report.HERE / "results" / device / "models" / f"{name}.jsonl"
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Every row of a file; of a measurement that was only started, the row that says so."""
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    ended = {_task(r) for r in rows if r["status"] != STARTED}
+    return [r for r in rows if r["status"] != STARTED or _task(r) not in ended]
+
+
+def _task(row: Row) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("dtype", "kind", "part", "tokens", "batch", "commit"))
+
+
+def title(row: Row) -> str:
+    """What all rows of a task share."""
+    whole = " with the vision tower" if row["part"] == "whole" else ""
+    return (
+        f"{row['shape']} ({row['layers']} layers) · {row['dtype']} · {KINDS[row['kind']]}{whole} · "
+        f"{row['tokens']:,} tokens · batch {row['batch']}"
+    )
+
+
+def _bytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 1e9:.3f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+HEADER = ["", "seconds", "p20 to p80", "tokens/s", "x plain", "x strongest", "memory, peak", "cache"]
+
+
+def _cells(row: Row) -> list[str]:
+    each = row["seconds"] / row.get("steps", 1)
+    spread = [row[k] / row.get("steps", 1) for k in ("seconds_p20", "seconds_p80")]
+    ratios = [row.get(k) for k in ("times_plain", "times_strongest")]
+    return [
+        row["variant"], f"{each:.4g}", f"{spread[0]:.4g} to {spread[1]:.4g}" if row["samples"] > 1 else "one sample",
+        f"{row['tokens_per_second']:,.1f}" if "tokens_per_second" in row else "",
+        *("" if r is None else f"{r:.2f}{'' if r >= 1 else ' (slower)'}" for r in ratios), _bytes(row["peak_bytes"]),
+        _bytes(row["cache_bytes"]),
+    ]  # fmt: skip
+
+
+def _absent(rows: list[Row]) -> list[str]:
+    return [f"{r['variant'] or 'all'}: {r['status']}" for r in rows if "seconds" not in r]
+
+
+def table(rows: list[Row]) -> str:
+    """Plain text, for the terminal."""
+    lines = [HEADER, *(_cells(r) for r in rows if "seconds" in r)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    text = [title(rows[0])]
+    for first, *rest in lines:
+        text.append(
+            "  " + "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+        )
+    return "\n".join([*text, *(f"  {line}" for line in _absent(rows)), ""])
+
+
+def read(device: str) -> dict[str, list[Row]]:
+    """Rows by the names of their files."""
+    files = sorted((ops_report.HERE / "results" / device / "models").glob("*.jsonl"))
+    return {f.stem: rows for f in files if (rows := read_rows(f))}
+
+
+def section(name: str, rows: list[Row], page: Path) -> list[str]:
+    """Markdown of one model; plots go beside the page."""
+    lines = [f"## Model {name}", "", _about(rows[-1]), ""]
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        mine = [r for r in rows if r["dtype"] == dtype]
+        if plot := _plot(mine, page.with_name(f"{page.stem}_model_{name}_{dtype}.svg")):
+            lines += [f"![time to first token, decode and memory, {dtype}]({plot.name})", ""]
+        lines += _markdown(mine)
+    return lines
+
+
+def _about(row: Row) -> str:
+    sizes = ""
+    if "parameters" in row:
+        sizes = (
+            f" Decoder and output layer: {row['parameters'] / 1e9:.2f} G parameters, the student's "
+            f"{row['student_parameters'] / 1e9:.2f} G."
+        )
+    return (
+        f"{row['layers']} decoder layers, random weights, {row['threads']} threads, commit {row['commit']}"
+        f"{', modified' if row['dirty'] else ''}.{sizes} *x plain* and *x strongest*: how many times "
+        "faster than the teacher in transformers as users run it, and than the fastest way to run it. Slower is marked."
+    )
+
+
+def _markdown(rows: list[Row]) -> list[str]:
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["dtype"], row["kind"], row["part"]].append(row)
+    lines = []
+    for (dtype, kind, part), group in groups.items():
+        tower = ", with the vision tower" if part == "whole" else ""
+        lines += [
+            f"**{KINDS[kind].capitalize()}{tower}, {dtype}** (seconds a {'token' if kind == 'decode' else 'prompt'})",
+            "",
+        ]
+        lines += [f"| tokens | batch | {' | '.join(HEADER)} |", "|---:|---:|---|" + "---:|" * (len(HEADER) - 1)]
+        for r in group:
+            if "seconds" in r:
+                lines.append(f"| {r['tokens']:,} | {r['batch']} | {' | '.join(_cells(r))} |")
+            else:
+                lines.append(
+                    f"| {r['tokens']:,} | {r['batch']} | {r['variant'] or 'all'} | {r['status']} |"
+                    + " |" * (len(HEADER) - 2)
+                )
+        lines.append("")
+    return lines
+
+
+def _plot(rows: list[Row], target: Path) -> Path | None:
+    """Time to first token, tokens/s and memory against length, at the smallest batch (decode: also the largest)."""
+    timed = [r for r in rows if "seconds" in r and r["part"] == "decoder"]
+    prefill = [r for r in timed if r["kind"] == "prefill" and r["batch"] == min(x["batch"] for x in timed)]
+    decode = [r for r in timed if r["kind"] == "decode"]
+    batches = sorted({r["batch"] for r in decode})
+    panels: list[tuple[str, str, list[Row], str]] = []
+    if prefill:
+        panels.append(("time to first token", "seconds", prefill, "seconds"))
+    panels += [
+        (f"decode, batch {b}", "tokens/s", [r for r in decode if r["batch"] == b], "tokens_per_second")
+        for b in dict.fromkeys(batches[:1] + batches[-1:])
+    ]
+    if decode:
+        kept = [r | dict(megabytes=r["cache_bytes"] / 1e6) for r in decode if r["batch"] == batches[0]]
+        panels.append((f"cache or state, batch {batches[0]}", "MB", kept, "megabytes"))
+    if prefill and all(r["peak_bytes"] for r in prefill):
+        peaks = [r | dict(megabytes=r["peak_bytes"] / 1e6) for r in prefill]
+        panels.append(("peak memory of the prefill", "MB", peaks, "megabytes"))
+    if not panels:
+        return None
+    made, all_axes = plots.figure(len(panels))
+    names = list(dict.fromkeys(r["variant"] for r in timed))
+    colours = dict(zip(names, plots.COLOURS * len(names), strict=False))
+    for axes, (heading, unit, group, field) in zip(all_axes, panels, strict=True):
+        for name in names:
+            points = sorted((r["tokens"], r[field]) for r in group if r["variant"] == name)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
+        plots.length_axis(axes, (r["tokens"] for r in group), unit, heading)
+    all_axes[0].legend(frameon=False)
+    plots.save(made, target)
+    return target

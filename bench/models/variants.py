@@ -1,0 +1,186 @@
+"""Ways to run a teacher and its student: as users run them, and as fast as they are to be had."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, StaticCache
+
+from linmu_models import LinmuInputs, LinmuModel
+from linmu_models.cache import linear_layer
+from linmu_ops import TokenLayout
+
+PLAIN = "transformers"  # scaled_dot_product_attention, a cache that grows, nothing compiled
+STUDENT = "student"
+COMPILED = ", compiled"
+# On a GPU the compiled teacher runs with each of these first; what cannot serve leaves the next one.
+GPU_ATTENTION = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run one model. `attention`: the backend asked for first; PyTorch's own choice if None."""
+
+    name: str
+    model: Any
+    compiled: bool = False
+    attention: SDPBackend | None = None
+
+    @property
+    def is_student(self) -> bool:
+        return isinstance(self.model, LinmuModel)
+
+
+def variants(teacher: Any, student: Any, device: str) -> list[Variant]:
+    """Every variant that is measured, the plain ones first."""
+    found = [Variant(PLAIN, teacher), Variant(STUDENT, student)]
+    if device == "cuda":
+        found += [Variant(f"{PLAIN}{COMPILED}, {n}", teacher, True, b) for n, b in GPU_ATTENTION.items()]
+    else:
+        found.append(Variant(PLAIN + COMPILED, teacher, True))
+    return [*found, Variant(STUDENT + COMPILED, student, True)]
+
+
+def _cache_name(module: Any) -> str:
+    """transformers renamed its argument in version 5.24."""
+    return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
+
+
+@contextlib.contextmanager
+def _attention(backend: SDPBackend | None) -> Iterator[None]:
+    if backend is None:
+        yield
+    else:
+        with sdpa_kernel([backend, *OTHERS], set_priority=True):
+            yield
+
+
+class Prefill:
+    """A decoder from embeddings, or a whole model from its inputs, to the logits of the last position.
+
+    A compiled one is compiled once for all lengths.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant, self.model = variant, variant.model
+        decoder = self.model.get_decoder()
+        self.cache_name = _cache_name(decoder)
+        plain, attention = decoder.forward, variant.attention
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with _attention(attention):
+                return plain(*args, **kwargs)
+
+        self.forward = torch.compile(forward, dynamic=True) if variant.compiled else forward
+
+    def prepare(self, layout: TokenLayout) -> dict[str, Any]:
+        """Arguments of `decoder` that a student needs: where the visual tokens are."""
+        if not self.variant.is_student:
+            return {}
+        for layer in self.model.linmu_layers():
+            layer.self_attn.prepare_layout(layout, self.model.device)
+        return dict(linmu=LinmuInputs(layout))
+
+    @torch.no_grad()
+    def decoder(self, embeddings: Tensor, positions: Tensor, **rest: Any) -> Tensor:
+        """(B, L, D) to logits (B, 1, V), through the decoder alone."""
+        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        with mock.patch.object(self.model.get_decoder(), "forward", self.forward):
+            out = self.model.get_decoder()(
+                inputs_embeds=embeddings, position_ids=positions, use_cache=True, **{self.cache_name: cache}, **rest
+            )
+        return self.model.lm_head(out.last_hidden_state[:, -1:])
+
+    @torch.no_grad()
+    def whole(self, **inputs: Tensor) -> Tensor:
+        """Ids and pixels to logits (B, 1, V), through the vision tower too."""
+        with mock.patch.object(self.model.get_decoder(), "forward", self.forward):
+            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits
+
+
+class Decode:
+    """A model with `tokens` tokens of random content behind it, that goes on token by token."""
+
+    def __init__(self, variant: Variant, tokens: int, batch: int, steps: int) -> None:
+        self.variant, self.model, self.tokens = variant, variant.model, tokens
+        self.cache = filled_cache(self.model, tokens, batch, tokens + steps if variant.compiled else None)
+        device = self.model.device
+        self.positions = torch.arange(tokens, tokens + steps, device=device)[:, None, None].expand(-1, batch, 1)
+        self.first = torch.full((batch, 1), 7, device=device)
+        decoder, head, cache = self.model.get_decoder(), self.model.lm_head, self.cache
+        attention = variant.attention
+        rest: dict[str, Any] = {_cache_name(decoder): cache}
+        if variant.is_student:
+            rest["linmu"] = LinmuInputs()
+
+        def step(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            with _attention(attention):
+                out = decoder(input_ids=ids, position_ids=positions, use_cache=True, **rest)
+            logits = head(out.last_hidden_state)
+            return logits.argmax(-1), logits
+
+        self.step: Callable[..., tuple[Tensor, Tensor]] = step
+        if variant.compiled:
+            mode = "reduce-overhead" if device.type == "cuda" else None
+            self.step = torch.compile(step, mode=mode, fullgraph=True)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        """`steps` greedy tokens after the prompt; the last one's logits (B, 1, V)."""
+        ids = self.first
+        for positions in self.positions:
+            if self.variant.compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            ids, logits = self.step(ids.clone(), positions)
+        return logits
+
+    def rewind(self) -> None:
+        """Back to `tokens` tokens. A student's state has no way back, and costs the same whatever is in it."""
+        if self.variant.compiled or self.variant.is_student:
+            for layer in self.cache.layers:
+                if isinstance(layer.cumulative_length, Tensor):
+                    layer.cumulative_length.fill_(self.tokens)
+                else:
+                    layer.cumulative_length = self.tokens
+        else:
+            self.cache.crop(-len(self.positions))
+
+
+@torch.no_grad()
+def filled_cache(model: Any, tokens: int, batch: int, static_length: int | None = None) -> Any:
+    """The cache after `tokens` tokens, with random content: nothing is prefilled.
+
+    static_length: length of a static cache; None for one that grows.
+    """
+    config = model.config.get_text_config(decoder=True)
+    cache: Any
+    if static_length is None:
+        cache = DynamicCache(config=config)
+    else:
+        cache = StaticCache(config=config, max_cache_len=static_length)
+    generator = torch.Generator(model.device).manual_seed(0)
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for index, layer in enumerate(model.get_decoder().layers):
+        if isinstance(model, LinmuModel):
+            state = layer.self_attn.init_state(batch, dtype=model.dtype)
+            state.ssm.normal_(generator=generator)
+            linear_layer(cache, index).advance(state, tokens)
+        else:
+            keys, values = (
+                torch.empty(batch, heads, tokens, size, dtype=model.dtype, device=model.device).normal_(
+                    generator=generator
+                )
+                for _ in range(2)
+            )
+            cache.update(keys, values, index)
+    return cache

@@ -1,0 +1,47 @@
+"""Plots that can be read on a light and on a dark page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+GREY = "#808080"
+COLOURS = ("#3b82f6", "#e8710a", "#16a34a", "#d946ef", "#ca8a04", "#14b8a6")
+
+
+def figure(panels: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure and its axes, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    width = 7 if panels == 1 else 4.2 * panels
+    made, axes = plt.subplots(1, panels, figsize=(width, 4), layout="constrained", squeeze=False)
+    return made, axes[0]
+
+
+def length_axis(axes: Any, lengths: Iterable[int], ylabel: str, title: str) -> None:
+    """Both axes logarithmic, ticks at the lengths."""
+    ticks = sorted(set(lengths))
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel, title=title)
+    axes.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks], minor=False)
+    axes.minorticks_off()
+
+
+def save(made: Any, target: Path) -> None:
+    """Write the figure, its text and lines in grey, its background transparent."""
+    import matplotlib.pyplot as plt
+
+    for axes in made.axes:
+        legend = axes.get_legend()
+        texts = legend.get_texts() if legend else []
+        for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *texts):
+            item.set_color(GREY)
+        axes.tick_params(colors=GREY)
+        for spine in axes.spines.values():
+            spine.set_color(GREY)
+        axes.grid(color=GREY, alpha=0.25)
+    made.savefig(target, transparent=True)
+    plt.close(made)

@@ -1,0 +1,205 @@
+"""`linmu bench model` on the tiny shape: what it compares is equal, and what goes wrong is a row that says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import linmu_models
+from bench import report as ops_report
+from bench.models import breakdown, measure, memory, report, run
+from bench.models.inputs import decoder_inputs
+from bench.models.measure import Task
+from bench.models.shapes import SHAPES, build, video_layout
+from bench.models.variants import PLAIN, STUDENT, Decode, Prefill, Variant, filled_cache, variants
+from distill.cli import app
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    return build(TINY, torch.float32, "cpu", tower=False)
+
+
+def run_main(tmp_path, *extra):
+    options = [
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--seconds",
+        "0",
+        "--save",
+        str(tmp_path / "r.jsonl"),
+    ]
+    assert run.main([*options, *extra]) == 0
+    return report.read_rows(tmp_path / "r.jsonl")
+
+
+def test_every_shape_has_a_configuration():
+    for name, shape in SHAPES.items():
+        small = shape.with_layers(1)
+        teacher, student = build(small, torch.float32, "meta", tower=False)
+        assert isinstance(student, linmu_models.LinmuModel), name
+        assert len(teacher.get_decoder().layers) == 1
+        assert teacher.get_decoder().layers[0].mlp.gate_proj.out_features == shape.text["intermediate_size"]
+
+
+def test_compiled_and_plain_are_equal_and_decode_needs_no_prefill(models, tmp_path, capsys):
+    rows = run_main(tmp_path, "--layers", "1", "--prefill", "512", "--decode", "300")
+    assert [r["status"] for r in rows] == ["ok"] * 8
+    assert {r["variant"] for r in rows} == {v.name for v in variants(*models, "cpu")}
+    students = [r for r in rows if r["student"]]
+    assert all(r["times_strongest"] <= r["times_plain"] for r in students) and len(students) == 4
+    decoded = [r for r in rows if r["kind"] == "decode"]
+    sizes = {r["variant"]: r["cache_bytes"] for r in decoded}
+    t = TINY.with_layers(1).text
+    heads, size = t["num_attention_heads"], t["hidden_size"] // t["num_attention_heads"]
+    assert sizes[STUDENT] == 2 * t["num_hidden_layers"] * heads * size * size * 4
+    assert sizes[PLAIN] == memory.kv_bytes(TINY.with_layers(1), 300, 2, 4)
+    assert all(r["tokens_per_second"] > 0 and r["commit"] and r["parameters"] for r in decoded)
+    assert "x strongest" in capsys.readouterr().out
+
+
+def test_whole_model_rows(tmp_path):
+    rows = run_main(tmp_path, "--prefill", "--decode", "--whole", "400", "--plain")
+    assert [(r["part"], r["variant"], r["status"]) for r in rows] == [("whole", PLAIN, "ok"), ("whole", STUDENT, "ok")]
+
+
+def test_smolvlm_takes_its_images():
+    from bench.models.inputs import whole_inputs
+
+    shape = SHAPES["smolvlm"].with_layers(1)
+    small = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=2, vocab_size=128)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    shape = type(shape)(shape.family, shape.text | small, shape.vision | vision)
+    for model in build(shape, torch.float32, "cpu"):
+        logits = Prefill(Variant("", model)).whole(**whole_inputs(model, 300, 1))
+        assert logits.shape == (1, 1, 128) and logits.isfinite().all()
+
+
+def test_prefill_is_the_model_itself(models):
+    """The bench's own way through the decoder gives what the whole model gives for the same embeddings."""
+    teacher, student = models
+    layout, inputs = decoder_inputs(teacher, 512, 1)
+    for model in (teacher, student):
+        prefill = Prefill(Variant("", model))
+        got = prefill.decoder(**inputs, **prefill.prepare(layout))
+        positions = inputs["positions"].expand(3, -1, -1)
+        if model is student:
+            model.layout_source = lambda given: layout
+        with torch.no_grad():
+            want = model(inputs_embeds=inputs["embeddings"], position_ids=positions, logits_to_keep=1).logits
+        torch.testing.assert_close(got, want)
+    student.layout_source = None
+
+
+def test_a_filled_cache_is_as_long_as_it_says(models):
+    for model in models:
+        for static in (None, 40):
+            cache = filled_cache(model, 32, 2, static)
+            assert int(cache.get_seq_length()) == 32
+
+
+def test_decode_goes_back(models):
+    for model in models:
+        decode = Decode(Variant("", model), 32, 1, 3)
+        first = decode()
+        decode.rewind()
+        assert int(decode.cache.get_seq_length()) == 32
+        if model is models[0]:
+            assert torch.equal(decode(), first)
+
+
+def test_layout_of_a_prompt():
+    layout = video_layout(1024, 2)
+    assert layout.batch_size == 2 and layout.length == 1024 and int(layout.visual_mask().sum()) == 2 * 3 * 256
+    with pytest.raises(ValueError, match="must hold a frame of 256 tokens and text, got 256"):
+        video_layout(256, 1)
+
+
+def failing(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def test_a_variant_that_fails_is_a_row_and_the_others_go_on(models, monkeypatch):
+    found = variants(*models, "cpu")[:2]
+    plain = Prefill(found[0])
+    plain.decoder = failing
+    rows = measure.measure(Task("prefill", "decoder", 512, 1), TINY, found, {PLAIN: plain}, seconds=0)
+    assert rows[0]["status"] == "failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"
+    assert rows[1]["status"] == "ok" and "times_plain" not in rows[1]
+    monkeypatch.setattr(memory, "available", lambda device: 1)
+    rows = measure.measure(Task("decode", "decoder", 512, 1), TINY, found[:1], {}, seconds=0)
+    assert rows[0]["status"].startswith("not run: needs about 0 GB, 0 are free")
+    assert "not run" in report.table([r | dict(shape="tiny", layers=2, dtype="float32") for r in rows])
+
+
+def test_a_variant_with_other_logits_is_not_timed(models):
+    found = [Variant(PLAIN, models[0]), Variant("other", models[0])]
+    other = Prefill(found[1])
+    inner = other.decoder
+    other.decoder = lambda **given: inner(**given) * 1.01
+    rows = measure.measure(Task("prefill", "decoder", 512, 1), TINY, found, {"other": other}, seconds=0)
+    assert rows[1]["status"].startswith("not timed: logits differ by") and "seconds" not in rows[1]
+
+
+def test_resume_keeps_rows_and_notes_what_killed_the_process(tmp_path, monkeypatch):
+    rows = run_main(tmp_path, "--prefill", "512", "--decode", "--plain")
+    file = tmp_path / "r.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines[0]["status"] == report.STARTED and len(rows) == 2
+    with file.open("a") as f:
+        f.write(json.dumps(lines[0] | dict(tokens=600)) + "\n")
+
+    def never(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(run, "measure", never)
+    again = run_main(tmp_path, "--prefill", "512", "600", "--decode", "--plain", "--resume")
+    assert [r["status"] for r in again] == ["ok", "ok", "failed: the process was killed here (out of memory?)"]
+
+
+def test_report_with_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops_report, "HERE", tmp_path)
+    target = report.results_file("cpu", "tiny", None)
+    target.parent.mkdir(parents=True)
+    options = ["--shape", "tiny", "--device", "cpu", "--plain", "--seconds", "0", "--batch", "1", "2"]
+    assert run.main([*options, "--prefill", "512", "1k", "--decode", "1k", "--report"]) == 0
+    page = (tmp_path / "reports" / "cpu.md").read_text()
+    assert "## Model tiny" in page and "cpu_model_tiny_float32.svg" in page and "| 1,024 | 2 | student |" in page
+    assert (tmp_path / "reports" / "cpu_model_tiny_float32.svg").exists()
+    with pytest.raises(FileNotFoundError, match="must hold results"):
+        ops_report.write("cuda")
+
+
+def test_peak_memory_sees_what_a_call_takes():
+    _, peak = memory.peak_of(lambda: torch.ones(20_000_000).sum(), "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 70e6 < peak < 200e6
+
+
+def test_breakdown(models):
+    for kind in ("prefill", "decode"):
+        rows = breakdown.breakdown(TINY, torch.float32, "cpu", kind, 512, 1, models)
+        parts = {r["part"]: r for r in rows if r["variant"] == STUDENT}
+        assert {"projections", "scan", "MLP", "norms", "output layer", "rest"} <= set(parts)
+        assert ("window attention" in parts) == (kind == "prefill")
+        assert sum(r["percent"] for r in parts.values()) == pytest.approx(100)
+        assert all(r["us"] > 0 and (r["floor_us"] > 0 or r["part"] == "rest") for r in rows)
+        assert "scan" in breakdown.table(rows)
+
+
+def test_command_line():
+    assert run.tokens("64k") == 65536 and run.tokens("100") == 100
+    for name in ("model", "breakdown"):
+        result = CliRunner().invoke(app, ["bench", name, "--help"])
+        assert result.exit_code == 0 and f"linmu bench {name}" in result.output
