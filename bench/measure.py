@@ -79,7 +79,8 @@ def _ours(bench: Bench, impl: str) -> Peer:
 
 
 def implementations(bench: Bench, case: Case, device: str, wanted: list[str]) -> dict[str, Callable[[], Peer]]:
-    """Builders by name, ours first. `wanted`: "auto", "all", or names of implementations."""
+    """Builders by name, ours first. `wanted`: "auto" (what serves, and eager peers), "compiled" (and compiled
+    peers), "all", or names of implementations."""
     found: dict[str, Callable[[], Peer]] = {}
     if bench.op in _registry.OPS:
         for choice in linmu_ops.explain(bench.op, device=device):
@@ -88,7 +89,8 @@ def implementations(bench: Bench, case: Case, device: str, wanted: list[str]) ->
     else:
         found[OURS + "native"] = functools.partial(_ours, bench, "native")
     for name, build in bench.peers.items():
-        if "all" in wanted or name in wanted or ("auto" in wanted and not name.endswith("compiled")):
+        kind = "compiled" if name.endswith(", compiled") else "auto"
+        if "all" in wanted or name in wanted or kind in wanted:
             found[name] = functools.partial(build, case)
     return found
 

@@ -40,11 +40,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: sizes by name, and the dtypes it is measured in."""
+    """One measurement: sizes by name, the dtypes it is measured in, and whether `--quick` includes it."""
 
     sizes: dict[str, Any]
     dtypes: tuple[str, ...] = ("float32",)
     backward: bool = False
+    quick: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.sizes[name]
@@ -69,8 +70,8 @@ class Bench:
     products: bool = True  # False: elementwise, so that only the copy is its roof
 
 
-def case(*, dtypes: tuple[str, ...] = ("float32",), backward: bool = False, **sizes: Any) -> Case:
-    return Case(sizes, dtypes, backward)
+def case(*, dtypes: tuple[str, ...] = ("float32",), backward: bool = False, quick: bool = False, **sizes: Any) -> Case:
+    return Case(sizes, dtypes, backward, quick)
 
 
 def need(module: str, device: str | None = None) -> ModuleType:

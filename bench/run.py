@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def gate(op: str) -> str | None:
     if not tests:
         return f"no tests/**/test_{op}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *map(str, tests)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     return None if done.returncode == 0 else done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -40,12 +42,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--case", action="append", help="names of cases; all but the tiny one if left out")
     parser.add_argument("--dtype", action="append", help="float32, bfloat16, ...; each case's own if left out")
     parser.add_argument(
-        "--impl", action="append", help="auto (default: what serves, and eager peers), all (compiled ones too), a name"
+        "--impl", action="append", help="auto (default: what serves, and eager peers), compiled (peers), all, a name"
     )  # fmt: skip
     parser.add_argument("--backward", action="store_true", help="forward + backward")
     parser.add_argument(
         "--both", action="store_true", help="forward, and forward + backward where the case asks for it"
     )
+    parser.add_argument("--quick", action="store_true", help="a few cases of each op, compiled peers for the forward")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice if left out")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per variant (default 1)")
@@ -62,8 +65,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     timing.keep_memory()
     red = []
-    for op in args.op or OPS:
-        if not args.no_gate and (error := gate(op)) is not None:
+    ops = args.op or OPS
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        errors = dict(zip(ops, [None] * len(ops) if args.no_gate else pool.map(gate, ops), strict=True))
+    for op in ops:
+        if (error := errors[op]) is not None:
             print(f"{op}: refused, its tests fail (--no-gate measures all the same)\n{error}", file=sys.stderr)
             red.append(op)
             continue
@@ -82,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _rows(bench: Bench, args: argparse.Namespace) -> Any:
     place = measure.where(args.device)
-    names = args.case or [n for n in bench.cases if n != "tiny"]
+    names = args.case or [n for n, c in bench.cases.items() if n != "tiny" and (c.quick or not args.quick)]
     if unknown := set(names) - set(bench.cases):
         sys.exit(f"{bench.op}: case must be one of {', '.join(bench.cases)}, got {', '.join(sorted(unknown))}")
     for name in names:
@@ -94,7 +100,8 @@ def _rows(bench: Bench, args: argparse.Namespace) -> Any:
             for backward in passes:
                 rows = measure.measure(
                     bench, name, getattr(torch, dtype), args.device, backward=backward,
-                    wanted=tuple(args.impl or ["auto"]), seconds=args.seconds,
+                    wanted=tuple(args.impl or (["auto", "compiled"] if args.quick and not backward else ["auto"])),
+                    seconds=args.seconds,
                 )  # fmt: skip
                 rows = [row | place | dict(verified=not args.no_gate) for row in rows]
                 print(report.table(rows, verified=not args.no_gate), flush=True)

@@ -13,6 +13,7 @@ from pytest_benchmark.stats import Stats
 
 Function = Callable[[], object]
 SHORTEST = 200e-6  # seconds; faster calls are repeated within one sample, far above the clock's resolution
+LONG = 50e-3  # seconds; what the caches hold before so long a call makes no difference to it
 # glibc returns a block this large to the system and faults it in again at the next call, which costs more than any
 # kernel here; M_MMAP_MAX and M_TRIM_THRESHOLD of <malloc.h> make it keep what it has.
 MALLOPT = {-4: 0, -1: 2**31 - 1}
@@ -52,18 +53,20 @@ def interleave(
 
     Each gets about `seconds` in all after `warmup` seconds of warm-up, within `rounds` (fewest, most) samples.
     """
-    sampler = _cuda_samples if device == "cuda" else _cpu_samples
     inner, each = {}, {}
     for name, f in functions.items():
         inner[name], each[name] = _warm_up(f, device, warmup)
     slowest = max(inner[n] * each[n] for n in functions)
     count = int(min(max(seconds / slowest, rounds[0]), rounds[1]))
-    return {name: summarise(samples) for name, samples in sampler(functions, inner, count).items()}
+    if device == "cuda":
+        samples = _cuda_samples(functions, count)
+    else:
+        samples = _cpu_samples(functions, inner, {n for n in functions if each[n] > LONG}, count)
+    return {name: summarise(mine) for name, mine in samples.items()}
 
 
 def _warm_up(f: Function, device: str, seconds: float) -> tuple[int, float]:
-    """(calls per sample, seconds per call) after calling `f` once, then for `seconds`."""
-    f()
+    """(calls per sample, seconds per call) after calling `f` for `seconds`, at least once."""
     calls, start = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < seconds:
         f()
@@ -74,13 +77,16 @@ def _warm_up(f: Function, device: str, seconds: float) -> tuple[int, float]:
     return (1 if device == "cuda" else max(1, round(SHORTEST / each))), each
 
 
-def _cpu_samples(functions: dict[str, Function], inner: dict[str, int], rounds: int) -> dict[str, list[float]]:
+def _cpu_samples(
+    functions: dict[str, Function], inner: dict[str, int], long: set[str], rounds: int
+) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             f, calls = functions[name], inner[name]
-            f()  # brings its own data back into the cache after the others
+            if name not in long:
+                f()  # brings its own data back into the cache after the others
             start = time.perf_counter()
             for _ in range(calls):
                 f()
@@ -88,7 +94,7 @@ def _cpu_samples(functions: dict[str, Function], inner: dict[str, int], rounds: 
     return samples
 
 
-def _cuda_samples(functions: dict[str, Function], inner: dict[str, int], rounds: int) -> dict[str, list[float]]:
+def _cuda_samples(functions: dict[str, Function], rounds: int) -> dict[str, list[float]]:
     """CUDA events, with the L2 flushed before each call and a backlog so that the launch is not what is timed."""
     flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}

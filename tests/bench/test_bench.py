@@ -22,6 +22,14 @@ def rows_of(op, **options):
 
 def test_every_op_has_a_bench():
     assert set(run.OPS) == {*_registry.OPS, "token_layout"}
+    assert all(any(c.quick for c in run.load(op).cases.values()) for op in run.OPS)
+
+
+def test_every_peer_has_a_row_also_where_it_is_missing():
+    bench = run.load("ssd_scan")
+    names = {r["impl"] for r in measure.measure(bench, "tiny", torch.float32, "cpu", **QUICK, wanted=("auto",))}
+    assert names >= {"transformers, chunk 64", "mamba_ssm", "fla simple_gla", "forward scan, flipped twice"}
+    assert {"FlexAttention", "NATTEN"} <= {r["impl"] for r in rows_of("window_attention")}
 
 
 @pytest.mark.parametrize("op", run.OPS)
@@ -32,6 +40,13 @@ def test_tiny(op):
     assert [r for r in rows if r["status"].startswith(("failed", "not timed"))] == []
     json.dumps(rows)
     assert op in report.table(rows)
+
+
+@pytest.mark.parametrize("op", [o for o in run.OPS if o != "token_layout"])
+def test_compiled_peers_are_equal(op):
+    rows = rows_of(op, wanted=("auto", "compiled"))
+    compiled = [r for r in rows if r["impl"].endswith(", compiled")]
+    assert compiled and {r["status"] for r in compiled} == {"ok"}
 
 
 @pytest.mark.parametrize("op", [o for o in run.OPS if run.load(o).differentiable])
