@@ -50,6 +50,8 @@ class Op:
     name: str
     schema: str
     backward: str | None
+    entries: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...]  # name, schema, reference, fake
+    autograd: tuple[Callable[..., None], Callable[..., Any]] | None  # setup_context, backward
 
 
 @dataclass(frozen=True)
@@ -86,24 +88,31 @@ def define_op(
     `backward(ctx, bwd_op, *grads)` receives the namespace's own `<name>_bwd`, so gradients stay with the
     implementation that computed the forward.
     """
-    OPS[name] = Op(name, schema, f"{name}_bwd" if bwd_schema else None)
     entries = [(name, schema, reference, fake)]
     if bwd_schema:
-        assert bwd_reference and bwd_fake and setup_context and backward
+        assert bwd_reference and bwd_fake
         entries.append((f"{name}_bwd", bwd_schema, bwd_reference, bwd_fake))
+    autograd = (setup_context, backward) if setup_context and backward else None
+    OPS[name] = Op(name, schema, f"{name}_bwd" if bwd_schema else None, tuple(entries), autograd)
     for ns, lib in _libraries.items():
-        for entry, entry_schema, entry_reference, entry_fake in entries:
-            lib.define(entry + entry_schema)
-            kernel = functools.partial(_run_triton, name, entry) if ns == "linmu_triton" else _exact(entry_reference)
-            lib.impl(entry, kernel, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"{ns}::{entry}", entry_fake, lib=lib)
-        if bwd_schema:
-            bwd_op = getattr(getattr(torch.ops, ns), f"{name}_bwd").default
+        define_in(ns, lib, OPS[name])
 
-            def formula(ctx: Any, *grads: Any, bwd_op: Any = bwd_op) -> Any:
-                return backward(ctx, bwd_op, *grads)  # type: ignore[misc]
 
-            torch.library.register_autograd(f"{ns}::{name}", formula, setup_context=setup_context, lib=lib)
+def define_in(ns: str, lib: torch.library.Library, op: Op) -> None:
+    """Define `op` in the namespace `ns`, with its fake, its gradient, and what serves it where nothing else does."""
+    for entry, schema, reference, fake in op.entries:
+        lib.define(entry + schema)
+        kernel = functools.partial(_run_triton, op.name, entry) if ns == "linmu_triton" else _exact(reference)
+        lib.impl(entry, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{ns}::{entry}", fake, lib=lib)
+    if op.autograd:
+        setup_context, backward = op.autograd
+        bwd_op = getattr(getattr(torch.ops, ns), f"{op.name}_bwd").default
+
+        def formula(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, bwd_op, *grads)
+
+        torch.library.register_autograd(f"{ns}::{op.name}", formula, setup_context=setup_context, lib=lib)
 
 
 def _exact(reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,17 +1,10 @@
 // What device code of this folder is written against. Everything that is CUDA's and not C++'s is here and in mma.cuh:
 // with LINMU_EMULATE, tests/cuda/emulator.h gives the same names in plain C++, and the kernels run on a CPU.
 #pragma once
-#ifdef LINMU_EMULATE
-#include "emulator.h"
-#else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#endif
-
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../linmu/common.h"
 
@@ -19,8 +12,8 @@ namespace linmu {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-// Shared memory that one block may use on every architecture the kernels are built for (sm_80, sm_86 have less).
-constexpr int64_t kSharedSm80 = 163 * 1024;
+// Shared memory that one block may use. (sm_86 and sm_89 have 99 KiB.)
+constexpr int64_t kSharedSm80 = 163 * 1024, kSharedSm90 = 227 * 1024;
 
 // IEEE half precision as it lies in memory; linmu::f16 is the host compiler's type.
 struct half16 {
@@ -32,7 +25,16 @@ struct alignas(sizeof(T) * N) Vec {
   T v[N];
 };
 
-#ifndef LINMU_EMULATE
+}  // namespace linmu
+
+#ifdef LINMU_EMULATE
+#include "emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace linmu {
 
 // Dynamic shared memory, aligned for cp.async and ldmatrix.
 #define LINMU_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
@@ -56,23 +58,29 @@ __device__ inline half16 from_float<half16>(float x) {
 }
 
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
+__device__ inline double shuffle_xor(double x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
 }
 
-// kernel<<<blocks, threads, shared>>> on the context's stream. No blocks is no launch.
+// Launches on the context's stream. No blocks is no launch.
 template <class... Formal, class... Actual>
 void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads, int64_t shared,
             const CudaContext& context, Actual&&... arguments) {
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
   if (shared > 48 * 1024)
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(context.stream)>>>(static_cast<Formal>(arguments)...);
-  check_cuda(op, cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  check_cuda(op, cudaLaunchKernelEx(&config, kernel, static_cast<Formal>(arguments)...));
 }
 
+}  // namespace linmu
 #endif
+
+namespace linmu {
 
 __device__ inline float warp_sum(float x) {
 #pragma unroll

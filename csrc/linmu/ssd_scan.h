@@ -61,5 +61,7 @@ struct SsdScanBwdParams {
 
 LINMU_CPU_KERNEL(ssd_scan_cpu, SsdScanParams)
 LINMU_CPU_KERNEL(ssd_scan_bwd_cpu, SsdScanBwdParams)
+LINMU_CUDA_KERNEL(ssd_scan_cuda, SsdScanParams)
+LINMU_CUDA_KERNEL(ssd_scan_bwd_cuda, SsdScanBwdParams)
 
 }  // namespace linmu

@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& x, const Tensor& dt, const Ten
                                     : new_empty(x, {0}, in.acc);
   p.y = y.mutable_data_ptr();
   p.final_state = return_final_state ? state.mutable_data_ptr() : nullptr;
-  ssd_scan_cpu(p);
+  LINMU_LAUNCH(ssd_scan, p, x);
   return {y, state};
 }
 
@@ -156,7 +156,7 @@ std::vector<Tensor> ssd_scan_bwd(const Tensor& grad_y, const OptTensor& grad_fin
   grad(reverse_C, &r.C);
   grad(gate, &p.gate);
   grad(initial_state, &p.initial_state);
-  ssd_scan_bwd_cpu(p);
+  LINMU_LAUNCH(ssd_scan_bwd, p, x);
   return grads;
 }
 

@@ -1,0 +1,219 @@
+// The scan's output. See ssd_scan.cuh. One block per (chunk, head):
+//
+//     Y = M X + sum over directions of [arrive] (C h),     M = sum of weight_i exp(S_i - S_j) dt_j C_i.B_j,     + D X
+//
+// M is one matrix for both directions: the forward one lies on and below the diagonal, the reverse one on and above it.
+// With projections of its own the reverse direction costs no further product away from the diagonal.
+#include <algorithm>
+
+#include "ssd_scan.cuh"
+
+namespace linmu {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kRows = 32, kColumns = 16;  // of a warp's products
+
+struct Output {
+  const void* entering[2];  // (B, H, chunks, P, N) in the inputs' type
+  int columns;              // of P at a time: 32 or 64
+  int state_dim;            // N rounded up to 32
+  bool separate;            // both directions run, and with different B or C
+  bool fast_x, fast_b[2], fast_c[2], fast_state;
+};
+
+// Where things lie in shared memory, in bytes.
+struct OutputTiles {
+  int64_t tokens, segments, visits, c, b, m, x, bytes;
+
+  template <class T>
+  __host__ __device__ static constexpr OutputTiles of(int chunk, int state_dim, int columns, bool separate) {
+    const int64_t row = padded<T>(state_dim) * static_cast<int64_t>(sizeof(T)), sets = separate ? 2 : 1;
+    // The states take the place of B when M is done.
+    const int64_t b_rows = sets * chunk > 2 * columns ? sets * chunk : 2 * columns;
+    OutputTiles t{};
+    t.visits = 0;
+    t.segments = t.visits + 2 * chunk * static_cast<int64_t>(sizeof(Visit));
+    t.tokens = t.segments + 2 * chunk * static_cast<int64_t>(sizeof(int));
+    t.c = t.tokens + chunk * static_cast<int64_t>(sizeof(int));
+    t.b = t.c + sets * chunk * row;
+    t.m = t.b + b_rows * row;
+    t.x = t.m + chunk * padded<T>(chunk) * static_cast<int64_t>(sizeof(T));
+    t.bytes = t.x + chunk * padded<T>(columns) * static_cast<int64_t>(sizeof(T));
+    return t;
+  }
+};
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    output_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Output o) {
+  LINMU_SHARED(memory);
+  const SsdScanParams& p = s.p;
+  const int Q = s.chunk, tid = threadIdx.x, warp = tid / kWarp;
+  const int64_t P = p.head_dim, N = p.state_dim, H = p.heads;
+  const int64_t c = blockIdx.x % s.chunks, bh = blockIdx.x / s.chunks, b = bh / H, h = bh % H;
+  const OutputTiles tiles = OutputTiles::of<T>(Q, o.state_dim, o.columns, o.separate);
+  Visit* visits = reinterpret_cast<Visit*>(memory + tiles.visits);
+  int* segments = reinterpret_cast<int*>(memory + tiles.segments);
+  int* tokens = reinterpret_cast<int*>(memory + tiles.tokens);
+  T* c_tile = reinterpret_cast<T*>(memory + tiles.c);
+  T* b_tile = reinterpret_cast<T*>(memory + tiles.b);
+  T* m_tile = reinterpret_cast<T*>(memory + tiles.m);
+  T* x_tile = reinterpret_cast<T*>(memory + tiles.x);
+  const int pitch = padded<T>(o.state_dim), pitch_m = padded<T>(Q), pitch_x = padded<T>(o.columns);
+  const int64_t size = static_cast<int64_t>(Q) * pitch;  // of a tile of B or C
+  const int first = p.forward.on ? 0 : 1, last = p.reverse.on ? 1 : 0;
+
+  for (int i = tid; i < Q; i += kThreads) {
+    tokens[i] = s.tokens[s.rows(b, c) + i];
+    for (int d = first; d <= last; ++d) {
+      segments[d * Q + i] = s.segments[d][s.rows(b, c) + i];
+      visits[d * Q + i] = s.visits[d][s.rows(b, h, c) + i];
+    }
+  }
+  __syncthreads();
+  const T* x = group_of<T>(p.x, p.groups_x, b, h, H);
+  const auto load_x = [&](int64_t p0) {
+    load_tile<T>(x_tile, Q, o.columns, P - p0, o.fast_x,
+                 [&](int r) { return tokens[r] < 0 ? nullptr : x + tokens[r] * p.x.token_stride + p0; });
+  };
+  for (int d = first; d <= (o.separate ? last : first); ++d) {
+    const SsdScanDirection& of = s.direction(d);
+    const T *B = group_of<T>(of.B, p.groups_b, b, h, H), *C = group_of<T>(of.C, p.groups_c, b, h, H);
+    const int64_t at = o.separate ? d * size : 0;
+    load_tile<T>(b_tile + at, Q, o.state_dim, N, o.fast_b[d],
+                 [&](int r) { return tokens[r] < 0 ? nullptr : B + tokens[r] * of.B.token_stride; });
+    load_tile<T>(c_tile + at, Q, o.state_dim, N, o.fast_c[d],
+                 [&](int r) { return tokens[r] < 0 ? nullptr : C + tokens[r] * of.C.token_stride; });
+  }
+  load_x(0);
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
+
+  for (int tile = warp; tile < Q / kRows * (Q / kColumns); tile += kWarps) {
+    const int i0 = tile / (Q / kColumns) * kRows, j0 = tile % (Q / kColumns) * kColumns;
+    Sums<kRows, kColumns> scores, m;
+    m.clear();
+    bool scored = false;
+    for (int d = first; d <= last; ++d) {
+      if (d ? j0 + kColumns <= i0 : j0 >= i0 + kRows) continue;
+      if (!scored || o.separate) {
+        const int64_t at = o.separate ? d * size : 0;
+        scores.clear();
+        multiply<Lies::by_row, Lies::by_row>(scores, c_tile + at + i0 * pitch, pitch, b_tile + at + j0 * pitch, pitch,
+                                             o.state_dim);
+        scored = true;
+      }
+#pragma unroll
+      for (int k = 0; k < kRows / 8; ++k) {
+        const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
+        const Visit to = visits[d * Q + i];
+        const int mine = segments[d * Q + i];
+#pragma unroll
+        for (int l = 0; l < kColumns / 4; ++l) {
+          const int j = j0 + l / 2 * 8 + lane_column() + l % 2;
+          const Visit from = visits[d * Q + j];
+          const bool on = (d ? j >= i : j <= i) && mine == segments[d * Q + j];
+          m.v[k / 2][l / 2][k % 2 * 2 + l % 2] +=
+              scores.v[k / 2][l / 2][k % 2 * 2 + l % 2] * (decay(to, from, on) * from.step * to.weight);
+        }
+      }
+    }
+    m.each_pair([&](float u, float v, int i, int j) { store_pair(m_tile + (i0 + i) * pitch_m + j0 + j, u, v, 2); });
+  }
+  __syncthreads();
+
+  const int across = o.columns / kColumns;
+  for (int64_t p0 = 0; p0 < P; p0 += o.columns) {
+    if (p0 > 0) load_x(p0);
+    for (int d = first; d <= last; ++d) {
+      const T* state = static_cast<const T*>(o.entering[d]) + ((bh * s.chunks + c) * P + p0) * N;
+      load_tile<T>(b_tile + d * static_cast<int64_t>(o.columns) * pitch, o.columns, o.state_dim, N, o.fast_state,
+                   [&](int r) { return p0 + r < P ? state + r * N : nullptr; });
+    }
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+    for (int tile = warp; tile < Q / kRows * across; tile += kWarps) {
+      const int i0 = tile / across * kRows, j0 = tile % across * kColumns;
+      Sums<kRows, kColumns> y, carried;
+      y.clear();
+      multiply<Lies::by_row, Lies::by_depth>(y, m_tile + i0 * pitch_m, pitch_m, x_tile + j0, pitch_x, Q);
+      for (int d = first; d <= last; ++d) {
+        carried.clear();
+        multiply<Lies::by_row, Lies::by_row>(carried, c_tile + (o.separate ? d * size : 0) + i0 * pitch, pitch,
+                                             b_tile + (d * static_cast<int64_t>(o.columns) + j0) * pitch, pitch,
+                                             o.state_dim);
+#pragma unroll
+        for (int k = 0; k < kRows / 8; ++k) {
+          const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
+          const Visit to = visits[d * Q + i];
+          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight;
+#pragma unroll
+          for (int l = 0; l < kColumns / 4; ++l)
+            y.v[k / 2][l / 2][k % 2 * 2 + l % 2] += arrive * carried.v[k / 2][l / 2][k % 2 * 2 + l % 2];
+        }
+      }
+      const float skip = p.D ? static_cast<const float*>(p.D)[h] : 0.f;
+      y.each_pair([&](float u, float v, int i, int j) {
+        const int token = tokens[i0 + i];
+        const int64_t column = p0 + j0 + j;
+        if (token < 0 || column >= P) return;
+        if (p.D) {
+          const T* at = x_tile + (i0 + i) * pitch_x + j0 + j;
+          u += skip * to_float(at[0]), v += skip * to_float(at[1]);
+        }
+        store_pair(static_cast<T*>(p.y) + ((b * p.length + token) * H + h) * P + column, u, v, P - column);
+      });
+    }
+    __syncthreads();
+  }
+}
+
+static_assert(OutputTiles::of<bf16>(64, 128, 64, true).bytes <= kSharedSm80);
+static_assert(OutputTiles::of<bf16>(128, 128, 64, false).bytes <= kSharedSm80);
+static_assert(OutputTiles::of<bf16>(32, 256, 32, true).bytes <= kSharedSm80);
+static_assert(OutputTiles::of<float>(32, 256, 32, true).bytes <= kSharedSm80);
+
+// The largest chunk, and slice of P, whose tiles fit: 64 visits unless the caller wants others.
+template <class T>
+void fit(const SsdScanParams& p, bool separate, int& chunk, Output& o) {
+  o.state_dim = round_to(std::max<int64_t>(p.state_dim, 1), 32);
+  o.columns = p.head_dim > 32 ? 64 : 32;
+  chunk = round_to(std::clamp<int64_t>(std::min(p.chunk > 0 ? p.chunk : 64, p.length), 1, 128), 32);
+  const auto bytes = [&] { return OutputTiles::of<T>(chunk, o.state_dim, o.columns, separate).bytes; };
+  if (bytes() > kSharedSm80) o.columns = 32;
+  while (bytes() > kSharedSm80 && chunk > 32) chunk -= 32;
+  if (bytes() > kSharedSm80)
+    throw std::runtime_error("ssd_scan: B must have N <= 256 on CUDA, got N=" + std::to_string(p.state_dim));
+}
+
+}  // namespace
+
+void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
+  dispatch_cuda("ssd_scan", p.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    Output o{};
+    int chunk = 0;
+    o.separate = p.forward.on && p.reverse.on && !p.shared_projections;
+    fit<T>(p, o.separate, chunk, o);
+    const ScanPlan s = plan_scan(p, chunk, context);
+    Walk walks[2];
+    int count = 0;
+    for (int d = 0; d < 2; ++d) {
+      if (!s.direction(d).on) continue;
+      walks[count] = forward_walk(s, d, false, p.final_state != nullptr, context);
+      o.entering[d] = walks[count++].entering;
+      o.fast_b[d] = fast_rows(s.direction(d).B, p.state_dim, p.dtype);
+      o.fast_c[d] = fast_rows(s.direction(d).C, p.state_dim, p.dtype);
+    }
+    o.fast_x = fast_rows(p.x, p.head_dim, p.dtype);
+    o.fast_state = p.state_dim * element_size(p.dtype) % 16 == 0;
+    walk_states(s, walks, count, context);
+    const int64_t shared = OutputTiles::of<T>(chunk, o.state_dim, o.columns, o.separate).bytes;
+    launch("ssd_scan", output_kernel<T>, blocks_of(p.head_dim ? p.batch * p.heads * s.chunks : 0), kThreads, shared,
+           context, s, o);
+  });
+}
+
+}  // namespace linmu

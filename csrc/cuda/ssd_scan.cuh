@@ -1,0 +1,88 @@
+// What the scan and its gradient share. A chunk is `chunk` visits; three kinds of kernels work on it:
+//
+//     visits   per chunk           which tokens they are; per head the step, the cumulative log-decay, the output
+//     weight states   per head, in order  the state that enters each chunk, in either direction; or its adjoint output,
+//     gradients            per (chunk, head), from the chunk's tiles and the states that enter it
+//
+// Within a chunk, direction d weighs visit j in visit i's output by exp(S_i - S_j), S the cumulative log-decay from the
+// side where the direction enters. S is summed in double and kept as high + low floats, in base 2, so that a difference
+// is as exact as the steps between, however long or steep the chunk is; exponents above 0 are never taken.
+#pragma once
+#include "../linmu/ssd_scan.h"
+#include "tile.cuh"
+
+namespace linmu {
+
+// One head, direction and visit. 16 bytes, so that it can be copied behind a kernel's back.
+struct alignas(16) Visit {
+  float high, low;  // S_i / ln 2
+  float step;       // dt after bias and softplus; 0 where the visit is skipped
+  float weight;     // of this direction in the output
+};
+
+struct ScanPlan {
+  SsdScanParams p;
+  int chunk;             // a multiple of 32
+  int64_t chunks;        // per row
+  int32_t* tokens;       // (B, chunks, chunk) position visited, -1 beyond L
+  int32_t* segments[2];  // (B, chunks, chunk) restarts between the chunk's entry and the visit, per direction
+  Visit* visits[2];      // (B, H, chunks, chunk)
+  float* leave[2];       // (B, H, chunks, chunk) what flows from the visit's input into the state that leaves
+  float* arrive[2];      // (B, H, chunks, chunk) what flows from the state that enters into the visit's output
+  float* through[2];     // (B, H, chunks) what flows from one into the other
+
+  __host__ __device__ const SsdScanDirection& direction(int d) const { return d ? p.reverse : p.forward; }
+  __host__ __device__ int64_t rows(int64_t b, int64_t c) const { return (b * chunks + c) * chunk; }
+  __host__ __device__ int64_t rows(int64_t b, int64_t h, int64_t c) const { return rows(b * p.heads + h, c); }
+};
+
+// Plans and launches `visits`.
+ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context);
+
+// One direction of `states`: along its visits, or, for the adjoint, against them.
+struct Walk {
+  SsdScanTensor rows, columns;  // x and B; for the adjoint the gradient of y, and C
+  int64_t row_groups, column_groups;
+  bool fast_rows, fast_columns;  // aligned to 16 bytes
+  int direction;
+  bool adjoint;
+  const float* initial;  // (B, H, P, N), or null
+  float* leaving;        // the state after the last visit (B, H, P, N), or null
+  void* entering;        // (B, H, chunks, P, N) of float if wide, else of the inputs' type
+  bool wide;
+  bool exact;  // the state's sums take more than one rounding to the inputs' type
+};
+
+void walk_states(const ScanPlan& plan, const Walk* walks, int count, const CudaContext& context);
+
+// The state entering each chunk, in each direction that is on.
+Walk forward_walk(const ScanPlan& plan, int direction, bool wide, bool exact, const CudaContext& context);
+
+template <class T>
+T* allocate(const CudaContext& context, int64_t count) {
+  return static_cast<T*>(context.allocate((count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T))));
+}
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Whether each row of each token can be read in pieces of 16 bytes.
+inline bool fast_rows(const SsdScanTensor& t, int64_t width, DType dtype) {
+  const int64_t size = element_size(dtype);
+  for (int64_t n : {width, t.batch_stride, t.token_stride, t.group_stride})
+    if (n * size % 16) return false;
+  return aligned(t.data, 16);
+}
+
+// First element of (batch, group) of a tensor of T.
+template <class T>
+__device__ inline const T* group_of(const SsdScanTensor& t, int64_t groups, int64_t b, int64_t h, int64_t heads) {
+  return static_cast<const T*>(t.data) + b * t.batch_stride + h / (heads / groups) * t.group_stride;
+}
+
+// exp(S_i - S_j) where on, else 0.
+__device__ inline float decay(const Visit& to, const Visit& from, bool on) {
+  return exp2f(on ? (to.high - from.high) + (to.low - from.low) : -INFINITY);
+}
+__device__ inline float decay(const Visit& to, bool on) { return exp2f(on ? to.high + to.low : -INFINITY); }
+
+}  // namespace linmu

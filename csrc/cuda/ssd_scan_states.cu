@@ -1,0 +1,325 @@
+// The visits of each chunk, and the states that enter it. See ssd_scan.cuh.
+//
+// A block of `states` keeps a 64 x 64 part of one head's state in registers and walks along a span of chunks, the next
+// tiles of x and B on their way while it multiplies. Where a batch has too few heads to fill a GPU, L is cut into
+// spans: a first walk finds what each span adds, a second one starts from their running sum.
+#include <algorithm>
+
+#include "ssd_scan.cuh"
+
+namespace linmu {
+namespace {
+
+constexpr int kVisitThreads = 128, kStateThreads = 128;
+constexpr int kState = 64;  // rows and columns of a block's part of the state
+constexpr int kWarpTile = 32;
+// Blocks that fill a GPU: two for each of 132 multiprocessors. Fixed, so that results are the same on every GPU.
+constexpr int64_t kEnoughBlocks = 264;
+
+__global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_constant__ ScanPlan s) {
+  LINMU_SHARED(memory);
+  const SsdScanParams& p = s.p;
+  int* tokens = reinterpret_cast<int*>(memory);
+  int* segments = tokens + s.chunk;  // per direction
+  const int64_t c = blockIdx.x, b = blockIdx.y, t0 = c * s.chunk, L = p.length;
+  const auto token_at = [&](int64_t t) -> int64_t {
+    if (!p.token_order) return t;
+    const int64_t at = p.token_order[b * L + t];
+    return at < 0 ? 0 : at < L ? at : L - 1;
+  };
+  for (int i = threadIdx.x; i < s.chunk; i += kVisitThreads) {
+    const int64_t t = t0 + i;
+    tokens[i] = t < L ? static_cast<int>(token_at(t)) : -1;
+    for (int d = 0; d < 2; ++d) {
+      const int32_t* seq = s.direction(d).on ? s.direction(d).seq_idx : nullptr;
+      const int64_t before = d ? t + 1 : t - 1;
+      const bool differs =
+          seq && t < L && before >= 0 && before < L && seq[b * L + token_at(t)] != seq[b * L + token_at(before)];
+      segments[d * s.chunk + i] = differs;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int d = threadIdx.x;
+    for (int k = 0, restarts = 0; k < s.chunk; ++k) {
+      int& at = segments[d * s.chunk + (d ? s.chunk - 1 - k : k)];
+      at = restarts += at;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < s.chunk; i += kVisitThreads) {
+    const int64_t at = s.rows(b, c) + i;
+    s.tokens[at] = tokens[i];
+    for (int d = 0; d < 2; ++d)
+      if (s.direction(d).on) s.segments[d][at] = segments[d * s.chunk + i];
+  }
+
+  const float* gate = static_cast<const float*>(p.gate);
+  for (int d = 0; d < 2; ++d) {
+    const SsdScanDirection& of = s.direction(d);
+    if (!of.on) continue;
+    const int* segment = segments + d * s.chunk;
+    const int leaving = segment[d ? 0 : s.chunk - 1];
+    for (int64_t h = threadIdx.x; h < p.heads; h += kVisitThreads) {
+      const float* dt = static_cast<const float*>(of.dt) + b * L * p.heads + h;
+      const float bias = of.dt_bias ? static_cast<const float*>(of.dt_bias)[h] : 0.f;
+      const double rate = static_cast<const float*>(of.A)[h] * 1.4426950408889634;  // 1 / ln 2
+      Visit* visits = s.visits[d] + s.rows(b, h, c);
+      double sum = 0;
+      for (int k = 0; k < s.chunk; ++k) {
+        const int i = d ? s.chunk - 1 - k : k, token = tokens[i];
+        const bool keep = token >= 0 && (!p.reverse_mask || p.reverse_mask[b * L + token]);
+        Visit v{};
+        if (d ? keep : token >= 0) {
+          v.step = dt[token * p.heads] + bias;
+          if (p.dt_softplus) v.step = softplus(v.step);
+          v.weight = 1.f;
+          if (gate && keep) {
+            const float g = p.gate_per_token ? gate[(b * L + token) * p.heads + h] : gate[h];
+            v.weight = d ? 1.f - g : g;
+          }
+        }
+        sum += v.step * rate;
+        v.high = static_cast<float>(sum), v.low = static_cast<float>(sum - v.high);
+        visits[i] = v;
+        s.arrive[d][s.rows(b, h, c) + i] = decay(v, segment[i] == 0) * v.weight;
+      }
+      const Visit exit = visits[d ? 0 : s.chunk - 1];
+      for (int i = 0; i < s.chunk; ++i)
+        s.leave[d][s.rows(b, h, c) + i] = decay(exit, visits[i], segment[i] == leaving) * visits[i].step;
+      s.through[d][(b * p.heads + h) * s.chunks + c] = decay(exit, leaving == 0);
+    }
+  }
+}
+
+// What a walk of several spans needs besides.
+struct Spans {
+  int64_t count, chunks;  // spans, chunks per span
+  float* states[2];       // (B, H, spans, P, N): what each span adds; then the state that enters it
+  float* through[2];      // (B, H, spans)
+  bool adding;            // the first of the two walks
+};
+
+struct Walks {
+  Walk of[2];
+};
+
+constexpr int rows_per_step(int chunk) { return chunk % 64 ? 32 : 64; }
+
+template <class T>
+struct StateTiles {
+  static constexpr int kPitch = padded<T>(kState);
+  // In elements of T; two of each but the last are filled in turn.
+  static constexpr int64_t tile(int rows) { return static_cast<int64_t>(rows) * kPitch; }
+  static constexpr int64_t bytes(int rows) {
+    return 5 * tile(rows) * static_cast<int64_t>(sizeof(T)) + 2 * rows * (sizeof(float) + sizeof(int));
+  }
+};
+static_assert(StateTiles<float>::bytes(64) <= 99 * 1024, "states fits the smallest shared memory, that of sm_86");
+
+template <class T>
+__global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 3)
+    states_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Walks walks,
+                  const __grid_constant__ Spans spans) {
+  LINMU_SHARED(memory);
+  using Tiles = StateTiles<T>;
+  const Walk& w = walks.of[blockIdx.z];
+  const SsdScanParams& p = s.p;
+  const int rows = rows_per_step(s.chunk), parts = s.chunk / rows, d = w.direction;
+  const int64_t P = p.head_dim, N = p.state_dim, tiles_p = (P + kState - 1) / kState,
+                tiles_n = (N + kState - 1) / kState;
+  const int64_t bh = blockIdx.x / (tiles_p * tiles_n), b = bh / p.heads, h = bh % p.heads;
+  const int64_t p0 = blockIdx.x / tiles_n % tiles_p * kState, n0 = blockIdx.x % tiles_n * kState;
+  const int64_t span = blockIdx.y, first = span * spans.chunks;
+  const int64_t count = s.chunks - first < spans.chunks ? s.chunks - first : spans.chunks;
+  const bool backwards = (d == 1) != w.adjoint;
+  T* x_tiles = reinterpret_cast<T*>(memory);
+  T* b_tiles = x_tiles + 2 * Tiles::tile(rows);
+  T* scaled = b_tiles + 2 * Tiles::tile(rows);
+  float* factors = reinterpret_cast<float*>(scaled + Tiles::tile(rows));
+  int* tokens = reinterpret_cast<int*>(factors + 2 * rows);
+  const T* x = group_of<T>(w.rows, w.row_groups, b, h, p.heads) + p0;
+  const T* k = group_of<T>(w.columns, w.column_groups, b, h, p.heads) + n0;
+  const int64_t steps = count * parts;
+
+  const auto chunk_of = [&](int64_t step) {
+    const int64_t c = first + step / parts;
+    return backwards ? s.chunks - 1 - c : c;
+  };
+  const auto copy_tokens = [&](int64_t step) {
+    const int32_t* from = s.tokens + s.rows(b, chunk_of(step)) + step % parts * rows;
+    for (int i = threadIdx.x * 4; i < rows; i += kStateThreads * 4)
+      copy_async(tokens + step % 2 * rows + i, from + i, true);
+  };
+  const auto copy_step = [&](int64_t step) {
+    const int* token = tokens + step % 2 * rows;
+    const float* factor = (w.adjoint ? s.arrive[d] : s.leave[d]) + s.rows(b, h, chunk_of(step)) + step % parts * rows;
+    for (int i = threadIdx.x * 4; i < rows; i += kStateThreads * 4)
+      copy_async(factors + step % 2 * rows + i, factor + i, true);
+    load_tile<T>(x_tiles + step % 2 * Tiles::tile(rows), rows, kState, P - p0, w.fast_rows,
+                 [&](int r) { return token[r] < 0 ? nullptr : x + token[r] * w.rows.token_stride; });
+    load_tile<T>(b_tiles + step % 2 * Tiles::tile(rows), rows, kState, N - n0, w.fast_columns,
+                 [&](int r) { return token[r] < 0 ? nullptr : k + token[r] * w.columns.token_stride; });
+    if (step + 1 < steps) copy_tokens(step + 1);
+  };
+  const float* through = s.through[d] + bh * s.chunks;
+  const auto through_of = [&](int64_t step) {
+    return step < steps && step % parts == 0 ? through[chunk_of(step)] : 1.f;
+  };
+
+  const int warp = threadIdx.x / kWarp, warp_p = warp / 2 * kWarpTile, warp_n = warp % 2 * kWarpTile;
+  Sums<kWarpTile, kWarpTile> state, own;
+  const float* start = spans.count == 1 ? (w.initial ? w.initial + bh * P * N : nullptr)
+                       : spans.adding   ? nullptr
+                                        : spans.states[blockIdx.z] + (bh * spans.count + span) * P * N;
+  state.each([&](float& value, int i, int j) {
+    const int64_t at_p = p0 + warp_p + i, at_n = n0 + warp_n + j;
+    value = start && at_p < P && at_n < N ? start[at_p * N + at_n] : 0.f;
+  });
+  float passed = 1.f;  // through the whole span
+  if (steps > 0) copy_tokens(0);
+  copy_commit();
+  copy_wait<0>();
+  __syncthreads();
+  if (steps > 0) copy_step(0);
+  copy_commit();
+  float keep = through_of(0);
+  for (int64_t step = 0; step < steps; ++step) {
+    copy_wait<0>();
+    __syncthreads();
+    if (step + 1 < steps) copy_step(step + 1);
+    copy_commit();
+    const float next_keep = through_of(step + 1);
+    if (step % parts == 0) {
+      if (!spans.adding && w.entering) {
+        const int64_t at = (bh * s.chunks + chunk_of(step)) * P * N;
+        state.each_pair([&](float first_value, float second_value, int i, int j) {
+          const int64_t at_p = p0 + warp_p + i, at_n = n0 + warp_n + j;
+          if (at_p >= P) return;
+          if (w.wide)
+            store_pair(static_cast<float*>(w.entering) + at + at_p * N + at_n, first_value, second_value, N - at_n);
+          else
+            store_pair(static_cast<T*>(w.entering) + at + at_p * N + at_n, first_value, second_value, N - at_n);
+        });
+      }
+      passed *= keep;
+      state.each([&](float& value, int, int) { value *= keep; });
+    }
+    keep = next_keep;
+    own.clear();
+    const T* k_tile = b_tiles + step % 2 * Tiles::tile(rows);
+    const float* factor = factors + step % 2 * rows;
+    // The scaled rows of B, and, to be exact, what rounding them left over.
+    const int roundings = !w.exact || std::is_same_v<T, float> ? 1 : std::is_same_v<T, bf16> ? 3 : 2;
+    for (int part = 0; part < roundings; ++part) {
+      if (part > 0) __syncthreads();
+      for (int i = threadIdx.x; i < rows * kState; i += kStateThreads) {
+        const int r = i / kState, n = i % kState;
+        float value = to_float(k_tile[r * Tiles::kPitch + n]) * factor[r];
+        for (int done = 0; done < part; ++done) value -= to_float(from_float<T>(value));
+        scaled[r * Tiles::kPitch + n] = from_float<T>(value);
+      }
+      __syncthreads();
+      multiply<Lies::by_depth, Lies::by_depth>(own, x_tiles + step % 2 * Tiles::tile(rows) + warp_p, Tiles::kPitch,
+                                               scaled + warp_n, Tiles::kPitch, rows);
+    }
+    state.add(own);
+  }
+  float* out = spans.adding                           ? spans.states[blockIdx.z] + (bh * spans.count + span) * P * N
+               : span + 1 < spans.count || !w.leaving ? nullptr
+                                                      : w.leaving + bh * P * N;
+  if (out)
+    state.each([&](float& value, int i, int j) {
+      const int64_t at_p = p0 + warp_p + i, at_n = n0 + warp_n + j;
+      if (at_p < P && at_n < N) out[at_p * N + at_n] = value;
+    });
+  if (spans.adding && threadIdx.x == 0 && p0 == 0 && n0 == 0)
+    spans.through[blockIdx.z][bh * spans.count + span] = passed;
+}
+
+// Turns what each span adds into the state that enters it.
+__global__ void __launch_bounds__(256)
+    spans_kernel(const __grid_constant__ Walks walks, const __grid_constant__ Spans spans, int64_t size) {
+  const int64_t bh = blockIdx.y, at = blockIdx.x * int64_t{256} + threadIdx.x;
+  if (at >= size) return;
+  const int z = blockIdx.z;
+  const float* initial = walks.of[z].initial;
+  float* states = spans.states[z] + bh * spans.count * size + at;
+  float carry = initial ? initial[bh * size + at] : 0.f;
+  for (int64_t i = 0; i < spans.count; ++i) {
+    const float added = states[i * size];
+    states[i * size] = carry;
+    carry = carry * spans.through[z][bh * spans.count + i] + added;
+  }
+}
+
+}  // namespace
+
+ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context) {
+  ScanPlan s{};
+  s.p = p, s.chunk = chunk, s.chunks = ceil_div(p.length, chunk);
+  const int64_t visits = p.batch * s.chunks * chunk;
+  s.tokens = allocate<int32_t>(context, visits);
+  for (int d = 0; d < 2; ++d) {
+    if (!s.direction(d).on) continue;
+    s.segments[d] = allocate<int32_t>(context, visits);
+    s.visits[d] = allocate<Visit>(context, visits * p.heads);
+    s.leave[d] = allocate<float>(context, visits * p.heads);
+    s.arrive[d] = allocate<float>(context, visits * p.heads);
+    s.through[d] = allocate<float>(context, p.batch * s.chunks * p.heads);
+  }
+  const dim3 blocks(static_cast<unsigned>(s.chunks), static_cast<unsigned>(p.batch));
+  launch("ssd_scan", visits_kernel, blocks, kVisitThreads, 3 * chunk * static_cast<int64_t>(sizeof(int)), context, s);
+  return s;
+}
+
+Walk forward_walk(const ScanPlan& s, int direction, bool wide, bool exact, const CudaContext& context) {
+  const SsdScanParams& p = s.p;
+  const SsdScanTensor& B = s.direction(direction).B;
+  Walk w{};
+  w.rows = p.x, w.row_groups = p.groups_x, w.fast_rows = fast_rows(p.x, p.head_dim, p.dtype);
+  w.columns = B, w.column_groups = p.groups_b, w.fast_columns = fast_rows(B, p.state_dim, p.dtype);
+  w.direction = direction;
+  // The caller's initial and final state are the forward direction's where it runs.
+  if (direction == 0 || !p.forward.on)
+    w.initial = static_cast<const float*>(p.initial_state), w.leaving = static_cast<float*>(p.final_state);
+  const int64_t size = p.batch * p.heads * s.chunks * p.head_dim * p.state_dim;
+  w.entering = allocate<unsigned char>(context, size * (wide ? 4 : element_size(p.dtype)));
+  w.wide = wide, w.exact = exact;
+  return w;
+}
+
+void walk_states(const ScanPlan& s, const Walk* walks, int count, const CudaContext& context) {
+  const SsdScanParams& p = s.p;
+  const int64_t heads = p.batch * p.heads, size = p.head_dim * p.state_dim;
+  const int64_t tiles = ceil_div(p.head_dim, kState) * ceil_div(p.state_dim, kState);
+  if (heads * tiles == 0) return;
+  Walks both{};
+  std::copy(walks, walks + count, both.of);
+  Spans spans{};
+  spans.count = 1, spans.chunks = std::max<int64_t>(s.chunks, 1);
+  const int64_t wanted = std::min(kEnoughBlocks / (heads * tiles * count), s.chunks / 8);
+  if (wanted > 1) {
+    spans.chunks = ceil_div(s.chunks, wanted), spans.count = ceil_div(s.chunks, spans.chunks);
+    for (int i = 0; i < count; ++i) {
+      spans.states[i] = allocate<float>(context, heads * spans.count * size);
+      spans.through[i] = allocate<float>(context, heads * spans.count);
+    }
+  }
+  const dim3 blocks(static_cast<unsigned>(heads * tiles), static_cast<unsigned>(spans.count), count);
+  dispatch_cuda("ssd_scan", p.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const int64_t shared = StateTiles<T>::bytes(rows_per_step(s.chunk));
+    if (spans.count > 1) {
+      spans.adding = true;
+      launch("ssd_scan", states_kernel<T>, blocks, kStateThreads, shared, context, s, both, spans);
+      spans.adding = false;
+      launch("ssd_scan", spans_kernel,
+             dim3(static_cast<unsigned>(ceil_div(size, 256)), static_cast<unsigned>(heads), count), 256, 0, context,
+             both, spans, size);
+    }
+    launch("ssd_scan", states_kernel<T>, blocks, kStateThreads, shared, context, s, both, spans);
+  });
+}
+
+}  // namespace linmu

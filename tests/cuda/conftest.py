@@ -1,0 +1,81 @@
+"""The CUDA kernels without a GPU: compiled by nvcc, and run thread by thread by the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linmu_ops import _registry
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("csrc/cuda", "csrc/linmu", "csrc/torch", "tests/cuda")
+
+
+def build(target: str, **options: str) -> tuple[Path, str]:
+    """The library `target` and its build log, made anew only when a source, an option or torch has changed."""
+    files = sorted(
+        f for d in SOURCES for f in (ROOT / d).iterdir() if f.suffix in (".h", ".cpp", ".cu", ".cuh", ".txt")
+    )
+    digest = hashlib.sha256(repr((sorted(options.items()), torch.__version__, _registry.schema_hash())).encode())
+    for file in (ROOT / "CMakeLists.txt", *files):
+        digest.update(file.name.encode() + file.read_bytes())
+    folder = ROOT / "build" / target
+    library, log, stamp = folder / f"lib{target}.so", folder / "log.txt", folder / "stamp.txt"
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / f"{target}.lock").open("w") as lock:  # one of several test processes builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != digest.hexdigest():
+            shutil.rmtree(folder, ignore_errors=True)
+            text = compile_into(folder, target, options)
+            log.write_text(text)
+            stamp.write_text(digest.hexdigest())
+    return library, log.read_text()
+
+
+def compile_into(folder: Path, target: str, options: dict[str, str]) -> str:
+    settings = dict(
+        LINMU_TORCH_DIR=Path(torch.__file__).parent, LINMU_TORCH_VERSION=torch.__version__,
+        LINMU_SCHEMA_HASH=_registry.schema_hash(), LINMU_OUTPUT_DIR=folder, Python_EXECUTABLE=sys.executable, **options,
+    )  # fmt: skip
+    tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    text = ""
+    for command in (
+        ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in settings.items())],
+        ["cmake", "--build", folder, "--target", target, "-j", "2"],
+    ):
+        done = subprocess.run(command, env=tools, capture_output=True, text=True)
+        text += done.stdout + done.stderr
+        assert done.returncode == 0, text[-6000:]
+    return text
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """Has liblinmu_emulated.so loaded, as the ops linmu_emulated::<op>."""
+    if shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") is None:
+        pytest.skip("needs cmake")
+    if not _registry.binaries()["cpu"].loaded:
+        pytest.skip(f"needs liblinmu_cpu.so: {_registry.binaries()['cpu'].error}")
+    path, _ = build("linmu_emulated", LINMU_EMULATE="ON")
+    namespace = torch.library.Library("linmu_emulated", "DEF")
+    for op in _registry.OPS.values():
+        _registry.define_in("linmu_emulated", namespace, op)
+    library = ctypes.CDLL(str(path))
+    message = ctypes.create_string_buffer(4096)
+    assert library.linmu_register(_registry.schema_hash().encode(), message, len(message)) == 0, message.value
+    return namespace  # keeps the definitions alive
+
+
+@pytest.fixture
+def by_emulator(emulated, monkeypatch):
+    """Until the test ends, linmu_ops runs the emulated CUDA kernels on CPU tensors, where there are any."""
+    monkeypatch.setitem(_registry.NAMESPACE, "cpu", "linmu_emulated")

@@ -1,0 +1,312 @@
+// Runs CUDA kernels on a CPU, thread by thread: what csrc/cuda/device.cuh and mma.cuh take from CUDA, in plain C++.
+//
+// A block's threads are fibers of one host thread. They run until a barrier, or an instruction that a warp executes
+// together, where they wait for each other as on a GPU; odd blocks run them from last to first, so that a barrier that
+// is missing shows. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited for, not
+// before. A misaligned copy, a warp that diverges at a shared instruction, or a deadlock is an error.
+// What is not emulated: the rounding of the tensor cores' sums (here float, in order), and memory ordering within a
+// warp.
+#pragma once
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/linmu/common.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace linmu {
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr size_t kStack = 256 * 1024, kCanary = 64;
+
+// What the lanes of a warp give each other at one shared instruction.
+struct Gift {
+  int instruction;
+  union {
+    double number;
+    const void* address;
+    unsigned fragment[6];
+  };
+};
+
+struct Warp {
+  int arrived = 0, live = 0;
+  uint64_t turn = 0;
+  Gift gifts[2][kLanes];  // in turn: nobody is two instructions ahead of a lane that still reads
+};
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
+struct Thread {
+  dim3 index;
+  int number;
+  bool begun = false, done = false;
+  jmp_buf place;
+  std::deque<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+
+struct Block {
+  dim3 index, size, grid;
+  std::vector<unsigned char> shared;  // with a canary after it
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::function<void()> body;
+  int arrived = 0, live = 0;
+  uint64_t turn = 0, progress = 0;
+  bool backwards = false;
+  std::string error;
+  jmp_buf scheduler;
+  Thread* running = nullptr;
+};
+
+inline Block* block = nullptr;
+inline Thread& self() { return *block->running; }
+
+inline void give_up_turn() {
+  if (_setjmp(self().place) == 0) _longjmp(block->scheduler, 1);
+}
+
+[[noreturn]] inline void fail(const std::string& what) {
+  block->error = what + ", thread " + std::to_string(self().number) + " of block (" + std::to_string(block->index.x) +
+                 ", " + std::to_string(block->index.y) + ", " + std::to_string(block->index.z) + ")";
+  _longjmp(block->scheduler, 1);
+}
+
+template <class Meeting>
+void meet(Meeting& m) {
+  const uint64_t turn = m.turn;
+  if (++m.arrived == m.live) {
+    m.arrived = 0, ++m.turn, ++block->progress;
+    return;
+  }
+  while (m.turn == turn) give_up_turn();
+}
+// Threads that have returned are not waited for.
+template <class Meeting>
+void leave(Meeting& m) {
+  if (--m.live > 0 && m.arrived == m.live) m.arrived = 0, ++m.turn;
+}
+
+// Gives to the warp, waits for all of it, and returns what everyone gave.
+inline const Gift* exchange(const Gift& mine) {
+  Warp& warp = block->warps[self().number / kLanes];
+  Gift* gifts = warp.gifts[warp.turn % 2];
+  gifts[self().number % kLanes] = mine;
+  const int lanes = warp.live;
+  meet(warp);
+  for (int i = 0; i < lanes; ++i)
+    if (gifts[i].instruction != mine.instruction) fail("a warp diverges at a shared instruction");
+  if (lanes != kLanes) fail("a shared instruction needs all lanes of a warp");
+  return gifts;
+}
+
+inline void finish_copies(size_t pending) {
+  auto& groups = self().groups;
+  for (; groups.size() > pending; groups.pop_front())
+    for (const Copy& copy : groups.front())
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+}
+
+inline void enter_fiber() {
+  block->body();
+  Thread& me = self();
+  me.done = true;
+  ++block->progress;
+  leave(*block);
+  leave(block->warps[me.number / kLanes]);
+  _longjmp(block->scheduler, 1);
+}
+
+// Stacks are kept; each fiber begins on a fresh context.
+inline void* stack_of(int thread) {
+  static std::vector<void*> stacks;
+  while (static_cast<int>(stacks.size()) <= thread)
+    stacks.push_back(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  return stacks[thread];
+}
+
+// Runs a thread until it waits or ends.
+inline void resume(Block& b, Thread& t) {
+  static ucontext_t fiber, back;
+  b.running = &t;
+  if (_setjmp(b.scheduler) != 0) return;
+  if (t.begun) _longjmp(t.place, 1);
+  t.begun = true;
+  getcontext(&fiber);
+  fiber.uc_stack.ss_sp = stack_of(t.number), fiber.uc_stack.ss_size = kStack, fiber.uc_link = nullptr;
+  makecontext(&fiber, enter_fiber, 0);
+  swapcontext(&back, &fiber);
+}
+
+inline void run_block(Block& b) {
+  block = &b;
+  const int count = static_cast<int>(b.size.x);
+  b.threads = std::vector<Thread>(count);
+  b.warps = std::vector<Warp>((count + kLanes - 1) / kLanes);
+  b.live = count;
+  for (int i = 0; i < count; ++i) {
+    b.threads[i].index = dim3(i), b.threads[i].number = i;
+    ++b.warps[i / kLanes].live;
+  }
+  while (b.live > 0) {
+    const uint64_t before = b.progress;
+    for (int k = 0; k < count && b.error.empty(); ++k) {
+      Thread& t = b.threads[b.backwards ? count - 1 - k : k];
+      if (!t.done) resume(b, t);
+    }
+    if (b.error.empty() && b.progress == before) b.error = "deadlock: the threads of a block wait for different things";
+    if (!b.error.empty()) throw std::runtime_error("emulator: " + b.error);
+  }
+  for (size_t i = 0; i < kCanary; ++i)
+    if (b.shared[b.shared.size() - 1 - i] != 0xFF) throw std::runtime_error("emulator: a write beyond shared memory");
+}
+
+inline void check_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) fail("an access of 16 bytes is not aligned");
+}
+
+inline uint16_t bits_of(unsigned pair, int half) { return static_cast<uint16_t>(pair >> (16 * half)); }
+
+}  // namespace emulator
+}  // namespace linmu
+
+#define threadIdx (::linmu::emulator::self().index)
+#define blockIdx (::linmu::emulator::block->index)
+#define blockDim (::linmu::emulator::block->size)
+#define gridDim (::linmu::emulator::block->grid)
+#define LINMU_SHARED(name) unsigned char* name = ::linmu::emulator::block->shared.data()
+
+inline void __syncthreads() { linmu::emulator::meet(*linmu::emulator::block); }
+
+namespace linmu {
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const unsigned bits = static_cast<unsigned>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float to_float(half16 x) {
+  f16 value;
+  std::memcpy(&value, &x, 2);
+  return static_cast<float>(value);
+}
+template <class T>
+inline T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, half16>) {
+    const f16 value = static_cast<f16>(x);
+    half16 out;
+    std::memcpy(&out, &value, 2);
+    return out;
+  } else {
+    unsigned bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return {0x7FFF};
+    return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+  }
+}
+
+inline double shuffle_xor(double x, int mask) {
+  emulator::Gift mine{1, {}};
+  mine.number = x;
+  return emulator::exchange(mine)[(emulator::self().number ^ mask) % emulator::kLanes].number;
+}
+inline float shuffle_xor(float x, int mask) { return static_cast<float>(shuffle_xor(static_cast<double>(x), mask)); }
+
+template <class T>
+inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  const emulator::Gift* all = emulator::exchange({2, {.fragment = {a[0], a[1], a[2], a[3], b0, b1}}});
+  const int lane = emulator::self().number % emulator::kLanes;
+  const auto at = [&](int other, int fragment, int half) {
+    return to_float(T{emulator::bits_of(all[other].fragment[fragment], half)});
+  };
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4, column = lane % 4 * 2 + e % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += at(row * 4 + k % 8 / 2, e / 2 + k / 8 * 2, k % 2) * at(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    d[e] += sum;
+  }
+}
+
+inline void ldmatrix_as(unsigned (&r)[4], const void* row, bool transposed) {
+  emulator::check_aligned(row);
+  emulator::Gift mine{transposed ? 4 : 3, {}};
+  mine.address = row;
+  const emulator::Gift* all = emulator::exchange(mine);
+  const int g = emulator::self().number % emulator::kLanes / 4, t = emulator::self().number % 4;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int half = 0; half < 2; ++half) {
+      const int r = transposed ? 2 * t + half : g, c = transposed ? g : 2 * t + half;
+      pair[half] = static_cast<const uint16_t*>(all[8 * i + r].address)[c];
+    }
+    r[i] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
+  }
+}
+inline void ldmatrix(unsigned (&r)[4], const void* row) { ldmatrix_as(r, row, false); }
+inline void ldmatrix_transposed(unsigned (&r)[4], const void* row) { ldmatrix_as(r, row, true); }
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+  emulator::check_aligned(shared), emulator::check_aligned(global);
+  emulator::self().open.push_back({shared, valid ? global : nullptr});
+}
+inline void copy_commit() {
+  emulator::self().groups.push_back(std::move(emulator::self().open));
+  emulator::self().open.clear();
+}
+template <int kPending>
+inline void copy_wait() {
+  emulator::finish_copies(kPending);
+}
+
+template <class... Formal, class... Actual>
+void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads, int64_t shared, const CudaContext&,
+            Actual&&... arguments) {
+  if (shared > 227 * 1024) throw std::runtime_error(std::string(op) + ": CUDA: more shared memory than there is");
+  if (blocks.y > 65535 || blocks.z > 65535) throw std::runtime_error(std::string(op) + ": CUDA: the grid is too large");
+  emulator::Block b;
+  b.size = dim3(threads), b.grid = blocks;
+  b.body = [&] { kernel(static_cast<Formal>(arguments)...); };
+  for (b.index.z = 0; b.index.z < blocks.z; ++b.index.z)
+    for (b.index.y = 0; b.index.y < blocks.y; ++b.index.y)
+      for (b.index.x = 0; b.index.x < blocks.x; ++b.index.x) {
+        b.shared.assign(shared + emulator::kCanary, 0xFF);
+        b.backwards = (b.index.x + b.index.y + b.index.z) % 2;
+        b.turn = b.arrived = 0;
+        emulator::run_block(b);
+      }
+}
+
+}  // namespace linmu

@@ -1,0 +1,103 @@
+"""The CUDA kernels of `ssd_step` and `ssd_scan`, run by the emulator, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops._testing import check_against_reference
+from tests.ops import test_ssd_scan as scan_cases
+from tests.ops import test_ssd_step as step_cases
+
+pytestmark = pytest.mark.usefixtures("by_emulator")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHARED = ("dt_softplus", "reverse_dt", "reverse_A", "gate", "reverse_mask", "reverse_seq_idx", "token_order", "D")
+
+
+def check(op, inputs, wrt=()):
+    def by(impl):
+        def f(**kw):
+            with linmu_ops.use_impl(f"{op}:{impl}"):
+                out = getattr(linmu_ops, op)(**kw)
+                return (out, kw["state"]) if "state" in kw else out
+
+        return f
+
+    check_against_reference(by("cpu"), by("reference"), inputs, wrt)
+
+
+def check_scan(inputs):
+    check("ssd_scan", inputs, scan_cases.used(inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", step_cases.CASES[:4], ids=str)
+def test_step(case, dtype):
+    check("ssd_step", step_cases.make_inputs(case, dtype, softplus=True, skip=True))
+
+
+@pytest.mark.parametrize("options", [(), ("all",)], ids=["plain", "all"])
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [(1, 70, 2, 1, 1, 2, 20, 40), (2, 33, 4, 2, 2, 4, 5, 7)], ids=str)
+def test_scan(case, dtype, direction, options):
+    check_scan(scan_cases.make_inputs(case, dtype, direction, options) | dict(chunk_size=32))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 64, 128, None])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_scan_as_the_model_calls_it(dtype, chunk_size):
+    """Shared B and C, rows of whole 16 bytes, more than one chunk and more than one tile of every size."""
+    inputs = scan_cases.make_inputs((1, 150, 2, 1, 1, 2, 72, 48), dtype, "both", SHARED)
+    check_scan(inputs | dict(chunk_size=chunk_size))
+
+
+@pytest.mark.parametrize("option", ["reverse_B", "reverse_C", "head_gate", "initial_state", "seq_idx"])
+@pytest.mark.parametrize("direction", ["reverse", "both"])
+def test_scan_with_one_option(direction, option):
+    if option == "head_gate" and direction == "reverse":
+        pytest.skip("the gate is of both directions")
+    check_scan(scan_cases.make_inputs(scan_cases.SMALL, torch.float32, direction, (option,)))
+
+
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+def test_scan_in_spans(direction):
+    """Enough chunks per head that the states are walked in spans."""
+    options = ("initial_state", "return_final_state", "seq_idx")
+    check_scan(
+        scan_cases.make_inputs((1, 530, 1, 1, 1, 1, 3, 4), torch.float32, direction, options) | dict(chunk_size=32)
+    )
+
+
+@pytest.mark.parametrize("case", [(2, 0, 2, 1, 2, 2, 3, 4), (0, 5, 2, 1, 2, 2, 3, 4)], ids=["L0", "B0"])
+def test_empty_scan(case):
+    scan_cases.test_empty(case, "both")
+
+
+def test_strided_scan():
+    scan_cases.test_strided_inputs("both")
+
+
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+def test_scan_is_deterministic(direction):
+    inputs = scan_cases.make_inputs(scan_cases.SMALL, torch.bfloat16, direction, ("all",))
+    first, second = (linmu_ops.ssd_scan(**inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+def test_a_token_order_out_of_range_touches_nothing_outside(direction):
+    """On a GPU its values are not looked at; they are clamped, and the emulator would see an access elsewhere crash."""
+    inputs = scan_cases.make_inputs(scan_cases.SMALL, torch.float32, direction, ("all",))
+    inputs["token_order"] = torch.randint(-(2**31), 2**31 - 1, inputs["token_order"].shape).int()
+    leaf = inputs["x"].requires_grad_()
+    y, state = linmu_ops.ssd_scan(**inputs)
+    y.nan_to_num().sum().backward()
+    assert y.shape == (*inputs["dt"].shape, leaf.shape[3]) and state.isfinite().all()
+
+
+def test_float64_is_refused():
+    inputs = scan_cases.make_inputs(scan_cases.SMALL, torch.float64)
+    with pytest.raises(ValueError, match="ssd_scan: the CUDA kernels take no float64"):
+        linmu_ops.ssd_scan(**inputs)
