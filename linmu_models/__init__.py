@@ -3,6 +3,7 @@
     convert(teacher)    a linear model from a loaded transformers one
     convert_nvila(...)  the same for NVILA, which is not a part of transformers
     families()          the model types that can be converted
+    fast_decode()       options of `generate` that compile the step of one token
 
 Importing this package makes saved LinMU models known to transformers' Auto classes.
 """
@@ -13,6 +14,7 @@ from . import families as _families  # noqa: F401  registers
 from .cache import LinmuCacheLayer
 from .convert import convert
 from .families.nvila import attach_nvila, convert_nvila
+from .generate import fast_decode
 from .layout import LinmuInputs
 from .modeling import FAMILIES, LinmuAttention, LinmuModel
 from .report import TransferReport
@@ -34,4 +36,5 @@ __all__ = [
     "convert",
     "convert_nvila",
     "families",
+    "fast_decode",
 ]

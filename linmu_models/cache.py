@@ -18,23 +18,24 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     on the layer's device, so that a compiled step does not depend on its value.
 
     Args:
-        max_cache_len: length of the static layers beside this one, whose masks may be asked of it; None in a cache
-            that grows.
+        static: the layer is in the place of a static one.
+        mask_length: length of the static attention layers beside it, whose masks transformers may ask it for. Without
+            such layers None, lest a compiled step depends on it.
     """
 
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, max_cache_len: int | None = None) -> None:
+    def __init__(self, static: bool = False, mask_length: int | None = None) -> None:
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
         CacheLayerMixin.__init__(self)
-        self.max_cache_len = max_cache_len
-        self.cumulative_length: int | Tensor = 0 if max_cache_len is None else torch.tensor(0)
+        self.is_static, self.mask_length = static, mask_length
+        self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
         self.state: MMATEState | None = None
 
     @property
     def is_compileable(self) -> bool:
-        return self.max_cache_len is not None
+        return self.is_static
 
     @property
     def is_croppable(self) -> bool:
@@ -66,7 +67,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.get_seq_length() + query_length if self.max_cache_len is None else self.max_cache_len), 0
+        return (self.get_seq_length() + query_length if self.mask_length is None else self.mask_length), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -116,10 +117,11 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.reorder_cache(indices)
 
 
-def linear_layer(cache: Cache, layer_idx: int) -> LinmuCacheLayer:
+def linear_layer(cache: Cache, layer_idx: int, beside_attention: bool = False) -> LinmuCacheLayer:
     """The state layer of decoder layer `layer_idx`, put in the place of the attention layer on first use.
 
     `Cache` builds one attention layer per decoder layer from the configuration, which still speaks of attention.
+    beside_attention: other layers keep theirs.
 
     Raises:
         ValueError: that attention layer has already been filled by another model.
@@ -131,7 +133,10 @@ def linear_layer(cache: Cache, layer_idx: int) -> LinmuCacheLayer:
         return layer
     if layer.is_initialized:
         raise ValueError(f"linmu: layer {layer_idx} of the cache must be new or linear, got keys and values")
-    # A layer with a sliding window is shorter than those that a mask made for all of them must fit.
-    lengths = [other.max_cache_len for other in cache.layers if getattr(other, "max_cache_len", None) is not None]
-    cache.layers[layer_idx] = fresh = LinmuCacheLayer(max(lengths) if isinstance(layer, StaticLayer) else None)
+    static = isinstance(layer, StaticLayer)
+    length = None
+    if static and beside_attention:
+        # A layer with a sliding window is shorter than the others.
+        length = max(other.max_cache_len for other in cache.layers if isinstance(other, StaticLayer))
+    cache.layers[layer_idx] = fresh = LinmuCacheLayer(static, length)
     return fresh

@@ -60,7 +60,12 @@ class LinmuAttention(MMATE):
         attention: that module; sizes, biases, scale and norms of q and k are read off it, its weights are not.
         config: options of the block.
         layer_idx: index of the decoder layer.
+
+    Attributes:
+        beside_attention: other layers of the model keep their attention.
     """
+
+    beside_attention = False
 
     def __init__(self, attention: nn.Module, config: MMATEConfig, layer_idx: int) -> None:
         head_dim = attention.head_dim
@@ -100,7 +105,7 @@ class LinmuAttention(MMATE):
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding
             )
             return out, None
-        layer = linear_layer(cache, self.layer_idx)
+        layer = linear_layer(cache, self.layer_idx, self.beside_attention)
         out, state = super().forward(
             hidden_states,
             layout=linmu.layout,
@@ -191,6 +196,9 @@ class LinmuModel:
         return all(isinstance(layer.self_attn, LinmuAttention) for layer in self.linmu_layers())
 
     def _name_attention(self) -> None:
+        for layer in self.linmu_layers():
+            if isinstance(layer.self_attn, LinmuAttention):
+                layer.self_attn.beside_attention = not self.is_linear
         if self.is_linear:
             self.get_decoder().config._attn_implementation_internal = LINEAR
 

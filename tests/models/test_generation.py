@@ -214,3 +214,52 @@ def test_the_step_compiles_once():
             torch.testing.assert_close(compiled, logits, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
     assert cache.get_seq_length() == 11
+
+
+def with_text(rows, count):
+    """The same rows with `count` more tokens of text."""
+    out = dict(rows)
+    out["input_ids"] = torch.cat((rows["input_ids"], torch.full((len(rows["input_ids"]), count), 9)), dim=1)
+    out["attention_mask"] = torch.nn.functional.pad(rows["attention_mask"], (0, count), value=1)
+    for kinds in {"mm_token_type_ids", "token_type_ids"} & rows.keys():
+        out[kinds] = torch.nn.functional.pad(rows[kinds], (0, count))
+    return out
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("family, keep", [("qwen2_5_vl", ()), ("gemma3", ()), ("smolvlm", ()), ("qwen2_5_vl", (1,))])
+def test_fast_decode_gives_the_same_tokens_from_one_graph(family, keep):
+    """Padded rows; a second, longer prompt reuses the graph of a linear model."""
+    torch._dynamo.reset()
+    model = linmu_models.convert(tiny.teacher(family), OPTIONS, keep_attention=keep)
+    fast = linmu_models.fast_decode(backend="aot_eager", mode=None, fullgraph=True)
+    first = graphs()
+    rows = tiny.left_padded([tiny.example(family, "images"), tiny.example(family, "image")])
+    for more in (0, 3):
+        rows = with_text(rows, more)
+        expected = model.generate(**rows, max_new_tokens=6, do_sample=False)
+        assert torch.equal(model.generate(**rows, max_new_tokens=6, do_sample=False, **fast), expected)
+        assert keep or graphs() == first + 1
+
+
+def test_fast_decode_with_beams():
+    torch._dynamo.reset()
+    model, inputs = student("qwen2_5_vl"), tiny.example("qwen2_5_vl", "images")
+    beams = dict(max_new_tokens=5, do_sample=False, num_beams=2)
+    fast = linmu_models.fast_decode(backend="eager", mode=None)
+    assert torch.equal(model.generate(**inputs, **beams, **fast), model.generate(**inputs, **beams))
+
+
+def test_fast_decode_with_the_default_compiler():
+    torch._dynamo.reset()
+    small = tiny.hf.Qwen2ForCausalLM(tiny.hf.Qwen2Config(**{**tiny.SIZES, "num_hidden_layers": 1}))
+    model, inputs = linmu_models.convert(small.eval()), tiny.example("qwen2", "text")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    before = graphs()
+    assert torch.equal(
+        model.generate(**inputs, max_new_tokens=6, do_sample=False, **linmu_models.fast_decode()), expected
+    )
+    assert graphs() == before + 1
