@@ -23,21 +23,36 @@ def figure(panels: int = 1) -> tuple[Any, Sequence[Any]]:
 
 
 def length_axis(axes: Any, lengths: Iterable[int], ylabel: str, title: str) -> None:
-    """Both axes logarithmic, ticks at the lengths."""
+    """Both axes logarithmic, ticks at the lengths; after the lines are drawn."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ticks = sorted(set(lengths))
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel, title=title)
     axes.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks], minor=False)
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def legend(made: Any) -> None:
+    """One legend for all panels, beside or below them, where it hides nothing."""
+    handles, labels = made.axes[0].get_legend_handles_labels()
+    if len(made.axes) == 1:
+        made.legend(handles, labels, loc="outside right center", frameon=False)
+    else:
+        made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
 def save(made: Any, target: Path) -> None:
     """Write the figure, its text and lines in grey, its background transparent."""
     import matplotlib.pyplot as plt
 
+    for text in (text for one in made.legends for text in one.get_texts()):
+        text.set_color(GREY)
     for axes in made.axes:
-        legend = axes.get_legend()
-        texts = legend.get_texts() if legend else []
-        for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *texts):
+        for item in (axes.title, axes.xaxis.label, axes.yaxis.label):
             item.set_color(GREY)
         axes.tick_params(colors=GREY)
         for spine in axes.spines.values():

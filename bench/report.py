@@ -118,6 +118,6 @@ def _length_plot(op: str, rows: list[Row], target: Path) -> Path | None:
     roof = {r["sizes"]["L"]: r["us"] * r["roof_percent"] / 100 / r["sizes"]["L"] for r in swept}
     axes.plot(list(roof), list(roof.values()), "--", color=plots.GREY, label="roof")
     plots.length_axis(axes, roof, "µs per token", op)
-    axes.legend(frameon=False)
+    plots.legend(made)
     plots.save(made, target)
     return target

@@ -162,6 +162,6 @@ def _plot(rows: list[Row], target: Path) -> Path | None:
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
         plots.length_axis(axes, (r["tokens"] for r in group), unit, heading)
-    all_axes[0].legend(frameon=False)
+    plots.legend(made)
     plots.save(made, target)
     return target
