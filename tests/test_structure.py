@@ -133,7 +133,7 @@ def test_environment_variables_are_documented():
         line.split("`")[1]: line for line in (ROOT / "ENVS.md").read_text().splitlines() if line.startswith("| `LINMU_")
     }
     read = {}
-    for file in tracked(".py", ".h", ".cpp", ".cu"):
+    for file in tracked(".py", ".h", ".cpp", ".cu", ".cuh"):
         where = file.relative_to(ROOT)
         if where.parts[0] != "tests":
             for name in re.findall(r"(?:environ(?:\.get)?|getenv)\s*[(\[]\s*[\"'](LINMU_\w+)", file.read_text()):

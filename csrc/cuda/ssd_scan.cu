@@ -6,21 +6,13 @@
 // With projections of its own the reverse direction costs no further product away from the diagonal.
 #include <algorithm>
 
-#include "ssd_scan.cuh"
+#include "ssd_scan_output.cuh"
 
 namespace linmu {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int kRows = 32, kColumns = 16;  // of a warp's products
-
-struct Output {
-  const void* entering[2];  // (B, H, chunks, P, N) in the inputs' type
-  int columns;              // of P at a time: 32 or 64
-  int state_dim;            // N rounded up to 32
-  bool separate;            // both directions run, and with different B or C
-  bool fast_x, fast_b[2], fast_c[2], fast_state;
-};
 
 // Where things lie in shared memory, in bytes.
 struct OutputTiles {
@@ -196,7 +188,8 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
     Output o{};
     int chunk = 0;
     o.separate = p.forward.on && p.reverse.on && !p.shared_projections;
-    fit<T>(p, o.separate, chunk, o);
+    const bool group = plan_group_output(p, chunk, o);
+    if (!group) fit<T>(p, o.separate, chunk, o);
     const ScanPlan s = plan_scan(p, chunk, context);
     Walk walks[2];
     int count = 0;
@@ -210,6 +203,7 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
     o.fast_x = fast_rows(p.x, p.head_dim, p.dtype);
     o.fast_state = p.state_dim * element_size(p.dtype) % 16 == 0;
     walk_states(s, walks, count, context);
+    if (group) return group_output(s, o, context);
     const int64_t shared = OutputTiles::of<T>(chunk, o.state_dim, o.columns, o.separate).bytes;
     launch("ssd_scan", output_kernel<T>, blocks_of(p.head_dim ? p.batch * p.heads * s.chunks : 0), kThreads, shared,
            context, s, o);

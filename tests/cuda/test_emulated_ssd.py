@@ -13,6 +13,7 @@ from tests.ops import test_ssd_step as step_cases
 pytestmark = pytest.mark.usefixtures("by_emulator")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHARED = ("dt_softplus", "reverse_dt", "reverse_A", "gate", "reverse_mask", "reverse_seq_idx", "token_order", "D")
+OPTIONS = dict(shared=SHARED, all=("all",), B=("seq_idx", "head_gate", "reverse_B"))
 
 
 def check(op, inputs, wrt=()):
@@ -51,6 +52,15 @@ def test_scan_as_the_model_calls_it(dtype, chunk_size):
     """Shared B and C, rows of whole 16 bytes, more than one chunk and more than one tile of every size."""
     inputs = scan_cases.make_inputs((1, 150, 2, 1, 1, 2, 72, 48), dtype, "both", SHARED)
     check_scan(inputs | dict(chunk_size=chunk_size))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [(1, 150, 2, 1, 1, 2, 72, 48), (2, 61, 2, 2, 1, 1, 5, 7)], ids=str)
+def test_scan_of_sm90(case, dtype, direction, options, monkeypatch):
+    monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
+    check("ssd_scan", scan_cases.make_inputs(case, dtype, direction, OPTIONS[options]))
 
 
 @pytest.mark.parametrize("option", ["reverse_B", "reverse_C", "head_gate", "initial_state", "seq_idx"])

@@ -1,0 +1,19 @@
+// What the two kernels of the scan's output share.
+#pragma once
+#include "ssd_scan.cuh"
+
+namespace linmu {
+
+struct Output {
+  const void* entering[2];  // (B, H, chunks, P, N) in the inputs' type
+  int head_dim, state_dim;  // rounded up to the tiles
+  int columns;              // of P at a time
+  bool separate;            // both directions run, and with different B or C
+  bool fast_x, fast_b[2], fast_c[2], fast_state;
+};
+
+// On sm_90a: whether that architecture's own kernel serves, and with which chunk and tiles; and its launch.
+bool plan_group_output(const SsdScanParams& p, int& chunk, Output& o);
+void group_output(const ScanPlan& s, const Output& o, const CudaContext& context);
+
+}  // namespace linmu

@@ -1,0 +1,159 @@
+// The products of sm_90a: a warpgroup of four warps multiplies 64 rows by 64 columns, operands in shared memory.
+//
+// A tile for them is made of columns of 16 bytes: row r of 8 elements c is at (c / 8) * rows * 16 + r * 16. So eight
+// rows of such a column are the 128 contiguous bytes that the instruction calls a core matrix, a tile may be read by
+// its rows or by its depth, and copies of 8 rows x 64 bytes by a warp meet neither bank conflicts nor halves of
+// sectors.
+#pragma once
+#include <cstdlib>
+
+#include "tile.cuh"
+
+namespace linmu {
+
+constexpr int kGroup = 128;  // threads of a warpgroup
+
+template <class T>
+__host__ __device__ constexpr int64_t group_tile(int rows, int columns) {
+  return static_cast<int64_t>(rows) * columns;
+}
+
+template <class T>
+__device__ inline T* group_at(T* tile, int rows, int row, int column) {
+  return tile + static_cast<int64_t>(column / 8) * rows * 8 + row * 8 + column % 8;
+}
+
+// As load_tile: rows a multiple of 8, columns of 32.
+template <class T, class Source>
+__device__ inline void load_group_tile(T* tile, int rows, int columns, int64_t width, bool fast, Source&& source) {
+  static_assert(sizeof(T) == 2);
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, across = columns / 32;
+  for (int i = threadIdx.x / kWarp; i < rows / 8 * across; i += warps) {
+    const int r = i / across * 8 + lane % 8, c = i % across * 32 + lane / 8 * 8;
+    const T* from = source(r);
+    T* to = group_at(tile, rows, r, c);
+    if (fast) {
+      const bool valid = from && c < width;
+      copy_async(to, valid ? from + c : nullptr, valid);
+    } else {
+#pragma unroll
+      for (int v = 0; v < 8; ++v) to[v] = from && c + v < width ? from[c + v] : T{};
+    }
+  }
+}
+
+using GroupSums = Sums<16, 64>;  // a warp's 16 of the 64 rows
+
+}  // namespace linmu
+
+#ifdef LINMU_EMULATE
+#include "emulated_wgmma.h"
+#else
+
+namespace linmu {
+
+// 10 times the compute capability of the current device, among those with kernels of their own; LINMU_CUDA_ARCH lowers
+// it (tests, measurements).
+inline int architecture(const char* op) {
+  int device = 0, major = 0, minor = 0;
+  check_cuda(op, cudaGetDevice(&device));
+  check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check_cuda(op, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+#ifdef LINMU_CUDA_SM90A
+  const bool own = major == 9 && minor == 0;
+#else
+  const bool own = false;
+#endif
+  const char* lowered = std::getenv("LINMU_CUDA_ARCH");
+  return own && !(lowered && std::atoi(lowered) < 90) ? 90 : 80;
+}
+
+// Where an operand lies: its first core matrix, and the bytes from one to the next along the depth and across it.
+using Operand = uint64_t;
+__device__ inline Operand operand(const void* first, int leading, int stride) {
+  const uint64_t at = __cvta_generic_to_shared(first);
+  return (at & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LINMU_SM90A 1
+
+#define LINMU_FOUR(d, j) "+f"(d.v[0][j][0]), "+f"(d.v[0][j][1]), "+f"(d.v[0][j][2]), "+f"(d.v[0][j][3])
+#define LINMU_SUMS(d)                                                                                         \
+  LINMU_FOUR(d, 0), LINMU_FOUR(d, 1), LINMU_FOUR(d, 2), LINMU_FOUR(d, 3), LINMU_FOUR(d, 4), LINMU_FOUR(d, 5), \
+      LINMU_FOUR(d, 6), LINMU_FOUR(d, 7)
+#define LINMU_SUMS_TEXT                                                                                             \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31}"
+#define LINMU_WGMMA_SHARED(type)                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_SUMS_TEXT \
+               ", %32, %33, 1, 1, 1, 0, %34;\n"                                                \
+               : LINMU_SUMS(d)                                                                 \
+               : "l"(a), "l"(b), "n"(kByDepth))
+#define LINMU_WGMMA_REGISTERS(type)                                                            \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_SUMS_TEXT \
+               ", {%32,%33,%34,%35}, %36, 1, 1, 1, %37;\n"                                     \
+               : LINMU_SUMS(d)                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kByDepth))
+
+// d += a b over a depth of 16. b lies by row, or by depth; a from shared memory lies by row, from registers as for mma.
+template <class T, int kByDepth>
+__device__ inline void group_mma(GroupSums& d, Operand a, Operand b) {
+  if constexpr (std::is_same_v<T, bf16>)
+    LINMU_WGMMA_SHARED("bf16");
+  else
+    LINMU_WGMMA_SHARED("f16");
+}
+template <class T, int kByDepth>
+__device__ inline void group_mma(GroupSums& d, const unsigned (&a)[4], Operand b) {
+  if constexpr (std::is_same_v<T, bf16>)
+    LINMU_WGMMA_REGISTERS("bf16");
+  else
+    LINMU_WGMMA_REGISTERS("f16");
+}
+
+// Around group_mma: before the first, once its registers are written; after the last; and until their results are
+// there.
+__device__ inline void group_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ inline void group_end() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+}
+// Keeps the compiler from reading the sums before, or writing them after.
+__device__ inline void group_hold(GroupSums& d) { asm volatile("" : LINMU_SUMS(d)::"memory"); }
+
+#endif
+
+// What this thread copied to shared memory is there for group_mma after a barrier.
+__device__ inline void group_publish() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+#endif
+}
+
+}  // namespace linmu
+#endif
+
+namespace linmu {
+
+#if defined(LINMU_SM90A) || defined(LINMU_EMULATE)
+#define LINMU_GROUP_CODE 1
+
+// An operand read by row (of M or N) or by depth, from row `row` and column `column` of a tile of `rows` rows.
+template <class T>
+__device__ inline Operand by_row(T* tile, int rows, int row, int column) {
+  return operand(group_at(tile, rows, row, column), rows * 16, 128);
+}
+template <class T>
+__device__ inline Operand by_depth(T* tile, int rows, int row, int column) {
+  return operand(group_at(tile, rows, row, column), 128, rows * 16);
+}
+
+template <class T>
+__device__ inline unsigned pair_bits(float first, float second) {
+  return from_float<T>(first).bits | static_cast<unsigned>(from_float<T>(second).bits) << 16;
+}
+
+#endif
+
+}  // namespace linmu
