@@ -57,11 +57,35 @@ __device__ inline half16 from_float<half16>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
+// Two values side by side, the first in the low half.
+template <class T>
+__device__ inline unsigned pack(float first, float second) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const unsigned*>(&both);
+  } else {
+    const __half2 both = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const unsigned*>(&both);
+  }
+}
+
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
+__device__ inline float shuffle(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
+__device__ inline bool warp_any(bool x) { return __any_sync(kAllLanes, x); }
+// What the lanes of a warp wrote before it, all of them see after it.
+__device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline double shuffle_xor(double x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
+}
+
+// What a block may have on the current device.
+inline int64_t shared_limit() {
+  int device = 0, bytes = 0;
+  check_cuda("shared memory", cudaGetDevice(&device));
+  check_cuda("shared memory", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
 }
 
 // Launches on the context's stream. No blocks is no launch.
@@ -103,6 +127,9 @@ void dispatch_cuda(const char* op, DType dtype, F&& f) {
     case DType::f64: throw std::runtime_error(std::string(op) + ": the CUDA kernels take no float64");
   }
 }
+
+// Of the types that CUDA kernels take.
+inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 

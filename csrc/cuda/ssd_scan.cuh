@@ -63,8 +63,6 @@ T* allocate(const CudaContext& context, int64_t count) {
   return static_cast<T*>(context.allocate((count > 0 ? count : 1) * static_cast<int64_t>(sizeof(T))));
 }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 // Whether each row of each token can be read in pieces of 16 bytes.
 inline bool fast_rows(const SsdScanTensor& t, int64_t width, DType dtype) {
   const int64_t size = element_size(dtype);

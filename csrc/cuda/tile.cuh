@@ -88,8 +88,10 @@ enum class Lies { by_row, by_depth };
 
 // sums += A B^T over `depth` (a multiple of 16): A is M x depth and B is N x depth, from tiles of T with the given
 // pitch.
+// Of the N / 16 parts of B only the first `parts` are there.
 template <Lies kA, Lies kB, int M, int N, class T>
-__device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const T* b, int pitch_b, int depth) {
+__device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const T* b, int pitch_b, int depth,
+                                int parts = N / 16) {
   const int lane = threadIdx.x % kWarp, low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
   for (int k = 0; k < depth; k += 16) {
     unsigned fa[M / 16][4];
@@ -101,6 +103,7 @@ __device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const
         ldmatrix_transposed(fa[i], a + (k + low + high) * pitch_a + i * 16 + middle);
 #pragma unroll
     for (int j = 0; j < N / 16; ++j) {
+      if (j >= parts) break;
       unsigned fb[4];
       if constexpr (kB == Lies::by_row)
         ldmatrix(fb, b + (j * 16 + low + high) * pitch_b + k + middle);
@@ -118,7 +121,8 @@ __device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const
 // The same in float32, by plain multiply-adds: the tensor cores would round the operands. In parts of 16, as theirs
 // are: one running sum over the whole depth would lose, where gradients largely cancel, what the recurrence does not.
 template <Lies kA, Lies kB, int M, int N>
-__device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, const float* b, int pitch_b, int depth) {
+__device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, const float* b, int pitch_b, int depth,
+                                int parts = N / 16) {
   const float* row = a + lane_row() * (kA == Lies::by_row ? pitch_a : 1);
   const float* column = b + lane_column() * (kB == Lies::by_row ? pitch_b : 1);
   const int row_step = kA == Lies::by_row ? pitch_a : 1, column_step = kB == Lies::by_row ? pitch_b : 1;
@@ -132,7 +136,7 @@ __device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, c
 #pragma unroll
       for (int i = 0; i < M / 8; ++i) fa[i] = row[i * 8 * row_step];
 #pragma unroll
-      for (int j = 0; j < N / 4; ++j) fb[j] = column[(j / 2 * 8 + j % 2) * column_step];
+      for (int j = 0; j < N / 4; ++j) fb[j] = j / 4 < parts ? column[(j / 2 * 8 + j % 2) * column_step] : 0.f;
 #pragma unroll
       for (int i = 0; i < M / 16; ++i)
 #pragma unroll
@@ -141,6 +145,52 @@ __device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, c
           for (int e = 0; e < 4; ++e) part.v[i][j][e] += fa[2 * i + e / 2] * fb[2 * j + e % 2];
     }
     sums.add(part);
+  }
+}
+
+// sums += A B, with A in the lanes' registers where another product left it, rounded to T: M x K, of which the first
+// `parts` of K / 16 count, and B K x N in a tile, rows along the depth.
+template <int M, int K, int N, class T>
+__device__ inline void multiply_kept(Sums<M, N>& sums, const Sums<M, K>& a, const T* b, int pitch, int parts = K / 16) {
+  const int lane = threadIdx.x % kWarp, low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
+#pragma unroll
+  for (int k = 0; k < K / 16; ++k) {
+    if (k >= parts) break;
+    unsigned fa[M / 16][4];
+#pragma unroll
+    for (int i = 0; i < M / 16; ++i)
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+        fa[i][q] = pack<T>(a.v[i][2 * k + q / 2][q % 2 * 2], a.v[i][2 * k + q / 2][q % 2 * 2 + 1]);
+#pragma unroll
+    for (int j = 0; j < N / 16; ++j) {
+      unsigned fb[4];
+      ldmatrix_transposed(fb, b + (k * 16 + low + middle) * pitch + j * 16 + high);
+#pragma unroll
+      for (int i = 0; i < M / 16; ++i) {
+        mma<T>(sums.v[i][2 * j], fa[i], fb[0], fb[1]);
+        mma<T>(sums.v[i][2 * j + 1], fa[i], fb[2], fb[3]);
+      }
+    }
+  }
+}
+template <int M, int K, int N>
+__device__ inline void multiply_kept(Sums<M, N>& sums, const Sums<M, K>& a, const float* b, int pitch,
+                                     int parts = K / 16) {
+  const float* column = b + lane_column();
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (k / 16 >= parts) break;
+    float fa[M / 8];
+#pragma unroll
+    for (int i = 0; i < M / 8; ++i)
+      fa[i] = shuffle(a.v[i / 2][k / 8][i % 2 * 2 + k % 2], threadIdx.x % kWarp / 4 * 4 + k % 8 / 2);
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      const float fb = column[k * pitch + j / 2 * 8 + j % 2];
+#pragma unroll
+      for (int i = 0; i < M / 8; ++i) sums.v[i / 2][j / 2][i % 2 * 2 + j % 2] += fa[i] * fb;
+    }
   }
 }
 

@@ -15,12 +15,13 @@ struct WindowAttentionParams {
   int64_t batch, length, heads, groups, head_dim;  // B, L, H, G, P; G divides H
   DType dtype;                                     // of q, k, v, out and their gradients
   double scale;
-  // Window table; the caller has checked every value.
-  int64_t num_windows, max_tokens;  // max_tokens: the largest window
-  const int32_t* tokens;            // (num_visual,) row * L + position, in window order
-  const int32_t* offsets;           // (num_windows + 1,)
-  const int32_t* coords;            // (num_visual,) in [0, (bias_size - 1) / 2], or null without bias
-  const uint8_t* covered;           // (B * L,) tokens that some window holds, or null when all are
+  // Window table. On the CPU the caller has checked every value; on CUDA the kernels do.
+  int64_t num_windows, num_visual;
+  int64_t max_tokens;      // of the largest window; on CUDA as many as the window's sizes say
+  const int32_t* tokens;   // (num_visual,) row * L + position, in window order
+  const int32_t* offsets;  // (num_windows + 1,)
+  const int32_t* coords;   // (num_visual,) in [0, (bias_size - 1) / 2], or null without bias
+  const uint8_t* covered;  // (B * L,) tokens that some window holds, or null when all are; CPU only
   TokenRows<const void*> q, k, v;
   const void* bias;  // (H, bias_size) accumulate type, or null
   int64_t bias_size;
@@ -46,5 +47,7 @@ struct WindowAttentionBwdParams {
 
 LINMU_CPU_KERNEL(window_attention_cpu, WindowAttentionParams)
 LINMU_CPU_KERNEL(window_attention_bwd_cpu, WindowAttentionBwdParams)
+LINMU_CUDA_KERNEL(window_attention_cuda, WindowAttentionParams)
+LINMU_CUDA_KERNEL(window_attention_bwd_cuda, WindowAttentionBwdParams)
 
 }  // namespace linmu

@@ -21,7 +21,7 @@ namespace {
 
 using Register = void (*)(StableLibrary&);
 #ifdef LINMU_FOR_CUDA
-constexpr Register kOps[] = {register_ssd_scan, register_ssd_step};
+constexpr Register kOps[] = {register_ssd_scan, register_ssd_step, register_window_attention};
 std::string target() { return "archs=" LINMU_CUDA_ARCHS; }
 bool runs_here() { return true; }
 #else

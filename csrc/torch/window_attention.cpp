@@ -24,15 +24,20 @@ struct Table {
   std::vector<uint8_t> covered;
 
   Table(const Tensor& tokens_, const Tensor& offsets_, const OptTensor& coords_, int64_t num_tokens, int64_t bias_size,
-        WindowAttentionParams& p)
-      : tokens(contiguous(tokens_)),
-        offsets(contiguous(offsets_)),
-        coords(linmu::contiguous(coords_)),
-        covered(static_cast<size_t>(num_tokens)) {
+        const std::vector<int64_t>& window, WindowAttentionParams& p)
+      : tokens(contiguous(tokens_)), offsets(contiguous(offsets_)), coords(linmu::contiguous(coords_)) {
     const int64_t num_visual = tokens.size(0), num_offsets = offsets.size(0);
-    p.num_windows = num_offsets - 1;
+    p.num_windows = num_offsets - 1, p.num_visual = num_visual;
     p.tokens = static_cast<const int32_t*>(tokens.const_data_ptr());
     p.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
+    p.coords = static_cast<const int32_t*>(pointer(coords));
+    STD_TORCH_CHECK(!bias_size || coords.has_value(), kOp, ": bias needs coords");
+    if (!kValuesAreReadable) {
+      STD_TORCH_CHECK(num_offsets > 0, kOp, ": offsets must start with 0, got an empty tensor");
+      p.max_tokens = window[0] * window[1] * window[2];
+      return;
+    }
+    covered.resize(static_cast<size_t>(num_tokens));
     STD_TORCH_CHECK(num_offsets > 0 && p.offsets[0] == 0, kOp, ": offsets must start with 0, got ",
                     num_offsets > 0 ? std::to_string(p.offsets[0]) : "an empty tensor");
     for (int64_t w = 0; w < p.num_windows; ++w) {
@@ -49,13 +54,9 @@ struct Table {
       covered[t] = 1;
     }
     p.covered = num_visual == num_tokens ? nullptr : covered.data();
-    if (bias_size) {
-      STD_TORCH_CHECK(coords.has_value(), kOp, ": bias needs coords");
-      p.coords = static_cast<const int32_t*>(coords->const_data_ptr());
-      for (int64_t i = 0; i < num_visual; ++i)
-        STD_TORCH_CHECK(p.coords[i] >= 0 && p.coords[i] <= (bias_size - 1) / 2, kOp, ": coords must be in 0..",
-                        (bias_size - 1) / 2, ", got ", p.coords[i]);
-    }
+    for (int64_t i = 0; bias_size && i < num_visual; ++i)
+      STD_TORCH_CHECK(p.coords[i] >= 0 && p.coords[i] <= (bias_size - 1) / 2, kOp, ": coords must be in 0..",
+                      (bias_size - 1) / 2, ", got ", p.coords[i]);
   }
 };
 
@@ -105,7 +106,7 @@ struct Inputs {
       STD_TORCH_CHECK(p.rotary_dim % 2 == 0 && p.rotary_dim <= p.head_dim, kOp,
                       ": cos must have an even R of at most P=", p.head_dim, ", got R=", p.rotary_dim);
     }
-    table.emplace(tokens, offsets, coords, p.batch * p.length, p.bias_size, p);
+    table.emplace(tokens, offsets, coords, p.batch * p.length, p.bias_size, window, p);
     p.q = rows(q), p.k = rows(k), p.v = rows(v);
     p.bias = pointer(bias), p.cos = pointer(cos), p.sin = pointer(sin);
     p.scale = scale, p.interleaved = interleaved;
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& q, const Tensor& k, co
   Tensor out = torch::stable::new_empty(q, {p.batch, p.length, p.heads, p.head_dim});
   Tensor lse = torch::stable::new_empty(q, {tokens.size(0), p.heads}, accumulate_dtype(q));
   p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr();
-  window_attention_cpu(p);
+  LINMU_LAUNCH(window_attention, p, q);
   return {out, lse};
 }
 
@@ -154,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
                      : torch::stable::new_empty(q, {0}, acc);
   p.dq = dq.mutable_data_ptr(), p.dk = dk.mutable_data_ptr(), p.dv = dv.mutable_data_ptr();
   p.dbias = bias.has_value() ? dbias.mutable_data_ptr() : nullptr;
-  window_attention_bwd_cpu(p);
+  LINMU_LAUNCH(window_attention_bwd, p, q);
   return {dq, dk, dv, dbias};
 }
 

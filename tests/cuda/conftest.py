@@ -65,7 +65,7 @@ def compile_into(folder: Path, target: str, options: dict[str, str]) -> str:
 
 @pytest.fixture(scope="session")
 def emulated():
-    """Has liblinmu_emulated.so loaded, as the ops linmu_emulated::<op>."""
+    """liblinmu_emulated.so, its ops registered as linmu_emulated::<op>."""
     if shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") is None:
         pytest.skip("needs cmake")
     if not _registry.binaries()["cpu"].loaded:
@@ -77,7 +77,8 @@ def emulated():
     library = ctypes.CDLL(str(path))
     message = ctypes.create_string_buffer(4096)
     assert library.linmu_register(_registry.schema_hash().encode(), message, len(message)) == 0, message.value
-    return namespace  # keeps the definitions alive
+    yield library
+    del namespace  # until here, the definitions live
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -119,9 +120,9 @@ inline const Gift* exchange(const Gift& mine) {
   gifts[self().number % kLanes] = mine;
   const int lanes = warp.live;
   meet(warp);
-  for (int i = 0; i < lanes; ++i)
-    if (gifts[i].instruction != mine.instruction) fail("a warp diverges at a shared instruction");
   if (lanes != kLanes) fail("a shared instruction needs all lanes of a warp");
+  for (int i = 0; i < kLanes; ++i)
+    if (gifts[i].instruction != mine.instruction) fail("a warp diverges at a shared instruction");
   return gifts;
 }
 
@@ -242,6 +243,24 @@ inline double shuffle_xor(double x, int mask) {
   mine.number = x;
   return emulator::exchange(mine)[(emulator::self().number ^ mask) % emulator::kLanes].number;
 }
+inline float shuffle(float x, int lane) {
+  emulator::Gift mine{5, {}};
+  mine.number = x;
+  return static_cast<float>(emulator::exchange(mine)[lane % emulator::kLanes].number);
+}
+inline bool warp_any(bool x) {
+  emulator::Gift mine{7, {}};
+  mine.number = x;
+  const emulator::Gift* all = emulator::exchange(mine);
+  bool any = false;
+  for (int i = 0; i < emulator::kLanes; ++i) any |= all[i].number != 0;
+  return any;
+}
+inline void sync_warp() { emulator::exchange({6, {}}); }
+template <class T>
+inline unsigned pack(float first, float second) {
+  return from_float<T>(first).bits | static_cast<unsigned>(from_float<T>(second).bits) << 16;
+}
 inline float shuffle_xor(float x, int mask) { return static_cast<float>(shuffle_xor(static_cast<double>(x), mask)); }
 
 template <class T>
@@ -291,10 +310,16 @@ inline void copy_wait() {
   emulator::finish_copies(kPending);
 }
 
+// LINMU_EMULATED_SHARED makes it less, so that what a small chip does runs too.
+inline int64_t shared_limit() {
+  const char* less = std::getenv("LINMU_EMULATED_SHARED");
+  return less ? std::atoll(less) : 227 * 1024;
+}
+
 template <class... Formal, class... Actual>
 void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads, int64_t shared, const CudaContext&,
             Actual&&... arguments) {
-  if (shared > 227 * 1024) throw std::runtime_error(std::string(op) + ": CUDA: more shared memory than there is");
+  if (shared > shared_limit()) throw std::runtime_error(std::string(op) + ": CUDA: more shared memory than there is");
   if (blocks.y > 65535 || blocks.z > 65535) throw std::runtime_error(std::string(op) + ": CUDA: the grid is too large");
   emulator::Block b;
   b.size = dim3(threads), b.grid = blocks;

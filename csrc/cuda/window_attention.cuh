@@ -1,0 +1,234 @@
+// What the kernels of window_attention share. A block works on one (window, key/value head): its keys and values lie in
+// shared memory, gathered from where the tokens are and turned by the rotary embedding on the way, and every query head
+// of the group reads them there. Index arithmetic is host-and-device, and looks at no value that it does not check.
+#pragma once
+#include <algorithm>
+
+#include "../linmu/window_attention.h"
+#include "tile.cuh"
+
+namespace linmu {
+
+// The entries of one window in the table; within the table whatever the offsets say.
+struct WindowSlots {
+  int64_t begin;
+  int count;
+};
+__host__ __device__ inline WindowSlots window_slots(const WindowAttentionParams& p, int64_t window) {
+  const auto inside = [](int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; };
+  const int64_t begin = inside(p.offsets[window], 0, p.num_visual);
+  return {begin, static_cast<int>(inside(p.offsets[window + 1], begin, p.num_visual) - begin)};
+}
+
+// The token at an entry of the table, row * L + position, or -1 if it is none of the batch's.
+__host__ __device__ inline int window_token(const WindowAttentionParams& p, int64_t slot) {
+  const int64_t token = p.tokens[slot];
+  return token >= 0 && token < p.batch * p.length ? static_cast<int>(token) : -1;
+}
+
+// First element of a token's row of one head.
+template <class Pointer>
+__host__ __device__ inline int64_t row_offset(const TokenRows<Pointer>& rows, int64_t length, int64_t token,
+                                              int64_t head) {
+  return token / length * rows.batch + token % length * rows.token + head * rows.head;
+}
+
+// First element of a token's angles.
+__host__ __device__ inline int64_t rotary_offset(const WindowAttentionParams& p, int64_t token) {
+  return (p.rotary_batch ? token : token % p.length) * p.rotary_dim;
+}
+
+// Where in a head's table the bias of (query, key) lies, or -1 if their coordinates are none of the window's.
+__host__ __device__ inline int64_t bias_index(const WindowAttentionParams& p, int64_t query, int64_t key) {
+  const int64_t index = query - key + (p.bias_size - 1) / 2;
+  return index >= 0 && index < p.bias_size ? index : -1;
+}
+
+struct GatheredRows {
+  TokenRows<const void*> at;
+  bool fast;  // every row in pieces of 16 bytes
+};
+
+// One launch: the arguments, and what the host has chosen.
+struct WindowPlan {
+  WindowAttentionParams p;
+  GatheredRows q, k, v, grad_out, out;
+  bool fast_turn;  // rotary partners, too, lie in pieces of 16 bytes
+  int keys;        // in shared memory at a time
+  int splits;      // blocks per (window, key/value head)
+  float* delta;    // (num_visual, H) sum over P of out * grad_out; backward only
+  void *dq, *dk, *dv;
+};
+
+inline GatheredRows gathered(const WindowAttentionParams& p, const TokenRows<const void*>& at) {
+  bool fast = aligned(at.data, 16);
+  for (int64_t n : {p.head_dim, at.batch, at.token, at.head}) fast = fast && n * element_size(p.dtype) % 16 == 0;
+  return {at, fast};
+}
+inline GatheredRows gathered(const WindowAttentionParams& p, const void* contiguous, int64_t heads) {
+  return gathered(p, {contiguous, p.length * heads * p.head_dim, heads * p.head_dim, p.head_dim});
+}
+
+inline WindowPlan plan_window(const WindowAttentionParams& p) {
+  WindowPlan s{};
+  s.p = p;
+  s.q = gathered(p, p.q), s.k = gathered(p, p.k), s.v = gathered(p, p.v), s.out = gathered(p, p.out, p.heads);
+  const int64_t pieces = 16 / element_size(p.dtype);
+  s.fast_turn = p.rotary_dim % (p.interleaved ? pieces : 2 * pieces) == 0 && aligned(p.cos, 16) && aligned(p.sin, 16);
+  return s;
+}
+
+// A window's tokens as far as the host knows them without looking: longer ones only take more steps.
+inline int64_t expected_tokens(const WindowAttentionParams& p) {
+  return std::max<int64_t>(1, std::min(p.max_tokens, p.num_visual));
+}
+
+// Enough blocks to fill a large chip.
+constexpr int64_t kEnoughBlocks = 264;
+
+// Calls f with the smallest head size, as an integral constant, that holds P.
+template <class F>
+void with_head_dim(int64_t P, F&& f) {
+  using std::integral_constant;
+  if (P <= 32) return f(integral_constant<int, 32>{});
+  if (P <= 64) return f(integral_constant<int, 64>{});
+  if (P <= 128) return f(integral_constant<int, 128>{});
+  if (P <= 256) return f(integral_constant<int, 256>{});
+  throw std::runtime_error("window_attention: the CUDA kernels take at most P=256, got P=" + std::to_string(P));
+}
+
+// Writes zeros where no window writes: in out, or, for the gradients, in dq, dk and dv. Every element is `size` bytes.
+void zero_uncovered(const WindowPlan& plan, bool gradients, const CudaContext& context);
+
+// ---- on the device ----
+
+// Element i of a row turned by its angles, or, kAdjoint, of a gradient turned back.
+template <bool kAdjoint, class S>
+__device__ inline float turned(const WindowAttentionParams& p, const S* row, const float* cos, const float* sin,
+                               int i) {
+  const int half = static_cast<int>(p.rotary_dim / 2);
+  const bool first = p.interleaved ? i % 2 == 0 : i < half;
+  const int partner = p.interleaved ? i ^ 1 : first ? i + half : i - half;
+  const float other = to_float(row[partner]) * sin[kAdjoint ? partner : i];
+  return to_float(row[i]) * cos[i] + (first == kAdjoint ? other : -other);
+}
+
+template <class T>
+__device__ inline Vec<T, kVec<T>>& piece(T* p) {
+  return *reinterpret_cast<Vec<T, kVec<T>>*>(p);
+}
+template <class T>
+__device__ inline const Vec<T, kVec<T>>& piece(const T* p) {
+  return *reinterpret_cast<const Vec<T, kVec<T>>*>(p);
+}
+
+// kVec elements of a row from i, all of them turned; what the 16-byte pieces allow.
+template <class T>
+__device__ inline Vec<T, kVec<T>> turned_piece(const WindowAttentionParams& p, const T* row, const float* cos,
+                                               const float* sin, int i) {
+  constexpr int V = kVec<T>;
+  const int half = static_cast<int>(p.rotary_dim / 2);
+  const bool first = i < half;
+  const Vec<T, V> x = piece(row + i), y = p.interleaved ? x : piece(row + (first ? i + half : i - half));
+  Vec<T, V> out;
+#pragma unroll
+  for (int v = 0; v < V; v += 4) {
+    const Vec<float, 4> c = piece(cos + i + v), s = piece(sin + i + v);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) {
+      const float other = p.interleaved ? to_float(x.v[(v + u) ^ 1]) : to_float(y.v[v + u]);
+      const bool negative = p.interleaved ? u % 2 == 0 : first;
+      out.v[v + u] = from_float<T>(to_float(x.v[v + u]) * c.v[u] + (negative ? -other : other) * s.v[u]);
+    }
+  }
+  return out;
+}
+
+// Fills rows x columns of a tile with the rows of `tokens`, one head's, by `count` threads of which this is `thread`;
+// zeros where there is no token. Complete after copy_wait and a barrier.
+template <class T>
+__device__ inline void gather(const WindowPlan& s, T* tile, int rows, int columns, const int* tokens,
+                              const GatheredRows& from, int64_t head, bool turn, int thread, int count) {
+  constexpr int V = kVec<T>;
+  const WindowAttentionParams& p = s.p;
+  const int per_row = columns / V, P = static_cast<int>(p.head_dim);
+  const int R = turn && p.cos ? static_cast<int>(p.rotary_dim) : 0;
+  for (int i = thread; i < rows * per_row; i += count) {
+    const int r = i / per_row, c = i % per_row * V, token = tokens[r];
+    T* to = tile + r * padded<T>(columns) + c;
+    if (token < 0 || c >= P) {
+      piece(to) = Vec<T, V>{};
+      continue;
+    }
+    const T* row = static_cast<const T*>(from.at.data) + row_offset(from.at, p.length, token, head);
+    if (c >= R) {
+      if (from.fast) {
+        copy_async(to, row + c, true);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) to[v] = c + v < P ? row[c + v] : T{};
+      }
+      continue;
+    }
+    const int64_t angles = rotary_offset(p, token);
+    const float *cos = static_cast<const float*>(p.cos) + angles, *sin = static_cast<const float*>(p.sin) + angles;
+    if (from.fast && s.fast_turn) {
+      piece(to) = turned_piece(p, row, cos, sin, c);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        to[v] = c + v < R ? from_float<T>(turned<false>(p, row, cos, sin, c + v)) : c + v < P ? row[c + v] : T{};
+    }
+  }
+}
+
+// The tokens, and with a bias the coordinates, of `rows` entries of a window from `first`; -1 and 0 beyond its end.
+__device__ inline void read_slots(const WindowAttentionParams& p, const WindowSlots& window, int first, int rows,
+                                  int* tokens, int* coords, int thread, int count) {
+  for (int i = thread; i < rows; i += count) {
+    const bool inside = first + i < window.count;
+    const int64_t slot = window.begin + first + i;
+    tokens[i] = inside ? window_token(p, slot) : -1;
+    if (p.bias) coords[i] = inside ? p.coords[slot] : 0;
+  }
+}
+
+// Scores leave a product as q . k. They become the exponents of softmax's powers: of 2 for 16-bit types, where the
+// weights are rounded to 16 bits anyway, and of e in float.
+template <class T>
+constexpr float kPerE = sizeof(T) == 2 ? 1.4426950408889634f : 1.f;
+template <class T>
+__device__ inline float power(float x) {
+  if constexpr (sizeof(T) == 2)
+    return exp2f(x);
+  else
+    return expf(x);
+}
+
+__device__ inline float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// The row of a 16-row part in which a lane's value r = 2 i + half lies, in a tile of M rows.
+__device__ inline int row_of(int r) { return r / 2 * 16 + r % 2 * 8 + lane_row(); }
+
+// scale q . k + bias, times kPerE, for a lane's values; -infinity where there is no key. kKeyRows: the scores' rows are
+// the keys. Tokens and coordinates are those of the scores' first row and column.
+template <class T, bool kKeyRows, int M, int N>
+__device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionParams& p, int64_t head, const int* coords,
+                                    const int* other_coords, const int* key_tokens) {
+  const float factor = static_cast<float>(p.scale) * kPerE<T>;
+  const float* table = p.bias ? static_cast<const float*>(p.bias) + head * p.bias_size : nullptr;
+  scores.each([&](float& value, int row, int column) {
+    value *= factor;
+    if (table) {
+      const int mine = coords[row], other = other_coords[column];
+      const int64_t at = kKeyRows ? bias_index(p, other, mine) : bias_index(p, mine, other);
+      if (at >= 0) value += table[at] * kPerE<T>;
+    }
+    if (key_tokens[kKeyRows ? row : column] < 0) value = -INFINITY;
+  });
+}
+
+}  // namespace linmu

@@ -1,0 +1,314 @@
+// Backward of window_attention, without atomics: each gradient is summed by one warp, in a fixed order. Scores are
+// recomputed and become weights through the stored log-sum-exp.
+//
+//     dq      a warp has queries of one head, the block the keys; also delta = sum over P of out * grad_out
+//     dk, dv  a warp has keys, and meets the queries of all heads of the group
+//
+// Gradients are staged in float, so that the rotary embedding is undone before the one rounding.
+#include "window_attention_bwd.cuh"
+
+namespace linmu {
+namespace {
+
+constexpr int kMaxWarps = 8;
+
+template <class T, int D>
+struct Shape {
+  static constexpr int kPitch = padded<T>(D), kStage = D + 4;
+  static constexpr int64_t kRow = kPitch * static_cast<int64_t>(sizeof(T));
+  static constexpr int64_t kInts = sizeof(int);
+
+  // dq: rows of q and grad_out of a warp; they lie side by side, and become the stage.
+  static constexpr int kQueries = sizeof(T) == 2 && D == 128 ? 32 : 16, kKeys = 32;
+  static constexpr int64_t kPerKey = 2 * kRow + 2 * kInts;
+  static constexpr int64_t kPerWarp = kQueries * (2 * kRow + 3 * kInts);
+
+  // dk, dv: keys of a warp, k and v side by side; queries of a step, twice, so that the next come while these are used.
+  static constexpr int kOwnKeys = 16, kStep = D <= 128 ? 32 : 16;
+  static constexpr bool kTogether = D <= 128;  // both sums fit in registers
+  static constexpr int64_t kPerKeyWarp = kOwnKeys * (2 * kRow + 2 * kInts);
+  static constexpr int64_t kSteps = 2 * kStep * (2 * kRow + 4 * kInts);
+};
+
+// The rows of a stage, times factor and turned back where asked, to a tensor (B, L, heads, P) of T.
+template <class T>
+__device__ inline void store_stage(const WindowAttentionParams& p, void* tensor, int64_t heads, int64_t head,
+                                   const float* stage, int pitch, int rows, int columns, const int* tokens, bool turn,
+                                   bool fast) {
+  constexpr int V = kVec<T>;
+  const int P = static_cast<int>(p.head_dim), R = turn && p.cos ? static_cast<int>(p.rotary_dim) : 0;
+  const int per_row = columns / V;
+  for (int i = threadIdx.x % kWarp; i < rows * per_row; i += kWarp) {
+    const int r = i / per_row, c = i % per_row * V, token = tokens[r];
+    if (token < 0 || c >= P) continue;
+    const float* from = stage + r * pitch;
+    Vec<T, V> values;
+    if (c < R) {
+      const int64_t angles = rotary_offset(p, token);
+      const float *cos = static_cast<const float*>(p.cos) + angles, *sin = static_cast<const float*>(p.sin) + angles;
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        values.v[v] = from_float<T>(c + v < R ? turned<true>(p, from, cos, sin, c + v) : from[c + v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; ++v) values.v[v] = from_float<T>(from[c + v]);
+    }
+    T* to = static_cast<T*>(tensor) + (static_cast<int64_t>(token) * heads + head) * P + c;
+    if (fast) {
+      piece(to) = values;
+    } else {
+      for (int v = 0; v < V && c + v < P; ++v) to[v] = values.v[v];
+    }
+  }
+}
+
+template <int M, int N>
+__device__ inline void to_stage(float* stage, int pitch, Sums<M, N>& sums, float factor) {
+  sums.each_pair([&](float first, float second, int row, int column) {
+    stage[row * pitch + column] = first * factor;
+    stage[row * pitch + column + 1] = second * factor;
+  });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(const __grid_constant__ WindowPlan s) {
+  using Own = Shape<T, D>;
+  constexpr int M = Own::kQueries, N = Own::kKeys, pitch = Own::kPitch;
+  LINMU_SHARED(memory);
+  const WindowAttentionParams& p = s.p;
+  const int threads = blockDim.x, warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
+  const WindowSlots window = window_slots(p, pair / p.groups);
+  const int share = static_cast<int>(p.heads / p.groups);
+
+  T* k_tile = reinterpret_cast<T*>(memory);
+  T* v_tile = k_tile + s.keys * pitch;
+  T* q_tiles = v_tile + s.keys * pitch;
+  T *q_tile = q_tiles + warp * 2 * M * pitch, *grad_tile = q_tile + M * pitch;
+  int* key_tokens = reinterpret_cast<int*>(q_tiles + warps * 2 * M * pitch);
+  int* key_coords = key_tokens + s.keys;
+  int* tokens = key_coords + s.keys + warp * 3 * M;
+  int* coords = tokens + M;
+  float* deltas = reinterpret_cast<float*>(coords + M);
+
+  const int items = (window.count + M - 1) / M * share;
+  bool resident = false;
+  for (int round = split * warps; round < items; round += s.splits * warps) {
+    const int item = round + warp, head = static_cast<int>(group) * share + item % share;
+    const bool active = item < items;
+    const int first = item / share * M;
+    float lse[M / 8];
+    if (active) {
+      sync_warp();
+      read_slots(p, window, first, M, tokens, coords, lane, kWarp);
+      sync_warp();
+      gather(s, q_tile, M, D, tokens, s.q, head, true, lane, kWarp);
+      gather(s, grad_tile, M, D, tokens, s.grad_out, head, false, lane, kWarp);
+      read_lse<T>(lse, p, window, first, head, tokens);
+    }
+    Sums<M, D> dq;
+    dq.clear();
+    bool ready = false;
+
+    for (int k0 = 0; k0 < window.count; k0 += s.keys) {
+      const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys, rows = (here + 15) / 16 * 16;
+      if (!resident) {
+        __syncthreads();
+        read_slots(p, window, k0, s.keys, key_tokens, key_coords, threadIdx.x, threads);
+        __syncthreads();
+        gather(s, k_tile, rows, D, key_tokens, s.k, group, true, threadIdx.x, threads);
+        gather(s, v_tile, rows, D, key_tokens, s.v, group, false, threadIdx.x, threads);
+      }
+      copy_commit();
+      copy_wait<0>();
+      if (resident)
+        sync_warp();
+      else
+        __syncthreads();
+      resident = window.count <= s.keys;
+      if (!active) continue;
+      if (!ready) {
+        for (int r = 0; r < M; ++r) {
+          const T* out = static_cast<const T*>(p.out) + (static_cast<int64_t>(tokens[r]) * p.heads + head) * p.head_dim;
+          float sum = 0.f;
+          for (int c = lane; tokens[r] >= 0 && c < p.head_dim; c += kWarp)
+            sum += to_float(out[c]) * to_float(grad_tile[r * pitch + c]);
+          sum = warp_sum(sum);
+          if (lane == 0) {
+            deltas[r] = sum;
+            if (first + r < window.count) s.delta[(window.begin + first + r) * p.heads + head] = sum;
+          }
+        }
+        sync_warp();
+        ready = true;
+      }
+
+      for (int j = 0; j < rows; j += N) {
+        const int parts = (rows - j < N ? rows - j : N) / 16;
+        Sums<M, N> ds, dp;
+        ds.clear(), dp.clear();
+        multiply<Lies::by_row, Lies::by_row>(ds, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
+        multiply<Lies::by_row, Lies::by_row>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, D, parts);
+        to_exponents<T, false>(ds, p, head, coords, key_coords + j, key_tokens + j);
+        score_gradients<T>(ds, dp, lse, deltas);
+        multiply_kept(dq, ds, k_tile + j * pitch, pitch, parts);
+      }
+    }
+    if (!active) continue;
+    sync_warp();
+    float* stage = reinterpret_cast<float*>(q_tile);
+    to_stage(stage, Own::kStage, dq, static_cast<float>(p.scale));
+    sync_warp();
+    store_stage<T>(p, s.dq, p.heads, head, stage, Own::kStage, M, D, tokens, true, s.out.fast);
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) dkv_kernel(const __grid_constant__ WindowPlan s) {
+  using Own = Shape<T, D>;
+  constexpr int M = Own::kOwnKeys, N = Own::kStep, pitch = Own::kPitch, kPasses = Own::kTogether ? 1 : 2;
+  LINMU_SHARED(memory);
+  const WindowAttentionParams& p = s.p;
+  const int threads = blockDim.x, warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
+  const WindowSlots window = window_slots(p, pair / p.groups);
+  const int share = static_cast<int>(p.heads / p.groups), blocks = (window.count + N - 1) / N;
+
+  // Of each of the two steps: q, grad_out; tokens, coordinates, lse, delta.
+  T* steps = reinterpret_cast<T*>(memory);
+  T* key_tiles = steps + 2 * 2 * N * pitch;
+  T *k_tile = key_tiles + warp * 2 * M * pitch, *v_tile = k_tile + M * pitch;
+  int* step_ints = reinterpret_cast<int*>(key_tiles + warps * 2 * M * pitch);
+  int *tokens = step_ints + 2 * 4 * N + warp * 2 * M, *coords = tokens + M;
+
+  const int count = share * blocks;  // steps
+  const auto head_of = [&](int step) { return static_cast<int>(group) * share + step / blocks; };
+  const auto fetch = [&](int step) {
+    if (step >= count) return;
+    int* ints = step_ints + step % 2 * 4 * N;
+    T* rows = steps + step % 2 * 2 * N * pitch;
+    float *lse = reinterpret_cast<float*>(ints + 2 * N), *deltas = lse + N;
+    const int head = head_of(step), first = step % blocks * N;
+    read_slots(p, window, first, N, ints, ints + N, threadIdx.x, threads);
+    for (int i = threadIdx.x; i < N; i += threads) {
+      const bool inside = first + i < window.count;
+      const int64_t at = (window.begin + first + i) * p.heads + head;
+      lse[i] = inside ? static_cast<const float*>(p.lse)[at] * kPerE<T> : INFINITY;
+      deltas[i] = inside ? s.delta[at] : 0.f;
+    }
+    __syncthreads();
+    gather(s, rows, N, D, ints, s.q, head, true, threadIdx.x, threads);
+    gather(s, rows + N * pitch, N, D, ints, s.grad_out, head, false, threadIdx.x, threads);
+  };
+
+  for (int block = split; block * warps * M < window.count; block += s.splits) {
+    const int first = (block * warps + warp) * M;
+    __syncthreads();
+    read_slots(p, window, first, M, tokens, coords, lane, kWarp);
+    sync_warp();
+    gather(s, k_tile, M, D, tokens, s.k, group, true, lane, kWarp);
+    gather(s, v_tile, M, D, tokens, s.v, group, false, lane, kWarp);
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const bool last = pass == kPasses - 1;
+      Sums<M, D> dk;
+      Sums<M, Own::kTogether ? D : 16> dv;  // in a pass of its own, dv is summed in dk's place
+      dk.clear(), dv.clear();
+      fetch(0);
+      copy_commit();
+      for (int step = 0; step < count; ++step) {
+        copy_wait<0>();
+        __syncthreads();  // this step has come, and the one before is done with
+        fetch(step + 1);
+        copy_commit();
+        if (first >= window.count) continue;
+        const int* ints = step_ints + step % 2 * 4 * N;
+        const T *q_tile = steps + step % 2 * 2 * N * pitch, *grad_tile = q_tile + N * pitch;
+        const float *lse = reinterpret_cast<const float*>(ints + 2 * N), *deltas = lse + N;
+        const int left = window.count - step % blocks * N;
+        const int parts = left < N ? (left + 15) / 16 : N / 16;
+        Sums<M, N> weights;
+        weights.clear();
+        multiply<Lies::by_row, Lies::by_row>(weights, k_tile, pitch, q_tile, pitch, D, parts);
+        to_exponents<T, true>(weights, p, head_of(step), coords, ints + N, tokens);
+        weights.each([&](float& x, int, int column) { x = ints[column] < 0 ? 0.f : power<T>(x - lse[column]); });
+        if constexpr (Own::kTogether)
+          multiply_kept(dv, weights, grad_tile, pitch, parts);
+        else if (!last)
+          multiply_kept(dk, weights, grad_tile, pitch, parts);
+        if (!last) continue;
+        Sums<M, N> dp;
+        dp.clear();
+        multiply<Lies::by_row, Lies::by_row>(dp, v_tile, pitch, grad_tile, pitch, D, parts);
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) weights.v[0][j][e] *= dp.v[0][j][e] - deltas[j * 8 + lane_column() + e % 2];
+        multiply_kept(dk, weights, q_tile, pitch, parts);
+      }
+      if (first < window.count) {
+        float* stage = reinterpret_cast<float*>(k_tile);
+        const int P = static_cast<int>(p.head_dim);
+        const auto store_dv = [&](float x, float y, int row, int column) {
+          if (tokens[row] < 0 || column >= P) return;
+          store_pair(static_cast<T*>(s.dv) + (static_cast<int64_t>(tokens[row]) * p.groups + group) * P + column, x, y,
+                     P - column);
+        };
+        if constexpr (Own::kTogether) dv.each_pair(store_dv);
+        if (!last) {
+          dk.each_pair(store_dv);
+        } else {
+          sync_warp();
+          to_stage(stage, Own::kStage, dk, static_cast<float>(p.scale));
+          sync_warp();
+          store_stage<T>(p, s.dk, p.groups, group, stage, Own::kStage, M, D, tokens, true, s.out.fast);
+        }
+      }
+      __syncthreads();
+    }
+  }
+}
+
+template <class T, int D>
+void backward(WindowPlan s, const CudaContext& context) {
+  using Own = Shape<T, D>;
+  const WindowAttentionParams& p = s.p;
+  const int64_t expected = expected_tokens(p), limit = shared_limit(), pairs = p.num_windows * p.groups;
+  const int64_t share = p.heads / p.groups;
+
+  const int64_t items = ceil_div(expected, Own::kQueries) * share;
+  int64_t warps = std::min<int64_t>(items, kMaxWarps);
+  const int64_t wanted = ceil_div(expected, Own::kKeys) * Own::kKeys;
+  const auto fitting = [&] { return (limit - warps * Own::kPerWarp) / Own::kPerKey / Own::kKeys * Own::kKeys; };
+  while (warps > 1 && fitting() < std::min<int64_t>(wanted, 128)) warps = (warps + 1) / 2;
+  s.keys = static_cast<int>(std::max<int64_t>(Own::kKeys, std::min(wanted, fitting())));
+  s.splits = static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / pairs, 1, ceil_div(items, warps)));
+  launch("window_attention_bwd", dq_kernel<T, D>, blocks_of(pairs * s.splits), static_cast<int>(warps * kWarp),
+         s.keys * Own::kPerKey + warps * Own::kPerWarp, context, s);
+
+  const int64_t key_blocks = ceil_div(expected, Own::kOwnKeys);
+  warps = std::min<int64_t>(key_blocks, kMaxWarps);
+  while (warps > 1 && warps * Own::kPerKeyWarp + Own::kSteps > limit) --warps;
+  s.splits = static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / pairs, 1, ceil_div(key_blocks, warps)));
+  launch("window_attention_bwd", dkv_kernel<T, D>, blocks_of(pairs * s.splits), static_cast<int>(warps * kWarp),
+         warps * Own::kPerKeyWarp + Own::kSteps, context, s);
+}
+
+}  // namespace
+
+void window_attention_bwd_cuda(const WindowAttentionBwdParams& b, const CudaContext& context) {
+  const WindowAttentionParams& p = b.forward;
+  WindowPlan s = plan_window(p);
+  s.grad_out = gathered(p, b.grad_out);
+  s.dq = b.dq, s.dk = b.dk, s.dv = b.dv;
+  if (p.heads > 0) zero_uncovered(s, true, context);
+  if (p.num_visual > 0 && p.heads > 0) {
+    s.delta = static_cast<float*>(context.allocate(p.num_visual * p.heads * static_cast<int64_t>(sizeof(float))));
+    dispatch_cuda("window_attention", p.dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      with_head_dim(p.head_dim, [&](auto d) { backward<T, d()>(s, context); });
+    });
+  }
+  if (b.dbias) window_bias_gradient(s, static_cast<float*>(b.dbias), context);
+}
+
+}  // namespace linmu

@@ -1,0 +1,103 @@
+"""The CUDA kernels of `window_attention`, run by the emulator, against the float64 reference: forward and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import linmu_ops
+from linmu_ops._testing import check_against_reference
+from tests.ops.test_window_attention import CASES, by_reference, make_inputs
+
+pytestmark = pytest.mark.usefixtures("by_emulator")
+SLOW = {"several-key-blocks", "3d-shift", "blocks-scale"}  # of their kind, others are smaller
+
+
+def check(case, dtype, change=None):
+    inputs = make_inputs(case, dtype)
+    if change:
+        inputs |= {k: change(inputs[k]) for k in "qkv"}
+    wrt = [k for k in ("q", "k", "v", "bias") if k in inputs]
+    check_against_reference(linmu_ops.window_attention, by_reference, inputs, wrt)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if n not in SLOW])
+def test_forward_and_backward(name, dtype):
+    check(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("P", [32, 64, 96, 200, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_head_sizes(P, dtype):
+    rotary = dict(rotary=P if P != 200 else 48, interleaved=P == 96)
+    check(dict(B=1, H=2, G=1, P=P, grid=(4, 9), window=(4, 5), shift=(1, 2), bias=P == 64) | rotary, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("P, shared", [(32, 48_000), (128, 99 * 1024)])  # bytes a block may have
+def test_keys_come_in_parts_where_shared_memory_is_small(P, shared, dtype, monkeypatch):
+    monkeypatch.setenv("LINMU_EMULATED_SHARED", str(shared))
+    check(dict(B=1, H=4, G=2, P=P, grid=(330,), window=(300,), shift=(7,), bias=True, rotary=P), dtype)
+
+
+def test_windows_longer_than_the_host_expects():
+    check(CASES["blocks-image-window"] | dict(window=(1, 1, 2), image_window=(1, 5, 4)), torch.bfloat16)
+
+
+def test_a_table_of_biases_too_large_for_shared_memory():
+    check(dict(B=1, H=2, G=1, P=8, grid=(3, 4), window=(60, 60), bias=True), torch.bfloat16)
+
+
+@pytest.mark.parametrize("P, extra", [(16, 8), (16, 3), (12, 0)])  # rows of 16 bytes' multiples, and not
+def test_strided_and_unaligned_rows(P, extra):
+    def inside_a_larger(t):
+        larger = torch.full((*t.shape[:-1], t.shape[-1] + extra), torch.nan, dtype=t.dtype)
+        larger[..., extra:] = t
+        return larger[..., extra:]
+
+    case = dict(B=2, H=2, G=1, P=P, grid=(5, 6), window=(3, 4), shift=(1, 1), rotary=8)
+    check(case, torch.bfloat16, inside_a_larger)
+
+
+def test_a_corrupt_table_stays_inside():
+    q = torch.randn(1, 8, 1, 16)
+    tokens = torch.tensor([0, 99, -7, 3], dtype=torch.int32)
+    offsets = torch.tensor([0, 3, 77], dtype=torch.int32)
+    coords = torch.tensor([0, 2**31 - 1, -(2**31), 5], dtype=torch.int32)
+    bias = torch.zeros(1, 1, 1, 7)
+    out, lse = torch.ops.linmu_emulated.window_attention(
+        q, q, q, tokens, offsets, coords, [1, 1, 4], 1.0, bias, None, None, False
+    )
+    torch.testing.assert_close(out[:, [0, 3]], q[:, [0, 3]])  # each alone with itself
+    assert not out[:, [1, 2, 4, 5, 6, 7]].any()
+    grads = torch.ops.linmu_emulated.window_attention_bwd(
+        torch.randn_like(q), q, q, q, out, lse, tokens, offsets, coords, [1, 1, 4], 1.0, bias, None, None, False
+    )
+    assert all(g.isfinite().all() for g in grads)
+    assert not any(g[:, [1, 2, 4, 5, 6, 7]].any() for g in grads[:3])
+
+
+def test_the_same_bits_every_time():
+    inputs = make_inputs(CASES["3d-shift"], torch.bfloat16)
+    leaves = [inputs[k].requires_grad_() for k in ("q", "k", "v", "bias")]
+    runs = []
+    for _ in range(2):
+        out = linmu_ops.window_attention(**inputs)
+        runs.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(a.equal(b) for a, b in zip(*runs, strict=True))
+
+
+def test_larger_heads_are_refused():
+    q = torch.randn(1, 4, 1, 264)
+    with pytest.raises(ValueError, match="at most P=256, got P=264"):
+        linmu_ops.window_attention(q, q, q, grid=(4,), window=(2,))
+
+
+@pytest.mark.parametrize("B, L", [(0, 6), (2, 6)])
+def test_empty(B, L):
+    q = torch.randn(B, L, 2, 8)
+    layout = linmu_ops.TokenLayout([], [], B, L)
+    out = linmu_ops.window_attention(q.requires_grad_(), q, q, layout=layout, window=(2, 2))
+    assert out.shape == q.shape and not out.any()
+    assert not torch.autograd.grad(out.sum(), q)[0].any()
