@@ -1,0 +1,131 @@
+// Called by test_emulator.py through ctypes: instructions alone, kernels with a fault, and index arithmetic on the
+// host.
+#include <cstdio>
+
+#include "../../csrc/cuda/window_attention.cuh"
+
+#define PROBE extern "C" __attribute__((visibility("default")))
+
+namespace linmu {
+namespace {
+
+// Fragments by the formulas of the PTX manual for mma.m16n8k16: groupID = lane / 4, threadID_in_group = lane % 4.
+template <class T>
+__global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* d) {
+  const int group = threadIdx.x / 4, in_group = threadIdx.x % 4;
+  uint16_t fa[8], fb[4];
+  for (int i = 0; i < 8; ++i) {
+    const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
+    const int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+    fa[i] = a[row * 16 + column];
+  }
+  for (int i = 0; i < 4; ++i) fb[i] = b[(in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0)) * 8 + group];
+  const auto both = [](const uint16_t* x) { return x[0] | static_cast<unsigned>(x[1]) << 16; };
+  const unsigned ra[4] = {both(fa), both(fa + 2), both(fa + 4), both(fa + 6)};
+  float c[4];
+  for (int i = 0; i < 4; ++i) c[i] = d[(group + (i < 2 ? 0 : 8)) * 8 + in_group * 2 + (i & 1)];
+  mma<T>(c, ra, both(fb), both(fb + 2));
+  for (int i = 0; i < 4; ++i) d[(group + (i < 2 ? 0 : 8)) * 8 + in_group * 2 + (i & 1)] = c[i];
+}
+
+// Tiles A (M x K) and B (N x K), or their transposes, through copy_async, ldmatrix and mma; then A B^T times B again,
+// from registers.
+template <class T, Lies kA, Lies kB>
+__global__ void tiles_kernel(const T* a, const T* b, float* product, float* again, bool wait) {
+  constexpr int M = 32, N = 32, K = 48, rows_a = kA == Lies::by_row ? M : K, rows_b = kB == Lies::by_row ? N : K;
+  constexpr int columns_a = kA == Lies::by_row ? K : M, columns_b = kB == Lies::by_row ? K : N;
+  LINMU_SHARED(memory);
+  T* a_tile = reinterpret_cast<T*>(memory);
+  T* b_tile = a_tile + rows_a * padded<T>(columns_a);
+  load_tile(a_tile, rows_a, columns_a, columns_a, true, [&](int r) { return a + r * columns_a; });
+  load_tile(b_tile, rows_b, columns_b, columns_b, true, [&](int r) { return b + r * columns_b; });
+  copy_commit();
+  if (wait) copy_wait<0>();
+  __syncthreads();
+  Sums<M, N> sums;
+  sums.clear();
+  multiply<kA, kB>(sums, a_tile, padded<T>(columns_a), b_tile, padded<T>(columns_b), K);
+  sums.each([&](float& x, int row, int column) { product[row * N + column] = x; });
+  if constexpr (kB == Lies::by_row) {
+    Sums<M, K> kept;
+    kept.clear();
+    multiply_kept(kept, sums, b_tile, padded<T>(columns_b));
+    kept.each([&](float& x, int row, int column) { again[row * K + column] = x; });
+  }
+}
+
+// Kernels that are wrong, by number; 0 is right.
+__global__ void fault_kernel(int fault, float* out) {
+  LINMU_SHARED(memory);
+  float* values = reinterpret_cast<float*>(memory);
+  const int i = threadIdx.x, n = blockDim.x;
+  values[i + (fault == 1 ? 1 : 0)] = static_cast<float>(i);  // 1: beyond shared memory
+  if (fault != 2) __syncthreads();                           // 2: no barrier
+  out[blockIdx.x * n + i] = values[n - 1 - i];
+  if (fault == 3 && i % 2) return;  // 3: half of the warp is gone
+  if (fault == 4 && i % 2)          // 4: two halves, two instructions
+    sync_warp();
+  else
+    shuffle_xor(1.f, 1);
+}
+
+const CudaContext kContext{};
+
+}  // namespace
+}  // namespace linmu
+
+PROBE void probe_mma(int half, const uint16_t* a, const uint16_t* b, float* d) {
+  using namespace linmu;
+  launch("probe", half ? mma_kernel<half16> : mma_kernel<bf16>, dim3(1), kWarp, 0, kContext, a, b, d);
+}
+
+PROBE void probe_tiles(int type, int by_depth, const void* a, const void* b, float* product, float* again, int wait) {
+  using namespace linmu;
+  dispatch_cuda("probe", static_cast<DType>(type), [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    constexpr auto R = Lies::by_row, D = Lies::by_depth;
+    constexpr void (*kernels[])(const T*, const T*, float*, float*, bool) = {
+        tiles_kernel<T, R, R>, tiles_kernel<T, D, R>, tiles_kernel<T, R, D>, tiles_kernel<T, D, D>};
+    launch("probe", kernels[by_depth], dim3(1), kWarp, 32768, kContext, static_cast<const T*>(a),
+           static_cast<const T*>(b), product, again, wait != 0);
+  });
+}
+
+// Empty, or what the emulator says of the fault.
+PROBE void probe_fault(int fault, float* out, char* message, int size) {
+  try {
+    linmu::launch("probe", linmu::fault_kernel, dim3(2), 64, 256, linmu::kContext, fault, out);
+    std::snprintf(message, size, "%s", "");
+  } catch (const std::exception& e) {
+    std::snprintf(message, size, "%s", e.what());
+  }
+}
+
+// Of every entry of every window: token, first element of its row of `head`, first of its angles; and the window's
+// begin and count. Strides are as given, however large.
+PROBE void probe_windows(const int32_t* tokens, const int32_t* offsets, int64_t num_windows, int64_t num_visual,
+                         int64_t batch, int64_t length, int64_t rotary_dim, int rotary_batch, int64_t batch_stride,
+                         int64_t token_stride, int64_t head_stride, int64_t head, int64_t* entries, int64_t* windows) {
+  using namespace linmu;
+  WindowAttentionParams p{};
+  p.tokens = tokens, p.offsets = offsets, p.num_windows = num_windows, p.num_visual = num_visual;
+  p.batch = batch, p.length = length, p.rotary_dim = rotary_dim, p.rotary_batch = rotary_batch != 0;
+  const TokenRows<const void*> rows{nullptr, batch_stride, token_stride, head_stride};
+  for (int64_t w = 0; w < num_windows; ++w) {
+    const WindowSlots slots = window_slots(p, w);
+    windows[2 * w] = slots.begin, windows[2 * w + 1] = slots.count;
+    for (int64_t slot = slots.begin; slot < slots.begin + slots.count; ++slot) {
+      const int token = window_token(p, slot);
+      entries[3 * slot] = token;
+      if (token < 0) continue;
+      entries[3 * slot + 1] = row_offset(rows, length, token, head);
+      entries[3 * slot + 2] = rotary_offset(p, token);
+    }
+  }
+}
+
+PROBE int64_t probe_bias_index(int64_t bias_size, int64_t query, int64_t key) {
+  linmu::WindowAttentionParams p{};
+  p.bias_size = bias_size;
+  return linmu::bias_index(p, query, key);
+}
