@@ -36,5 +36,7 @@ struct BranchMixNormBwdParams {
 
 LINMU_CPU_KERNEL(branch_mix_norm_fwd_cpu, BranchMixNormParams)
 LINMU_CPU_KERNEL(branch_mix_norm_bwd_cpu, BranchMixNormBwdParams)
+LINMU_CUDA_KERNEL(branch_mix_norm_fwd_cuda, BranchMixNormParams)
+LINMU_CUDA_KERNEL(branch_mix_norm_bwd_cuda, BranchMixNormBwdParams)
 
 }  // namespace linmu

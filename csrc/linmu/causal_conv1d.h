@@ -32,5 +32,7 @@ struct CausalConv1dBwdParams {
 
 LINMU_CPU_KERNEL(causal_conv1d_fwd_cpu, CausalConv1dParams)
 LINMU_CPU_KERNEL(causal_conv1d_bwd_cpu, CausalConv1dBwdParams)
+LINMU_CUDA_KERNEL(causal_conv1d_fwd_cuda, CausalConv1dParams)
+LINMU_CUDA_KERNEL(causal_conv1d_bwd_cuda, CausalConv1dBwdParams)
 
 }  // namespace linmu

@@ -18,5 +18,6 @@ struct CausalConv1dStepParams {
 };
 
 LINMU_CPU_KERNEL(causal_conv1d_step_cpu, CausalConv1dStepParams)
+LINMU_CUDA_KERNEL(causal_conv1d_step_cuda, CausalConv1dStepParams)
 
 }  // namespace linmu

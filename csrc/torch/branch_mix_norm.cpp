@@ -49,7 +49,7 @@ Tensor branch_mix_norm(const Tensor& a, const Tensor& b, const Tensor& mix, cons
   Inputs in(a, b, mix, mask, weight, bias, norm, eps, d);
   Tensor out = new_empty(a, {d["B"], d["L"], d["D"]});
   in.p.out = out.mutable_data_ptr();
-  branch_mix_norm_fwd_cpu(in.p);
+  LINMU_LAUNCH(branch_mix_norm_fwd, in.p, a);
   return out;
 }
 
@@ -70,7 +70,7 @@ std::vector<Tensor> branch_mix_norm_bwd(const Tensor& grad_out, const Tensor& a,
   q.da = da.mutable_data_ptr(), q.db = db.mutable_data_ptr(), q.dmix = dmix.mutable_data_ptr();
   q.dweight = weight ? dweight.mutable_data_ptr() : nullptr;
   q.dbias = bias ? dbias.mutable_data_ptr() : nullptr;
-  branch_mix_norm_bwd_cpu(q);
+  LINMU_LAUNCH(branch_mix_norm_bwd, q, a);
   return {da, db, dmix, dweight, dbias};
 }
 

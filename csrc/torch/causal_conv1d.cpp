@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, 
   Tensor state = return_final_state ? new_empty(x, {p.batch, p.width - 1, p.dim}) : new_empty(x, {0});
   p.y = y.mutable_data_ptr();
   p.final_state = return_final_state ? state.mutable_data_ptr() : nullptr;
-  causal_conv1d_fwd_cpu(p);
+  LINMU_LAUNCH(causal_conv1d_fwd, p, x);
   return {y, state};
 }
 
@@ -77,7 +77,7 @@ std::vector<Tensor> causal_conv1d_bwd(const Tensor& grad_y, const OptTensor& gra
   q.dx = dx.mutable_data_ptr(), q.dweight = dweight.mutable_data_ptr();
   q.dbias = bias ? dbias.mutable_data_ptr() : nullptr;
   q.dinitial_state = initial_state ? dinitial.mutable_data_ptr() : nullptr;
-  causal_conv1d_bwd_cpu(q);
+  LINMU_LAUNCH(causal_conv1d_bwd, q, x);
   return {dx, dweight, dbias, dinitial};
 }
 

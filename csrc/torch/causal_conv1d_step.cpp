@@ -30,7 +30,7 @@ Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& we
   p.x = x_.const_data_ptr(), p.weight = weight_.const_data_ptr(), p.bias = pointer(bias_);
   p.y = y.mutable_data_ptr();
   p.threads = torch_threads();
-  causal_conv1d_step_cpu(p);
+  LINMU_LAUNCH(causal_conv1d_step, p, x);
   return y;
 }
 

@@ -20,13 +20,12 @@ namespace linmu {
 namespace {
 
 using Register = void (*)(StableLibrary&);
+constexpr Register kOps[] = {register_branch_mix_norm, register_causal_conv1d, register_causal_conv1d_step,
+                             register_ssd_scan,        register_ssd_step,      register_window_attention};
 #ifdef LINMU_FOR_CUDA
-constexpr Register kOps[] = {register_ssd_scan, register_ssd_step, register_window_attention};
 std::string target() { return "archs=" LINMU_CUDA_ARCHS; }
 bool runs_here() { return true; }
 #else
-constexpr Register kOps[] = {register_branch_mix_norm, register_causal_conv1d, register_causal_conv1d_step,
-                             register_ssd_scan,        register_ssd_step,      register_window_attention};
 std::string target() { return std::string("isa=") + isa_name(cpu_isa()); }
 bool runs_here() { return cpu_isa() != Isa::none; }
 #endif
