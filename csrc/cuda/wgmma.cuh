@@ -42,6 +42,17 @@ __device__ inline void load_group_tile(T* tile, int rows, int columns, int64_t w
   }
 }
 
+// The i-th piece of 16 bytes of a tile: a warp's 32 are 8 rows x 64 bytes.
+template <class T>
+struct GroupPlace {
+  int row, column;
+  T* to;
+  __device__ GroupPlace(T* tile, int rows, int columns, int i)
+      : row(i / kWarp / (columns / 32) * 8 + i % 8),
+        column(i / kWarp % (columns / 32) * 32 + i % kWarp / 8 * 8),
+        to(group_at(tile, rows, row, column)) {}
+};
+
 using GroupSums = Sums<16, 64>;  // a warp's 16 of the 64 rows
 
 }  // namespace linmu
@@ -123,6 +134,17 @@ __device__ inline void group_end() {
 __device__ inline void group_hold(GroupSums& d) { asm volatile("" : LINMU_SUMS(d)::"memory"); }
 
 #endif
+
+// A barrier of the warpgroup alone, of at most four in a block. (A barrier by a number that is not constant takes all
+// 16.)
+__device__ inline void group_sync() {
+  switch (threadIdx.x / kGroup) {
+    case 0: asm volatile("bar.sync 1, 128;\n" ::: "memory"); break;
+    case 1: asm volatile("bar.sync 2, 128;\n" ::: "memory"); break;
+    case 2: asm volatile("bar.sync 3, 128;\n" ::: "memory"); break;
+    default: asm volatile("bar.sync 4, 128;\n" ::: "memory");
+  }
+}
 
 // What this thread copied to shared memory is there for group_mma after a barrier.
 __device__ inline void group_publish() {

@@ -55,10 +55,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1)
       gather(s, q_tile, M, D, tokens, s.q, head, true, lane, kWarp);
     }
     Sums<M, D> out;
-    float top[M / 8], sum[M / 8];
+    RunningSoftmax<T, M> softmax;
     out.clear();
-#pragma unroll
-    for (int r = 0; r < M / 8; ++r) top[r] = -INFINITY, sum[r] = 0.f;
 
     for (int k0 = 0; k0 < window.count; k0 += s.keys) {
       const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys, rows = (here + 15) / 16 * 16;
@@ -85,70 +83,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1)
         multiply<Lies::by_row, Lies::by_row>(scores, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
         to_exponents<T, false>(scores, p, head, coords, key_coords + j, key_tokens + j);
         float shrink[M / 8];
-        bool moved = false;
-#pragma unroll
-        for (int r = 0; r < M / 8; ++r) {
-          float most = top[r];
-#pragma unroll
-          for (int c = 0; c < N / 8; ++c)
-            most = fmaxf(most, fmaxf(scores.v[r / 2][c][r % 2 * 2], scores.v[r / 2][c][r % 2 * 2 + 1]));
-          most = fmaxf(most, shuffle_xor(most, 1));
-          most = fmaxf(most, shuffle_xor(most, 2));
-          // No key yet: -infinity less itself would be NaN.
-          const float from = most == -INFINITY ? 0.f : most;
-          shrink[r] = power<T>(top[r] - from);
-          moved |= most != top[r];
-          top[r] = most;
-          float total = 0.f;
-#pragma unroll
-          for (int c = 0; c < N / 8; ++c)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& x = scores.v[r / 2][c][r % 2 * 2 + e];
-              x = power<T>(x - from);
-              total += x;
-            }
-          sum[r] = sum[r] * shrink[r] + total;
-        }
-        if (warp_any(moved)) {
-#pragma unroll
-          for (int r = 0; r < M / 8; ++r)
-#pragma unroll
-            for (int c = 0; c < D / 8; ++c)
-#pragma unroll
-              for (int e = 0; e < 2; ++e) out.v[r / 2][c][r % 2 * 2 + e] *= shrink[r];
-        }
+        if (softmax.step(scores, shrink)) multiply_rows(out, shrink);
         multiply_kept(out, scores, v_tile + j * pitch, pitch, parts);
       }
     }
     if (!active) continue;
 
+    softmax.finish(p, window, first, head);
+    float inverse[M / 8];
+#pragma unroll
+    for (int r = 0; r < M / 8; ++r) inverse[r] = 1.f / softmax.sum[r];
+    multiply_rows(out, inverse);
     sync_warp();
-#pragma unroll
-    for (int r = 0; r < M / 8; ++r) {
-      sum[r] = quad_sum(sum[r]);
-      const int row = row_of(r);
-      const float inverse = 1.f / sum[r];
-      if (lane % 4 == 0 && first + row < window.count)
-        static_cast<float*>(p.lse)[(window.begin + first + row) * p.heads + head] = top[r] / kPerE<T> + logf(sum[r]);
-#pragma unroll
-      for (int c = 0; c < D / 8; ++c)
-        store_pair(q_tile + row * pitch + c * 8 + lane_column(), out.v[r / 2][c][r % 2 * 2] * inverse,
-                   out.v[r / 2][c][r % 2 * 2 + 1] * inverse, 2);
-    }
+    out.each_pair([&](float x, float y, int row, int column) { store_pair(q_tile + row * pitch + column, x, y, 2); });
     sync_warp();
     constexpr int V = kVec<T>;
-    const int P = static_cast<int>(p.head_dim);
     for (int i = lane; i < M * (D / V); i += kWarp) {
       const int r = i / (D / V), c = i % (D / V) * V;
-      if (tokens[r] < 0 || c >= P) continue;
-      T* to = static_cast<T*>(p.out) + (static_cast<int64_t>(tokens[r]) * p.heads + head) * P + c;
-      const T* from = q_tile + r * pitch + c;
-      if (s.out.fast) {
-        piece(to) = piece(from);
-      } else {
-        for (int v = 0; v < V && c + v < P; ++v) to[v] = from[v];
-      }
+      store_out(s, tokens[r], head, c, q_tile + r * pitch + c);
     }
   }
 }
@@ -211,7 +163,7 @@ void zero_uncovered(const WindowPlan& plan, bool gradients, const CudaContext& c
 void window_attention_cuda(const WindowAttentionParams& p, const CudaContext& context) {
   if (p.heads == 0) return;
   zero_uncovered(plan_window(p), false, context);
-  if (p.num_visual == 0) return;
+  if (p.num_visual == 0 || group_window_attention(p, context)) return;
   dispatch_cuda("window_attention", p.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     with_head_dim(p.head_dim, [&](auto d) { forward<T, d()>(p, context); });

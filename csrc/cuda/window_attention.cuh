@@ -100,6 +100,9 @@ void with_head_dim(int64_t P, F&& f) {
 // Writes zeros where no window writes: in out, or, for the gradients, in dq, dk and dv. Every element is `size` bytes.
 void zero_uncovered(const WindowPlan& plan, bool gradients, const CudaContext& context);
 
+// The forward by the kernel for sm_90a; false where that does not serve.
+bool group_window_attention(const WindowAttentionParams& p, const CudaContext& context);
+
 // ---- on the device ----
 
 // Element i of a row turned by its angles, or, kAdjoint, of a gradient turned back.
@@ -144,18 +147,30 @@ __device__ inline Vec<T, kVec<T>> turned_piece(const WindowAttentionParams& p, c
   return out;
 }
 
+// Which piece of 16 bytes is the i-th of a tile, and where it lies: here, rows one after another.
+template <class T>
+struct RowPlace {
+  int row, column;
+  T* to;
+  __device__ RowPlace(T* tile, int, int columns, int i)
+      : row(i / (columns / kVec<T>)),
+        column(i % (columns / kVec<T>)*kVec<T>),
+        to(tile + row * padded<T>(columns) + column) {}
+};
+
 // Fills rows x columns of a tile with the rows of `tokens`, one head's, by `count` threads of which this is `thread`;
 // zeros where there is no token. Complete after copy_wait and a barrier.
-template <class T>
+template <template <class> class Place = RowPlace, class T>
 __device__ inline void gather(const WindowPlan& s, T* tile, int rows, int columns, const int* tokens,
                               const GatheredRows& from, int64_t head, bool turn, int thread, int count) {
   constexpr int V = kVec<T>;
   const WindowAttentionParams& p = s.p;
-  const int per_row = columns / V, P = static_cast<int>(p.head_dim);
+  const int P = static_cast<int>(p.head_dim);
   const int R = turn && p.cos ? static_cast<int>(p.rotary_dim) : 0;
-  for (int i = thread; i < rows * per_row; i += count) {
-    const int r = i / per_row, c = i % per_row * V, token = tokens[r];
-    T* to = tile + r * padded<T>(columns) + c;
+  for (int i = thread; i < rows * (columns / V); i += count) {
+    const Place<T> at(tile, rows, columns, i);
+    const int c = at.column, token = tokens[at.row];
+    T* to = at.to;
     if (token < 0 || c >= P) {
       piece(to) = Vec<T, V>{};
       continue;
@@ -229,6 +244,85 @@ __device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionPar
     }
     if (key_tokens[kKeyRows ? row : column] < 0) value = -INFINITY;
   });
+}
+
+// Softmax over keys that come a step at a time, for a lane's rows of M: the largest exponent so far, and the lane's
+// share of the sum of powers, relative to it.
+template <class T, int M>
+struct RunningSoftmax {
+  static constexpr int R = M / 8;
+  float top[R], sum[R];
+
+  __device__ RunningSoftmax() {
+#pragma unroll
+    for (int r = 0; r < R; ++r) top[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  // Exponents become weights; what was weighted before is to be multiplied by `shrink`, if true comes back.
+  template <int N>
+  __device__ bool step(Sums<M, N>& scores, float (&shrink)[R]) {
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float most = top[r];
+#pragma unroll
+      for (int c = 0; c < N / 8; ++c)
+        most = fmaxf(most, fmaxf(scores.v[r / 2][c][r % 2 * 2], scores.v[r / 2][c][r % 2 * 2 + 1]));
+      most = fmaxf(most, shuffle_xor(most, 1));
+      most = fmaxf(most, shuffle_xor(most, 2));
+      // No key yet: -infinity less itself would be NaN.
+      const float from = most == -INFINITY ? 0.f : most;
+      shrink[r] = power<T>(top[r] - from);
+      moved |= most != top[r];
+      top[r] = most;
+      float total = 0.f;
+#pragma unroll
+      for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = scores.v[r / 2][c][r % 2 * 2 + e];
+          x = power<T>(x - from);
+          total += x;
+        }
+      sum[r] = sum[r] * shrink[r] + total;
+    }
+    return warp_any(moved);
+  }
+
+  // After the last step: sum becomes the whole row's, and the log-sum-exp of rows from entry `first` is written.
+  __device__ void finish(const WindowAttentionParams& p, const WindowSlots& window, int first, int64_t head) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      sum[r] = quad_sum(sum[r]);
+      const int entry = first + row_of(r);
+      if (lane_column() == 0 && entry < window.count)
+        static_cast<float*>(p.lse)[(window.begin + entry) * p.heads + head] = top[r] / kPerE<T> + logf(sum[r]);
+    }
+  }
+};
+
+template <int M, int N>
+__device__ inline void multiply_rows(Sums<M, N>& sums, const float (&factor)[M / 8]) {
+#pragma unroll
+  for (int r = 0; r < M / 8; ++r)
+#pragma unroll
+    for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums.v[r / 2][c][r % 2 * 2 + e] *= factor[r];
+}
+
+// A piece of a token's row of (B, L, H, P) out.
+template <class T>
+__device__ inline void store_out(const WindowPlan& s, int token, int64_t head, int column, const T* from) {
+  const WindowAttentionParams& p = s.p;
+  const int P = static_cast<int>(p.head_dim);
+  if (token < 0 || column >= P) return;
+  T* to = static_cast<T*>(p.out) + (static_cast<int64_t>(token) * p.heads + head) * P + column;
+  if (s.out.fast) {
+    piece(to) = piece(from);
+  } else {
+    for (int v = 0; v < kVec<T> && column + v < P; ++v) to[v] = from[v];
+  }
 }
 
 }  // namespace linmu

@@ -83,6 +83,7 @@ inline void group_mma(GroupSums& d, const unsigned (&a)[4], const Operand& b) {
   });
 }
 
+inline void group_sync() { emulator::exchange_in_group({}); }
 inline void group_begin() {}
 inline void group_end() {}
 inline void group_hold(GroupSums&) {}

@@ -41,6 +41,25 @@ def test_keys_come_in_parts_where_shared_memory_is_small(P, shared, dtype, monke
     check(dict(B=1, H=4, G=2, P=P, grid=(330,), window=(300,), shift=(7,), bias=True, rotary=P), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(B=1, H=7, G=1, P=64, grid=(7, 14), window=(7, 7), shift=(3, 3), bias=True),
+        dict(B=2, H=4, G=2, P=128, grid=(4, 5, 6), window=(3, 4, 4), shift=(1, 2, 2), wrap="mask", rotary=128),
+        dict(B=1, H=2, G=1, P=36, grid=(150,), window=(150,), bias=True, rotary=24, interleaved=True),
+        CASES["blocks-scale"] | dict(P=72),
+    ],
+    ids=lambda c: f"P{c['P']}",
+)
+@pytest.mark.parametrize("shared", [227 * 1024, 60_000])
+def test_forward_of_sm90(case, dtype, shared, monkeypatch):
+    monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
+    monkeypatch.setenv("LINMU_EMULATED_SHARED", str(shared))
+    inputs = make_inputs(case, dtype)
+    check_against_reference(linmu_ops.window_attention, by_reference, inputs)
+
+
 def test_windows_longer_than_the_host_expects():
     check(CASES["blocks-image-window"] | dict(window=(1, 1, 2), image_window=(1, 5, 4)), torch.bfloat16)
 
@@ -60,20 +79,19 @@ def test_strided_and_unaligned_rows(P, extra):
     check(case, torch.bfloat16, inside_a_larger)
 
 
-def test_a_corrupt_table_stays_inside():
-    q = torch.randn(1, 8, 1, 16)
-    tokens = torch.tensor([0, 99, -7, 3], dtype=torch.int32)
+@pytest.mark.parametrize("arch, dtype, P", [("80", torch.float32, 16), ("90", torch.bfloat16, 64)])
+def test_a_corrupt_table_stays_inside(arch, dtype, P, monkeypatch):
+    monkeypatch.setenv("LINMU_CUDA_ARCH", arch)
+    q = torch.randn(1, 8, 1, P).to(dtype)
+    tokens = torch.tensor([0, 99, -7, 3] + [-1] * 36, dtype=torch.int32)
     offsets = torch.tensor([0, 3, 77], dtype=torch.int32)
-    coords = torch.tensor([0, 2**31 - 1, -(2**31), 5], dtype=torch.int32)
-    bias = torch.zeros(1, 1, 1, 7)
-    out, lse = torch.ops.linmu_emulated.window_attention(
-        q, q, q, tokens, offsets, coords, [1, 1, 4], 1.0, bias, None, None, False
-    )
+    coords = torch.tensor([0, 2**31 - 1, -(2**31), 5] + [0] * 36, dtype=torch.int32)
+    bias = torch.zeros(1, 1, 1, 79)
+    args = (tokens, offsets, coords, [1, 1, 40], 1.0, bias, None, None, False)
+    out, lse = torch.ops.linmu_emulated.window_attention(q, q, q, *args)
     torch.testing.assert_close(out[:, [0, 3]], q[:, [0, 3]])  # each alone with itself
     assert not out[:, [1, 2, 4, 5, 6, 7]].any()
-    grads = torch.ops.linmu_emulated.window_attention_bwd(
-        torch.randn_like(q), q, q, q, out, lse, tokens, offsets, coords, [1, 1, 4], 1.0, bias, None, None, False
-    )
+    grads = torch.ops.linmu_emulated.window_attention_bwd(torch.randn_like(q), q, q, q, out, lse, *args)
     assert all(g.isfinite().all() for g in grads)
     assert not any(g[:, [1, 2, 4, 5, 6, 7]].any() for g in grads[:3])
 

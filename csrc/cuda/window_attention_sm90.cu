@@ -1,0 +1,167 @@
+// Forward of window_attention on sm_90a, for 16-bit inputs with 32 < P <= 128. As in window_attention.cu, and: a
+// warpgroup has 64 queries of one head, and goes its own way once the keys are there, so that one's softmax runs beside
+// another's products.
+#include "wgmma.cuh"
+#include "window_attention.cuh"
+
+namespace linmu {
+namespace {
+
+constexpr int kMaxGroups = 3, kQueries = 64, kKeys = 64;  // of a warpgroup; of a step
+
+template <class T, int D>
+struct Shape {
+  static constexpr int64_t kPerKey = 2 * D * static_cast<int64_t>(sizeof(T)) + 2 * sizeof(int);
+  static constexpr int64_t kPerGroup = kQueries * (D * static_cast<int64_t>(sizeof(T)) + 2 * sizeof(int));
+  static_assert(kKeys * kPerKey + kMaxGroups * kPerGroup <= kSharedSm90);
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(const __grid_constant__ WindowPlan s) {
+#ifdef LINMU_GROUP_CODE
+  LINMU_SHARED(memory);
+  const WindowAttentionParams& p = s.p;
+  const int threads = blockDim.x, groups = threads / kGroup, mine = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
+  const int lane = threadIdx.x % kWarp, own = thread / kWarp * 16;  // the first of the warp's rows
+  const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
+  const WindowSlots window = window_slots(p, pair / p.groups);
+  const int share = static_cast<int>(p.heads / p.groups);
+
+  T* k_tile = reinterpret_cast<T*>(memory);
+  T* v_tile = k_tile + s.keys * D;
+  T* q_tiles = v_tile + s.keys * D;
+  T* q_tile = q_tiles + mine * kQueries * D;
+  int* key_tokens = reinterpret_cast<int*>(q_tiles + groups * kQueries * D);
+  int* key_coords = key_tokens + s.keys;
+  int* tokens = key_coords + s.keys + mine * 2 * kQueries;
+  int* coords = tokens + kQueries;
+
+  const int items = (window.count + kQueries - 1) / kQueries * share;
+  bool resident = false;
+  for (int round = split * groups; round < items; round += s.splits * groups) {
+    const int item = round + mine, head = static_cast<int>(group) * share + item % share;
+    const bool active = item < items;
+    const int first = item / share * kQueries;
+    if (active) {
+      group_sync();
+      read_slots(p, window, first, kQueries, tokens, coords, thread, kGroup);
+      group_sync();
+      gather<GroupPlace>(s, q_tile, kQueries, D, tokens, s.q, head, true, thread, kGroup);
+    }
+    GroupSums out[D / 64];
+    RunningSoftmax<T, 16> softmax;
+#pragma unroll
+    for (int part = 0; part < D / 64; ++part) out[part].clear();
+
+    for (int k0 = 0; k0 < window.count; k0 += s.keys) {
+      const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys;
+      if (!resident) {
+        __syncthreads();
+        read_slots(p, window, k0, s.keys, key_tokens, key_coords, threadIdx.x, threads);
+        __syncthreads();
+        gather<GroupPlace>(s, k_tile, s.keys, D, key_tokens, s.k, group, true, threadIdx.x, threads);
+        gather<GroupPlace>(s, v_tile, s.keys, D, key_tokens, s.v, group, false, threadIdx.x, threads);
+      }
+      copy_commit();
+      copy_wait<0>();
+      group_publish();
+      if (!resident)
+        __syncthreads();
+      else if (active)
+        group_sync();
+      resident = window.count <= s.keys;
+      if (!active) continue;
+
+      for (int j = 0; j < here; j += kKeys) {
+        GroupSums scores;
+        scores.clear();
+        group_hold(scores);
+        group_begin();
+#pragma unroll
+        for (int k = 0; k < D; k += 16)
+          group_mma<T, 0>(scores, by_row(q_tile, kQueries, 0, k), by_row(k_tile, s.keys, j, k));
+        group_end();
+        group_hold(scores);
+        to_exponents<T, false>(scores, p, head, coords + own, key_coords + j, key_tokens + j);
+        float shrink[2];
+        if (softmax.step(scores, shrink)) {
+#pragma unroll
+          for (int part = 0; part < D / 64; ++part) multiply_rows(out[part], shrink);
+        }
+        unsigned weights[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int f = 0; f < 4; ++f)
+            weights[k][f] = pack<T>(scores.v[0][2 * k + f / 2][f % 2 * 2], scores.v[0][2 * k + f / 2][f % 2 * 2 + 1]);
+#pragma unroll
+        for (int part = 0; part < D / 64; ++part) group_hold(out[part]);
+        group_begin();
+#pragma unroll
+        for (int part = 0; part < D / 64; ++part)
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            group_mma<T, 1>(out[part], weights[k], by_depth(v_tile, s.keys, j + k * 16, part * 64));
+        group_end();
+#pragma unroll
+        for (int part = 0; part < D / 64; ++part) group_hold(out[part]);
+      }
+    }
+    if (!active) continue;
+
+    softmax.finish(p, window, first + own, head);
+    const float inverse[2] = {1.f / softmax.sum[0], 1.f / softmax.sum[1]};
+    group_sync();  // all products that read q are done
+#pragma unroll
+    for (int part = 0; part < D / 64; ++part) {
+      multiply_rows(out[part], inverse);
+      out[part].each_pair([&](float x, float y, int row, int column) {
+        store_pair(group_at(q_tile, kQueries, own + row, part * 64 + column), x, y, 2);
+      });
+    }
+    sync_warp();
+    for (int i = lane; i < 16 * (D / 8); i += kWarp) {
+      const int r = own + i / kWarp / (D / 32) * 8 + i % 8, c = i / kWarp % (D / 32) * 32 + i % kWarp / 8 * 8;
+      store_out(s, tokens[r], head, c, group_at(q_tile, kQueries, r, c));
+    }
+  }
+#endif
+}
+
+template <class T, int D>
+void forward(const WindowAttentionParams& p, const CudaContext& context) {
+  using Own = Shape<T, D>;
+  WindowPlan s = plan_window(p);
+  const int64_t expected = expected_tokens(p), limit = shared_limit(), pairs = p.num_windows * p.groups;
+  const int64_t items = ceil_div(expected, kQueries) * (p.heads / p.groups);
+  int64_t groups = std::min<int64_t>(items, kMaxGroups);
+  const int64_t wanted = ceil_div(expected, kKeys) * kKeys;
+  const auto fitting = [&] { return (limit - groups * Own::kPerGroup) / Own::kPerKey / kKeys * kKeys; };
+  while (groups > 1 && fitting() < kKeys) --groups;
+  s.keys = static_cast<int>(std::max<int64_t>(kKeys, std::min(wanted, fitting())));
+  s.splits = static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / pairs, 1, ceil_div(items, groups)));
+  launch("window_attention", group_forward_kernel<T, D>, blocks_of(pairs * s.splits), static_cast<int>(groups * kGroup),
+         s.keys * Own::kPerKey + groups * Own::kPerGroup, context, s);
+}
+
+}  // namespace
+
+bool group_window_attention(const WindowAttentionParams& p, const CudaContext& context) {
+  // Of few queries or short rows most of a warpgroup's product would be empty.
+  if (p.dtype == DType::f32 || p.head_dim <= 32 || p.head_dim > 128 || expected_tokens(p) <= 32) return false;
+  if (architecture("window_attention") != 90) return false;
+  const auto run = [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    if (p.head_dim <= 64)
+      forward<T, 64>(p, context);
+    else
+      forward<T, 128>(p, context);
+  };
+  if (p.dtype == DType::bf16)
+    run(static_cast<bf16*>(nullptr));
+  else
+    run(static_cast<half16*>(nullptr));
+  return true;
+}
+
+}  // namespace linmu
