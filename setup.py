@@ -76,6 +76,8 @@ class CMakeBuild(build_ext):
             f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
+        if os.environ.get("LINMU_CUDA_ARCHS"):
+            configure.append(f"-DLINMU_CUDA_ARCHS={os.environ['LINMU_CUDA_ARCHS']}")
         # cmake and ninja of this environment, activated or not.
         tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         subprocess.check_call(configure, env=tools)
