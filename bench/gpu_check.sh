@@ -82,11 +82,11 @@ if wanted profile; then
   program="import torch
 import linmu_ops
 from bench.run import load
-for op in ('ssd_scan', 'window_attention'):
+for op, names in (('ssd_scan', ('gqa', 'gqa-both', 'L=32768')), ('window_attention', ('video', 'video, gqa'))):
     bench = load(op)
-    for case in list(bench.cases.values())[:2]:
+    for name in names:
         with linmu_ops.use_impl(op + ':cuda'):
-            getattr(linmu_ops, op)(**bench.make(case, torch.bfloat16, 'cuda'))
+            getattr(linmu_ops, op)(**bench.make(bench.cases[name], torch.bfloat16, 'cuda'))
 torch.cuda.synchronize()"
   step profile ncu --clock-control none --kernel-name regex:states_kernel\\|output_kernel\\|attention --launch-count 12 \
     --section SpeedOfLight --section Occupancy --section LaunchStats --section MemoryWorkloadAnalysis \

@@ -30,7 +30,7 @@ def tracked(*suffixes):
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_one_word_in_every_folder(op):
     files = ["linmu_ops/{}.py", "linmu_ops/reference/{}.py", "csrc/linmu/{}.h", "csrc/torch/{}.cpp", "csrc/cpu/{}.cpp"]
-    files.append("tests/ops/test_{}.py")
+    files += ["csrc/cuda/{}.cu", "tests/ops/test_{}.py"]
     if (ROOT / "bench" / "ops").exists():
         files.append("bench/ops/{}.py")
     assert [f for f in files if not (ROOT / f.format(op)).exists()] == []
