@@ -66,6 +66,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image file; repeatable.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video file; repeatable.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at most.")] = 64,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames of a second of video.")] = 2.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
@@ -77,8 +79,10 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     try:
         loaded = load(model, device, dtype)
-        answer = generate_text(*loaded, prompt, image or (), video or (), max_new_tokens=max_new_tokens, **sampling)
-    except (ValueError, OSError) as error:
+        answer = generate_text(
+            *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens, **sampling
+        )
+    except (ValueError, OSError, ImportError) as error:
         _stop(error)
     typer.echo(answer)
 
@@ -101,9 +105,11 @@ def distill(
         from distill.train import Interrupted, TrainingError
     except ConfigError as error:
         _stop(error)
+    from distill.data.stream import DataError
+
     try:
         report = run(settings, stage, resume)
-    except (RunError, HandoffError, TrainingError, CheckpointError, OSError) as error:
+    except (RunError, HandoffError, DataError, TrainingError, CheckpointError, OSError) as error:
         _stop(error)
     except Interrupted as error:
         _stop(error, 130)

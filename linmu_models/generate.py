@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, CompileConfig, GenerationMixin
+from transformers import AutoConfig, CompileConfig, GenerationMixin
 
+from .chat import ChatProcessor
 from .config import parse_mmate
 from .convert import convert
+from .media import UnreadableError, read_image, read_video
 from .modeling import AUTO_CLASSES, FAMILIES
 from .report import TransferReport
 
@@ -59,22 +62,26 @@ def convert_folder(
     return student.linmu_report
 
 
-def load(folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto") -> tuple[GenerationMixin, Any]:
-    """(model, processor, or tokenizer of a text-only model) of a saved model, linear or not, on `device`."""
+def load(
+    folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
+) -> tuple[GenerationMixin, ChatProcessor]:
+    """A saved model, linear or not, on `device`, and what prepares its inputs."""
     config = AutoConfig.from_pretrained(folder)
     name = "AutoModelForImageTextToText" if "vision_config" in config.sub_configs else "AutoModelForCausalLM"
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AUTO_CLASSES[name].from_pretrained(folder, dtype=dtype).to(where).eval()
-    reader = AutoProcessor if name == "AutoModelForImageTextToText" else AutoTokenizer
-    return model, reader.from_pretrained(folder)
+    return model, ChatProcessor.load(folder)
 
 
 def generate_text(
     model: Any,
-    processor: Any,
+    processor: ChatProcessor,
     prompt: str,
     images: Sequence[str | os.PathLike[str]] = (),
     videos: Sequence[str | os.PathLike[str]] = (),
+    *,
+    frames: int = 64,
+    fps: float = 2.0,
     **options: Any,
 ) -> str:
     """Answer one prompt about images and videos.
@@ -83,15 +90,25 @@ def generate_text(
         model, processor: from `load`.
         prompt: the user's words; put into the processor's chat template, where it has one.
         images, videos: paths; they come before the words.
+        frames, fps: a video is seen as so many frames a second, and as so many frames at most.
         options: of transformers' `generate`.
+
+    Raises:
+        ValueError: a picture or video that cannot be read, or one for a model that takes none.
     """
-    inputs = _inputs(processor, prompt, [os.fspath(i) for i in images], [os.fspath(v) for v in videos])
-    inputs = inputs.to(model.device)
+    media = []
+    for path, read in [*((p, read_image) for p in images), *((p, partial(read_video, frames=frames, fps=fps))
+                                                             for p in videos)]:  # fmt: skip
+        try:
+            media.append(read(path))
+        except UnreadableError as error:
+            raise ValueError(f"generate: {os.fspath(path)}: {error}") from error
+    inputs = {name: value.to(model.device) for name, value in processor.ask(prompt, media).items()}
     for name, value in inputs.items():
-        if torch.is_tensor(value) and value.is_floating_point():
+        if value.is_floating_point():
             inputs[name] = value.to(model.dtype)
     out = model.generate(**inputs, **options)
-    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def fast_decode(**compile_options: Any) -> dict[str, Any]:
@@ -109,25 +126,3 @@ def fast_decode(**compile_options: Any) -> dict[str, Any]:
     config = CompileConfig(**compile_options)
     config._compile_all_devices = True  # transformers would not compile on a CPU
     return {"cache_implementation": "static", "compile_config": config}
-
-
-def _inputs(processor: Any, prompt: str, images: list[str], videos: list[str]) -> Any:
-    if getattr(processor, "chat_template", None):
-        content: Any = [
-            *({"type": "image", "path": path} for path in images),
-            *({"type": "video", "path": path} for path in videos),
-            {"type": "text", "text": prompt},
-        ]
-        text_only = not hasattr(processor, "tokenizer")
-        chat = [{"role": "user", "content": prompt if text_only else content}]
-        return processor.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-    if videos:
-        raise ValueError("generate: a video needs a processor with a chat template, got one without")
-    if not images:
-        return processor(text=[prompt], return_tensors="pt")
-    from PIL import Image
-
-    text = processor.image_token * len(images) + prompt
-    return processor(text=[text], images=[Image.open(path).convert("RGB") for path in images], return_tensors="pt")

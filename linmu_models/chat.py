@@ -1,0 +1,325 @@
+"""Conversations about images and videos to a model's inputs and labels, by the chat template of its processor.
+
+Where a processor cannot take videos (most need torchvision for that), the tensors are made here (the Qwen2-VL kind,
+whose grids this package knows), or the frames are passed as images.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+from .media import Clip
+
+IGNORE = -100
+SLOT = "\ufffc"
+"""In the text of a turn: the next image or video stands here."""
+
+# Marks the ends of answers in rendered text; of no meaning to any tokenizer, as it is taken out before.
+_MARK = "\ue000"
+# Families whose pixels are a list of patches with (t, h, w) grids; their videos need no video processor.
+_GRIDS = ("qwen2_vl", "qwen2_5_vl")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Questions and answers, and the images and videos that they are about."""
+
+    turns: tuple[tuple[str, str | None], ...]
+    """(question, answer) pairs; None as the last answer asks for it. The `SLOT`s in the questions stand for the media,
+    in order. One turn whose question is empty and that has no media is plain text, outside any chat template: every
+    token of it is supervised."""
+    media: tuple[Clip, ...] = ()
+    system: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is plain text rather than a conversation."""
+        return len(self.turns) == 1 and not self.turns[0][0] and not self.media
+
+
+class _Segments:
+    """A tokenizer for marked text: answers are tokenized apart, as they are when generated, and labelled.
+
+    It takes a tokenizer's place inside a processor, which expands its image tokens and knows nothing of this.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.labels: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def encode_row(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids and labels of one marked text; each answer ends with the end-of-sequence token."""
+        end = self._tokenizer.eos_token_id
+        ids: list[int] = []
+        labels: list[int] = []
+        after_answer = False
+        for i, part in enumerate(text.split(_MARK)):
+            found = self._tokenizer.encode(part, add_special_tokens=False)
+            target = list(found) if i % 2 else [IGNORE] * len(found)
+            if after_answer and not (found and found[0] == end):
+                found, target = [end, *found], [IGNORE, *target]
+            if after_answer:
+                target[0] = end
+            ids, labels, after_answer = ids + found, labels + target, bool(i % 2)
+        return ids, labels
+
+    def __call__(self, text: str | list[str], **_: Any) -> dict[str, list[list[int]]]:
+        rows, self.labels = [], []
+        for one in [text] if isinstance(text, str) else text:
+            ids, labels = self.encode_row(one)
+            rows.append(ids)
+            self.labels.append(labels)
+        return self.pad(rows)
+
+    def pad(self, rows: list[list[int]]) -> dict[str, list[list[int]]]:
+        """Rows, and the labels of the last call, padded on the right to one length."""
+        longest = max(map(len, rows))
+        self.labels = [row + [IGNORE] * (longest - len(row)) for row in self.labels]
+        fill = self._tokenizer.pad_token_id
+        return {
+            "input_ids": [row + [fill] * (longest - len(row)) for row in rows],
+            "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+        }
+
+
+@dataclass
+class ChatProcessor:
+    """What a model takes, from conversations. Make one with `ChatProcessor.load`."""
+
+    tokenizer: Any
+    model_type: str
+    processor: Any = None
+    """The teacher's own processor; None for text-only models and those whose tensors are made here."""
+    image_processor: Any = None
+    _segments: _Segments = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._segments = _Segments(self.tokenizer)
+        if self.processor is not None:
+            self.processor.tokenizer = self._segments
+        self._image_tokens = functools.lru_cache(maxsize=4096)(self._count_image_tokens)
+
+    @classmethod
+    def load(cls, folder: Any) -> ChatProcessor:
+        """The processor of a model's folder, or of a model on the hub."""
+        config = AutoConfig.from_pretrained(folder)
+        kind = config.model_type.removeprefix("linmu_")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if "vision_config" not in config.sub_configs:
+            return cls(tokenizer, kind)
+        if kind in _GRIDS:
+            return cls(tokenizer, kind, image_processor=AutoImageProcessor.from_pretrained(folder))
+        processor = AutoProcessor.from_pretrained(folder)
+        return cls(tokenizer, kind, processor, processor.image_processor)
+
+    # -- what it can do ------------------------------------------------------------------------------------------
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether the model sees images."""
+        return self.image_processor is not None
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether videos go in as videos; else their frames go in as images."""
+        return self.model_type in _GRIDS or getattr(self.processor, "video_processor", None) is not None
+
+    @functools.cached_property
+    def reserved(self) -> re.Pattern[str]:
+        """What must not occur in the text of a conversation: special tokens, marks."""
+        tokens = {*self.tokenizer.all_special_tokens, _MARK, self._token("image"), self._token("video")} - {""}
+        return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+
+    def _token(self, kind: str) -> str:
+        if self.model_type in _GRIDS:
+            return f"<|{kind}_pad|>"
+        return getattr(self.processor, f"{kind}_token", None) or ""
+
+    @property
+    def _speaker(self) -> Any:
+        return next((p for p in (self.processor, self.tokenizer) if getattr(p, "chat_template", None)), None)
+
+    # -- lengths -------------------------------------------------------------------------------------------------
+
+    def media_tokens(self, frames: int | None, height: int, width: int) -> int:
+        """Tokens of an image (`frames` is None) or a video of so many frames."""
+        if frames is None:
+            return self._image_tokens(height, width)
+        if self.model_type in _GRIDS:
+            return -(-frames // self.image_processor.temporal_patch_size) * self._image_tokens(height, width)
+        if self.takes_videos:
+            found = self.processor._get_num_multimodal_tokens(video_sizes=[(frames, height, width)])
+            return int(found["num_video_tokens"][0])
+        return frames * self._image_tokens(height, width)
+
+    def _count_image_tokens(self, height: int, width: int) -> int:
+        if self.model_type in _GRIDS:
+            patches = self.image_processor.get_number_of_image_patches(height, width, {})
+            return int(patches) // self.image_processor.merge_size**2
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is not None:
+            return int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
+        import numpy as np
+
+        blank = np.zeros((height, width, 3), dtype=np.uint8)
+        return len(self.processor(text=[self._token("image")], images=[[blank]])["input_ids"][0])
+
+    def text_tokens(self, conversation: Conversation) -> int:
+        """Tokens of a conversation without its media; one for each of their slots."""
+        return len(self._segments.encode_row(self._render(conversation))[0])
+
+    # -- tensors -------------------------------------------------------------------------------------------------
+
+    def __call__(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """A batch, padded on the right.
+
+        Returns:
+            What the model takes, and `labels` `(B, L)` int64: the tokens of the answers, each with an end-of-sequence
+            token after it, and -100 elsewhere.
+
+        Raises:
+            ValueError: media for a model without eyes, or a conversation for one without a chat template.
+        """
+        return self._batch([self._render(c) for c in conversations], conversations)
+
+    def _batch(self, texts: list[str], conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        media = [clip for c in conversations for clip in c.media]
+        if media and not self.takes_media:
+            raise ValueError(f"a {self.model_type} takes text only, got {len(media)} images or videos")
+        if self.model_type in _GRIDS:
+            batch = self._grid_batch(texts, media)
+        elif self.processor is not None and media:
+            batch = self._processor_batch(texts, conversations)
+        else:
+            batch = {name: torch.tensor(rows) for name, rows in self._segments(texts).items()}
+        return {**batch, "labels": torch.tensor(self._segments.labels)}
+
+    def ask(self, question: str, media: Sequence[Clip] = ()) -> dict[str, Tensor]:
+        """What `generate` takes to answer one question about media, which come before the words.
+
+        Without a chat template, a model is given the media and the words as they are.
+        """
+        if self._speaker is not None:
+            batch = self([Conversation(((SLOT * len(media) + question, None),), tuple(media))])
+        elif any(clip.is_video for clip in media):
+            raise ValueError("a video needs a processor with a chat template, got one without")
+        else:
+            begins = self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
+            text = (self.tokenizer.bos_token if begins else "") + self._token("image") * len(media) + question
+            batch = self._batch([text], [Conversation((("", None),), tuple(media))])
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def _render(self, conversation: Conversation) -> str:
+        if conversation.is_plain:
+            return f"{_MARK}{conversation.turns[0][1]}"
+        messages: list[dict[str, Any]] = []
+        if conversation.system:
+            messages.append({"role": "system", "content": self._content(conversation.system, None)})
+        media = iter(conversation.media)
+        for question, answer in conversation.turns:
+            messages.append({"role": "user", "content": self._content(question, media)})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": self._content(f"{_MARK}{answer}{_MARK}", None)})
+        speaker = self._speaker
+        if speaker is None:
+            raise ValueError(f"this {self.model_type} has no chat template: put a chat_template.jinja in its folder")
+        asks = conversation.turns[-1][1] is None
+        return speaker.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+
+    def _content(self, text: str, media: Any) -> Any:
+        if not self.takes_media:
+            return text
+        parts: list[dict[str, Any]] = []
+        for i, piece in enumerate(text.split(SLOT)):
+            if i:
+                clip = next(media)
+                as_video = clip.is_video and self.takes_videos
+                shown = 1 if as_video or not clip.is_video else len(clip.frames)
+                parts += [{"type": "video" if as_video else "image"}] * shown
+            if piece:
+                parts.append({"type": "text", "text": piece})
+        return parts
+
+    def _processor_batch(self, texts: list[str], conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        images: list[list[Any]] = []
+        videos: list[Any] = []
+        metadata: list[dict[str, Any]] = []
+        for conversation in conversations:
+            images.append([])
+            for clip in conversation.media:
+                if clip.is_video and self.takes_videos:
+                    videos.append(clip.frames)
+                    count = len(clip.frames)
+                    metadata.append({"total_num_frames": count, "fps": clip.fps, "frames_indices": list(range(count))})
+                else:
+                    images[-1] += list(clip.frames)
+        options: dict[str, Any] = {"text": texts, "return_tensors": "pt"}
+        if any(images):
+            options["images"] = images
+        if videos:
+            options |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        return dict(self.processor(**options))
+
+    def _grid_batch(self, texts: list[str], media: list[Clip]) -> dict[str, Tensor]:
+        pixels: dict[str, list[Tensor]] = {"image": [], "video": []}
+        grids: dict[str, list[Tensor]] = {"image": [], "video": []}
+        seconds = []
+        for clip in media:
+            kind = "video" if clip.is_video else "image"
+            patches, grid = grid_patches(self.image_processor, clip)
+            pixels[kind].append(patches)
+            grids[kind].append(grid)
+            if clip.fps is not None:
+                seconds.append(self.image_processor.temporal_patch_size / clip.fps)
+        merge = self.image_processor.merge_size**2
+        counts = {kind: iter([int(grid.prod()) // merge for grid in found]) for kind, found in grids.items()}
+
+        def expand(match: re.Match[str]) -> str:
+            token = match.group()
+            return token * next(counts["image" if token == self._token("image") else "video"])
+
+        pattern = re.compile("|".join(re.escape(self._token(kind)) for kind in grids))
+        rows = self._segments([pattern.sub(expand, text) for text in texts])
+        batch = {name: torch.tensor(value) for name, value in rows.items()}
+        ids = {kind: self.tokenizer.convert_tokens_to_ids(self._token(kind)) for kind in grids}
+        batch["mm_token_type_ids"] = (batch["input_ids"] == ids["image"]) + 2 * (batch["input_ids"] == ids["video"])
+        for kind, values, name in (("image", "pixel_values", "image_grid_thw"),
+                                   ("video", "pixel_values_videos", "video_grid_thw")):  # fmt: skip
+            if pixels[kind]:
+                batch |= {values: torch.cat(pixels[kind]), name: torch.stack(grids[kind])}
+        if seconds and self.model_type == "qwen2_5_vl":
+            batch["second_per_grid_ts"] = torch.tensor(seconds)
+        return batch
+
+
+def grid_patches(image_processor: Any, clip: Clip) -> tuple[Tensor, Tensor]:
+    """A clip for a Qwen2-VL-like model: patches `(t * h * w, C * temporal * P * P)` and the grid `(3,)` of t, h, w.
+
+    The image processor resizes, scales and cuts each frame; frames are then put together in groups of
+    `temporal_patch_size`, the last one repeated where they do not divide.
+    """
+    out = image_processor(images=list(clip.frames), return_tensors="pt")
+    patches, (_, h, w) = out["pixel_values"], out["image_grid_thw"][0].tolist()
+    if not clip.is_video:
+        return patches, out["image_grid_thw"][0]
+    depth, side = image_processor.temporal_patch_size, image_processor.patch_size
+    # An image fills a patch's whole depth with itself: any of its slices is the frame.
+    frames = patches.reshape(len(clip.frames), h * w, -1, depth, side, side)[:, :, :, 0]
+    if missing := -len(frames) % depth:
+        frames = torch.cat([frames, frames[-1:].expand(missing, *frames.shape[1:])])
+    t = len(frames) // depth
+    groups = frames.reshape(t, depth, h * w, -1, side, side).permute(0, 2, 3, 1, 4, 5)
+    return groups.reshape(t * h * w, -1), torch.tensor([t, h, w])
