@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from distill.stages import STAGES, Stage
 
@@ -35,7 +35,7 @@ class TeacherConfig(_Table):
     """Length limit of the teacher's own answers (L_seq)."""
 
 
-class DataConfig(_Table):
+class TaskData(_Table):
     """What to train on: the built-in tasks, see `distill/data/README.md`."""
 
     mixture: dict[str, Annotated[float, Field(gt=0)]] = {"read": 1, "line": 1, "where": 1, "video": 1, "needle": 1}
@@ -46,6 +46,53 @@ class DataConfig(_Table):
     """Questions about one picture or video, at most."""
     options: dict[str, dict[str, Any]] = {}
     """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`."""
+
+
+class SetConfig(_Table):
+    """One data set in its published format; see "Data sets" in `distill/README.md`."""
+
+    format: Literal["onevision", "llava_video", "activitynet_qa", "text"]
+    files: Annotated[list[str], Field(min_length=1)]
+    """Glob patterns of the parquet, JSON or text files; `**` reaches into folders."""
+    folder: str | None = None
+    """Where the images or videos are that the files name."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How often a batch is of this set, against the others."""
+    stages: Annotated[list[Literal[1, 2, 3]], Field(min_length=1)] = [1, 2, 3]
+    """The stages that use it."""
+    instruction: str = ""
+    """ActivityNet-QA: a line after each question, to ask for answers as short as its own."""
+
+
+class RecordData(_Table):
+    """What to train on: data sets on disk."""
+
+    sets: Annotated[dict[str, SetConfig], Field(min_length=1)]
+    max_tokens: Positive = 8192
+    """Tokens of a batch, padding included; a longer sample is left out, and counted."""
+    max_samples: Positive = 64
+    """Samples of a batch."""
+    text_length: Positive = 1024
+    """Tokens of a piece of plain text."""
+    frames: Positive = 64
+    """Frames of a video, at most."""
+    fps: Annotated[float, Field(gt=0)] = 1.0
+    """Frames that are taken of a second of video."""
+    image_pixels: Positive | None = None
+    """Larger images are made smaller."""
+    frame_pixels: Positive | None = None
+    """Larger video frames are made smaller."""
+    window: Positive = 512
+    """Records that are read, sorted by length and packed together."""
+    workers: Positive = 2
+    """Threads that decode."""
+
+
+def _kind(value: Any) -> str:
+    return "records" if isinstance(value, RecordData) or (isinstance(value, dict) and "sets" in value) else "tasks"
+
+
+DataConfig = Annotated[Annotated[TaskData, Tag("tasks")] | Annotated[RecordData, Tag("records")], Discriminator(_kind)]
 
 
 class LossConfig(_Table):
@@ -102,6 +149,9 @@ class EvaluationConfig(_Table):
     speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
     """Visual tokens at which time to first token, decode speed and cache size are measured; empty: not at all."""
     speed_new_tokens: Positive = 16
+    held_out: RecordData | None = None
+    """Data sets that no stage sees: perplexity, agreement with the teacher and distance to it are measured on them."""
+    held_out_batches: Positive = 16
 
     def counts(self, *, final: bool) -> dict[str, int]:
         """Samples of each group that is evaluated: of the teacher and the finished student, or in between."""
@@ -132,7 +182,7 @@ class Config(_Table):
     teacher: TeacherConfig
     student: dict[str, Any] = {}
     """Options of the M-MATE block: the fields of `linmu_ops.nn.MMATEConfig`."""
-    data: DataConfig = DataConfig()
+    data: DataConfig = TaskData()
     losses: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
@@ -156,6 +206,14 @@ class Config(_Table):
         """Where the run lives."""
         return Path(self.output) / self.name
 
+    @model_validator(mode="after")
+    def _every_stage_has_data(self) -> "Config":
+        for number in (1, 2, 3):
+            data = self.stage_data(number)
+            if isinstance(data, RecordData) and not data.sets:
+                raise ValueError(f"data.sets: none of them is for stage {number}")
+        return self
+
     def overrides(self, number: int) -> StageConfig:
         """The overrides of stage 1, 2 or 3."""
         return {1: self.stage1, 2: self.stage2, 3: self.stage3}[number]
@@ -173,9 +231,12 @@ class Config(_Table):
             changes.steps or row.steps,
         )
 
-    def stage_data(self, number: int) -> DataConfig:
-        """The data of a stage."""
-        return self.overrides(number).data or self.data
+    def stage_data(self, number: int) -> TaskData | RecordData:
+        """The data of a stage; a table with sets has those of this stage only."""
+        data = self.overrides(number).data or self.data
+        if isinstance(data, TaskData):
+            return data
+        return data.model_copy(update={"sets": {n: s for n, s in data.sets.items() if number in s.stages}})
 
     def fingerprint(self, number: int) -> str:
         """Hash of everything in this file that the result of stage `number` depends on, stages before it excepted."""
@@ -183,7 +244,7 @@ class Config(_Table):
         facts = {
             **self.model_dump(include={"seed", "student", "losses", "optimizer", "mixed_precision"}, mode="json"),
             "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, self.overrides(number).freeze],
-            "data": self.stage_data(number).model_dump(mode="json"),
+            "data": self.stage_data(number).model_dump(mode="json", exclude={"workers"}),
             "lora": self.lora.model_dump(mode="json") if "lora" in stage.trainable else None,
             "calibration": self.calibration_batches if number == 1 else None,
             "batches": self.gradient_accumulation,
@@ -214,7 +275,9 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
+            # pydantic names the kind of a data table among the keys.
+            key = ".".join(str(part) for part in problem["loc"] if part not in ("tasks", "records"))
             unknown = problem["type"] == "extra_forbidden"
-            lines.append(f"{source}: {key}: {'unknown key' if unknown else problem['msg']}")
+            where = f"{source}: {key}" if key else source
+            lines.append(f"{where}: {'unknown key' if unknown else problem['msg']}")
         raise ConfigError("\n".join(lines)) from error

@@ -119,7 +119,8 @@ class Run:
                 raise RunError("the student has no M-MATE block: every layer keeps its attention")
             self.folder.mkdir(parents=True, exist_ok=True)
             student.model.linmu_report.save(self.folder / "transfer.json")
-            source = build_source(self.config.data, self.teacher, self.tokenizer, self.config.seed * 4)
+            data, path = self.config.stage_data(1), self.config.teacher.path
+            source = build_source(data, path, self.teacher, self.tokenizer, self.config.seed * 4)
             batches = []
             for i in range(self.config.calibration_batches):
                 batch = source.processor(source.samples(i))
@@ -143,7 +144,10 @@ class Run:
         set_local_swin(student.blocks.values(), stage.local_swin)
         if config.gradient_checkpointing:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
-        source = build_source(config.stage_data(number), self.teacher, self.tokenizer, config.seed * 4 + number)
+        source = build_source(
+            config.stage_data(number), config.teacher.path, self.teacher, self.tokenizer, config.seed * 4 + number,
+            self.accelerator.process_index, self.accelerator.num_processes,
+        )  # fmt: skip
         share_vision_features(self.teacher, student.model)
         transcripts = None
         if "sequence" in stage.losses:
@@ -162,13 +166,17 @@ class Run:
             transcripts,
         )
         means = trainer.run()
+        counts = trainer.counts()
+        for name, found in (counts or {}).items():
+            told = ", ".join(f"{count} {what}" for what, count in found.items())
+            self.accelerator.print(f"stage {number}  data set {name}: {told}")
         state = own_state(student.model, student.blocks)
         if self.accelerator.is_main_process:
             handoff.save_result(
                 self.folder, number, state, self.teacher_hash, config,
                 title=stage.title, steps=stage.steps, learning_rate=stage.learning_rate, losses=dict(stage.losses),
                 trained=sum(p.numel() for p in trainer.trainable.values()), means=means, seconds=trainer.seconds,
-                unfinished_answers=0 if transcripts is None else transcripts.unfinished,
+                unfinished_answers=0 if transcripts is None else transcripts.unfinished, data=counts,
             )  # fmt: skip
             trainer.store.clear()
         self.accelerator.free_memory()

@@ -4,13 +4,55 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from distill.config import DataConfig
+from distill.config import RecordData, SetConfig, TaskData
 from distill.teacher import Source
 
 
-def build_source(data: DataConfig, teacher: PreTrainedModel, tokenizer: Any, seed: int) -> Source:
-    """The training data of a stage, for a teacher whose config is laid out as Qwen2.5-VL's is."""
+def build_source(
+    data: TaskData | RecordData, path: str, teacher: PreTrainedModel, tokenizer: Any, seed: int,
+    rank: int = 0, processes: int = 1,
+) -> Source:  # fmt: skip
+    """The training data of a stage.
+
+    Args:
+        path: the teacher's folder, for its processor. Built-in tasks need a config laid out as Qwen2.5-VL's instead.
+        rank, processes: data sets are split between the processes; built-in tasks are not, as a batch is a function
+            of its number.
+
+    Raises:
+        FileNotFoundError, DataError: a data set is not there, or has fewer records than there are processes.
+    """
+    if isinstance(data, RecordData):
+        return _stream(data, path, seed, rank, processes)
     from distill.data import Processor, TaskStream
 
     processor = Processor.from_config(teacher.config, tokenizer)
     return TaskStream(processor, data.mixture, data.batch_size, data.turns, seed, options=data.options)
+
+
+def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -> Source:
+    from distill.data.stream import Decoding, Packing, RecordStream, SetReader
+    from linmu_models.chat import ChatProcessor
+
+    processor = ChatProcessor.load(path)
+    decoding = Decoding(data.frames, data.fps, data.image_pixels, data.frame_pixels)
+    packing = Packing(data.max_tokens, data.max_samples, data.window)
+    readers = []
+    for name, chosen in data.sets.items():
+        records = _records(chosen, data, processor.tokenizer)
+        readers.append(SetReader(name, records, processor, decoding, packing, seed, rank, processes))
+    return RecordStream(processor, readers, [chosen.weight for chosen in data.sets.values()], seed, data.workers)
+
+
+def _records(chosen: SetConfig, data: RecordData, tokenizer: Any) -> Any:
+    from distill.data import records
+
+    match chosen.format:
+        case "onevision":
+            return records.ParquetRecords(chosen.files, chosen.folder)
+        case "llava_video":
+            return records.JsonRecords(chosen.files, chosen.folder)
+        case "activitynet_qa":
+            return records.ActivityNetRecords(chosen.files, chosen.folder, chosen.instruction)
+        case "text":
+            return records.TextRecords(chosen.files, tokenizer, data.text_length)

@@ -6,10 +6,12 @@ import functools
 import hashlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
@@ -21,7 +23,7 @@ Batch = dict[str, Tensor]
 
 
 class Source(Protocol):
-    """Training data with random access: batch `step` is a function of `step` alone.
+    """Training data: batch `step` is a function of `step` alone, or the source is a `Stream`.
 
     A sample is a dataclass with `turns`, a tuple of (question, answer). `processor(samples)` makes what the model
     takes, padded on the right, and `labels`: -100 outside the answers; each answer ends with the end-of-sequence token.
@@ -31,6 +33,22 @@ class Source(Protocol):
 
     def samples(self, step: int) -> list[Any]:
         """The samples of batch `step`."""
+        ...
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A `Source` whose batches must be asked for in order, and that can go on from where it was."""
+
+    counts: dict[str, Counter[str]]
+    """For each data set: records that were `read`, `used`, and left out, by reason."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go there."""
         ...
 
 
@@ -125,6 +143,21 @@ def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_si
     return right
 
 
+def _digest(digest: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _digest(digest, getattr(value, field.name))
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{len(value)} of".encode())
+        for item in value:
+            _digest(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
 class AnswerCache:
     """The teacher's answers on disk, by content: teacher, pictures and questions decide, not where a sample stood."""
 
@@ -143,7 +176,7 @@ class AnswerCache:
             if field.name == "turns":
                 value = [question for question, _ in value]
             digest.update(field.name.encode())
-            digest.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
+            _digest(digest, value)
         return digest.hexdigest()
 
     def get(self, key: str) -> list[str | None] | None:

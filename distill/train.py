@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,7 +31,7 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
-from distill.teacher import Batch, Source, Transcripts, attention_modules, predicts_targets, record_outputs
+from distill.teacher import Batch, Source, Stream, Transcripts, attention_modules, predicts_targets, record_outputs
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 ZERO_GRADIENT_STEPS = 10
@@ -401,9 +403,21 @@ class StageTrainer:
             return stop
         return bool(self.accelerator.reduce(torch.tensor(int(stop), device=self.accelerator.device), "sum"))
 
+    def _of_all(self, value: Any) -> list[Any]:
+        """A value of each process, in their order."""
+        return [value] if self.accelerator.num_processes == 1 else gather_object([value])
+
+    def counts(self) -> dict[str, dict[str, int]] | None:
+        """For each data set, what all processes have read, used and left out; None for data without end or flaws."""
+        if not isinstance(self.source, Stream):
+            return None
+        every = self._of_all(self.source.counts)
+        return {name: dict(sum((counts[name] for counts in every), Counter())) for name in every[0]}
+
     def _save(self, step: int, optimizer: Any) -> None:
         weights = gathered(self.trainable)
         moments = gathered(getattr(optimizer, "optimizer", optimizer).state_dict())
+        data = self._of_all(self.source.state_dict()) if isinstance(self.source, Stream) else None
         if self.accelerator.is_main_process:
             self.store.save(
                 step,
@@ -417,6 +431,7 @@ class StageTrainer:
                         "unfinished": 0 if self.transcripts is None else self.transcripts.unfinished,
                         "fingerprint": self.config.fingerprint(self.stage.number),
                         "random": random_states(),
+                        "data": data,
                         "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                     },
                 },
@@ -435,6 +450,14 @@ class StageTrainer:
                 f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
                 "restore the configuration, or choose another name"
             )
+        if isinstance(self.source, Stream):
+            states = progress["data"]
+            if len(states) != self.accelerator.num_processes:
+                raise TrainingError(
+                    f"stage {self.stage.number} was at work in {len(states)} processes, each with a part of the data; "
+                    f"go on with as many, got {self.accelerator.num_processes}"
+                )
+            self.source.load_state_dict(states[self.accelerator.process_index])
         for name, parameter in self.trainable.items():
             assign(parameter, files["weights.pt"][name])
         load_optimizer(getattr(optimizer, "optimizer", optimizer), files["optimizer.pt"])

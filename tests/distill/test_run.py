@@ -183,7 +183,7 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     student = run.student_after(0).model
     from distill.sources import build_source
 
-    source = build_source(config.data, run.teacher, run.tokenizer, 0)
+    source = build_source(config.data, config.teacher.path, run.teacher, run.tokenizer, 0)
     batch = source.processor(source.samples(0))
     # The first block sees what the first attention sees; later ones see other streams.
     ours, theirs = mean_squares(student, [0], [batch])[0], mean_squares(run.teacher, [0], [batch])[0]

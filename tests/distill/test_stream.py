@@ -1,0 +1,231 @@
+"""Records to batches: counted, packed, split between processes, and gone on with to the last bit."""
+
+import itertools
+import json
+import os
+import signal
+from collections import Counter
+
+import media
+import pytest
+import torch
+from test_records import onevision
+from test_train import curve
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from typer.testing import CliRunner
+
+from distill import run
+from distill.checkpoint import CheckpointStore
+from distill.cli import app
+from distill.config import parse_config
+from distill.data.records import JsonRecords, ParquetRecords
+from distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
+from distill.handoff import stage_folder
+from distill.run import Run, distill
+from distill.teacher import AnswerCache, Stream
+from distill.train import Interrupted, StageTrainer, TrainingError
+from linmu_models.chat import ChatProcessor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen2.5-VL, and data sets with flaws."""
+    folder = tmp_path_factory.mktemp("stream")
+    media.qwen_folder(folder / "teacher")
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder / "teacher"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder / "teacher")
+    good = {f"{i:02d}" * (1 + i % 5): media.png(i, 30 + i, 60) for i in range(20)}
+    onevision(folder / "whole.parquet", good)
+    bad = {"cut": media.png(1)[:500], "noise": b"noise", "<|end|>": media.png(2), "long" * 100: media.png(3)}
+    onevision(folder / "flawed.parquet", {**good, **bad})
+    video = media.write_video(folder / "good.mkv", frames=20)
+    (folder / "short.mkv").write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    names = ["good.mkv", "short.mkv", "none.mkv", "good.mkv"]
+    talks = [media.talk("<image>\nwhat?", "grey") for _ in names[:3]] + [media.talk("<image>\nwhat?", "")]
+    media.write_json(
+        folder / "videos.json", [{"conversations": t, "video": n} for t, n in zip(talks, names, strict=True)]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return ChatProcessor.load(folder / "teacher")
+
+
+def reader(folder, processor, file="whole", rank=0, processes=1, seed=0, window=5, **packing):
+    records = ParquetRecords([str(folder / f"{file}.parquet")], None)
+    packing = Packing(**{"max_tokens": 400, "window": window, **packing})
+    return SetReader("pictures", records, processor, Decoding(), packing, seed, rank, processes)
+
+
+def stream(folder, processor, file="flawed"):
+    videos = JsonRecords([str(folder / "videos.json")], str(folder))
+    readers = [
+        reader(folder, processor, file),
+        SetReader("videos", videos, processor, Decoding(4, 2.0), Packing(400), 0),
+    ]
+    return RecordStream(processor, readers, [3, 1], seed=5)
+
+
+def answers(batch):
+    return [sample.turns[0][1] for sample in batch]
+
+
+def test_what_is_broken_is_left_out_and_counted(folder, processor):
+    """And never fatal: the rest is trained on."""
+    data = stream(folder, processor)
+    for i in range(40):
+        assert data.samples(i)
+    assert isinstance(data, Stream)
+    pictures, videos = data.counts["pictures"], data.counts["videos"]
+    assert set(pictures) == {"read", "used", "image corrupt", "special token in the text", "longer than max_tokens"}
+    epochs = pictures["special token in the text"]
+    assert abs(pictures["image corrupt"] - 2 * epochs) <= 2 and pictures["longer than max_tokens"] >= epochs - 1
+    assert set(videos) == {"read", "used", "video truncated", "video missing", "empty answer"}
+    assert abs(videos["used"] - videos["video missing"]) <= 1 < videos["video missing"]
+    data.close()
+
+
+def test_nothing_usable_is_an_error(folder, processor, tmp_path):
+    onevision(tmp_path / "bad.parquet", {"a": b"noise", "b": b"more"})
+    data = RecordStream(processor, [reader(tmp_path, processor, "bad")], [1], 0)
+    with pytest.raises(DataError, match=r"data.sets.pictures: no record can be used \(2 read, 2 image corrupt\)"):
+        data.samples(0)
+    with pytest.raises(DataError, match="has 1 pieces, fewer than the 2 processes"):
+        reader(tmp_path, processor, "bad", processes=2)
+
+
+def test_batches_are_full_and_of_like_lengths(folder, processor):
+    found = reader(folder, processor, window=20)
+    batches, counts = found.plan(0)
+    assert counts == {"read": 20} and sum(map(len, batches)) == 20
+    lengths = [[Decoding().tokens(record, processor) for record in batch] for batch in batches]
+    assert all(len(batch) * max(batch) <= 400 for batch in lengths)
+    spans = sorted((min(batch), max(batch)) for batch in lengths)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert 4 <= len(batches) < 10
+    assert max(map(len, reader(folder, processor, max_samples=2).plan(0)[0])) == 2
+    other = reader(folder, processor, seed=1, window=20).plan(0)[0]
+    assert [answers(batch) for batch in batches] != [answers(batch) for batch in other]
+
+
+def test_two_processes_see_disjoint_data_and_together_all_of_it(folder, processor):
+    parts = [reader(folder, processor, rank=rank, processes=2) for rank in (0, 1)]
+    one = reader(folder, processor)
+    windows = one._windows
+    assert windows == 4
+    for epoch in range(2):
+        seen = Counter()
+        for window in range(epoch * windows, (epoch + 1) * windows):
+            mine = [answer for batch in parts[window % 2].plan(window)[0] for answer in answers(batch)]
+            seen.update(mine)
+        assert len(seen) == 20 and set(seen.values()) == {1}
+    orders = [[one._shards(window).tolist() for window in range(e * windows, (e + 1) * windows)] for e in range(4)]
+    assert len({str(order) for order in orders}) > 1
+
+
+def test_going_on_gives_what_would_have_come(folder, processor):
+    whole, batches, states = stream(folder, processor), [], []
+    for i in range(30):
+        states.append(json.loads(json.dumps(whole.state_dict())))
+        batches.append(processor(whole.samples(i)))
+    for at in (0, 1, 7, 18):
+        again = stream(folder, processor)
+        again.load_state_dict(states[at])
+        for i in range(at, at + 8):
+            assert again.state_dict() == states[i]
+            for name, tensor in processor(again.samples(i)).items():
+                assert torch.equal(tensor, batches[i][name])
+        again.close()
+    whole.close()
+
+
+def test_answers_are_cached_by_pixels(folder, processor, tmp_path):
+    cache = AnswerCache(tmp_path / "a.sqlite", "t")
+    data = stream(folder, processor, "whole")
+    samples = [sample for i in range(6) for sample in data.samples(i)]
+    keys = {cache.key(sample, 4) for sample in samples}
+    assert len(keys) == len({(s.turns, s.media[0].frames.tobytes()) for s in samples}) > 5
+    data.close()
+
+
+def test_generate_sees_videos(folder):
+    """`linmu generate` takes videos where there is no torchvision, and tells what it cannot read."""
+    command = ["generate", str(folder / "teacher"), "--prompt", "what?", "--frames", "4", "--max-new-tokens", "3"]
+    done = CliRunner().invoke(app, [*command, "--video", str(folder / "good.mkv")])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, [*command, "--video", str(folder / "short.mkv")])
+    assert done.exit_code == 1 and "short.mkv: video truncated" in done.stderr
+
+
+def config(folder, output, **changes):
+    sets = {
+        "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")], "weight": 3},
+        "videos": {"format": "llava_video", "files": [str(folder / "videos.json")], "folder": str(folder)},
+    }
+    values = {
+        "name": "r", "output": str(output), "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
+        "data": {"sets": sets, "max_tokens": 200, "window": 8, "frames": 4},
+        "evaluation": {"samples": 0, "speed_lengths": []},
+        "calibration_batches": 1, "checkpoints": {"every": 2}, "threads": 1,
+        **{f"stage{i}": {"steps": 6 if i != 2 else 1} for i in (1, 2, 3)},
+    }  # fmt: skip
+    return parse_config({**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    done = config(folder, tmp_path_factory.mktemp("whole"))
+    distill(done)
+    return done
+
+
+def test_a_run_on_data_sets(whole):
+    manifest = json.loads((stage_folder(whole.folder, 1) / "manifest.json").read_text())
+    counts = manifest["data"]
+    assert set(counts) == {"pictures", "videos"}
+    assert counts["pictures"]["image corrupt"] > 0 and counts["pictures"]["used"] > 5
+
+
+def stop_at(monkeypatch, number, step):
+    """Ctrl-C after a step of a stage."""
+
+    def trainer(config, stage, *rest):
+        on_step = lambda now: stage.number == number and now == step and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+        return StageTrainer(config, stage, *rest, on_step=on_step)
+
+    monkeypatch.setattr(run, "StageTrainer", trainer)
+
+
+def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):
+    """The data goes on where it was, in stage 3 with the teacher's own answers too; the last bit is the same."""
+    broken = config(folder, tmp_path)
+    for stage, stop in ((1, 3), (3, 5)):
+        stop_at(monkeypatch, stage, stop)
+        with pytest.raises(Interrupted, match=f"step {stop} of stage {stage}"):
+            distill(broken, resume=True)
+    stop_at(monkeypatch, 0, 0)
+    distill(broken, resume=True)
+    for number in (1, 2, 3):
+        assert curve(stage_folder(broken.folder, number)) == curve(stage_folder(whole.folder, number))
+        facts = [json.loads((stage_folder(c.folder, number) / "manifest.json").read_text()) for c in (broken, whole)]
+        assert facts[0]["data"] == facts[1]["data"]
+
+
+def test_a_stage_goes_on_in_as_many_processes(folder, tmp_path, monkeypatch):
+    broken = config(folder, tmp_path)
+    stop_at(monkeypatch, 1, 3)
+    with pytest.raises(Interrupted):
+        distill(broken)
+    store = CheckpointStore(stage_folder(broken.folder, 1) / "checkpoints")
+    step, files, _ = store.load()
+    files["progress.pt"]["data"] *= 2
+    store.save(step + 1, files)
+    with pytest.raises(TrainingError, match="was at work in 2 processes"):
+        Run(broken).train(1)
