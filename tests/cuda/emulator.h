@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, thread by thread: what csrc/cuda/device.cuh and mma.cuh take from CUDA, in plain C++.
 //
 // A block's threads are fibers of one host thread. They run until a barrier, or an instruction that a warp executes
-// together, where they wait for each other as on a GPU; odd blocks run them from last to first, so that a barrier that
-// is missing shows. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited for, not
-// before. A misaligned copy, a warp that diverges at a shared instruction, or a deadlock is an error.
+// together, where they wait for each other as on a GPU; a warp runs as far as it can before the next one begins, in odd
+// blocks from last to first. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited
+// for, not before. A misaligned copy, a warp that diverges at a shared instruction, or a deadlock is an error.
 // What is not emulated: the rounding of the tensor cores' sums (here float, in order), and memory ordering within a
 // warp.
 #pragma once
@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -167,6 +168,24 @@ inline void resume(Block& b, Thread& t) {
   swapcontext(&back, &fiber);
 }
 
+// Runs threads until none of them can go on: a warp's before its warpgroup's, and those before the block's. So others
+// are no further than a barrier has made them, and one that is missing shows.
+inline void run_until_stuck(Block& b, int from, int to) {
+  const int step = to - from > 4 * kLanes ? 4 * kLanes : to - from > kLanes ? kLanes : 1;
+  const int parts = (to - from + step - 1) / step;
+  uint64_t before;
+  do {
+    before = b.progress;
+    for (int k = 0; k < parts && b.error.empty(); ++k) {
+      const int first = from + (b.backwards ? parts - 1 - k : k) * step;
+      if (step > 1)
+        run_until_stuck(b, first, std::min(first + step, to));
+      else if (!b.threads[first].done)
+        resume(b, b.threads[first]);
+    }
+  } while (b.progress != before && b.error.empty());
+}
+
 inline void run_block(Block& b) {
   block = &b;
   const int count = static_cast<int>(b.size.x);
@@ -177,15 +196,9 @@ inline void run_block(Block& b) {
     b.threads[i].index = dim3(i), b.threads[i].number = i;
     ++b.warps[i / kLanes].live;
   }
-  while (b.live > 0) {
-    const uint64_t before = b.progress;
-    for (int k = 0; k < count && b.error.empty(); ++k) {
-      Thread& t = b.threads[b.backwards ? count - 1 - k : k];
-      if (!t.done) resume(b, t);
-    }
-    if (b.error.empty() && b.progress == before) b.error = "deadlock: the threads of a block wait for different things";
-    if (!b.error.empty()) throw std::runtime_error("emulator: " + b.error);
-  }
+  run_until_stuck(b, 0, count);
+  if (b.error.empty() && b.live > 0) b.error = "deadlock: the threads of a block wait for different things";
+  if (!b.error.empty()) throw std::runtime_error("emulator: " + b.error);
   for (size_t i = 0; i < kCanary; ++i)
     if (b.shared[b.shared.size() - 1 - i] != 0xFF) throw std::runtime_error("emulator: a write beyond shared memory");
 }

@@ -49,6 +49,7 @@ def test_keys_come_in_parts_where_shared_memory_is_small(P, shared, dtype, monke
         dict(B=2, H=4, G=2, P=128, grid=(4, 5, 6), window=(3, 4, 4), shift=(1, 2, 2), wrap="mask", rotary=128),
         dict(B=1, H=2, G=1, P=36, grid=(150,), window=(150,), bias=True, rotary=24, interleaved=True),
         CASES["blocks-scale"] | dict(P=72),
+        dict(B=1, H=2, G=1, P=40, grid=(150,), window=(40,), image_window=(150,), rotary=40),  # longer than expected
     ],
     ids=lambda c: f"P{c['P']}",
 )
