@@ -166,6 +166,9 @@ class StageConfig(_Table):
     steps: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     losses: dict[Literal["hidden", "token", "sequence", "supervised"], Weight] | None = None
+    block_input: Literal["student", "teacher"] = "student"
+    """`teacher`: each block is given what the teacher's attention was given, not what the layers below it made. Not
+    with L_seq, whose rows the teacher has not seen, nor with gradient checkpointing, which runs a layer twice."""
     freeze: list[str] = []
     """Regular expressions: trainable parameters with such a name stay frozen in this stage."""
     data: DataConfig | None = None
@@ -201,6 +204,15 @@ class Config(_Table):
     stage2: StageConfig = StageConfig()
     stage3: StageConfig = StageConfig()
 
+    @model_validator(mode="after")
+    def _check_block_input(self) -> "Config":
+        for number in (1, 2, 3):
+            stage = self.stage(number)
+            if stage.block_input == "teacher" and ("sequence" in stage.losses or self.gradient_checkpointing):
+                cause = "gradient_checkpointing" if self.gradient_checkpointing else "the loss `sequence`"
+                raise ValueError(f"stage{number}.block_input must be 'student' with {cause}, got 'teacher'")
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the run lives."""
@@ -229,6 +241,7 @@ class Config(_Table):
             row.losses if changes.losses is None else {k: w for k, w in changes.losses.items() if w},
             changes.learning_rate or row.learning_rate,
             changes.steps or row.steps,
+            changes.block_input,
         )
 
     def stage_data(self, number: int) -> TaskData | RecordData:
@@ -244,6 +257,7 @@ class Config(_Table):
         facts = {
             **self.model_dump(include={"seed", "student", "losses", "optimizer", "mixed_precision"}, mode="json"),
             "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, self.overrides(number).freeze],
+            "block_input": stage.block_input,
             "data": self.stage_data(number).model_dump(mode="json", exclude={"workers"}),
             "lora": self.lora.model_dump(mode="json") if "lora" in stage.trainable else None,
             "calibration": self.calibration_batches if number == 1 else None,
@@ -278,6 +292,6 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
             # pydantic names the kind of a data table among the keys.
             key = ".".join(str(part) for part in problem["loc"] if part not in ("tasks", "records"))
             unknown = problem["type"] == "extra_forbidden"
-            where = f"{source}: {key}" if key else source
-            lines.append(f"{where}: {'unknown key' if unknown else problem['msg']}")
+            said = "unknown key" if unknown else problem["msg"].removeprefix("Value error, ")
+            lines.append(": ".join(filter(None, (source, key, said))))
         raise ConfigError("\n".join(lines)) from error

@@ -20,6 +20,9 @@ class Stage:
     """Weight of each loss that is used: `hidden` (Eq. 6), `token` (7), `sequence` (8), `supervised` (9)."""
     learning_rate: float
     steps: int
+    block_input: str = "student"
+    """What the blocks are given: the `student`'s own hidden states, as in the paper, or the `teacher`'s, so that each
+    block learns from right inputs before the ones below it are right."""
 
 
 _IMITATE = {"hidden": 0.5, "token": 0.5}

@@ -104,6 +104,43 @@ def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]
             handle.remove()
 
 
+@contextlib.contextmanager
+def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
+    """Collect the hidden states `(B, L, D)` that each attention module is given, while the context is open."""
+    inputs: list[Tensor | None] = [None] * len(modules)
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
+            inputs[index] = kwargs["hidden_states"]
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
+    """While the context is open, give each module these hidden states `(B, L, D)` in place of its own."""
+
+    def put(states: Tensor) -> Callable[..., Any]:
+        return lambda _module, args, kwargs: (
+            args,
+            {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)},
+        )
+
+    handles = [m.register_forward_pre_hook(put(x), with_kwargs=True) for m, x in zip(modules, inputs, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def share_vision_features(*models: PreTrainedModel) -> None:
     """Let models with the same frozen vision tower encode a batch's pixels once between them."""
     last: dict[str, tuple[Tensor, str, Any]] = {}

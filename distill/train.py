@@ -31,7 +31,17 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
-from distill.teacher import Batch, Source, Stream, Transcripts, attention_modules, predicts_targets, record_outputs
+from distill.teacher import (
+    Batch,
+    Source,
+    Stream,
+    Transcripts,
+    attention_modules,
+    predicts_targets,
+    record_inputs,
+    record_outputs,
+    replace_inputs,
+)
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 ZERO_GRADIENT_STEPS = 10
@@ -56,12 +66,15 @@ class Teacher:
     """Mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, hidden: bool) -> tuple[Tensor, list[Tensor]]:
-        """Final hidden states `(B, L, D)`, and the attention outputs at `layers` when they are asked for."""
-        modules = attention_modules(self.model)
-        with record_outputs([modules[i] for i in self.layers] if hidden else []) as outputs:
+    def __call__(self, batch: Batch, hidden: bool, inputs: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Final hidden states `(B, L, D)`, and where asked for the outputs and the inputs of attention at `layers`."""
+        modules = [attention_modules(self.model)[i] for i in self.layers]
+        with (
+            record_outputs(modules if hidden else []) as outputs,
+            record_inputs(modules if inputs else []) as seen,
+        ):
             states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
-        return states, outputs
+        return states, outputs, seen
 
 
 def model_inputs(batch: Batch) -> Batch:
@@ -78,6 +91,8 @@ class Part:
     states: Tensor
     """(n, D): the teacher's hidden states at the kept positions of the first `num_rows` rows."""
     hidden: list[Tensor]
+    inputs: list[Tensor]
+    """What the teacher's attention saw at each layer, where the student's blocks are to see it too; else empty."""
     same: Tensor
     """(num_rows,) bool: rows whose true answers are the teacher's own answers too."""
     counts: dict[str, int]
@@ -99,7 +114,11 @@ class Objective(nn.Module):
         (teacher,) = self._teacher
         hidden = "hidden" in self.stage.losses
         modules = attention_modules(self.student)
-        with record_outputs([modules[i] for i in teacher.layers] if hidden else []) as outputs:
+        blocks = [modules[i] for i in teacher.layers]
+        with (
+            record_outputs(blocks if hidden else []) as outputs,
+            replace_inputs(blocks if part.inputs else [], part.inputs),
+        ):
             states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
         losses = {}
         if hidden:
@@ -143,7 +162,7 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, stage: Stage,
 
     batch = to_device(source.processor(samples))
     rows = len(batch["labels"])
-    states, hidden = teacher(batch, "hidden" in stage.losses)
+    states, hidden, inputs = teacher(batch, "hidden" in stage.losses, stage.block_input == "teacher")
     kept = kept_positions(batch["labels"])
     if not len(kept):
         raise TrainingError("a batch has no supervised position: every answer in it is empty")
@@ -165,7 +184,7 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, stage: Stage,
         "supervised": len(kept),
         "input": int(batch["attention_mask"].sum()),
     }
-    return Part(batch, rows, states, hidden, same, counts)
+    return Part(batch, rows, states, hidden, inputs, same, counts)
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:

@@ -25,6 +25,10 @@ def test_shipped_configs_are_valid(path):
         ({"stage2": {"learning_rate": -1.0}}, "f: stage2.learning_rate: Input should be greater than 0"),
         ({"stage2": {"losses": {"hiden": 1.0}}}, "f: stage2.losses.hiden"),
         ({"name": "a/b"}, "f: name: "),
+        (
+            {"stage3": {"block_input": "teacher"}},
+            "f: stage3.block_input must be 'student' with the loss",
+        ),
         ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
     ],
 )

@@ -62,6 +62,32 @@ def test_losses_fall(tmp_path):
         assert last < 0.6 * first
 
 
+def test_blocks_see_what_the_teachers_attention_saw(tmp_path):
+    """Then a wrong block below changes nothing above it: each block learns by itself."""
+    losses = []
+    for wrong in (False, True):
+        config = tiny.tiny_config(tmp_path, stage1={"steps": 1, "block_input": "teacher"})
+        trainer = tiny.stage_trainer(config, 1)
+        if wrong:
+            trainer.student.get_decoder().layers[0].self_attn.norm.weight.data.mul_(-3.0)
+        part = assemble(
+            trainer.source, trainer.source.samples(0), trainer.teacher, trainer.stage, config, None, torch.device("cpu")
+        )
+        objective = Objective(trainer.student, trainer.teacher, trainer.stage, config)
+        modules = attention_modules(trainer.student)
+        with record_outputs(modules) as outputs:
+            loss = objective(part, part.counts)
+        alone = [
+            m(x, part.batch["attention_mask"][:, None, None])[0] for m, x in zip(modules, part.inputs, strict=True)
+        ]
+        losses.append((float(loss["token"].detach()), [output.detach() for output in outputs]))
+        for output, expected in zip(outputs, alone, strict=True):
+            torch.testing.assert_close(output, expected)
+    assert losses[0][0] != losses[1][0]
+    assert not torch.equal(losses[0][1][0], losses[1][1][0])
+    assert all(torch.equal(a, b) for a, b in zip(losses[0][1][1:], losses[1][1][1:], strict=True))
+
+
 def run_apart(folder, number, kill_at=0):
     """Train a stage in a process of its own, which dies without warning after step `kill_at`; its exit status."""
     child = os.fork()
