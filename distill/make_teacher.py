@@ -1,12 +1,13 @@
-"""Train the small teacher that ships with the repository, from scratch, on one CPU core.
+"""Train the small teacher that ships with the repository, from scratch, on one or two CPU cores.
 
     python -m distill.make_teacher train     # resumes where it was stopped
     python -m distill.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
 
-The model is an unmodified transformers Qwen2.5-VL. Its two halves are trained apart, then together. Token embeddings
-start random and stay fixed at first: the eyes (vision tower) learn to turn each cell into the embedding of the
+The model is an unmodified transformers Qwen2.5-VL. Its two halves are trained apart and fit when put together. Token
+embeddings are random and stay fixed: the eyes (vision tower) learn to turn each cell into the embedding of the
 character it shows, the mind (decoder) learns the tasks on those embeddings, as if it had perfect eyes. Neither has to
-wait for the other to make sense, and the mind's steps cost no vision.
+wait for the other to make sense, and the mind's steps cost no vision. A tutor (`Tutor`) shows the mind where to look;
+without it, the mind stays at the frequencies of the letters for thousands of steps.
 """
 
 import json
@@ -18,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from torch import distributed
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -30,8 +29,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
 from distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
+from distill.data.lessons import FACTS, UNKNOWN, answer_pointers, cell_facts, cell_pointers
 from distill.data.tasks import PAGE_SIZES, Sizes
 from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
 from distill.evaluation import blind_baseline, evaluate
@@ -45,7 +46,7 @@ class Phase:
     """One row of the curriculum."""
 
     part: str
-    """`eyes`: vision tower only. `mind`: decoder only, on the embeddings of what is shown. `whole`: everything."""
+    """`eyes`: vision tower only. `mind`: decoder only, on the embeddings of what is shown."""
     steps: int
     lr: tuple[float, float]
     """Learning rate at the start and at the end, along half a cosine."""
@@ -53,41 +54,30 @@ class Phase:
     pages: Sizes = PAGE_SIZES
     needle_frames: tuple[int, int] = (4, 16)
     needle_batch: int = 8
-    where_turns: int = 4
-    place_loss: float = 0.1
-    """Weight of the loss that asks the decoder, halfway up, for each visual token's row and column."""
 
     def stream(self, processor: Processor, seed: int) -> TaskStream:
         """The training data of this phase."""
         pages = {group: {"sizes": self.pages} for group in ("read", "line", "where")}
         options = {**pages, "needle": {"frames": self.needle_frames}}
         sizes = {"read": 16, "line": 16, "where": 16, "video": 8, "needle": self.needle_batch}
-        # One question for each of the others: with more, the cell to copy is no longer at a fixed distance.
-        turns = {group: self.where_turns if group == "where" else 1 for group in GROUPS}
-        return TaskStream(processor, self.mixture, sizes, turns, seed, options=options)
+        return TaskStream(processor, self.mixture, sizes, 4, seed, options=options)
 
 
-LOOK = {"read": 2.0, "where": 3.0, "video": 1.0, "needle": 1.0}
-EASY = {"read": 3.0, "line": 3.0, "where": 3.0, "video": 1.0, "needle": 1.0}
-EVEN = {"read": 2.0, "line": 3.0, "where": 5.0, "video": 2.0, "needle": 2.0}
-FIND = {"read": 1.0, "line": 1.0, "where": 2.0, "video": 2.0, "needle": 2.0}
-# One question about one or two lines first: there the cell to copy is at a fixed distance, which is found at once. With
-# several questions, or lines of different lengths, the decoder stays at the frequencies of the letters for long.
+LOOK = {"read": 4.0, "where": 4.0, "video": 1.0, "needle": 1.0}
+EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 4.0, "needle": 2.0}
+FIND = {"read": 1.0, "line": 1.0, "where": 4.0, "video": 4.0, "needle": 3.0}
+HARD = {"read": 0.5, "line": 0.5, "where": 4.0, "video": 5.0, "needle": 3.0}
 CURRICULUM = (
-    Phase("eyes", 1500, (1.5e-3, 3.0e-4), LOOK, needle_frames=(2, 4), needle_batch=16),
-    Phase("mind", 500, (1.0e-3, 1.0e-3), EASY, pages=((1, 8), (2, 8)), needle_frames=(2, 4), place_loss=0.0),
-    Phase("mind", 1100, (1.0e-3, 1.0e-3), EASY, pages=((1, 8), *PAGE_SIZES), needle_frames=(2, 8), place_loss=0.0),
-    Phase("mind", 3000, (1.0e-3, 1.0e-3), EVEN, pages=((1, 8), *PAGE_SIZES), needle_frames=(2, 8)),
-    Phase("mind", 200, (1.0e-3, 3.0e-4), FIND, needle_frames=(16, 64), needle_batch=4),
-    Phase("whole", 600, (5.0e-4, 1.0e-5), EVEN, needle_frames=(8, 64), needle_batch=2),
+    Phase("eyes", 5000, (1.5e-3, 5.0e-5), LOOK, needle_frames=(2, 4), needle_batch=16),
+    Phase("mind", 2000, (1.0e-3, 1.0e-3), EVEN, pages=((1, 8), *PAGE_SIZES), needle_frames=(2, 8)),
+    Phase("mind", 2800, (6.0e-4, 3.0e-5), FIND, needle_frames=(4, 32), needle_batch=6),
+    Phase("mind", 1200, (5.0e-4, 1.0e-5), HARD, needle_frames=(8, 64), needle_batch=3),
 )
-PARTS = ("eyes", "mind", "whole")
+PARTS = ("eyes", "mind")
 EMBEDDING_STD = 0.02
 MIND_NOISE = 0.3
 FINAL_NORM = 4.0
 BLANK_WEIGHT = 0.2
-VISION_WEIGHT = 0.2
-MAX_ROWS, MAX_COLUMNS = 4, 8
 LOG_EVERY = 25
 CHECKPOINT_EVERY = 50
 
@@ -95,19 +85,19 @@ CHECKPOINT_EVERY = 50
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
     """The untrained teacher."""
     token = tokenizer.convert_tokens_to_ids
-    width = 192
+    width = 256
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": width,
-            "intermediate_size": 448,
+            "intermediate_size": 512,
             "num_hidden_layers": 4,
-            "num_attention_heads": 6,
+            "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             # Sections of one frequency each, in turns t, h, w, t, ...: every axis gets fast ones, to tell neighbours
             # apart, and slow ones, to compare contents wherever they are. Three long sections give w slow ones only.
-            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1] * 16},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1] * 32},
             "bos_token_id": token(BOS),
             "eos_token_id": token(EOS),
             "pad_token_id": token(PAD),
@@ -134,14 +124,90 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalG
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+class Tutor(torch.nn.Module):
+    """Losses on what the decoder looks at, and on what it knows halfway up. Not part of the teacher.
+
+    One head of a layer is asked to attend where `answer_pointers` points, one head of the layer below where
+    `cell_pointers` points, and the states between them to tell the facts of `cell_facts`: a cell its own, an answer
+    token those by which its cell is found.
+    """
+
+    def __init__(self, layers: torch.nn.ModuleList, width: int) -> None:
+        super().__init__()
+        self.facts = torch.nn.Linear(width, sum(FACTS.values()))
+        below, at = len(layers) // 2 - 1, len(layers) // 2
+        # In a tuple, so that the decoder's parameters are not taken for the tutor's.
+        self.attentions = (layers[below].self_attn, layers[at].self_attn)
+        self.inputs: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
+        for i, attention in enumerate(self.attentions):
+            attention.register_forward_pre_hook(
+                lambda _module, _args, kwargs, i=i: self._keep(i, kwargs), with_kwargs=True
+            )
+
+    def _keep(self, i: int, kwargs: dict[str, Any]) -> None:
+        self.inputs[i] = (kwargs["hidden_states"], kwargs["position_embeddings"])
+
+    def _misses(self, i: int, row: int, queries: list[int], targets: torch.Tensor) -> torch.Tensor:
+        """KL divergence of head 0 at `queries` of batch row `row` from `targets` `(len(queries), L)`."""
+        attention, (hidden, (cos, sin)) = self.attentions[i], self.inputs[i]
+        size = attention.head_dim
+        q = torch.nn.functional.linear(
+            hidden[row, queries], attention.q_proj.weight[:size], attention.q_proj.bias[:size]
+        )
+        k = torch.nn.functional.linear(hidden[row], attention.k_proj.weight[:size], attention.k_proj.bias[:size])
+        q = q * cos[row, queries] + rotate_half(q) * sin[row, queries]
+        k = k * cos[row] + rotate_half(k) * sin[row]
+        future = torch.arange(len(k)) > torch.tensor(queries)[:, None]
+        scores = (q @ k.T * attention.scaling).masked_fill(future, -torch.inf).log_softmax(-1)
+        found = targets * (scores - targets.log()).masked_fill(targets == 0, 0.0)
+        return -found.sum(-1)
+
+    def forward(self, samples: list[Sample], batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(answer tokens' misses, cells' misses, ignorance of the facts), each a mean, after the model has run."""
+        length = batch["input_ids"].shape[1]
+        misses: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        knowing, known = [], []
+        hidden = self.inputs[1][0]
+        for row, sample in enumerate(samples):
+            visual = batch["mm_token_type_ids"][row].nonzero()[:, 0]
+            answers = (batch["labels"][row] != IGNORE).nonzero()[:, 0]
+            facts = torch.from_numpy(cell_facts(sample))
+            knowing.append(hidden[row, visual])
+            known.append(facts)
+            if pairs := cell_pointers(sample):
+                targets = torch.zeros(len(pairs), length)
+                for i, (_, back) in enumerate(pairs):
+                    targets[i, visual[list(back)]] = 1.0 / len(back)
+                misses[0].append(self._misses(0, row, visual[[a for a, _ in pairs]].tolist(), targets))
+            pointers = answer_pointers(sample)
+            targets = torch.zeros(len(pointers), length)
+            told = torch.full((len(pointers), len(FACTS)), UNKNOWN)
+            for i, pointer in enumerate(pointers):
+                targets[i, visual[list(pointer.cells)]] = pointer.share
+                targets[i, 0] += 1.0 - pointer.share * len(pointer.cells)
+                for j, name in enumerate(FACTS):
+                    if name in pointer.facts and pointer.cells:
+                        told[i, j] = facts[pointer.cells[0], j]
+            queries = (answers[[pointer.token for pointer in pointers]] - 1).tolist()
+            misses[1].append(self._misses(1, row, queries, targets))
+            knowing.append(hidden[row, queries])
+            known.append(told)
+        logits, truth = self.facts(torch.cat(knowing)), torch.cat(known)
+        ignorance = [
+            torch.nn.functional.cross_entropy(part[where != UNKNOWN], where[where != UNKNOWN])
+            for part, where in zip(logits.split(list(FACTS.values()), -1), truth.unbind(-1), strict=True)
+            if (where != UNKNOWN).any()
+        ]
+        at_cells = torch.cat(misses[0]).mean() if misses[0] else torch.zeros(())
+        return torch.cat(misses[1]).mean(), at_cells, torch.stack(ignorance).mean()
+
+
 class Trainer:
     """Trains one part of the curriculum; its state is a step number, the model and the optimiser."""
 
     def __init__(self, work: Path, part: str, seed: int) -> None:
         """Start `part` from what the earlier parts left in `work`, or where its own checkpoint stands."""
         self.work, self.part, self.seed = work, part, seed
-        shared = distributed.is_initialized()
-        self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
         self.phases = [phase for phase in CURRICULUM if phase.part == part]
         self.tokenizer = build_tokenizer()
         torch.manual_seed(seed)
@@ -151,12 +217,8 @@ class Trainer:
         with torch.no_grad():
             self.embedding.normal_(std=EMBEDDING_STD)
             core.language_model.norm.weight.fill_(FINAL_NORM)
-        if part == "whole":
-            core.visual.load_state_dict(self._finished("eyes", core.visual))
-            core.language_model.load_state_dict(self._finished("mind", core.language_model))
-        # A row and a column for each visual token, read off halfway up the decoder; not part of the teacher.
-        self.places = torch.nn.Linear(self.embedding.shape[1], MAX_ROWS + MAX_COLUMNS)
-        trained = {"eyes": core.visual, "mind": core.language_model.layers, "whole": self.model}[part]
+        self.tutor = Tutor(core.language_model.layers, self.embedding.shape[1])
+        trained = {"eyes": core.visual, "mind": core.language_model.layers}[part]
         self.model.requires_grad_(False)
         trained.requires_grad_(True)
         core.language_model.norm.requires_grad_(part != "eyes")
@@ -164,14 +226,14 @@ class Trainer:
         self.class_tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(CLASSES)))
         self.class_weights = torch.ones(len(CLASSES)).index_fill_(0, torch.tensor(0), BLANK_WEIGHT)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.parameters += self.places.parameters() if part != "eyes" else []
+        self.parameters += self.tutor.parameters() if part != "eyes" else []
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         work.mkdir(parents=True, exist_ok=True)
         if self.checkpoint(part).exists():
             state = torch.load(self.checkpoint(part), weights_only=True)
             self.model.load_state_dict(state["model"])
-            self.places.load_state_dict(state["places"])
+            self.tutor.load_state_dict(state["tutor"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
 
@@ -179,22 +241,13 @@ class Trainer:
         """Where a part's checkpoint is."""
         return self.work / f"{part}.pt"
 
-    def _finished(self, part: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        if not self.checkpoint(part).exists():
-            raise FileNotFoundError(f"part 'whole' needs {self.checkpoint(part)}: train part {part!r} first")
-        state = torch.load(self.checkpoint(part), weights_only=True)
-        if state["step"] < sum(phase.steps for phase in CURRICULUM if phase.part == part):
-            raise RuntimeError(f"part {part!r} stopped at step {state['step']}: finish it first")
-        prefix = next(name for name, child in self.model.named_modules() if child is module) + "."
-        return {name.removeprefix(prefix): t for name, t in state["model"].items() if name.startswith(prefix)}
-
     def save(self) -> None:
         """Write the checkpoint; a reader sees the old one or the new one, never half of it."""
         partial = self.checkpoint(self.part).with_suffix(".partial")
         torch.save(
             {
                 "model": self.model.state_dict(),
-                "places": self.places.state_dict(),
+                "tutor": self.tutor.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
                 "seconds": self.seconds,
@@ -245,18 +298,10 @@ class Trainer:
         loss = loss + torch.nn.functional.mse_loss(features, ideal.detach()) / EMBEDDING_STD**2
         return features, loss, (logits.argmax(-1) == classes)[classes > 0].float().mean()
 
-    def place_loss(self, hidden: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
-        """How badly `hidden` `(N, D)`, the decoder's states at the visual tokens, tells their rows and columns."""
-        where = [np.indices(sample.cells.shape).reshape(3, -1)[1:] for sample in samples]
-        rows, columns = torch.from_numpy(np.concatenate(where, axis=1))
-        logits = self.places(hidden)
-        cross_entropy = torch.nn.functional.cross_entropy
-        return cross_entropy(logits[:, :MAX_ROWS], rows) + cross_entropy(logits[:, MAX_ROWS:], columns)
-
     def train_step(self, phase: Phase) -> dict[str, float]:
         """One optimiser step; returns what the log is to say about it."""
         stream = phase.stream(self.processor, self.seed)
-        group, samples = stream.group(self.step), stream.samples(self.step)[self.rank :: self.world]
+        group, samples = stream.group(self.step), stream.samples(self.step)
         batch = self.processor(samples)
         # Padding is on the right: with causal attention, leaving the mask out changes no supervised position.
         del batch["attention_mask"]
@@ -267,24 +312,16 @@ class Trainer:
         if self.part != "eyes":
             batch.pop("pixel_values_videos" if video else "pixel_values")
             outputs = {"video" if video else "image": BaseModelOutputWithPooling(pooler_output=[features])}
-            output = self.model(**batch, mm_encoder_outputs=outputs, output_hidden_states=True)
-            halfway = output.hidden_states[len(output.hidden_states) // 2][batch["mm_token_type_ids"] > 0]
-            places = self.place_loss(halfway, samples)
+            output = self.model(**batch, mm_encoder_outputs=outputs)
             labels = batch["labels"][:, 1:]
             right = (output.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORE)
-            record |= {
-                "places": places.item(),
-                group: output.loss.item(),
-                f"{group} right": right.all(1).float().mean().item(),
-            }
-            loss = output.loss + VISION_WEIGHT * loss + phase.place_loss * places
+            record |= {group: output.loss.item(), f"{group} right": right.all(1).float().mean().item()}
+            at_answers, at_cells, ignorance = self.tutor(samples, batch)
+            record |= {f"{group} misses": at_answers.item(), "ignorance": ignorance.item()}
+            record |= {f"{group} cell misses": at_cells.item()} if at_cells else {}
+            loss = output.loss + at_answers + at_cells + ignorance
         self.optimizer.zero_grad()
         loss.backward()
-        if self.world > 1:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            mean = torch.nn.utils.parameters_to_vector(gradients) / self.world
-            distributed.all_reduce(mean)
-            torch.nn.utils.vector_to_parameters(mean, gradients)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return record
@@ -303,28 +340,46 @@ class Trainer:
             self.step += 1
             self.seconds += time.perf_counter() - clock
             self.cpu_seconds += time.process_time() - cpu
-            if self.rank == 0 and self.step % LOG_EVERY == 0:
+            if self.step % LOG_EVERY == 0:
                 self.log(lr=round(rate, 6), **{k: round(sum(v) / len(v), 4) for k, v in sorted(running.items())})
                 running.clear()
-            if self.rank == 0 and self.step % CHECKPOINT_EVERY == 0:
+            if self.step % CHECKPOINT_EVERY == 0:
                 self.save()
-        if self.rank == 0:
-            self.save()
+        self.save()
 
 
 @app.command()
 def train(
-    work: Path = Path("runs/teacher"), part: Annotated[list[str] | None, typer.Option()] = None, seed: int = 0
+    work: Path = Path("runs/teacher"),
+    part: Annotated[list[str] | None, typer.Option()] = None,
+    seed: int = 0,
+    threads: int = 1,
 ) -> None:
     """Train, or go on training, with checkpoints and log in WORK.
 
-    `eyes` and `mind` may run at the same time; under torchrun, each batch is shared among the processes.
+    `eyes` and `mind` may run at the same time.
     """
-    torch.set_num_threads(1)
-    if "WORLD_SIZE" in os.environ:
-        distributed.init_process_group("gloo")
+    torch.set_num_threads(threads)
     for name in part or PARTS:
         Trainer(work, name, seed).run()
+
+
+def assemble(work: Path, seed: int) -> Trainer:
+    """The eyes and the mind of WORK in one model, as the trainer of the mind holds it.
+
+    Raises:
+        RuntimeError: a part has not been trained to its end.
+    """
+    trainer = Trainer(work, "mind", seed)
+    for part in PARTS:
+        wanted = sum(phase.steps for phase in CURRICULUM if phase.part == part)
+        state = torch.load(trainer.checkpoint(part), weights_only=True) if trainer.checkpoint(part).exists() else {}
+        if state.get("step", 0) < wanted:
+            raise RuntimeError(f"{part!r} stands at step {state.get('step', 0)} of {wanted}: train it to its end first")
+        if part == "eyes":
+            eyes = {name: tensor for name, tensor in state["model"].items() if name.startswith("model.visual.")}
+            trainer.model.load_state_dict(eyes, strict=False)
+    return trainer
 
 
 @app.command()
@@ -333,7 +388,7 @@ def export(
 ) -> None:
     """Write the teacher of WORK's checkpoint to OUT and evaluate what was written, N samples of each group."""
     torch.set_num_threads(1)
-    trainer = Trainer(work, "whole", seed)
+    trainer = assemble(work, seed)
     # Half precision halves the file; the config asks for float32, so that is what a reader computes in.
     trainer.model.half().save_pretrained(out)
     settings = json.loads((out / "config.json").read_text())

@@ -189,7 +189,7 @@ def video(rng: np.random.Generator, split: str, turns: int) -> Sample:
     for digit, path in tracks.items():
         for t, (row, column) in enumerate(path):
             cells[t, row, column] = 1 + len(LETTERS) + digit
-    asked = [("what moved", f"{names[0]} {name} {steps}")]
+    asked = [("what moved", f"{names[0]} {_cell_names([track[0], track[-1]])} {name} {steps}")]
     asked += [(f"track {digit}", f"{digit} {_cell_names(path)}") for digit, path in tracks.items()]
     # Half of single questions are about the motion: a still digit's track needs no comparison of frames.
     chosen = [0] if turns == 1 and rng.random() < 0.5 else rng.permutation(len(asked))[:turns]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate
+from distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate, lessons
 from distill.evaluation import wilson_interval
 from distill.make_teacher import build_model
 
@@ -85,13 +85,38 @@ def test_answers_follow_from_what_is_drawn():
                 where = [np.argwhere(frame == CLASSES.index(question[6])) + 1 for frame in sample.cells]
                 assert answer == f"{question[6]} " + " ".join(f"{place[0][0]}{place[0][1]}" for place in where)
             else:
-                digit, _, steps = answer.split()
+                digit, start, end, _, steps = answer.split()
                 (first, *_), (last, *_) = (np.argwhere(sample.cells[t] == CLASSES.index(digit)) for t in (0, -1))
+                assert (start, end) == (f"{first[0] + 1}{first[1] + 1}", f"{last[0] + 1}{last[1] + 1}")
                 assert abs(last - first).sum() == int(steps) > 0
     for sample in generate("needle", 20, 0, turns=2, frames=(4, 9)):
         for _, answer in sample.turns:
             frames = [frame for frame in sample.cells if set(answer) <= {CLASSES[c] for c in frame.flat}]
             assert len(frames) == 1 and answer in "\n".join("".join(CLASSES[c] for c in row) for row in frames[0])
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_pointers_point_at_what_answers_are_read_off(group):
+    for sample in generate(group, 30, 0, turns=4, **SMALL.get(group, {})):
+        facts = lessons.cell_facts(sample)
+        assert facts.shape == (sample.cells.size, len(lessons.FACTS))
+        assert (facts < list(lessons.FACTS.values())).all()
+        frame, row, column = (axis.flatten() for axis in np.indices(sample.cells.shape))
+        shown = sample.cells.flatten()
+        text = "".join(answer + "$" for _, answer in sample.turns)
+        for pointer in lessons.answer_pointers(sample):
+            said, cells = text[pointer.token], list(pointer.cells)
+            assert 0 <= pointer.share * len(cells) <= 1
+            if "how many" in sample.turns[text[: pointer.token].count("$")][0]:
+                assert len(cells) == int(said)
+            elif said != CLASSES[shown[cells[0]]]:
+                assert int(said) - 1 in (row[cells[0]], column[cells[0]])
+            if "frame" in pointer.facts and "track" in sample.turns[text[: pointer.token].count("$")][0]:
+                turn = text[: pointer.token].rpartition("$")[2]
+                assert frame[cells[0]] == turn.count(" ") - 1
+        for cell, back in lessons.cell_pointers(sample):
+            assert (max(back) <= cell and {int(shown[b]) for b in back} == {int(shown[cell])}) or group == "needle"
+            assert group == "video" or facts[cell, list(lessons.FACTS).index("letter")] == len(back) - 1
 
 
 def test_needle_is_long():
