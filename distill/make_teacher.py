@@ -67,11 +67,13 @@ LOOK = {"read": 4.0, "where": 4.0, "video": 1.0, "needle": 1.0}
 EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 4.0, "needle": 2.0}
 FIND = {"read": 1.0, "line": 1.0, "where": 4.0, "video": 4.0, "needle": 3.0}
 HARD = {"read": 0.5, "line": 0.5, "where": 4.0, "video": 5.0, "needle": 3.0}
+LAST = {"read": 1.0, "line": 0.5, "where": 7.0, "video": 4.0, "needle": 1.0}
 CURRICULUM = (
     Phase("eyes", 5000, (1.5e-3, 5.0e-5), LOOK, needle_frames=(2, 4), needle_batch=16),
     Phase("mind", 2000, (1.0e-3, 1.0e-3), EVEN, pages=((1, 8), *PAGE_SIZES), needle_frames=(2, 8)),
     Phase("mind", 2800, (6.0e-4, 3.0e-5), FIND, needle_frames=(4, 32), needle_batch=6),
     Phase("mind", 1200, (5.0e-4, 1.0e-5), HARD, needle_frames=(8, 64), needle_batch=3),
+    Phase("mind", 560, (4.0e-4, 1.0e-5), LAST, needle_frames=(8, 64), needle_batch=2),
 )
 PARTS = ("eyes", "mind")
 EMBEDDING_STD = 0.02
