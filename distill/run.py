@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 import linmu_models
-from distill import handoff
+from distill import handoff, held_out
 from distill.checkpoint import write_atomically
 from distill.config import Config
 from distill.sources import build_source
@@ -31,7 +31,7 @@ from distill.student import (
     set_local_swin,
     trainable_parameters,
 )
-from distill.teacher import AnswerCache, Transcripts, fingerprint, load_teacher, share_vision_features
+from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, share_vision_features
 from distill.train import StageTrainer, Teacher
 
 _PROCESSOR_FILES = (
@@ -80,6 +80,7 @@ class Run:
         self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.teacher.dtype)
         self.teacher.to(self.accelerator.device)
         self.teacher_hash = fingerprint(self.teacher)
+        self._held_out: list[Batch] | None = None
 
     # -- students ------------------------------------------------------------------------------------------------
 
@@ -202,6 +203,26 @@ class Run:
             write_atomically(path, json.dumps(table, indent=1))
             self.accelerator.print(f"{label:<8} {result}")
 
+    def measure_held_out(self, label: str, model: PreTrainedModel) -> None:
+        """Perplexity and agreement on held-out data, kept under `label` in `held_out.json`."""
+        options, path = self.config.evaluation, self.folder / held_out.FILE
+        table = json.loads(path.read_text()) if path.exists() else {}
+        if options.held_out is None or label in table:
+            return
+        if self._held_out is None:
+            source = build_source(
+                options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, options.seed
+            )
+            self._held_out = [source.processor(source.samples(i)) for i in range(options.held_out_batches)]
+        with self.accelerator.autocast():
+            found = held_out.measure(model, self.teacher, self._held_out, self.config.losses.chunk_size)
+        table[label] = found
+        write_atomically(path, json.dumps(table, indent=1))
+        self.accelerator.print(
+            f"{label:<8} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
+            f"same next token {found['agreement']:.1%}  n={found['tokens']}"
+        )
+
     def evaluate_stage(self, number: int) -> None:
         """Evaluate what stage `number` left (0: the untrained student), and before that, once, the teacher."""
         options = self.config.evaluation
@@ -209,8 +230,12 @@ class Run:
         if self.accelerator.is_main_process:
             if not number and (of_teacher := options.counts(final=True)):
                 self.evaluate("teacher", self.teacher, of_teacher)
-            if counts:
-                self.evaluate(f"stage {number}" if number else "initial", self.student_after(number).model, counts)
+            if not number:
+                self.measure_held_out("teacher", self.teacher)
+            if counts or options.held_out is not None:
+                label, student = f"stage {number}" if number else "initial", self.student_after(number).model
+                self.evaluate(label, student, counts)
+                self.measure_held_out(label, student)
         self.accelerator.wait_for_everyone()
 
     def export(self) -> Path:
@@ -250,7 +275,10 @@ class Run:
         if self.config.evaluation.speed_lengths and not speed.exists():
             rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, self.config.evaluation)
             write_atomically(speed, json.dumps(rows, indent=1))
-        return write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
+        report = write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
+        if (self.folder / held_out.FILE).exists():
+            held_out.add_section(report, json.loads((self.folder / held_out.FILE).read_text()))
+        return report
 
 
 def distill(config: Config, stage: int | None = None, resume: bool = False) -> Path | None:

@@ -31,7 +31,10 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
-    """A video of about `length` visual tokens and a question."""
+    """A video of about `length` visual tokens and a question; for a text-only model, so many tokens of no meaning."""
+    if "vision_config" not in model.config.sub_configs:
+        ids = torch.randint(len(tokenizer), (1, length), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
     from distill.data import Processor, generate
 
     rows, columns = generate("needle", 1, 0, frames=(4, 4))[0].cells.shape[1:]
