@@ -6,6 +6,7 @@ import pytest
 
 from distill.config import ConfigError, load_config, parse_config
 from distill.stages import STAGES
+from linmu_models.config import parse_mmate
 
 MINIMAL = {"name": "x", "teacher": {"path": "t"}}
 CONFIGS = sorted((Path(__file__).parents[2] / "distill/configs").glob("*.toml"))
@@ -13,7 +14,20 @@ CONFIGS = sorted((Path(__file__).parents[2] / "distill/configs").glob("*.toml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
-    assert load_config(path).name
+    config = load_config(path)
+    assert config.name == path.stem.replace("_scan", "-scan")
+    parse_mmate(config.student)
+    assert [config.stage(i).number for i in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_the_7b_config_is_the_papers():
+    config = load_config(next(path for path in CONFIGS if path.stem == "qwen2_5_vl_7b"))
+    assert tuple(config.stage(i) for i in (1, 2, 3)) == STAGES
+    assert [sorted(config.stage_data(i).sets) for i in (1, 3)] == [
+        ["llava_video", "onevision"],
+        ["activitynet_qa", "llava_video", "onevision"],
+    ]
+    assert (config.lora.rank, config.parallel, config.mixed_precision) == (8, "fsdp", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +44,11 @@ def test_shipped_configs_are_valid(path):
             "f: stage3.block_input must be 'student' with the loss",
         ),
         ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
+        ({"data": {"sets": {"a": {"format": "csv", "files": ["x"]}}}}, "f: data.sets.a.format: "),
+        (
+            {"data": {"sets": {"a": {"format": "text", "files": ["x"], "stages": [3]}}}},
+            "f: Value error, data.sets: none",
+        ),
     ],
 )
 def test_mistakes_are_named(change, line):

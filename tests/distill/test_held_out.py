@@ -1,0 +1,96 @@
+"""A text-only teacher through all stages, with and without a text window, judged on held-out text; and the example."""
+
+import json
+import math
+
+import media
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from distill.config import parse_config
+from distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
+from distill.held_out import measure
+from distill.run import distill
+from linmu_models.chat import ChatProcessor, Conversation
+
+PAGE = """<html><body><div id="banner"><span class="text">Get it</span></div><div class="section">
+<h2 class="title"><a id="x"></a>6.3. The <code>apt</code>
+Command</h2><div class="para">One<br/> &amp; two.<div class="footnote">no</div></div><pre class="screen">$ ls</pre>
+<div class="sidebar"><div class="para">Three.</div></div></div></body></html>"""
+
+
+def test_running_text_of_a_page():
+    assert page_text(PAGE) == "6.3. The apt Command\n\nOne & two.\n\nThree."
+    train, held_out = split([f"page{i}." for i in range(2 * HELD_OUT_EVERY)])
+    assert held_out.split() == ["page0.", f"page{HELD_OUT_EVERY}."] and len(train.split()) == 2 * HELD_OUT_EVERY - 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    tokens = media.tokenizer("")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokens.eos_token_id,
+                    pad_token_id=tokens.pad_token_id, bos_token_id=None)
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder / "teacher")
+    tokens.save_pretrained(folder / "teacher")
+    for name, start in (("train", 0), ("held_out", 500)):
+        (folder / f"{name}.txt").write_text("\n\n".join(f"Number {i} is {i * i}." for i in range(start, start + 60)))
+    return folder
+
+
+def test_measures_are_those_of_plain_logits(folder):
+    teacher, model = (AutoModelForCausalLM.from_pretrained(folder / "teacher").eval() for _ in range(2))
+    with torch.no_grad():
+        model.lm_head.weight.add_(
+            torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)) / 9
+        )
+    batch = ChatProcessor.load(folder / "teacher")(
+        [Conversation((("", t),)) for t in ("some text", "more of the text")]
+    )
+    found = measure(model, teacher, [batch, batch], chunk_size=5)
+    ids, mask = batch["input_ids"], batch["attention_mask"][:, 1:].bool()
+    with torch.no_grad():
+        p, q = (m(ids, attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1) for m in (model, teacher))
+    nll = -p.gather(-1, ids[:, 1:, None])[..., 0][mask].mean().item()
+    assert found["tokens"] == 2 * int(mask.sum())
+    assert found["nll"] == pytest.approx(nll, rel=1e-5) and found["perplexity"] == pytest.approx(
+        math.exp(nll), rel=1e-4
+    )
+    assert found["kl"] == pytest.approx((q.exp() * (q - p)).sum(-1)[mask].mean().item(), rel=1e-4)
+    assert found["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1))[mask].float().mean().item())
+    assert 0 < found["agreement"] < 1
+    same = measure(teacher, teacher, [batch])
+    assert same["agreement"] == 1 and same["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("student", [{"text_window": 8}, {"swin": False}], ids=["window", "scan"])
+def test_a_language_model_is_distilled(folder, tmp_path, student):
+    def sets(name):
+        return {"max_tokens": 128, "text_length": 64, "sets": {"t": {"format": "text", "files": [str(folder / name)]}}}
+
+    config = parse_config(
+        {
+            "name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
+            "student": {"reverse": False, **student}, "data": sets("train.txt"), "calibration_batches": 1,
+            "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "held_out_batches": 2, "speed_lengths": [16],
+                           "speed_new_tokens": 2},
+            "stage1": {"steps": 2}, "stage2": {"steps": 2},
+            "stage3": {"steps": 2, "losses": {"token": 0.5, "supervised": 0.5}},
+        }
+    )  # fmt: skip
+    report = distill(config).read_text()
+    results = json.loads((config.folder / "held_out.json").read_text())
+    assert list(results) == ["teacher", "initial", "stage 1", "stage 2", "stage 3"]
+    assert results["teacher"]["kl"] == pytest.approx(0, abs=1e-6) and results["initial"]["kl"] > 0
+    assert results["stage 1"] != results["stage 2"] != results["stage 3"]
+    assert "| stage 3 | " in report and report.index("## How well it predicts") < report.index("## Use it")
+    assert AutoModelForCausalLM.from_pretrained(config.folder / "student").is_linear
