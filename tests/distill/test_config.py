@@ -47,7 +47,7 @@ def test_the_7b_config_is_the_papers():
         ({"data": {"sets": {"a": {"format": "csv", "files": ["x"]}}}}, "f: data.sets.a.format: "),
         (
             {"data": {"sets": {"a": {"format": "text", "files": ["x"], "stages": [3]}}}},
-            "f: Value error, data.sets: none",
+            "f: data.sets: none of them is for stage 1",
         ),
     ],
 )
