@@ -133,7 +133,8 @@ struct Place {
 };
 
 template <class T, int K, int V>
-__global__ void __launch_bounds__(kThreads) conv_kernel(const __grid_constant__ CausalConv1dParams p, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, 1)
+    conv_kernel(const __grid_constant__ CausalConv1dParams p, int64_t chunks) {
   const Place at = Place::of<V>(p, chunks);
   if (at.d >= p.dim) return;
   const Line line{p, at.b};

@@ -4,8 +4,7 @@
 // together, where they wait for each other as on a GPU; a warp runs as far as it can before the next one begins, in odd
 // blocks from last to first. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited
 // for, not before. A misaligned copy, a warp that diverges at a shared instruction, or a deadlock is an error.
-// What is not emulated: the rounding of the tensor cores' sums (here float, in order), and memory ordering within a
-// warp.
+// Not emulated: the rounding of the tensor cores' sums (here float, in order), and memory ordering within a warp.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>

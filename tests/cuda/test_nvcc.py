@@ -13,7 +13,9 @@ from tests.cuda.conftest import ROOT, build
 
 ARCHS = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}  # and the shared memory that one block may have
 # Kernels that no bfloat16 forward may spill in, wherever they are compiled.
-FORWARDS = ("states_kernel", "output_kernel", "step_kernel", "forward_kernel")
+FORWARDS = (
+    "states_kernel", "output_kernel", "step_kernel", "forward_kernel", "conv_kernel", "mix_norm_kernel",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
