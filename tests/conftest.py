@@ -1,8 +1,9 @@
-"""One thread, fixed seeds, and every uninitialised tensor filled with NaN so that a forgotten element is seen."""
+"""One thread, fixed seeds, caches of one's own, and uninitialised tensors filled with NaN so that gaps are seen."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ import torch
 # processes side by side must not wait for each other's threads. Tests of thread counts set their own.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# Test processes side by side must not read what another is writing, nor a run what an older one left.
+SCRATCH = tempfile.TemporaryDirectory(prefix="linmu-tests-", ignore_cleanup_errors=True)
+for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "HF_MODULES_CACHE"):
+    os.environ[cache] = os.path.join(SCRATCH.name, cache.lower())
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
