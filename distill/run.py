@@ -22,7 +22,6 @@ from distill.sources import build_source
 from distill.stages import STAGES
 from distill.student import (
     add_lora,
-    calibrate,
     load_own_state,
     mean_squares,
     merge_lora,
@@ -128,7 +127,7 @@ class Run:
                 batches.append({name: value.to(self.accelerator.device) for name, value in batch.items()})
             layers = list(student.blocks)
             with self.accelerator.autocast():
-                calibrate(student.model, self.teacher, student.blocks, batches)
+                linmu_models.calibrate(student.model, self.teacher, batches)
                 squares = mean_squares(self.teacher, layers, batches)
             handoff.save_result(
                 self.folder, 0, own_state(student.model, student.blocks), self.teacher_hash, self.config,

@@ -1,6 +1,5 @@
 """The student: which of its parameters are which, how its branches are switched, and what LoRA adds."""
 
-import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from distill.config import LoraConfig
 from distill.parallel import gathered
 from distill.stages import Stage
 from distill.teacher import Batch, attention_modules, record_outputs
-from linmu_ops.nn import MMATE
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
 _SWIN = re.compile(r"(swin|mix)")
@@ -140,32 +138,3 @@ def mean_squares(teacher: PreTrainedModel, layers: Sequence[int], batches: Seque
         sums += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
         count += int(mask.sum())
     return (sums / count).tolist()
-
-
-@torch.no_grad()
-def calibrate(
-    student: PreTrainedModel, teacher: PreTrainedModel, blocks: dict[int, nn.Module], batches: Sequence[Batch]
-) -> None:
-    """Give each block the size of the attention it replaces, by what that attention makes of a few batches."""
-    modules = attention_modules(teacher)
-    for layer, block in blocks.items():
-        seen: list[tuple[dict[str, Any], Tensor]] = []
-        for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            arguments = {"layout": student.build_layout(inputs), "attention_mask": batch["attention_mask"].bool()}
-
-            caught: list[tuple[Any, Any]] = []
-            handle = modules[layer].register_forward_hook(
-                lambda _module, _args, kwargs, output, caught=caught: caught.append((kwargs, output[0])),
-                with_kwargs=True,
-            )
-            teacher.model(**inputs, use_cache=False)
-            handle.remove()
-            ((kwargs, output),) = caught
-            seen.append(({**arguments, **{n: kwargs[n] for n in ("hidden_states", "position_embeddings")}}, output))
-        # The block of a model takes its layout in another way than the bare block, which calibration calls.
-        block.forward = functools.partial(MMATE.forward, block)
-        try:
-            block.calibrate(seen)
-        finally:
-            del block.forward

@@ -12,6 +12,7 @@ from linmu_ops.nn import MMATEConfig
 
 from . import families as _families  # noqa: F401  registers
 from .cache import LinmuCacheLayer
+from .calibrate import calibrate
 from .convert import convert
 from .families.nvila import attach_nvila, convert_nvila
 from .generate import fast_decode
@@ -33,6 +34,7 @@ __all__ = [
     "MMATEConfig",
     "TransferReport",
     "attach_nvila",
+    "calibrate",
     "convert",
     "convert_nvila",
     "families",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from linmu_ops import LinmuWarning
 from linmu_ops.nn import MMATEConfig
 
+from .calibrate import calibrate
 from .config import linmu_field, parse_mmate
 from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel
 from .report import TensorRow, TransferReport
@@ -25,6 +26,7 @@ def convert(
     config: MMATEConfig | dict[str, Any] | None = None,
     keep_attention: Iterable[int] = (),
     *,
+    calibration: Iterable[Mapping[str, Any]] = (),
     share_frozen: bool = False,
 ) -> Any:
     """A model like `teacher`, with a linear M-MATE block in the place of each decoder layer's attention.
@@ -38,6 +40,8 @@ def convert(
         config: options of the block; a dict gives some of them.
         keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
             the end.
+        calibration: a few batches of inputs, as keywords of the teacher's forward. If given, each block's output is
+            scaled to the size of what the attention it replaces makes of them (`MMATE.calibrate`).
         share_frozen: use the teacher's memory for everything but the blocks, and freeze it in the student
             (`requires_grad` False). For distillation: two models, one vision tower, one set of MLPs and embeddings.
 
@@ -47,7 +51,8 @@ def convert(
         `import linmu_models`, or with `trust_remote_code=True`.
 
     Raises:
-        ValueError: an unknown family or option; a quantised or offloaded teacher. TypeError: not such a model.
+        ValueError: an unknown family or option; a quantised or offloaded teacher; calibration by a teacher on the meta
+            device. TypeError: not such a model.
     """
     family = _family(teacher)
     options = config if isinstance(config, MMATEConfig) else parse_mmate(config or {})
@@ -77,6 +82,11 @@ def convert(
     for name in type(teacher.config).sub_configs:
         _same_attention(getattr(student.config, name, None), getattr(teacher.config, name, None))
     student._name_attention()
+    batches = list(calibration)
+    if batches:
+        if teacher.device.type == "meta":
+            raise ValueError("convert: calibration needs a teacher with values, got one on the meta device")
+        calibrate(student, teacher, batches)
     device_map = getattr(teacher, "hf_device_map", None)
     if device_map is not None and len(set(device_map.values())) > 1:
         from accelerate import dispatch_model

@@ -199,10 +199,11 @@ class MMATE(nn.Module):
         """Give the block the size of what it replaces; after the weights are loaded, before training.
 
         First y_flex, then (unless norm="none") the output are scaled so that their root mean square over all tokens
-        that are not padding is that of the targets.
+        that are not padding is that of the targets. The output projection's bias, a copy of the teacher's, is not
+        scaled with y_flex: both sides are measured without it.
 
         Args:
-            batches: (arguments of `forward`, hidden_states among them; the teacher's output (B, L, D)). Read twice.
+            batches: (arguments of `forward`, hidden_states among them; the teacher's output (B, L, D)).
 
         Returns:
             The targets' root mean square.
@@ -220,11 +221,13 @@ class MMATE(nn.Module):
         target = rms(lambda inputs, target: target)
         if self.flex is not None:
             flex = self.flex
-            size = rms(lambda inputs, target: flex(**inputs))
+            bias = 0 if flex.o_proj.bias is None else flex.o_proj.bias
+            size = rms(lambda inputs, target: flex(**inputs) - bias)
             if size > 0:
-                flex.rescale(target / size)
+                flex.rescale(rms(lambda inputs, target: target - bias) / size)
         if self.norm.weight is not None:
-            size = rms(lambda inputs, target: self(**inputs))
+            forward: Any = MMATE.forward  # a subclass may take its layout in another way
+            size = rms(lambda inputs, target: forward(self, **inputs))
             if size > 0:
                 self.norm.weight.mul_(target / size)
         return target

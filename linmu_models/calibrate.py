@@ -1,0 +1,52 @@
+"""Give new blocks the size of the attention they replace, by what the teacher makes of a few batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modeling import LinmuAttention
+
+
+@torch.no_grad()
+def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Scale each M-MATE block of `student` such that its output is as large as that of the teacher's attention.
+
+    The root mean squares over all tokens that are not padding are made equal, with what the teacher's attention sees
+    as input; see `MMATE.calibrate`.
+
+    Args:
+        student: made from `teacher` by `convert`, on the same devices.
+        teacher: runs once for each layer and batch, so that what is kept is that of one layer.
+        batches: keywords of the teacher's forward; `labels` are left out.
+    """
+    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    layouts = [student.build_layout(inputs) for inputs in batches]
+    for ours, theirs in zip(student.linmu_layers(), teacher.get_decoder().layers, strict=True):
+        if isinstance(ours.self_attn, LinmuAttention):
+            seen = []
+            for inputs, layout in zip(batches, layouts, strict=True):
+                arguments, output = _seen(teacher, theirs.self_attn, inputs)
+                mask = inputs.get("attention_mask")
+                mask = None if mask is None else mask.bool().to(output.device)
+                seen.append((dict(arguments, layout=layout, attention_mask=mask), output))
+            ours.self_attn.calibrate(seen)
+
+
+def _seen(teacher: Any, attention: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """What `attention` is given, and what it makes of it."""
+    caught: list[tuple[dict[str, Any], Tensor]] = []
+
+    def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        caught.append(({name: kwargs[name] for name in ("hidden_states", "position_embeddings")}, output[0]))
+
+    handle = attention.register_forward_hook(hook, with_kwargs=True)
+    try:
+        teacher.model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    (found,) = caught
+    return found
