@@ -45,6 +45,8 @@ def convert(
     """Make a model linear, untrained; prints where each tensor comes from."""
     import json
 
+    from rich.console import Console
+
     from linmu_models.generate import convert_folder
 
     options = {}
@@ -55,7 +57,9 @@ def convert(
         except json.JSONDecodeError:
             options[name] = value
     try:
-        typer.echo(convert_folder(teacher, out, options, keep_attention or (), dtype))
+        with Console(stderr=True).status(f"making {teacher} linear"):
+            report = convert_folder(teacher, out, options, keep_attention or (), dtype)
+        typer.echo(report)
     except (ValueError, OSError) as error:
         _stop(error)
 
@@ -73,18 +77,30 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
 ) -> None:
-    """Answer a prompt about images and videos."""
+    """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
+    from rich.console import Console
+
+    from distill.progress import peak_memory
     from linmu_models.generate import generate_text, load
 
+    say = Console(stderr=True, highlight=False)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     try:
-        loaded = load(model, device, dtype)
+        with say.status(f"loading {model}"):
+            loaded = load(model, device, dtype)
         answer = generate_text(
-            *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens, **sampling
-        )
+            *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
+            stream=lambda text: typer.echo(text, nl=False), **sampling,
+        )  # fmt: skip
     except (ValueError, OSError, ImportError) as error:
         _stop(error)
-    typer.echo(answer)
+    typer.echo()
+    rate = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.1f} tokens/s"
+    say.print(
+        f"{answer.prompt_tokens} tokens in, {answer.tokens} out; first after {answer.first_token_seconds:.2f} s{rate}; "
+        f"state {answer.cache_bytes / 2**20:.2f} MiB, process {peak_memory() / 2**30:.2f} GiB at most",
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -7,27 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distill.config import EvaluationConfig
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of every tensor that a generation cache holds."""
-    seen: dict[int, int] = {}
-
-    def walk(value: Any, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict):
-            for item in value.values():
-                walk(item, depth)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                walk(item, depth)
-        elif depth and hasattr(value, "__dict__"):
-            walk(vars(value), depth - 1)
-
-    walk(cache, 3)
-    return sum(seen.values())
+from linmu_models.cache import cache_bytes
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -115,6 +116,17 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of a cache's states, keys and values."""
+
+    def tensors() -> Iterable[Tensor | None]:
+        for layer in cache.layers:
+            kept = getattr(layer, "state", None) if isinstance(layer, LinmuCacheLayer) else (layer.keys, layer.values)
+            yield from kept or ()
+
+    return sum(t.numel() * t.element_size() for t in tensors() if t is not None)
 
 
 def linear_layer(cache: Cache, layer_idx: int, beside_attention: bool = False) -> LinmuCacheLayer:

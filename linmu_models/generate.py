@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, CompileConfig, GenerationMixin
+from transformers import AutoConfig, CompileConfig, GenerationMixin, TextStreamer
 
+from .cache import cache_bytes
 from .chat import ChatProcessor
 from .config import parse_mmate
 from .convert import convert
@@ -73,6 +76,38 @@ def load(
     return model, ChatProcessor.load(folder)
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What `generate_text` returns."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    first_token_seconds: float
+    """From the tensors of the prompt to the first token: vision tower, prefill, one choice."""
+    tokens_per_second: float | None
+    """After the first; None where there is one only."""
+    cache_bytes: int
+    """What was kept of prompt and answer: states, and keys and values of layers with attention."""
+
+
+class _Clock(TextStreamer):
+    """Hands on words as they come, and notes when the first and the last token did."""
+
+    def __init__(self, tokenizer: Any, stream: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream, self.times = stream, [time.perf_counter()]
+
+    def put(self, value: Any) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times[1:] = [self.times[1] if len(self.times) > 1 else time.perf_counter(), time.perf_counter()]
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.stream is not None and text:
+            self.stream(text)
+
+
 def generate_text(
     model: Any,
     processor: ChatProcessor,
@@ -82,8 +117,9 @@ def generate_text(
     *,
     frames: int = 64,
     fps: float = 2.0,
+    stream: Callable[[str], None] | None = None,
     **options: Any,
-) -> str:
+) -> Answer:
     """Answer one prompt about images and videos.
 
     Args:
@@ -91,10 +127,11 @@ def generate_text(
         prompt: the user's words; put into the processor's chat template, where it has one.
         images, videos: paths; they come before the words.
         frames, fps: a video is seen as so many frames a second, and as so many frames at most.
-        options: of transformers' `generate`.
+        stream: called with each piece of the answer as soon as it is there.
+        options: of transformers' `generate`; one answer, so no beams.
 
     Raises:
-        ValueError: a picture or video that cannot be read, or one for a model that takes none.
+        ValueError: beams; a picture or video that cannot be read, or one for a model that takes none.
     """
     media = []
     for path, read in [*((p, read_image) for p in images), *((p, partial(read_video, frames=frames, fps=fps))
@@ -107,8 +144,18 @@ def generate_text(
     for name, value in inputs.items():
         if value.is_floating_point():
             inputs[name] = value.to(model.dtype)
-    out = model.generate(**inputs, **options)
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    clock, prompt_tokens = _Clock(processor.tokenizer, stream), inputs["input_ids"].shape[1]
+    out = model.generate(**inputs, **options, streamer=clock, return_dict_in_generate=True)
+    began, first, last = clock.times
+    new = out.sequences[0, prompt_tokens:]
+    return Answer(
+        processor.tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens,
+        len(new),
+        first - began,
+        (len(new) - 1) / (last - first) if len(new) > 1 else None,
+        cache_bytes(out.past_key_values),
+    )
 
 
 def fast_decode(**compile_options: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from bench.measure import TOLERANCE
 from bench.timing import summarise
+from linmu_models.cache import cache_bytes
 
 from . import memory
 from .inputs import decoder_inputs, whole_inputs
@@ -64,7 +65,7 @@ class Run:
 def _ready(task: Task, variant: Variant, prefills: dict[str, Prefill], device: str) -> Run:
     if task.kind == "decode":
         decode = Decode(variant, task.tokens, task.batch, STEPS)
-        return Run(decode, decode.rewind, memory.cache_bytes(decode.cache))
+        return Run(decode, decode.rewind, cache_bytes(decode.cache))
     prefill = prefills.setdefault(variant.name, Prefill(variant))
     if task.part == "whole":
         inputs = whole_inputs(variant.model, task.tokens, task.batch)

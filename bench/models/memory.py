@@ -1,15 +1,14 @@
-"""Memory: what a call takes at its peak, what a cache holds, what a measurement will need."""
+"""Memory: what a call takes at its peak, what a measurement will need."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from .shapes import Shape
 
@@ -44,16 +43,6 @@ def peak_of(call: Callable[[], T], device: str) -> tuple[T, int | None]:
     before = _status("VmRSS")
     out = call()
     return out, max(0, _status("VmHWM") - before)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values, or of a student's states."""
-
-    def tensors() -> Iterable[Tensor | None]:
-        for layer in cache.layers:
-            yield from getattr(layer, "state", None) or (layer.keys, layer.values)
-
-    return sum(t.numel() * t.element_size() for t in tensors() if t is not None)
 
 
 def available(device: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from distill.cli import app
+from linmu_models.generate import convert_folder, generate_text, load
 
 from . import tiny
 
@@ -60,12 +62,27 @@ def test_convert_and_generate(folders):
     saved = json.loads((out / "config.json").read_text())
     assert saved["linmu"]["keep_attention"] == [1] and saved["linmu"]["mmate"]["window"] == [2, 2, 2]
     arguments = ("generate", out, "--prompt", "what?", "--image", folders / "picture.png", "--max-new-tokens", 5)
-    answer = run(*arguments).stdout
+    answer, said = run(*arguments).stdout, run(*arguments).stderr
     assert answer == run(*arguments).stdout and len(answer.strip()) > 0
+    assert re.search(r"\d+ tokens in, 5 out; first after [\d.]+ s, then [\d.]+ tokens/s; state [\d.]+ MiB", said)
     torch.manual_seed(0)
     assert run(*arguments, "--temperature", 2.0, "--dtype", "bfloat16").stdout
     text = run("generate", out, "--prompt", "what?", "--max-new-tokens", 5).stdout
     assert text and text != answer
+
+
+def test_answers_come_in_pieces(folders):
+    convert_folder(folders / "teacher", folders / "plain")
+    model, processor = load(folders / "plain", "cpu")
+    pieces, options = [], dict(max_new_tokens=12, do_sample=False)
+    answer = generate_text(model, processor, "what?", stream=pieces.append, **options)
+    assert len(pieces) > 1 and "".join(pieces) == answer.text
+    assert (answer.prompt_tokens, answer.tokens) == (5, 12) and answer.first_token_seconds > 0
+    assert answer.tokens_per_second > 0
+    one = generate_text(model, processor, "what?", **{**options, "max_new_tokens": 1})
+    assert one.tokens_per_second is None and one.cache_bytes == answer.cache_bytes  # the state is of constant size
+    with pytest.raises(ValueError, match="beam"):
+        generate_text(model, processor, "what?", num_beams=2, **options)
 
 
 def test_a_text_model(tmp_path):
