@@ -30,12 +30,12 @@ class Dims:
         return self.sizes[axis]
 
     def __call__(
-        self, name: str, t: Tensor | None, axes: str, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
+        self, name: str, t: Tensor, axes: str, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
     ) -> None:
-        if t is None:
-            return
         if not isinstance(t, Tensor):
             raise TypeError(f"{self.op}: {name} must be a Tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided:
+            raise TypeError(f"{self.op}: {name} must be dense, got {str(t.layout).removeprefix('torch.')}")
         names = axes.split()
         shape = t.shape
         sizes = self.sizes
@@ -52,6 +52,12 @@ class Dims:
         if dtype is not None and t.dtype not in (dtype if isinstance(dtype, tuple) else (dtype,)):
             want = " or ".join(str(x).removeprefix("torch.") for x in (dtype if isinstance(dtype, tuple) else (dtype,)))
             raise TypeError(f"{self.op}: {name} must be {want}, got {str(t.dtype).removeprefix('torch.')}")
+
+    def optional(
+        self, name: str, t: Tensor | None, axes: str, dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
+    ) -> None:
+        if t is not None:
+            self(name, t, axes, dtype)
 
     def divides(self, name: str, part: str, whole: str) -> None:
         """Require that the size of axis `part` divides that of axis `whole`."""

@@ -62,9 +62,9 @@ def branch_mix_norm(
         d("mix", mix, "1", FLOATS)
     else:
         d("mix", mix, "D" if isinstance(mix, Tensor) and mix.dim() == 1 else "B L", FLOATS)
-    d("mask", mask, "B L", torch.bool)
-    d("weight", weight, "D", FLOATS)
-    d("bias", bias, "D", FLOATS)
+    d.optional("mask", mask, "B L", torch.bool)
+    d.optional("weight", weight, "D", FLOATS)
+    d.optional("bias", bias, "D", FLOATS)
     d.same_device(a, b=b, mix=mix, mask=mask, weight=weight, bias=bias)
     if norm not in NORMS:
         raise ValueError(f"branch_mix_norm: norm must be one of {', '.join(NORMS)}, got {norm!r}")

@@ -22,7 +22,7 @@ MAX_WIDTH = 8
 def check_filter(d: Dims, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Check what the convolution and its step have in common; True for silu."""
     d("weight", weight, "D K", FLOATS)
-    d("bias", bias, "D", FLOATS)
+    d.optional("bias", bias, "D", FLOATS)
     if not 1 <= d["K"] <= MAX_WIDTH:
         raise ValueError(f"{d.op}: weight must have 1 <= K <= {MAX_WIDTH}, got K={d['K']}")
     if activation not in (None, "silu"):
@@ -74,8 +74,8 @@ def causal_conv1d(
     d = Dims("causal_conv1d")
     d("x", x, "B L D", FLOATS)
     silu = check_filter(d, weight, bias, activation)
-    d("seq_idx", seq_idx, "B L", torch.int32)
-    d("token_order", token_order, "B L", torch.int32)
+    d.optional("seq_idx", seq_idx, "B L", torch.int32)
+    d.optional("token_order", token_order, "B L", torch.int32)
     if initial_state is not None:
         d.sizes["K-1"] = d["K"] - 1
         d("initial_state", initial_state, "B K-1 D", x.dtype)

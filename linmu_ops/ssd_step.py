@@ -54,15 +54,15 @@ def ssd_step(
     Source: Dao & Gu 2024, arXiv:2405.21060, section 3. Reference: linmu_ops/reference/ssd_step.py.
     """
     d = Dims("ssd_step")
-    acc = accumulate_dtype(x.dtype)
     d("x", x, "B Gx P", FLOATS)
+    acc = accumulate_dtype(x.dtype)
     d("dt", dt, "B H", FLOATS)
     d("state", state, "B H P N", acc)
     d("A", A, "H", FLOATS)
     d("B", B, "B Gb N", x.dtype)
     d("C", C, "B Gc N", x.dtype)
-    d("D", D, "H", FLOATS)
-    d("dt_bias", dt_bias, "H", FLOATS)
+    d.optional("D", D, "H", FLOATS)
+    d.optional("dt_bias", dt_bias, "H", FLOATS)
     for name, part in (("x", "Gx"), ("B", "Gb"), ("C", "Gc")):
         d.divides(name, part, "H")
     d.same_device(x, state=state, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)

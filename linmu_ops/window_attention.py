@@ -114,7 +114,8 @@ def window_attention(
     if bias is not None:
         if image_window is not None:
             raise ValueError("window_attention: bias must be None with image_window: it belongs to one window")
-        d("bias", bias, "H " + " ".join(f"2{w}-1" for w in "THW"[max(4 - bias.dim(), 0) :]), FLOATS)
+        rank = bias.dim() if isinstance(bias, Tensor) else 4
+        d("bias", bias, "H " + " ".join(f"2{w}-1" for w in "THW"[max(4 - rank, 0) :]), FLOATS)
         if bias.dim() < 4:
             bias = bias.view(d["H"], *[1] * (4 - bias.dim()), *bias.shape[1:])
         if tuple(bias.shape[1:]) != tuple(2 * w - 1 for w in sizes):
@@ -126,7 +127,7 @@ def window_attention(
     if (cos is None) != (sin is None):
         raise ValueError("window_attention: cos and sin must be given together")
     if cos is not None and sin is not None:
-        rows = "1" if cos.dim() == 3 and cos.shape[0] == 1 else "B"
+        rows = "1" if isinstance(cos, Tensor) and cos.dim() == 3 and cos.shape[0] == 1 else "B"
         d("cos", cos, f"{rows} L R", FLOATS)
         d("sin", sin, f"{rows} L R", FLOATS)
         if d["R"] % 2 or d["R"] > d["P"]:

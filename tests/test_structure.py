@@ -80,6 +80,19 @@ def test_docstring_shapes_are_those_of_the_checks(op):
         assert quoted and quoted[1] in alternatives, f"{caught.value} does not quote {alternatives}"
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_dense_tensor_is_a_type_error(op):
+    """Each tensor as a number, a list, a sparse tensor; and None where it must be given."""
+    signature = inspect.signature(getattr(linmu_ops, op)).parameters
+    for name, value in small_inputs(op).items():
+        if isinstance(value, torch.Tensor):
+            wrong = [1.0, value.tolist(), value.to_sparse()]
+            wrong += [None] if signature[name].default is inspect.Parameter.empty else []
+            for other in wrong:
+                with pytest.raises(TypeError, match=rf"^{op}: {name} must be (a Tensor|dense), got \w+$"):
+                    getattr(linmu_ops, op)(**{**small_inputs(op), name: other})
+
+
 def test_kernels_know_no_torch():
     for file in tracked(".h", ".cpp", ".cu", ".cuh"):
         if file.parts[len(ROOT.parts) + 1] in ("linmu", "cpu", "cuda", "python"):
