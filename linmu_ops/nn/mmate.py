@@ -137,12 +137,16 @@ class MMATE(nn.Module):
         keep = return_state or state is not None
         a = b = None
         flex_state = swin_state = MMATEState()
+        # Called as modules, so that hooks see them: those of accelerate bring offloaded parameters.
+        call: dict[str, Any] = dict(
+            layout=layout, position_embeddings=position_embeddings, attention_mask=attention_mask, state=state
+        )
         if self.flex is not None and self.flex_enabled:
-            a, flex_state = self.flex.mix_tokens(
-                hidden_states, layout, position_embeddings, attention_mask, state, keep
-            )
-        if self.swin is not None and self.swin_enabled:
-            b, swin_state = self.swin.attend(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+            out = self.flex(hidden_states, **call, return_state=keep)
+            a, flex_state = out if keep else (out, flex_state)
+        if self.swin is not None and self.swin_enabled and (layout is not None or self.config.text_window):
+            out = self.swin(hidden_states, **call, return_state=keep)
+            b, swin_state = out if keep else (out, swin_state)
         mask = None if layout is None or self.config.text_window else layout.visual_mask(hidden_states.device)
         if a is not None and b is not None:
             logit = self.mix if self.mix_proj is None else self.mix_proj(hidden_states)[..., 0] + self.mix

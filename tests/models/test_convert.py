@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -144,6 +145,27 @@ def test_device_map(tmp_path):
     loaded = tiny.hf.AutoModelForImageTextToText.from_pretrained(tmp_path / "student", device_map={"": "cpu"})
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, student(**inputs).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
+def test_parts_offloaded_to_disk(tmp_path):
+    """A student is brought in layer by layer by accelerate's hooks; a teacher is refused."""
+    student, inputs = linmu_models.convert(tiny.teacher("qwen2_5_vl"), {"conv_width": 3}), tiny.example("qwen2_5_vl")
+    student.save_pretrained(tmp_path / "student")
+    tiny.teacher("qwen2_5_vl").save_pretrained(tmp_path / "teacher")
+    parts = ["model.visual", "lm_head", *(f"model.language_model.{p}" for p in ("embed_tokens", "norm", "rotary_emb"))]
+    places = {**dict.fromkeys(parts, "cpu"), **{f"model.language_model.layers.{i}": "cpu" for i in (0, 2)}}
+    places["model.language_model.layers.1"] = "disk"
+    load = functools.partial(
+        tiny.hf.AutoModelForImageTextToText.from_pretrained, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    loaded = load(tmp_path / "student")
+    assert {p.device.type for p in loaded.parameters()} == {"cpu", "meta"}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, student(**inputs).logits)
+    assert torch.equal(*(m.generate(**inputs, max_new_tokens=3, do_sample=False) for m in (loaded, student)))
+    with pytest.raises(ValueError, match="teacher must be in memory, got parts offloaded to CPU or disk"):
+        linmu_models.convert(load(tmp_path / "teacher"))
 
 
 def test_configuration_alone_builds_the_model():
