@@ -97,6 +97,21 @@ def check_against_reference(
         assert_within_twice(g, e, b, f"gradient of {k}")
 
 
+def check_implementation(op: str, impl: str, inputs: dict[str, Any], wrt: Sequence[str] = ()) -> None:
+    """Judge one implementation of an op by the reference; a state that is updated in place is judged too."""
+    import linmu_ops
+
+    def by(which: str) -> Callable[..., Any]:
+        def call(**values: Any) -> Any:
+            with _registry.use_impl(f"{op}:{which}"):
+                out = getattr(linmu_ops, op)(**values)
+            return (out, values["state"]) if "state" in values else out
+
+        return call
+
+    check_against_reference(by(impl), by("reference"), inputs, wrt)
+
+
 def rerun_with_isa(isa: str, file: str, select: str) -> None:
     """Run the tests of `file` named `select` in a process whose kernels are of instruction set `isa`, or skip."""
     import pytest

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference
+from linmu_ops._testing import check_implementation
 from tests.ops import test_branch_mix_norm as mix_cases
 from tests.ops import test_causal_conv1d as conv_cases
 from tests.ops import test_causal_conv1d_step as step_cases
@@ -16,15 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def check(op, inputs, wrt=()):
-    def by(impl):
-        def f(**kw):
-            with linmu_ops.use_impl(f"{op}:{impl}"):
-                out = getattr(linmu_ops, op)(**kw)
-                return (out, kw["state"]) if "state" in kw else out
-
-        return f
-
-    check_against_reference(by("cpu"), by("reference"), inputs, wrt)
+    check_implementation(op, "cpu", inputs, wrt)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference
+from linmu_ops._testing import check_implementation
 from tests.ops import test_ssd_scan as scan_cases
 from tests.ops import test_ssd_step as step_cases
 
@@ -17,15 +17,7 @@ OPTIONS = dict(shared=SHARED, all=("all",), B=("seq_idx", "head_gate", "reverse_
 
 
 def check(op, inputs, wrt=()):
-    def by(impl):
-        def f(**kw):
-            with linmu_ops.use_impl(f"{op}:{impl}"):
-                out = getattr(linmu_ops, op)(**kw)
-                return (out, kw["state"]) if "state" in kw else out
-
-        return f
-
-    check_against_reference(by("cpu"), by("reference"), inputs, wrt)
+    check_implementation(op, "cpu", inputs, wrt)
 
 
 def check_scan(inputs):

@@ -7,7 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import check_against_reference, run_small, small_inputs
+from linmu_ops._testing import check_implementation, run_small, small_inputs
 from tests.ops import test_branch_mix_norm as branch
 from tests.ops import test_causal_conv1d as conv
 from tests.ops import test_causal_conv1d_step as conv_step
@@ -79,16 +79,7 @@ def test_against_the_reference(name, dtype, impl):
     need(op, impl)
     inputs, wrt = make(dtype)
     inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-    def by(which):
-        def f(**kw):
-            with linmu_ops.use_impl(f"{op}:{which}"):
-                out = getattr(linmu_ops, op)(**kw)
-                return (out, kw["state"]) if op.endswith("_step") else out
-
-        return f
-
-    check_against_reference(by(impl), by("reference"), inputs, wrt)
+    check_implementation(op, impl, inputs, wrt)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

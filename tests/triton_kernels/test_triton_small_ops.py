@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import linmu_ops
-from linmu_ops._testing import check_against_reference
+from linmu_ops._testing import check_implementation
 from tests.ops import test_branch_mix_norm, test_causal_conv1d, test_causal_conv1d_step, test_ssd_step
 
 pytest.importorskip("triton")
@@ -16,16 +15,7 @@ DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 def check(op, inputs, wrt=()):
     inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-    def by(impl):
-        def f(**kw):
-            with linmu_ops.use_impl(f"{op}:{impl}"):
-                out = getattr(linmu_ops, op)(**kw)
-                return (out, kw["state"]) if "state" in kw else out
-
-        return f
-
-    check_against_reference(by("triton"), by("reference"), inputs, wrt)
+    check_implementation(op, "triton", inputs, wrt)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import linmu_ops
-from linmu_ops._testing import check_against_reference
+from linmu_ops._testing import check_implementation
 from tests.ops.test_window_attention import CASES, make_inputs
 
 pytest.importorskip("triton")
@@ -18,16 +17,8 @@ SLOW = {"several-query-blocks", "several-key-blocks"}  # hundreds of interpreted
 def test_forward_and_backward(name):
     inputs = make_inputs(CASES[name], torch.float32)
     inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-    def by(impl):
-        def f(**kw):
-            with linmu_ops.use_impl(f"window_attention:{impl}"):
-                return linmu_ops.window_attention(**kw)
-
-        return f
-
     wrt = [k for k in ("q", "k", "v", "bias") if k in inputs]
-    check_against_reference(by("triton"), by("reference"), inputs, wrt)
+    check_implementation("window_attention", "triton", inputs, wrt)
 
 
 def test_a_corrupt_table_stays_inside():
