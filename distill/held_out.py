@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from transformers import PreTrainedModel
 from distill.losses import kept_positions
 from distill.teacher import Batch
 from distill.train import model_inputs
-
-FILE = "held_out.json"
 
 
 @torch.no_grad()
@@ -45,32 +42,3 @@ def measure(
         count += len(kept)
     nll, agreement, kl = (sums / max(count, 1)).tolist()
     return {"tokens": count, "nll": nll, "perplexity": math.exp(nll), "agreement": agreement, "kl": kl}
-
-
-def section(results: dict[str, dict[str, Any]]) -> str:
-    """The part of the report about it, in Markdown."""
-    from distill.report import table
-
-    rows = [
-        [label, f"{row['perplexity']:.2f}", f"{row['nll']:.3f}", f"{row['kl']:.3f}", f"{row['agreement']:.1%}"]
-        for label, row in results.items()
-    ]
-    tokens = next(iter(results.values()))["tokens"]
-    return "\n".join(
-        [
-            "## How well it predicts",
-            "",
-            f"On {tokens:,} tokens of held-out data: perplexity (the lower, the better), surprise and distance to the "
-            "teacher in nats a token, and how often it finds the same next token the most likely as the teacher does.",
-            "",
-            table(["", "perplexity", "-log p", "KL to teacher", "same next token"], rows),
-            "",
-            "",
-        ]
-    )
-
-
-def add_section(report: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Put the section into a written report, before what stands last in it."""
-    before, mark, after = report.read_text().partition("## Use it")
-    report.write_text(before + section(results) + mark + after)

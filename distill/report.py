@@ -152,6 +152,14 @@ def _speed(rows: list[dict[str, Any]]) -> str:
     return table(head, body)
 
 
+def _held_out(results: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [label, f"{row['perplexity']:.2f}", f"{row['nll']:.3f}", f"{row['kl']:.3f}", f"{row['agreement']:.1%}"]
+        for label, row in results.items()
+    ]
+    return table(["", "perplexity", "-log p", "KL to teacher", "same next token"], rows)
+
+
 def save_picture(frames: np.ndarray, path: Path, scale: int = 3, most: int = 8) -> None:
     """An image, or up to `most` evenly chosen frames of a video side by side, as PNG."""
     from PIL import Image
@@ -247,6 +255,17 @@ def write_report(
         ]
     if groups:
         parts += ["## Three questions", "", _examples(folder, config, teacher, student, tokenizer)]
+    if held_out := _read(folder / "held_out.json"):
+        parts += [
+            "## How well it predicts",
+            "",
+            f"On {next(iter(held_out.values()))['tokens']:,} tokens of held-out data: perplexity (the lower, the "
+            "better), surprise and distance to the teacher in nats a token, and how often it finds the same next token "
+            "the most likely as the teacher does.",
+            "",
+            _held_out(held_out),
+            "",
+        ]
     parts += [
         "## Use it",
         "",

@@ -204,7 +204,7 @@ class Run:
 
     def measure_held_out(self, label: str, model: PreTrainedModel) -> None:
         """Perplexity and agreement on held-out data, kept under `label` in `held_out.json`."""
-        options, path = self.config.evaluation, self.folder / held_out.FILE
+        options, path = self.config.evaluation, self.folder / "held_out.json"
         table = json.loads(path.read_text()) if path.exists() else {}
         if options.held_out is None or label in table:
             return
@@ -274,10 +274,7 @@ class Run:
         if self.config.evaluation.speed_lengths and not speed.exists():
             rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, self.config.evaluation)
             write_atomically(speed, json.dumps(rows, indent=1))
-        report = write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
-        if (self.folder / held_out.FILE).exists():
-            held_out.add_section(report, json.loads((self.folder / held_out.FILE).read_text()))
-        return report
+        return write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
 
 
 def distill(config: Config, stage: int | None = None, resume: bool = False) -> Path | None:
