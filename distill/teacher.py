@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -81,6 +82,16 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
+def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that last as long as the context."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
 def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
     """Collect what each module returns, `(B, L, D)`, while the context is open.
 
@@ -97,11 +108,8 @@ def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]
 
     # The decoder passes hidden_states by keyword; a hook without kwargs sees no inputs.
     handles = [m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
-    try:
+    with _removed(handles):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -116,11 +124,8 @@ def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]
         return hook
 
     handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
-    try:
+    with _removed(handles):
         yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -134,11 +139,8 @@ def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> It
         )
 
     handles = [m.register_forward_pre_hook(put(x), with_kwargs=True) for m, x in zip(modules, inputs, strict=True)]
-    try:
+    with _removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def share_vision_features(*models: PreTrainedModel) -> None:
