@@ -196,7 +196,7 @@ class Tutor(torch.nn.Module):
             known.append(told)
         logits, truth = self.facts(torch.cat(knowing)), torch.cat(known)
         ignorance = [
-            torch.nn.functional.cross_entropy(part[where != UNKNOWN], where[where != UNKNOWN])
+            torch.nn.functional.cross_entropy(part, where, ignore_index=UNKNOWN)
             for part, where in zip(logits.split(list(FACTS.values()), -1), truth.unbind(-1), strict=True)
             if (where != UNKNOWN).any()
         ]
@@ -208,7 +208,7 @@ class Trainer:
     """Trains one part of the curriculum; its state is a step number, the model and the optimiser."""
 
     def __init__(self, work: Path, part: str, seed: int) -> None:
-        """Start `part` from what the earlier parts left in `work`, or where its own checkpoint stands."""
+        """Start `part` afresh, or where its checkpoint in `work` stands."""
         self.work, self.part, self.seed = work, part, seed
         self.phases = [phase for phase in CURRICULUM if phase.part == part]
         self.tokenizer = build_tokenizer()
@@ -372,16 +372,14 @@ def assemble(work: Path, seed: int) -> Trainer:
     Raises:
         RuntimeError: a part has not been trained to its end.
     """
-    trainer = Trainer(work, "mind", seed)
-    for part in PARTS:
-        wanted = sum(phase.steps for phase in CURRICULUM if phase.part == part)
-        state = torch.load(trainer.checkpoint(part), weights_only=True) if trainer.checkpoint(part).exists() else {}
-        if state.get("step", 0) < wanted:
-            raise RuntimeError(f"{part!r} stands at step {state.get('step', 0)} of {wanted}: train it to its end first")
-        if part == "eyes":
-            eyes = {name: tensor for name, tensor in state["model"].items() if name.startswith("model.visual.")}
-            trainer.model.load_state_dict(eyes, strict=False)
-    return trainer
+    trainers = {part: Trainer(work, part, seed) for part in PARTS}
+    for part, trainer in trainers.items():
+        if trainer.phase() is not None:
+            wanted = sum(phase.steps for phase in trainer.phases)
+            raise RuntimeError(f"{part!r} stands at step {trainer.step} of {wanted}: train it to its end first")
+    mind = trainers["mind"]
+    mind.model.model.visual.load_state_dict(trainers["eyes"].model.model.visual.state_dict())
+    return mind
 
 
 @app.command()

@@ -25,6 +25,11 @@ _GLYPH_SHIFTS_X = (-3, -2, -1, 0, 1, 2, 3)
 _CLUTTER = 96
 
 
+def is_letter(cells: np.ndarray) -> np.ndarray:
+    """Which cells, given by their classes, show a letter."""
+    return (cells > 0) & (cells <= len(LETTERS))
+
+
 def check_split(split: str) -> str:
     """Return `split`, or raise when it is none of `SPLITS`."""
     if split not in SPLITS:

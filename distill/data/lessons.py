@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distill.data.assets import CLASSES, LETTERS
+from distill.data.assets import CLASSES, LETTERS, is_letter
 from distill.data.tasks import MAX_COUNT, NEEDLE_SIZE, VIDEO_FRAMES, Sample
 
 UNKNOWN = -100
@@ -41,18 +41,16 @@ def cell_facts(sample: Sample) -> np.ndarray:
     """Facts of each visual token, `(N, len(FACTS))` int64, `UNKNOWN` where there is nothing to know."""
     cells = sample.cells
     frame, row, column = np.indices(cells.shape)
-    facts = np.full((*cells.shape, len(FACTS)), UNKNOWN)
-    facts[..., 0], facts[..., 1] = row, column
-    facts[..., 5], facts[..., 6] = cells, np.select([cells > len(LETTERS), cells > 0], [2, 1], 0)
+    kind = np.select([cells > len(LETTERS), cells > 0], [2, 1], 0)
+    known = {"row": row, "column": column, "symbol": cells, "kind": kind}
     if sample.group == "video":
-        facts[..., 2] = frame
-        facts[..., 4] = (cells > 0) & (cells != cells[0])
         # A cell may hold what it held at first by another digit's leaving and coming only if two digits move; one does.
+        known |= {"frame": frame, "moved": (cells > 0) & (cells != cells[0])}
     if sample.group == "needle":
-        letters = (cells > 0) & (cells <= len(LETTERS))
-        first = np.argmax(letters, axis=2, keepdims=True)
-        facts[..., 3] = np.where(letters, column - first, UNKNOWN)
-    return facts.reshape(-1, len(FACTS))
+        letters = is_letter(cells)
+        known["letter"] = np.where(letters, column - np.argmax(letters, axis=2, keepdims=True), UNKNOWN)
+    nothing = np.full(cells.shape, UNKNOWN)
+    return np.stack([known.get(name, nothing) for name in FACTS], axis=-1).reshape(-1, len(FACTS))
 
 
 def cell_pointers(sample: Sample) -> list[tuple[int, tuple[int, ...]]]:
@@ -64,7 +62,7 @@ def cell_pointers(sample: Sample) -> list[tuple[int, tuple[int, ...]]]:
             path = np.flatnonzero(cells == digit).tolist()
             pairs += [(cell, (path[0],)) for cell in path]
     if sample.group == "needle":
-        letters = np.flatnonzero((cells > 0) & (cells <= len(LETTERS))).tolist()
+        letters = np.flatnonzero(is_letter(cells)).tolist()
         pairs += [(cell, tuple(letters[: i + 1])) for i, cell in enumerate(letters)]
     return pairs
 
@@ -113,6 +111,6 @@ def _turn_pointers(sample: Sample, question: str, answer: str) -> list[tuple[int
     if words == ["digit"]:
         return [(0, holding(answer), 1.0, ("kind",))]
     if words == ["word"]:
-        letters = flat[(cells > 0) & (cells <= len(LETTERS))]
+        letters = flat[is_letter(cells)]
         return [(i, letters[i : i + 1], 1.0, ("letter",)) for i in range(len(answer))]
     raise ValueError(f"no pointers for the question {question!r}")

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from linmu_models.chat import SLOT
 from linmu_models.media import Source
 
-FORMATS = ("onevision", "llava_video", "activitynet_qa", "text")
-
 _PLACEHOLDER = re.compile(r"<image>|<video>")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _VIDEO_FILES = ("mp4", "mkv", "webm")

@@ -63,7 +63,7 @@ def draw_cells(rng: np.random.Generator, cells: np.ndarray, split: str, keep_ima
     face = rng.choice(assets.face_indices(split))
     size = rng.integers(glyphs.shape[1])
     shifts = np.broadcast_to(rng.integers(glyphs.shape[2], size=(*cells.shape[:2], 1)), cells.shape)
-    letters = (cells >= 1) & (cells <= len(LETTERS))
+    letters = assets.is_letter(cells)
     coverage[letters] = glyphs[face, size, shifts[letters], cells[letters] - 1]
     images, rows = assets.digit_table(split)
     for digit in np.unique(cells[cells > len(LETTERS)]):
