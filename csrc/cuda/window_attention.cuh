@@ -208,6 +208,30 @@ __device__ inline void read_slots(const WindowAttentionParams& p, const WindowSl
   }
 }
 
+// For all of a block's threads, its warps' own copies included: a window's keys and values from entry k0 on, as many as
+// the tiles hold, unless they are there already (`resident`, which is kept). Returns how many rows of the tiles count.
+template <class T>
+__device__ inline int bring_keys(const WindowPlan& s, const WindowSlots& window, int k0, int64_t group, int columns,
+                                 T* k_tile, T* v_tile, int* tokens, int* coords, bool& resident) {
+  const int threads = blockDim.x;
+  const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys, rows = (here + 15) / 16 * 16;
+  if (!resident) {
+    __syncthreads();
+    read_slots(s.p, window, k0, s.keys, tokens, coords, threadIdx.x, threads);
+    __syncthreads();
+    gather(s, k_tile, rows, columns, tokens, s.k, group, true, threadIdx.x, threads);
+    gather(s, v_tile, rows, columns, tokens, s.v, group, false, threadIdx.x, threads);
+  }
+  copy_commit();
+  copy_wait<0>();
+  if (resident)
+    sync_warp();
+  else
+    __syncthreads();
+  resident = window.count <= s.keys;
+  return rows;
+}
+
 // Scores leave a product as q . k. They become the exponents of softmax's powers: of 2 for 16-bit types, where the
 // weights are rounded to 16 bits anyway, and of e in float.
 template <class T>

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
   constexpr int M = Own::kQueries, N = Own::kKeys, pitch = Own::kPitch;
   LINMU_SHARED(memory);
   const WindowAttentionParams& p = s.p;
-  const int threads = blockDim.x, warps = threads / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
   const WindowSlots window = window_slots(p, pair / p.groups);
   const int share = static_cast<int>(p.heads / p.groups);
@@ -111,21 +111,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
     bool ready = false;
 
     for (int k0 = 0; k0 < window.count; k0 += s.keys) {
-      const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys, rows = (here + 15) / 16 * 16;
-      if (!resident) {
-        __syncthreads();
-        read_slots(p, window, k0, s.keys, key_tokens, key_coords, threadIdx.x, threads);
-        __syncthreads();
-        gather(s, k_tile, rows, D, key_tokens, s.k, group, true, threadIdx.x, threads);
-        gather(s, v_tile, rows, D, key_tokens, s.v, group, false, threadIdx.x, threads);
-      }
-      copy_commit();
-      copy_wait<0>();
-      if (resident)
-        sync_warp();
-      else
-        __syncthreads();
-      resident = window.count <= s.keys;
+      const int rows = bring_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
       if (!active) continue;
       if (!ready) {
         for (int r = 0; r < M; ++r) {
