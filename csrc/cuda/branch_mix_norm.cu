@@ -66,19 +66,6 @@ __device__ inline void write(float* to, const float (&x)[V]) {
     *reinterpret_cast<Vec<float, W>*>(to + i) = values;
   }
 }
-template <int V, class T>
-__device__ inline void read_as_float(float (&x)[V], const T* from) {
-  const Vec<T, V> values = *reinterpret_cast<const Vec<T, V>*>(from);
-#pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = to_float(values.v[i]);
-}
-template <int V, class T>
-__device__ inline void write_rounded(T* to, const float (&x)[V]) {
-  Vec<T, V> values;
-#pragma unroll
-  for (int i = 0; i < V; ++i) values.v[i] = from_float<T>(x[i]);
-  *reinterpret_cast<Vec<T, V>*>(to) = values;
-}
 // to += x.
 template <int V>
 __device__ inline void add(float* to, const float (&x)[V]) {

@@ -36,20 +36,6 @@ struct Line {
   }
 };
 
-template <class T, int V>
-__device__ inline void load(float (&x)[V], const T* from) {
-  const Vec<T, V> values = *reinterpret_cast<const Vec<T, V>*>(from);
-#pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = to_float(values.v[i]);
-}
-template <class T, int V>
-__device__ inline void store(T* to, const float (&x)[V]) {
-  Vec<T, V> values;
-#pragma unroll
-  for (int i = 0; i < V; ++i) values.v[i] = from_float<T>(x[i]);
-  *reinterpret_cast<Vec<T, V>*>(to) = values;
-}
-
 // K: an upper bound of the width. V channels from d.
 template <class T, int K, int V>
 struct Filter {
@@ -82,9 +68,9 @@ struct Filter {
       for (int i = 0; i < V; ++i) past[j][i] = 0.f;
       if (j + 1 >= p.width || cut) continue;
       if (v >= 0)
-        load<T, V>(past[j], static_cast<const T*>(p.x) + line.row(v) + d);
+        read_as_float(past[j], static_cast<const T*>(p.x) + line.row(v) + d);
       else if (p.initial_state)
-        load<T, V>(past[j], static_cast<const T*>(p.initial_state) + line.past(v) + d);
+        read_as_float(past[j], static_cast<const T*>(p.initial_state) + line.past(v) + d);
       if (line.starts(v)) cut = true, age = j;
     }
   }
@@ -148,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int r = 0; r < kAhead; ++r) {
       if (v + r >= v1) break;
       rows[r] = line.row(v + r) + at.d;
-      load<T, V>(x[r], static_cast<const T*>(p.x) + rows[r]);
+      read_as_float(x[r], static_cast<const T*>(p.x) + rows[r]);
     }
 #pragma unroll
     for (int r = 0; r < kAhead; ++r) {
@@ -158,14 +144,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       filter.convolve(z, x[r]);
 #pragma unroll
       for (int i = 0; i < V; ++i) z[i] = p.silu ? z[i] / (1.f + expf(-z[i])) : z[i];
-      store<T, V>(static_cast<T*>(p.y) + rows[r], z);
+      write_rounded(static_cast<T*>(p.y) + rows[r], z);
       filter.leave(x[r]);
     }
   }
   if (!p.final_state || v1 < p.length) return;
 #pragma unroll
   for (int j = 1; j < K; ++j)
-    if (j < p.width) store<T, V>(static_cast<T*>(p.final_state) + line.past(-j) + at.d, filter.past[j - 1]);
+    if (j < p.width) write_rounded(static_cast<T*>(p.final_state) + line.past(-j) + at.d, filter.past[j - 1]);
 }
 
 template <class T, int K, int V>
@@ -186,16 +172,16 @@ __global__ void __launch_bounds__(kThreads)
   const auto emit = [&](int64_t v, const float (&dx)[V]) {
     if (v < first || v >= v1) return;
     if (v >= 0)
-      store<T, V>(static_cast<T*>(q.dx) + line.row(v) + at.d, dx);
+      write_rounded(static_cast<T*>(q.dx) + line.row(v) + at.d, dx);
     else if (q.dinitial_state)
-      store<T, V>(static_cast<T*>(q.dinitial_state) + line.past(v) + at.d, dx);
+      write_rounded(static_cast<T*>(q.dinitial_state) + line.past(v) + at.d, dx);
   };
 
   for (int64_t v = v0; v < end; ++v) {
     const int64_t row = line.row(v) + at.d;
     float x[V], g[V];
-    load<T, V>(x, static_cast<const T*>(p.x) + row);
-    load<T, V>(g, static_cast<const T*>(q.grad_y) + row);
+    read_as_float(x, static_cast<const T*>(p.x) + row);
+    read_as_float(g, static_cast<const T*>(q.grad_y) + row);
     filter.arrive(line.starts(v));
     if (p.silu) {
       float z[V];
@@ -229,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
       if (j > before) break;
       if (q.grad_final_state && j - 1 <= filter.age) {
         float last[V];
-        load<T, V>(last, static_cast<const T*>(q.grad_final_state) + line.past(-j) + at.d);
+        read_as_float(last, static_cast<const T*>(q.grad_final_state) + line.past(-j) + at.d);
 #pragma unroll
         for (int i = 0; i < V; ++i) pending[j - 1][i] += last[i];
       }
@@ -239,8 +225,8 @@ __global__ void __launch_bounds__(kThreads)
   float* own = sums + (at.b * chunks + at.chunk) * (p.width + 1) * p.dim + at.d;
 #pragma unroll
   for (int j = 0; j < K; ++j)
-    if (j < p.width) store<float, V>(own + j * p.dim, dtaps[j]);
-  store<float, V>(own + p.width * p.dim, dbias);
+    if (j < p.width) write_rounded(own + j * p.dim, dtaps[j]);
+  write_rounded(own + p.width * p.dim, dbias);
 }
 
 __global__ void conv_sums_kernel(const __grid_constant__ CausalConv1dBwdParams q, int64_t parts, const float* sums) {

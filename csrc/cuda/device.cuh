@@ -112,6 +112,21 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
+// V values of any type, in one piece of memory.
+template <int V, class T>
+__device__ inline void read_as_float(float (&x)[V], const T* from) {
+  const Vec<T, V> values = *reinterpret_cast<const Vec<T, V>*>(from);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = to_float(values.v[i]);
+}
+template <int V, class T>
+__device__ inline void write_rounded(T* to, const float (&x)[V]) {
+  Vec<T, V> values;
+#pragma unroll
+  for (int i = 0; i < V; ++i) values.v[i] = from_float<T>(x[i]);
+  *reinterpret_cast<Vec<T, V>*>(to) = values;
+}
+
 // log(1 + exp(x)) as torch has it: x itself where that is exact in float.
 __device__ inline float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 // Its derivative.

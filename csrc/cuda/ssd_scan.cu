@@ -55,13 +55,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t size = static_cast<int64_t>(Q) * pitch;  // of a tile of B or C
   const int first = p.forward.on ? 0 : 1, last = p.reverse.on ? 1 : 0;
 
-  for (int i = tid; i < Q; i += kThreads) {
-    tokens[i] = s.tokens[s.rows(b, c) + i];
-    for (int d = first; d <= last; ++d) {
-      segments[d * Q + i] = s.segments[d][s.rows(b, c) + i];
-      visits[d * Q + i] = s.visits[d][s.rows(b, h, c) + i];
-    }
-  }
+  read_visits(s, Q, b, h, c, first, last, tokens, segments, visits, tid, kThreads);
   __syncthreads();
   const T* x = group_of<T>(p.x, p.groups_x, b, h, H);
   const auto load_x = [&](int64_t p0) {

@@ -36,6 +36,18 @@ struct ScanPlan {
   __host__ __device__ int64_t rows(int64_t b, int64_t h, int64_t c) const { return rows(b * p.heads + h, c); }
 };
 
+// What a block needs to know of its chunk of Q visits, for directions first to last.
+__device__ inline void read_visits(const ScanPlan& s, int Q, int64_t b, int64_t h, int64_t c, int first, int last,
+                                   int* tokens, int* segments, Visit* visits, int thread, int threads) {
+  for (int i = thread; i < Q; i += threads) {
+    tokens[i] = s.tokens[s.rows(b, c) + i];
+    for (int d = first; d <= last; ++d) {
+      segments[d * Q + i] = s.segments[d][s.rows(b, c) + i];
+      visits[d * Q + i] = s.visits[d][s.rows(b, h, c) + i];
+    }
+  }
+}
+
 // Plans and launches `visits`.
 ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context);
 

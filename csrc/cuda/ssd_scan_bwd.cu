@@ -121,13 +121,7 @@ class ChunkGradients {
 
  private:
   __device__ void load_visits(int first, int last) {
-    for (int i = tid; i < Q; i += kThreads) {
-      tokens[i] = s.tokens[s.rows(b, c) + i];
-      for (int d = first; d <= last; ++d) {
-        segments[d * Q + i] = s.segments[d][s.rows(b, c) + i];
-        visits[d * Q + i] = s.visits[d][s.rows(b, h, c) + i];
-      }
-    }
+    read_visits(s, Q, b, h, c, first, last, tokens, segments, visits, tid, kThreads);
     for (int i = tid; i < 2 * (Q / kColumns) * Q; i += kThreads) row_sums[i] = 0, row_flows[i] = 0;
     for (int i = tid; i < 2 * (Q / kRows) * Q; i += kThreads) column_sums[i] = 0, column_flows[i] = 0;
     for (int i = tid; i < 11 * Q; i += kThreads) diagonal[i] = 0;

@@ -54,13 +54,7 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
   T* states = reinterpret_cast<T*>(memory + tiles.states);
   const int64_t size = group_tile<T>(Q, o.state_dim), state_size = group_tile<T>(o.head_dim, o.state_dim);
 
-  for (int i = tid; i < Q; i += kThreads) {
-    tokens[i] = s.tokens[s.rows(b, c) + i];
-    for (int d = first; d <= last; ++d) {
-      segments[d * Q + i] = s.segments[d][s.rows(b, c) + i];
-      visits[d * Q + i] = s.visits[d][s.rows(b, h, c) + i];
-    }
-  }
+  read_visits(s, Q, b, h, c, first, last, tokens, segments, visits, tid, kThreads);
   __syncthreads();
   const auto load = [&](T* tile, const SsdScanTensor& t, int64_t groups, int columns, int64_t width, bool fast) {
     const T* from = group_of<T>(t, groups, b, h, H);
@@ -128,10 +122,7 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
     if (!scored) continue;
     unsigned fragments[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int f = 0; f < 4; ++f)
-        fragments[k][f] = pair_bits<T>(m.v[0][2 * k + f / 2][f % 2 * 2], m.v[0][2 * k + f / 2][f % 2 * 2 + 1]);
+    for (int k = 0; k < 4; ++k) to_operand<T>(fragments[k], m, 0, k);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       if (part * kColumns >= o.head_dim) continue;

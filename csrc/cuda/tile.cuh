@@ -63,12 +63,10 @@ struct Sums {
   // f(value, row, column) for each of the lane's values.
   template <class F>
   __device__ void each(F&& f) {
-#pragma unroll
-    for (int i = 0; i < M / 16; ++i)
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) f(v[i][j][e], i * 16 + lane_row() + e / 2 * 8, j * 8 + lane_column() + e % 2);
+    each_pair([&](float& first, float& second, int row, int column) {
+      f(first, row, column);
+      f(second, row, column + 1);
+    });
   }
   // f(two values side by side, row, column of the first).
   template <class F>
@@ -148,6 +146,14 @@ __device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, c
   }
 }
 
+// Part k of 16 columns of a 16-row part i of sums, rounded to T, as mma takes its first operand from registers.
+template <class T, int M, int N>
+__device__ inline void to_operand(unsigned (&to)[4], const Sums<M, N>& sums, int i, int k) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q)
+    to[q] = pack<T>(sums.v[i][2 * k + q / 2][q % 2 * 2], sums.v[i][2 * k + q / 2][q % 2 * 2 + 1]);
+}
+
 // sums += A B, with A in the lanes' registers where another product left it, rounded to T: M x K, of which the first
 // `parts` of K / 16 count, and B K x N in a tile, rows along the depth.
 template <int M, int K, int N, class T>
@@ -158,10 +164,7 @@ __device__ inline void multiply_kept(Sums<M, N>& sums, const Sums<M, K>& a, cons
     if (k >= parts) break;
     unsigned fa[M / 16][4];
 #pragma unroll
-    for (int i = 0; i < M / 16; ++i)
-#pragma unroll
-      for (int q = 0; q < 4; ++q)
-        fa[i][q] = pack<T>(a.v[i][2 * k + q / 2][q % 2 * 2], a.v[i][2 * k + q / 2][q % 2 * 2 + 1]);
+    for (int i = 0; i < M / 16; ++i) to_operand<T>(fa[i], a, i, k);
 #pragma unroll
     for (int j = 0; j < N / 16; ++j) {
       unsigned fb[4];

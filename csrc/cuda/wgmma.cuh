@@ -171,11 +171,6 @@ __device__ inline Operand by_depth(T* tile, int rows, int row, int column) {
   return operand(group_at(tile, rows, row, column), 128, rows * 16);
 }
 
-template <class T>
-__device__ inline unsigned pair_bits(float first, float second) {
-  return from_float<T>(first).bits | static_cast<unsigned>(from_float<T>(second).bits) << 16;
-}
-
 #endif
 
 }  // namespace linmu

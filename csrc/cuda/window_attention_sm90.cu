@@ -90,10 +90,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
         }
         unsigned weights[4][4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int f = 0; f < 4; ++f)
-            weights[k][f] = pack<T>(scores.v[0][2 * k + f / 2][f % 2 * 2], scores.v[0][2 * k + f / 2][f % 2 * 2 + 1]);
+        for (int k = 0; k < 4; ++k) to_operand<T>(weights[k], scores, 0, k);
 #pragma unroll
         for (int part = 0; part < D / 64; ++part) group_hold(out[part]);
         group_begin();
