@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
@@ -107,9 +108,16 @@ class Run:
 
     # -- steps of a run ------------------------------------------------------------------------------------------
 
+    def is_finished(self, number: int) -> bool:
+        """Whether a stage has its result, as the main process finds it: what a process that lags behind finds may be
+        newer, and processes that go different ways wait for each other for ever."""
+        found = [handoff.is_finished(self.folder, number)]
+        broadcast_object_list(found)
+        return found[0]
+
     def prepare(self) -> None:
         """Convert and calibrate: "stage 0"."""
-        if handoff.is_finished(self.folder, 0):
+        if self.is_finished(0):
             handoff.load_result(self.folder, 0, self.teacher_hash, self.config)
             return
         if self.accelerator.is_main_process:
@@ -297,7 +305,7 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
         run.prepare()
         run.evaluate_stage(0)
     for number in wanted:
-        if handoff.is_finished(config.folder, number):
+        if run.is_finished(number):
             handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
         else:
             run.train(number)

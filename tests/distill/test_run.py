@@ -220,23 +220,40 @@ def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
         distill(parse_config({**values, "name": "s", "mixed_precision": "no"}))
 
 
+_SECOND_PROCESS_LATE = """
+import time
+from distill import cli, run
+
+prepare = run.Run.prepare
+
+def prepare_late(self):
+    time.sleep(4 * self.accelerator.process_index)
+    prepare(self)
+
+run.Run.prepare = prepare_late
+cli.main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_accelerate_launch(teacher, tmp_path, parallel):
-    """Two processes of the command give the curves of one process with twice the micro-batches."""
+    """Two processes, one of them late, give the curves of one process with twice the micro-batches."""
     changes = dict(evaluation={"samples": 0, "speed_lengths": []}, threads=1)
     one = parse_config(_values(tmp_path / "one", teacher, gradient_accumulation=2, **changes))
     distill(one)
     values = _values(tmp_path / "two", teacher, parallel=parallel, **changes)
     path = tmp_path / "c.json.toml"
     path.write_text(_toml(values))
+    program = tmp_path / "late.py"
+    program.write_text(_SECOND_PROCESS_LATE)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     root = Path(__file__).parents[2]
     # `--cpu` would start one process, or ask for MPI.
     environment = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
-    command += ["-m", "distill.cli", "distill", str(path)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    command += [str(program), "distill", str(path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "report: " in done.stdout
     two = parse_config(values)
