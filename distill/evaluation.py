@@ -20,7 +20,8 @@ def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float
         return 0.0, 1.0
     p, spread = correct / n, z * z / n
     centre, half = p + spread / 2, z * sqrt(p * (1 - p) / n + spread / (4 * n))
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
+    # Rounding may put an end that is 0 or 1 on the wrong side of p.
+    return min(p, max(0.0, (centre - half) / (1 + spread))), max(p, min(1.0, (centre + half) / (1 + spread)))
 
 
 @dataclass(frozen=True)

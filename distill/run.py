@@ -23,6 +23,7 @@ from distill.sources import build_source
 from distill.stages import STAGES
 from distill.student import (
     add_lora,
+    hidden_kinds,
     load_own_state,
     mean_squares,
     merge_lora,
@@ -136,7 +137,9 @@ class Run:
             layers = list(student.blocks)
             with self.accelerator.autocast():
                 linmu_models.calibrate(student.model, self.teacher, batches)
-                squares = mean_squares(self.teacher, layers, batches)
+                average = self.config.losses.hidden_average
+                kinds = [hidden_kinds(student.model, batch, average) for batch in batches]
+                squares = mean_squares(self.teacher, layers, batches, kinds)
             handoff.save_result(
                 self.folder, 0, own_state(student.model, student.blocks), self.teacher_hash, self.config,
                 layers=layers, mean_squares=squares,

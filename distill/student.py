@@ -125,16 +125,32 @@ def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
         ours[name].copy_(tensor)
 
 
+def hidden_kinds(student: PreTrainedModel, batch: Batch, average: str) -> dict[str, Tensor]:
+    """(B, L) masks of the tokens that share a mean in L_hid: all of them, or visual tokens and text apart."""
+    mask = batch["attention_mask"].bool()
+    if average == "tokens":
+        return {"tokens": mask}
+    layout = student.build_layout({name: value for name, value in batch.items() if name != "labels"})
+    visual = torch.zeros_like(mask) if layout is None else layout.visual_mask(mask.device)
+    return {"visual": mask & visual, "text": mask & ~visual}
+
+
 @torch.no_grad()
-def mean_squares(teacher: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch]) -> list[float]:
-    """For each layer, the mean over tokens of ||attention output||^2."""
-    sums, count = torch.zeros(len(layers), dtype=torch.float64), 0
-    modules = attention_modules(teacher)
-    for batch in batches:
+def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch],
+                 kinds: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:  # fmt: skip
+    """For each kind of token and each layer, the mean of ||attention output||^2; 1 where no token is of the kind.
+
+    Args:
+        kinds: what `hidden_kinds` gives for each batch.
+    """
+    sums = {kind: torch.zeros(len(layers), dtype=torch.float64) for kind in kinds[0]}
+    counts = dict.fromkeys(sums, 0)
+    modules = attention_modules(model)
+    for batch, masks in zip(batches, kinds, strict=True):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with record_outputs([modules[i] for i in layers]) as outputs:
-            teacher.model(**inputs, use_cache=False)
-        mask = batch["attention_mask"].bool()
-        sums += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
-        count += int(mask.sum())
-    return (sums / count).tolist()
+            model.model(**inputs, use_cache=False)
+        for kind, mask in masks.items():
+            sums[kind] += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
+            counts[kind] += int(mask.sum())
+    return {kind: (sums[kind] / counts[kind]).tolist() if counts[kind] else [1.0] * len(layers) for kind in sums}

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
+from distill.student import hidden_kinds
 from distill.teacher import (
     Batch,
     Source,
@@ -62,8 +63,8 @@ class Teacher:
     model: PreTrainedModel
     layers: Sequence[int]
     """The decoder layers whose attention the student has replaced."""
-    scales: Sequence[float] | None = None
-    """Mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
+    scales: Mapping[str, Sequence[float]] | None = None
+    """For each kind of token, the mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch, hidden: bool, inputs: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -93,6 +94,8 @@ class Part:
     hidden: list[Tensor]
     inputs: list[Tensor]
     """What the teacher's attention saw at each layer, where the student's blocks are to see it too; else empty."""
+    kinds: dict[str, Tensor]
+    """(num_rows, L) bool for each kind of token that has a mean of its own in L_hid."""
     same: Tensor
     """(num_rows,) bool: rows whose true answers are the teacher's own answers too."""
     counts: dict[str, int]
@@ -122,14 +125,19 @@ class Objective(nn.Module):
             states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
         losses = {}
         if hidden:
-            mask = part.batch["attention_mask"][: part.num_rows].bool()
-            losses["hidden"] = hidden_loss(
-                [output[: part.num_rows, : mask.shape[1]] for output in outputs],
-                part.hidden,
-                mask,
-                scales=teacher.scales,
-                num_tokens=counts["hidden"],
-            )
+            length = part.hidden[0].shape[1]
+            ours = [output[: part.num_rows, :length] for output in outputs]
+            means = [
+                hidden_loss(
+                    ours,
+                    part.hidden,
+                    mask,
+                    scales=None if teacher.scales is None else teacher.scales[kind],
+                    num_tokens=counts[kind],
+                )
+                for kind, mask in part.kinds.items()
+            ]
+            losses["hidden"] = torch.stack(means).mean()
         kept = kept_positions(part.batch["labels"])
         true_rows = kept.rows < part.num_rows
         own = torch.cat([part.same, part.same.new_ones(len(part.batch["labels"]) - part.num_rows)])
@@ -153,9 +161,9 @@ class Objective(nn.Module):
         return {**losses, **{name: value for name, value in every.items() if name in shown}}
 
 
-def assemble(source: Source, samples: list[Any], teacher: Teacher, stage: Stage, config: Config,
-             transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
-    """Run the teacher on samples and collect what the losses need."""
+def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreTrainedModel, stage: Stage,
+             config: Config, transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
+    """Run the teacher on samples and collect what the losses need; the student tells where its visual tokens are."""
 
     def to_device(batch: Batch) -> Batch:
         return {name: value.to(device) for name, value in batch.items()}
@@ -167,6 +175,7 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, stage: Stage,
     if not len(kept):
         raise TrainingError("a batch has no supervised position: every answer in it is empty")
     states = kept.select(states)
+    kinds = hidden_kinds(student, batch, config.losses.hidden_average) if hidden else {}
     same = torch.zeros(rows, dtype=torch.bool, device=device)
     if "sequence" in stage.losses:
         # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
@@ -178,13 +187,13 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, stage: Stage,
     all_kept = kept_positions(labels)
     own_rows = torch.cat([same, same.new_ones(len(labels) - rows)])
     counts = {
-        "hidden": int(batch["attention_mask"][:rows].sum()),
+        **{kind: int(mask.sum()) for kind, mask in kinds.items()},
         "token": len(kept),
         "sequence": int(own_rows[all_kept.rows].sum()),
         "supervised": len(kept),
         "input": int(batch["attention_mask"].sum()),
     }
-    return Part(batch, rows, states, hidden, inputs, same, counts)
+    return Part(batch, rows, states, hidden, inputs, kinds, same, counts)
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
@@ -336,7 +345,7 @@ class StageTrainer:
             index = (step * config.gradient_accumulation + i) * processes + rank
             with accelerator.autocast():
                 parts.append(
-                    assemble(self.source, self.source.samples(index), self.teacher, self.stage, config,
+                    assemble(self.source, self.source.samples(index), self.teacher, self.student, self.stage, config,
                              self.transcripts, accelerator.device)
                 )  # fmt: skip
         names = list(parts[0].counts)

@@ -213,3 +213,4 @@ def test_wilson_interval():
     low, high = wilson_interval(90, 100)
     assert low == pytest.approx(0.8256, abs=1e-3) and high == pytest.approx(0.9448, abs=1e-3)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert all(wilson_interval(n, n)[1] == 1.0 for n in range(1, 300))

@@ -173,20 +173,21 @@ def test_a_damaged_result_is_refused(teacher, tmp_path):
 
 
 def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
-    from distill.student import mean_squares
+    from distill.student import hidden_kinds, mean_squares
 
     config = parse_config(_values(tmp_path, teacher, student={"norm": "rms"}))
     run = Run(config)
     run.prepare()
     _, facts = handoff.load_result(config.folder, 0, run.teacher_hash, config)
-    assert facts["layers"] == [0, 1] and all(value > 0 for value in facts["mean_squares"])
+    assert facts["layers"] == [0, 1] and all(value > 0 for value in facts["mean_squares"]["tokens"])
     student = run.student_after(0).model
     from distill.sources import build_source
 
     source = build_source(config.data, config.teacher.path, run.teacher, run.tokenizer, 0)
     batch = source.processor(source.samples(0))
     # The first block sees what the first attention sees; later ones see other streams.
-    ours, theirs = mean_squares(student, [0], [batch])[0], mean_squares(run.teacher, [0], [batch])[0]
+    kinds = [hidden_kinds(student, batch, "tokens")]
+    ours, theirs = (mean_squares(model, [0], [batch], kinds)["tokens"][0] for model in (student, run.teacher))
     assert ours == pytest.approx(theirs, rel=0.05)
 
 

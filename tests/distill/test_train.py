@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -71,7 +72,14 @@ def test_blocks_see_what_the_teachers_attention_saw(tmp_path):
         if wrong:
             trainer.student.get_decoder().layers[0].self_attn.norm.weight.data.mul_(-3.0)
         part = assemble(
-            trainer.source, trainer.source.samples(0), trainer.teacher, trainer.stage, config, None, torch.device("cpu")
+            trainer.source,
+            trainer.source.samples(0),
+            trainer.teacher,
+            trainer.student,
+            trainer.stage,
+            config,
+            None,
+            torch.device("cpu"),
         )
         objective = Objective(trainer.student, trainer.teacher, trainer.stage, config)
         modules = attention_modules(trainer.student)
@@ -308,12 +316,18 @@ def test_recorded_outputs_are_whole_batches_and_need_no_position(tmp_path):
     assert torch.equal(outputs[0], z * 2)
 
 
-def test_hidden_loss_of_a_stage_by_hand(tmp_path):
+@pytest.mark.parametrize("average", ["tokens", "kinds"])
+def test_hidden_loss_of_a_stage_by_hand(tmp_path, average):
     """Against the modules called one by one, with each stream its own."""
-    config = tiny.tiny_config(tmp_path, losses={"relative_hidden": False})
+    config = tiny.tiny_config(tmp_path, losses={"relative_hidden": False, "hidden_average": average})
     trainer = tiny.stage_trainer(config, 1)
+    trainer.student.build_layout = lambda batch: SimpleNamespace(
+        visual_mask=lambda device: batch["mm_token_type_ids"].bool()
+    )
     samples = trainer.source.samples(0)
-    part = assemble(trainer.source, samples, trainer.teacher, trainer.stage, config, None, torch.device("cpu"))
+    part = assemble(
+        trainer.source, samples, trainer.teacher, trainer.student, trainer.stage, config, None, torch.device("cpu")
+    )
     found = Objective(trainer.student, trainer.teacher, trainer.stage, config)(part, part.counts)
     batch = {k: v for k, v in part.batch.items() if k != "labels"}
     streams = []
@@ -328,8 +342,12 @@ def test_hidden_loss_of_a_stage_by_hand(tmp_path):
             handle.remove()
         streams.append((caught, logits))
     mask = batch["attention_mask"].bool()
+    visual = batch["mm_token_type_ids"].bool()
+    masks = [mask] if average == "tokens" else [mask & visual, mask & ~visual]
     wanted = sum(
-        ((a - b) ** 2).sum(-1)[mask].sum() / mask.sum() for a, b in zip(streams[0][0], streams[1][0], strict=True)
+        ((a - b) ** 2).sum(-1)[m].mean() / len(masks)
+        for a, b in zip(streams[0][0], streams[1][0], strict=True)
+        for m in masks
     )
     torch.testing.assert_close(found["hidden"], wanted / 2, rtol=1e-5, atol=1e-5)
     labels = part.batch["labels"][:, 1:]
