@@ -166,8 +166,11 @@ class EvaluationConfig(_Table):
 class StageConfig(_Table):
     """Overrides of one row of the stage table."""
 
-    steps: Positive | None = None
+    steps: Count | None = None
+    """0 skips the stage: the next one goes on from the one before."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    train: Annotated[list[Literal["flex", "swin", "lora"]], Field(min_length=1)] | None = None
+    """Kinds of parameters that are trained, in the place of the table's."""
     losses: dict[Literal["hidden", "token", "sequence", "supervised"], Weight] | None = None
     block_input: Literal["student", "teacher"] = "student"
     """`teacher`: each block is given what the teacher's attention was given, not what the layers below it made. Not
@@ -187,7 +190,8 @@ class Config(_Table):
     seed: int = 0
     teacher: TeacherConfig
     student: dict[str, Any] = {}
-    """Options of the M-MATE block: the fields of `linmu_ops.nn.MMATEConfig`."""
+    """Options of the M-MATE block: the fields of `linmu_ops.nn.MMATEConfig`; and `keep_attention`, a list of decoder
+    layers that stay quadratic, negative ones counted from the end."""
     data: DataConfig = TaskData()
     losses: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -216,6 +220,13 @@ class Config(_Table):
                 raise ValueError(f"stage{number}.block_input must be 'student' with {cause}, got 'teacher'")
         return self
 
+    @model_validator(mode="after")
+    def _check_skipped(self) -> "Config":
+        trained = [number for number in (1, 2, 3) if self.stage(number).steps]
+        if trained == [1] and self.student.get("swin", True):
+            raise ValueError("student.swin must be false where only stage 1 has steps: it trains without Local-Swin")
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the run lives."""
@@ -239,13 +250,17 @@ class Config(_Table):
         return Stage(
             row.number,
             row.title,
-            row.trainable,
+            row.trainable if changes.train is None else tuple(changes.train),
             row.local_swin,
             row.losses if changes.losses is None else {k: w for k, w in changes.losses.items() if w},
             changes.learning_rate or row.learning_rate,
-            changes.steps or row.steps,
+            row.steps if changes.steps is None else changes.steps,
             changes.block_input,
         )
+
+    def has_lora(self, number: int) -> bool:
+        """Whether the student has LoRA in stage `number`: from the first stage on that trains it."""
+        return any("lora" in self.stage(i).trainable for i in range(1, number + 1))
 
     def stage_data(self, number: int) -> TaskData | RecordData:
         """The data of a stage; a table with sets has those of this stage only."""
@@ -257,14 +272,16 @@ class Config(_Table):
     def fingerprint(self, number: int) -> str:
         """Hash of everything in this file that the result of stage `number` depends on, stages before it excepted."""
         stage = self.stage(number)
+        train = self.overrides(number).train
         facts = {
             **self.model_dump(include={"seed", "student", "losses", "optimizer", "mixed_precision"}, mode="json"),
             "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, self.overrides(number).freeze],
             "block_input": stage.block_input,
             "data": self.stage_data(number).model_dump(mode="json", exclude={"workers"}),
-            "lora": self.lora.model_dump(mode="json") if "lora" in stage.trainable else None,
+            "lora": self.lora.model_dump(mode="json") if self.has_lora(number) else None,
             "calibration": self.calibration_batches if number == 1 else None,
             "batches": self.gradient_accumulation,
+            **({} if train is None else {"train": train}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -275,14 +292,21 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: the file is missing, is no TOML, or has a wrong or unknown key.
     """
-    path = Path(path)
+    return parse_config(load_values(path), str(path))
+
+
+def load_values(path: str | Path) -> dict[str, Any]:
+    """The values of a TOML file, unchecked.
+
+    Raises:
+        ConfigError: the file is missing, or is no TOML.
+    """
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return parse_config(values, str(path))
 
 
 def parse_config(values: dict[str, Any], source: str = "config") -> Config:
@@ -290,11 +314,16 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            # pydantic names the kind of a data table among the keys.
-            key = ".".join(str(part) for part in problem["loc"] if part not in ("tasks", "records"))
-            unknown = problem["type"] == "extra_forbidden"
-            said = "unknown key" if unknown else problem["msg"].removeprefix("Value error, ")
-            lines.append(": ".join(filter(None, (source, key, said))))
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError(describe(error, source)) from error
+
+
+def describe(error: ValidationError, source: str) -> str:
+    """A line for each mistake, with its key."""
+    lines = []
+    for problem in error.errors():
+        # pydantic names the kind of a data table among the keys.
+        key = ".".join(str(part) for part in problem["loc"] if part not in ("tasks", "records"))
+        unknown = problem["type"] == "extra_forbidden"
+        said = "unknown key" if unknown else problem["msg"].removeprefix("Value error, ")
+        lines.append(": ".join(filter(None, (source, key, said))))
+    return "\n".join(lines)

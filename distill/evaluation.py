@@ -33,6 +33,8 @@ class Result:
     n: int
     correct: int
     seconds: float
+    hits: tuple[bool, ...] = ()
+    """Which samples were answered right, in their order, so that models can be compared sample by sample."""
     by_question: dict[str, tuple[int, int]] = field(default_factory=dict)
     """For each kind of question (its first word), how many answers were right and how many there were."""
 
@@ -103,16 +105,18 @@ def evaluate(
     was_training = model.training
     model.eval()
     right, asked, start = Counter[str](), Counter[str](), time.perf_counter()
+    hits: list[bool] = []
     for i in range(0, n, step):
         part = samples[i : i + step]
         for sample, said in zip(part, answer(model, processor, part, limit, use_cache), strict=True):
             question, expected = sample.turns[0]
             kind = question.split()[0].rstrip("?")
             asked[kind] += 1
-            right[kind] += said == expected
+            hits.append(said == expected)
+            right[kind] += hits[-1]
     model.train(was_training)
     by_question = {kind: (right[kind], asked[kind]) for kind in asked}
-    return Result(group, split, n, right.total(), time.perf_counter() - start, by_question)
+    return Result(group, split, n, right.total(), time.perf_counter() - start, tuple(hits), by_question)
 
 
 def blind_baseline(group: str, n: int = 200, seed: int = 0, *, split: str = "test") -> float:

@@ -105,6 +105,8 @@ def _stages(folder: Path, config: Config) -> str:
     for stage in STAGES:
         manifest = _read(stage_folder(folder, stage.number) / "manifest.json")
         row = config.stage(stage.number)
+        if not row.steps:
+            continue
         weights = " + ".join(f"{weight:g} {LOSS_NAMES[name]}" for name, weight in row.losses.items())
         records = read_metrics(stage_folder(folder, stage.number))
         rate = np.median([record["tokens_per_second"] for record in records]) if records else 0
@@ -202,7 +204,9 @@ def write_report(
     """Write `report.md` and its figures from the files of a finished run."""
     (folder / "figures").mkdir(exist_ok=True)
     curves = {stage.number: read_metrics(stage_folder(folder, stage.number)) for stage in STAGES}
-    loss_curves(folder / "figures/losses.png", curves, LOSS_NAMES)
+    curves = {number: records for number, records in curves.items() if records}
+    if curves:
+        loss_curves(folder / "figures/losses.png", curves, LOSS_NAMES)
     results, speed = _read(folder / "evaluation.json"), _read(folder / "speed.json")
     groups = [g for g in config.evaluation.groups if results and g in results.get("teacher", {})]
     parts = [
@@ -222,8 +226,7 @@ def write_report(
             if config.losses.relative_hidden
             else ""
         ),
-        "![losses](figures/losses.png)",
-        "",
+        *(["![losses](figures/losses.png)", ""] if curves else []),
     ]
     if groups:
         accuracy_bars(folder / "figures/accuracy.png", results, groups)

@@ -88,7 +88,9 @@ class Run:
     def fresh_student(self, *, lora: bool = False) -> Student:
         """A new student with the teacher's weights; random numbers depend on the seed alone."""
         torch.manual_seed(self.config.seed)
-        model = linmu_models.convert(self.teacher, self.config.student, share_frozen=self.config.teacher.inside)
+        options = dict(self.config.student)
+        kept = options.pop("keep_attention", ())
+        model = linmu_models.convert(self.teacher, options, kept, share_frozen=self.config.teacher.inside)
         blocks = mixers(model, self.teacher)
         handle = add_lora(model, self.config.lora, self.config.seed) if lora else None
         # In half precision, small updates would be rounded away.
@@ -102,7 +104,7 @@ class Run:
     def student_after(self, number: int, *, lora: bool | None = None) -> Student:
         """The student that stage `number` left; 0: calibrated, untrained."""
         state, _ = handoff.load_result(self.folder, number, self.teacher_hash, self.config)
-        student = self.fresh_student(lora="lora" in STAGES[max(number, 1) - 1].trainable if lora is None else lora)
+        student = self.fresh_student(lora=self.config.has_lora(number) if lora is None else lora)
         load_own_state(student.model, state)
         set_local_swin(student.blocks.values(), number == 0 or STAGES[number - 1].local_swin)
         return student
@@ -148,9 +150,18 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def train(self, number: int) -> None:
-        """Train stage `number` from the result of the stage before it."""
+        """Train stage `number` from the result of the stage before it; without steps, hand that result on."""
         config, stage = self.config, self.config.stage(number)
-        student = self.student_after(number - 1, lora="lora" in stage.trainable)
+        if not stage.steps:
+            state, _ = handoff.load_result(self.folder, number - 1, self.teacher_hash, config)
+            if self.accelerator.is_main_process:
+                handoff.save_result(
+                    self.folder, number, state, self.teacher_hash, config,
+                    title=stage.title, steps=0, trained=0, means={}, seconds=0.0,
+                )  # fmt: skip
+            self.accelerator.wait_for_everyone()
+            return
+        student = self.student_after(number - 1, lora=config.has_lora(number))
         _, start = handoff.load_result(self.folder, 0, self.teacher_hash, config)
         set_local_swin(student.blocks.values(), stage.local_swin)
         if config.gradient_checkpointing:
@@ -208,17 +219,18 @@ class Run:
                 result = evaluate(model, self.tokenizer, group, samples, options.seed, **more)
             known[group] = {
                 "n": result.n, "correct": result.correct, "accuracy": result.accuracy, "interval": result.interval,
-                "seconds": result.seconds, "by_question": result.by_question,
+                "right": "".join(str(int(hit)) for hit in result.hits), "seconds": result.seconds,
+                "by_question": result.by_question,
             }  # fmt: skip
             write_atomically(path, json.dumps(table, indent=1))
             self.accelerator.print(f"{label:<8} {result}")
 
-    def measure_held_out(self, label: str, model: PreTrainedModel) -> None:
-        """Perplexity and agreement on held-out data, kept under `label` in `held_out.json`."""
+    def measure_held_out(self, label: str, model: PreTrainedModel) -> dict[str, Any] | None:
+        """Perplexity and agreement on held-out data, if any, kept under `label` in `held_out.json`."""
         options, path = self.config.evaluation, self.folder / "held_out.json"
         table = json.loads(path.read_text()) if path.exists() else {}
         if options.held_out is None or label in table:
-            return
+            return table.get(label)
         if self._held_out is None:
             source = build_source(
                 options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, options.seed
@@ -227,15 +239,19 @@ class Run:
         with self.accelerator.autocast():
             found = held_out.measure(model, self.teacher, self._held_out, self.config.losses.chunk_size)
         table[label] = found
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(table, indent=1))
         self.accelerator.print(
             f"{label:<8} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
             f"same next token {found['agreement']:.1%}  n={found['tokens']}"
         )
+        return found
 
     def evaluate_stage(self, number: int) -> None:
         """Evaluate what stage `number` left (0: the untrained student), and before that, once, the teacher."""
         options = self.config.evaluation
+        if 0 < number < len(STAGES) and not self.config.stage(number).steps:
+            return
         counts = options.counts(final=number == len(STAGES))
         if self.accelerator.is_main_process:
             if not number and (of_teacher := options.counts(final=True)):
@@ -253,7 +269,7 @@ class Run:
         target = self.folder / "student"
         if self.accelerator.is_main_process:
             student = self.student_after(len(STAGES))
-            model = merge_lora(student.lora)
+            model = student.model if student.lora is None else merge_lora(student.lora)
             for block in student.blocks.values():
                 for name, parameter in block.named_parameters():
                     if name.rpartition(".")[2] not in model._keep_in_fp32_modules_strict:

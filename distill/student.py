@@ -43,16 +43,19 @@ def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module],
     """
     last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
+    unreached: set[int] = set()
     for layer, block in blocks.items():
         for name, parameter in block.named_parameters():
             in_swin = bool(_SWIN.match(name))
             on_visual = _REVERSE.match(name) or (in_swin and not block.config.text_window)
-            if not (on_visual and layer == last and "hidden" not in stage.losses):
+            if on_visual and layer == last and "hidden" not in stage.losses:
+                unreached.add(id(parameter))
+            else:
                 kinds[id(parameter)] = "swin" if in_swin else "flex"
     chosen = {}
     for name, parameter in student.named_parameters():
         kind = "lora" if ".lora_" in name else kinds.get(id(parameter))
-        if kind in stage.trainable:
+        if kind in stage.trainable and id(parameter) not in unreached:
             chosen[name] = parameter
     for pattern in freeze:
         hit = [name for name in chosen if re.search(pattern, name)]
@@ -64,7 +67,7 @@ def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module],
 
 
 def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
-    """Put low-rank updates on the decoder's FFNs, in place; returns peft's handle for `merge_lora`.
+    """Put low-rank updates on linear layers of the decoder, in place; returns peft's handle for `merge_lora`.
 
     Raises:
         ValueError: `config.target` matches nothing in the decoder.
@@ -100,11 +103,16 @@ def merge_lora(handle: Any) -> PreTrainedModel:
     return handle.merge_and_unload()
 
 
+def _plain(name: str) -> str:
+    """A tensor's name as it is without LoRA: peft keeps a layer that it updates one level down."""
+    return name.replace(".base_layer.", ".")
+
+
 def own_state(student: PreTrainedModel, blocks: dict[int, nn.Module]) -> dict[str, Tensor]:
     """What the student has and its teacher has not: the M-MATE blocks, and LoRA where it is on. For all processes."""
     own = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return {
-        name: gathered(tensor)
+        _plain(name): gathered(tensor)
         for name, tensor in [*student.named_parameters(), *student.named_buffers()]
         if id(tensor) in own or ".lora_" in name
     }
@@ -117,7 +125,7 @@ def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor of the state is not in the student, or has another shape.
     """
-    ours = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    ours = {_plain(name): tensor for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
     for name, tensor in state.items():
         if name not in ours or ours[name].shape != tensor.shape:
             got = "nothing" if name not in ours else str(tuple(ours[name].shape))

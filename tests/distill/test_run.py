@@ -9,70 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from small_run import run_values, save_teacher
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from distill import handoff
 from distill.checkpoint import CheckpointStore
 from distill.cli import app
 from distill.config import parse_config
-from distill.data import build_tokenizer
-from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
 from distill.handoff import HandoffError
 from distill.report import read_metrics
 from distill.run import Run, RunError, distill
 
 
-def _teacher(folder, seed=0):
-    tokenizer = build_tokenizer()
-    token = tokenizer.convert_tokens_to_ids
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=dict(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
-                bos_token_id=token(BOS), eos_token_id=token(EOS), pad_token_id=token(PAD),
-                rope_parameters={"rope_type": "default", "rope_theta": 10.0, "mrope_section": [2, 3, 3]},
-            ),
-            vision_config=dict(
-                depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=8,
-                spatial_merge_size=2, temporal_patch_size=1, window_size=64, fullatt_block_indexes=[0],
-                tokens_per_second=1,
-            ),
-            image_token_id=token(IMAGE), video_token_id=token(VIDEO), vision_start_token_id=token(VISION_START),
-            vision_end_token_id=token(VISION_END), tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text('{"patch_size": 8}')
-    return str(folder)
-
-
-def _values(folder, teacher, **changes):
-    steps = {f"stage{i}": {"steps": 2} for i in (1, 2, 3)}
-    values = {
-        "name": "r", "output": str(folder), "teacher": {"path": teacher, "max_new_tokens": 3},
-        "data": {"batch_size": 2, "turns": 2, "mixture": {"where": 1, "video": 1}},
-        "evaluation": {"groups": ["where", "video"], "samples": 2, "speed_lengths": [32, 64], "speed_new_tokens": 2},
-        "calibration_batches": 1, "checkpoints": {"every": 1}, **steps,
-    }  # fmt: skip
-    return {**values, **changes}
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return _teacher(tmp_path_factory.mktemp("teacher"))
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")
 def finished(teacher, tmp_path_factory):
-    values = _values(tmp_path_factory.mktemp("runs"), teacher)
+    values = run_values(tmp_path_factory.mktemp("runs"), teacher)
     config = parse_config(values)
     assert distill(config) == config.folder / "report.md"
     return config
@@ -139,7 +96,7 @@ def test_a_finished_run_is_not_run_again(finished):
 
 
 def test_a_stage_refuses_a_missing_or_unfinished_one_before_it(teacher, tmp_path):
-    config = parse_config(_values(tmp_path, teacher, evaluation={"samples": 0}))
+    config = parse_config(run_values(tmp_path, teacher, evaluation={"samples": 0}))
     with pytest.raises(HandoffError, match=r"stage 1 is missing in .*; run `linmu distill CONFIG --stage 1` first"):
         distill(config, stage=2)
     run = Run(config)
@@ -150,7 +107,7 @@ def test_a_stage_refuses_a_missing_or_unfinished_one_before_it(teacher, tmp_path
 
 
 def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_path):
-    other = _teacher(tmp_path / "other", seed=5)
+    other = save_teacher(tmp_path / "other", seed=5)
     values = json.loads(finished.model_dump_json(exclude_none=True))
     with pytest.raises(HandoffError, match="distilled from another teacher"):
         Run(parse_config({**values, "teacher": {"path": other}})).student_after(1)
@@ -161,7 +118,7 @@ def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_
 
 
 def test_a_damaged_result_is_refused(teacher, tmp_path):
-    config = parse_config(_values(tmp_path, teacher))
+    config = parse_config(run_values(tmp_path, teacher))
     run = Run(config)
     run.prepare()
     path = config.folder / "stage0/weights.safetensors"
@@ -175,7 +132,7 @@ def test_a_damaged_result_is_refused(teacher, tmp_path):
 def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     from distill.student import hidden_kinds, mean_squares
 
-    config = parse_config(_values(tmp_path, teacher, student={"norm": "rms"}))
+    config = parse_config(run_values(tmp_path, teacher, student={"norm": "rms"}))
     run = Run(config)
     run.prepare()
     _, facts = handoff.load_result(config.folder, 0, run.teacher_hash, config)
@@ -208,7 +165,7 @@ def test_command_line(finished, teacher, tmp_path):
 
 
 def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
-    values = _values(tmp_path, teacher, mixed_precision="bf16", evaluation={"samples": 0, "speed_lengths": []})
+    values = run_values(tmp_path, teacher, mixed_precision="bf16", evaluation={"samples": 0, "speed_lengths": []})
     values["teacher"]["dtype"] = "bfloat16"
     config = parse_config(values)
     distill(config)
@@ -241,9 +198,9 @@ cli.main()
 def test_accelerate_launch(teacher, tmp_path, parallel):
     """Two processes, one of them late, give the curves of one process with twice the micro-batches."""
     changes = dict(evaluation={"samples": 0, "speed_lengths": []}, threads=1)
-    one = parse_config(_values(tmp_path / "one", teacher, gradient_accumulation=2, **changes))
+    one = parse_config(run_values(tmp_path / "one", teacher, gradient_accumulation=2, **changes))
     distill(one)
-    values = _values(tmp_path / "two", teacher, parallel=parallel, **changes)
+    values = run_values(tmp_path / "two", teacher, parallel=parallel, **changes)
     path = tmp_path / "c.json.toml"
     path.write_text(_toml(values))
     program = tmp_path / "late.py"

@@ -1,0 +1,94 @@
+"""Recipes other than the table's: skipped stages, other parameters, layers that keep attention, LoRA on blocks."""
+
+import json
+
+import pytest
+import torch
+from small_run import run_values, save_teacher
+from transformers import AutoModelForImageTextToText
+
+from distill import handoff
+from distill.config import ConfigError, parse_config
+from distill.run import Run, distill
+
+NO_SPEED = {"groups": ["where"], "samples": 2, "speed_lengths": []}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def _states(config):
+    run = Run(config)
+    return [handoff.load_result(config.folder, i, run.teacher_hash, config)[0] for i in range(4)]
+
+
+def _changed(before, after):
+    return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
+
+
+def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
+    """LIGER's way: nothing is distilled, LoRA on the projections of the new blocks learns the answers."""
+    config = parse_config(
+        run_values(
+            tmp_path, teacher, evaluation=NO_SPEED, student={"keep_attention": [-1], "text_window": 4},
+            lora={"target": r".*self_attn\.(flex|swin)\.[cbxoqkv]_proj"}, stage1={"steps": 0}, stage2={"steps": 0},
+            stage3={"steps": 2, "learning_rate": 1e-2, "train": ["lora"], "losses": {"supervised": 1}},
+        )
+    )  # fmt: skip
+    distill(config)
+    before, *_, after = _states(config)
+    changed = _changed(before, after)
+    assert changed and all(".flex." in name or ".swin." in name for name in changed)
+    assert all("layers.0.self_attn" in name and ".lora_" in name for name in changed)
+    assert list(json.loads((config.folder / "evaluation.json").read_text())) == ["teacher", "initial", "stage 3"]
+    run, saved = Run(config), AutoModelForImageTextToText.from_pretrained(config.folder / "student").eval()
+    assert saved.config.linmu["keep_attention"] == [1]
+    ids = torch.arange(20, 30)[None]
+    ours = run.student_after(3).model
+    with torch.no_grad():
+        torch.testing.assert_close(saved(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert "| 3 | M-MATE + LoRA" in (config.folder / "report.md").read_text()
+
+
+def test_blocks_alone_without_lora(teacher, tmp_path):
+    """mmMamba's way: what is new first, then whole blocks by their outputs, then the logits at a temperature."""
+    config = parse_config(
+        run_values(
+            tmp_path, teacher, evaluation={"samples": 0, "speed_lengths": []}, losses={"temperature": 2.0},
+            student={"swin": False, "reverse": False, "head_norm": True, "conv_width": 2},
+            stage1={"steps": 2, "losses": {"hidden": 1}, "block_input": "teacher", "freeze": [r"flex\.[cbxo]_proj"]},
+            stage2={"steps": 2, "losses": {"hidden": 1}, "block_input": "teacher"},
+            stage3={"steps": 2, "losses": {"token": 1}, "train": ["flex"]},
+        )
+    )  # fmt: skip
+    distill(config)
+    states = _states(config)
+    assert not any("_proj" in n and "dt_proj" not in n for n in _changed(states[0], states[1]))
+    assert any("c_proj" in n for n in _changed(states[1], states[2]))
+    assert states[3].keys() == states[2].keys() and _changed(states[2], states[3])
+    assert (config.folder / "student/config.json").exists()
+
+
+def test_nothing_trained_is_the_calibrated_start(teacher, tmp_path):
+    config = parse_config(run_values(tmp_path, teacher, evaluation=NO_SPEED,
+                                     **{f"stage{i}": {"steps": 0} for i in (1, 2, 3)}))  # fmt: skip
+    distill(config)
+    before, *_, after = _states(config)
+    assert not _changed(before, after)
+    assert "losses.png" not in (config.folder / "report.md").read_text()
+
+
+def test_a_recipe_that_ends_without_local_swin_is_refused():
+    values = {"name": "x", "teacher": {"path": "t"}, "stage2": {"steps": 0}, "stage3": {"steps": 0}}
+    with pytest.raises(ConfigError, match=r"student\.swin must be false where only stage 1 has steps"):
+        parse_config(values)
+    assert parse_config({**values, "student": {"swin": False}}).stage(2).steps == 0
+
+
+def test_fingerprints_follow_the_recipe():
+    values = {"name": "x", "teacher": {"path": "t"}}
+    plain = parse_config(values).fingerprint(3)
+    for change in ({"stage3": {"train": ["flex"]}}, {"student": {"keep_attention": [0]}}):
+        assert parse_config({**values, **change}).fingerprint(3) != plain
