@@ -108,13 +108,21 @@ def distill(
     config: Annotated[Path, typer.Argument(help="A TOML file; see distill/README.md.")],
     stage: Annotated[int | None, typer.Option(help="Run this stage only: 1, 2 or 3.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="CONFIG is a table of runs; it goes on by itself.")] = False,
+    row: Annotated[list[str] | None, typer.Option(help="With --ablate: only this row; may be repeated.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="With --ablate: so many seeds.")] = None,
 ) -> None:
     """Make a teacher linear: convert it, train the student in three stages, write a report."""
     from distill.checkpoint import CheckpointError
     from distill.config import ConfigError, load_config
 
+    if ablate and stage is not None:
+        _stop("--stage is for one run, not for --ablate")
+    if not ablate and (row or seeds):
+        _stop("--row and --seeds need --ablate")
     try:
-        settings = load_config(config)
+        settings = None if ablate else load_config(config)
+        from distill.ablation import run_table
         from distill.handoff import HandoffError
         from distill.run import RunError
         from distill.run import distill as run
@@ -124,8 +132,8 @@ def distill(
     from distill.data.stream import DataError
 
     try:
-        report = run(settings, stage, resume)
-    except (RunError, HandoffError, DataError, TrainingError, CheckpointError, OSError) as error:
+        report = run_table(config, row or (), seeds) if settings is None else run(settings, stage, resume)
+    except (ConfigError, RunError, HandoffError, DataError, TrainingError, CheckpointError, OSError) as error:
         _stop(error)
     except Interrupted as error:
         _stop(error, 130)

@@ -200,6 +200,8 @@ class Config(_Table):
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration_batches: Annotated[int, Field(ge=1)] = 4
     """Batches on which the mixers' norms and the scales of L_hid are set before stage 1."""
+    calibrate: bool = True
+    """False: the mixers start with whatever size they have."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_accumulation: Positive = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -282,6 +284,7 @@ class Config(_Table):
             "calibration": self.calibration_batches if number == 1 else None,
             "batches": self.gradient_accumulation,
             **({} if train is None else {"train": train}),
+            **({} if self.calibrate or number != 1 else {"calibrate": False}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

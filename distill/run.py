@@ -138,7 +138,8 @@ class Run:
                 batches.append({name: value.to(self.accelerator.device) for name, value in batch.items()})
             layers = list(student.blocks)
             with self.accelerator.autocast():
-                linmu_models.calibrate(student.model, self.teacher, batches)
+                if self.config.calibrate:
+                    linmu_models.calibrate(student.model, self.teacher, batches)
                 average = self.config.losses.hidden_average
                 kinds = [hidden_kinds(student.model, batch, average) for batch in batches]
                 squares = mean_squares(self.teacher, layers, batches, kinds)

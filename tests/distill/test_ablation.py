@@ -1,0 +1,192 @@
+"""A table of two rows and two seeds on a random teacher: cut short, gone on with, its page; the intervals; mistakes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_run import save_teacher
+from typer.testing import CliRunner
+
+from distill.ablation import Table, merged, run_table
+from distill.ablation_report import accuracy, difference
+from distill.cli import app
+from distill.config import ConfigError
+from distill.evaluation import wilson_interval
+from distill.run import RunError
+from distill.train import StageTrainer
+from linmu_models.config import parse_mmate
+
+SHIPPED = Path(__file__).parents[2] / "distill/configs/ablations"
+BASE = """
+name = "base"
+output = "{output}"
+calibration_batches = 1
+teacher = {{path = "{teacher}", max_new_tokens = 3}}
+data = {{batch_size = 2, turns = 2, mixture = {{where = 1}}}}
+evaluation = {{groups = ["where"], samples = 3}}
+checkpoints = {{every = 1}}
+stage1 = {{steps = 1}}
+stage2 = {{steps = 0}}
+stage3 = {{steps = 2}}
+"""
+TABLE = """
+title = "Two rows"
+base = "base.toml"
+seeds = 2
+held_out = 2
+results = "{output}/results"
+reports = "{output}/reports"
+
+[[rows]]
+name = "first"
+
+[[rows]]
+name = "start"
+of = "first"
+after = 0
+
+[[rows]]
+name = "other"
+about = "causal"
+set.student.reverse = false
+
+[curves.pages]
+group = "where"
+option = "sizes"
+values = [[[2, 8]], [[4, 8]]]
+samples = 2
+trained = 2
+"""
+
+
+def _write(folder, table=TABLE, teacher="none"):
+    (folder / "base.toml").write_text(BASE.format(output=folder / "runs", teacher=teacher))
+    path = folder / "two.toml"
+    path.write_text(table.format(output=folder))
+    return path
+
+
+def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
+    path = _write(tmp_path, teacher=save_teacher(tmp_path / "teacher"))
+    steps, original = [], StageTrainer._step
+
+    def step(self, objective, optimizer, number):
+        steps.append((self.folder.parent.parent.name, self.folder.parent.name, self.stage.number, number))
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return original(self, objective, optimizer, number)
+
+    monkeypatch.setattr(StageTrainer, "_step", step)
+    runner = CliRunner()
+    done = runner.invoke(app, ["distill", "--ablate", str(path)])
+    assert done.exit_code == 130 and "go on with" in done.output
+    results, page = tmp_path / "results/two.jsonl", tmp_path / "reports/two.md"
+    assert [json.loads(line)["row"] for line in results.read_text().splitlines()] == ["teacher", "first", "start"]
+    assert "| other | causal | `student.reverse = false` | 0 |" in page.read_text()
+    done = runner.invoke(app, ["distill", "--ablate", str(path)])
+    assert done.exit_code == 0, done.output
+    # Two rows, two seeds, three steps; the one that was cut short is the only one begun twice.
+    assert len(steps) == 13 and len(set(steps)) == 12
+    records = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["row"], r["seed"]) for r in records] == [
+        ("teacher", None), *((row, seed) for seed in (0, 1) for row in ("first", "start", "other"))
+    ]  # fmt: skip
+    assert {r["commit"] for r in records} and all(r["versions"]["torch"] for r in records)
+    assert all(len(r["scores"]["where"]["right"]) == r["scores"]["where"]["n"] == 3 for r in records)
+    first, start, other = records[1:4]
+    assert (first["steps"], start["steps"], other["set"]) == (3, 0, {"student": {"reverse": False}})
+    assert first["losses"].keys() == {"stage1", "stage3"} and first["losses"]["stage1"]["hidden"] > 0
+    assert abs(records[0]["scores"]["where"]["kl"]) < 1e-6 < first["scores"]["where"]["kl"]
+    assert [point["value"] for point in first["curves"]["pages"]] == [[[2, 8]], [[4, 8]]]
+    text = page.read_text()
+    assert "| other | causal | `student.reverse = false` | 2 |" in text and "against first" in text
+    assert all((page.parent / name).stat().st_size > 500 for name in ("two.svg", "two_pages.svg"))
+    before = results.read_text()
+    run_table(path)
+    assert results.read_text() == before and len(steps) == 13
+    # A row that is not what it was: its lines are not shown, and its folder is not taken for its own.
+    path.write_text(path.read_text().replace("reverse = false", "skip = true"))
+    with pytest.raises(RunError, match=r"other/0 holds a run with other options; delete it, or rename the row"):
+        run_table(path, ["other"])
+    assert "2 lines of" in run_table(path, ["first"]).read_text()
+
+
+@pytest.mark.parametrize(
+    "old, new, line",
+    [
+        ("held_out = 2", "heldout = 2", "two.toml: heldout: unknown key"),
+        ("after = 0", "", "two.toml: rows.1: of and after belong together, without set"),
+        ('of = "first"', 'of = "none"', "two.toml: rows.start.of must name a row that is run, got none"),
+        ('name = "other"', 'name = "first"', "two.toml: rows: a name must occur once"),
+        ("set.student.reverse = false", "set.stage2.steps = 4", "as many steps in all, got first 3, other 7"),
+        ("set.student.reverse = false", "set.stage9.steps = 4", "two.toml: other: stage9: unknown key"),
+        ("set.student.reverse = false", "set.evaluation.samples = 4", "rows.other must be scored as the first"),
+        ('base = "base.toml"', 'base = "base.tml"', "No such file"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(tmp_path, old, new, line):
+    assert old in TABLE
+    with pytest.raises(ConfigError) as error:
+        Table(_write(tmp_path, TABLE.replace(old, new)))
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rows_may_differ_in_compute_where_the_table_says_why(tmp_path):
+    table = TABLE.replace("set.student.reverse = false", "set.stage2.steps = 4")
+    assert Table(_write(tmp_path, 'unequal_compute = "to see what more buys"\n' + table)).runs[1].set
+
+
+def test_options_of_the_command(tmp_path):
+    path, runner = str(_write(tmp_path)), CliRunner()
+    for arguments, said in (
+        (["--ablate", "--stage", "1", path], "--stage is for one run"),
+        (["--row", "first", path], "--row and --seeds need --ablate"),
+        (["--ablate", "--row", "none", path], "--row must be among first, start, other, got none"),
+    ):
+        done = runner.invoke(app, ["distill", *arguments])
+        assert done.exit_code == 1 and said in done.output
+
+
+@pytest.mark.parametrize("path", sorted(set(SHIPPED.glob("*.toml")) - {SHIPPED / "base.toml"}), ids=lambda p: p.stem)
+def test_shipped_tables_are_valid(path):
+    table = Table(path)
+    assert table.config.seeds == 3 and not table.config.unequal_compute
+    for row in table.runs:
+        options = dict(table.run_config(row, 0).student)
+        options.pop("keep_attention", None)
+        parse_mmate(options)
+
+
+def test_tables_are_merged_and_all_else_is_replaced():
+    assert merged({"a": {"b": 1, "c": [1, 2]}, "d": 1}, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}, "d": 1}
+
+
+def test_seeds_that_agree_are_one_sample():
+    right = (np.arange(100) < 30).astype(float)
+    mean, low, high = accuracy([np.stack([right] * 3)])
+    assert (mean, low, high) == pytest.approx((0.3, *wilson_interval(30, 100)), abs=2e-3)
+    mean, low, high = accuracy([np.zeros((3, 50))])
+    assert (mean, low) == (0, 0) and 0.05 < high < 0.1
+    mean, low, high = difference([np.zeros((3, 50))], [np.zeros((3, 50))])
+    assert mean == 0 and -0.1 < low < 0 < high < 0.1
+
+
+def test_intervals_hold_what_they_promise():
+    """Students whose skill depends on the seed, on samples of unlike difficulty: 95 % of intervals hold the truth."""
+    rng = np.random.default_rng(0)
+
+    def runs(skill, difficulty):
+        own = skill + rng.normal(0, 0.4, (3, 1))
+        return (own - difficulty + rng.logistic(size=(3, len(difficulty))) > 0).astype(float)
+
+    truths = {skill: np.mean([runs(skill, rng.normal(0, 1, 1000)).mean() for _ in range(300)]) for skill in (0.0, 0.5)}
+    held = np.zeros(2)
+    for _ in range(400):
+        difficulty = rng.normal(0, 1, 100)
+        ours, theirs = [runs(0.5, difficulty)], [runs(0.0, difficulty)]
+        _, low, high = accuracy(ours)
+        held[0] += low <= truths[0.5] <= high
+        _, low, high = difference(ours, theirs)
+        held[1] += low <= truths[0.5] - truths[0.0] <= high
+    assert (held / 400 > 0.93).all()
