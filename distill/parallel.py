@@ -47,6 +47,11 @@ def gathered(value: Any) -> Any:
     return value
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether each process holds a part of the module's parameters, until the layer around it runs."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

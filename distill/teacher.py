@@ -113,13 +113,14 @@ def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]
 
 
 @contextlib.contextmanager
-def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
-    """Collect the hidden states `(B, L, D)` that each attention module is given, while the context is open."""
-    inputs: list[Tensor | None] = [None] * len(modules)
+def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Batch]]:
+    """Collect the tensors that each attention module is given by name, while the context is open: `hidden_states`
+    `(B, L, D)`, and what its layer's rotary embedding needs. Its mask is left out."""
+    inputs: list[Batch] = [{} for _ in modules]
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
-            inputs[index] = kwargs["hidden_states"]
+            inputs[index] = {name: kwargs[name] for name in ("hidden_states", "position_embeddings") if name in kwargs}
 
         return hook
 
@@ -129,8 +130,8 @@ def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]
 
 
 @contextlib.contextmanager
-def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Iterator[None]:
-    """While the context is open, give each module these hidden states `(B, L, D)` in place of its own."""
+def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Batch]) -> Iterator[None]:
+    """While the context is open, give each module these `hidden_states` `(B, L, D)` in place of its own."""
 
     def put(states: Tensor) -> Callable[..., Any]:
         return lambda _module, args, kwargs: (
@@ -138,7 +139,10 @@ def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> It
             {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)},
         )
 
-    handles = [m.register_forward_pre_hook(put(x), with_kwargs=True) for m, x in zip(modules, inputs, strict=True)]
+    handles = [
+        m.register_forward_pre_hook(put(x["hidden_states"]), with_kwargs=True)
+        for m, x in zip(modules, inputs, strict=True)
+    ]
     with _removed(handles):
         yield
 

@@ -24,6 +24,7 @@ from distill.parallel import (
     assign,
     gathered,
     gradients_stay_local,
+    is_sharded,
     load_optimizer,
     local_part,
     shard,
@@ -67,7 +68,7 @@ class Teacher:
     """For each kind of token, the mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, hidden: bool, inputs: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def __call__(self, batch: Batch, hidden: bool, inputs: bool) -> tuple[Tensor, list[Tensor], list[Batch]]:
         """Final hidden states `(B, L, D)`, and where asked for the outputs and the inputs of attention at `layers`."""
         modules = [attention_modules(self.model)[i] for i in self.layers]
         with (
@@ -92,7 +93,7 @@ class Part:
     states: Tensor
     """(n, D): the teacher's hidden states at the kept positions of the first `num_rows` rows."""
     hidden: list[Tensor]
-    inputs: list[Tensor]
+    inputs: list[Batch]
     """What the teacher's attention saw at each layer, where the student's blocks are to see it too; else empty."""
     kinds: dict[str, Tensor]
     """(num_rows, L) bool for each kind of token that has a mean of its own in L_hid."""
@@ -118,11 +119,17 @@ class Objective(nn.Module):
         hidden = "hidden" in self.stage.losses
         modules = attention_modules(self.student)
         blocks = [modules[i] for i in teacher.layers]
-        with (
-            record_outputs(blocks if hidden else []) as outputs,
-            replace_inputs(blocks if part.inputs else [], part.inputs),
-        ):
-            states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
+        alone = bool(part.inputs) and set(self.stage.losses) == {"hidden"} and not is_sharded(blocks[0])
+        if alone:
+            # Nothing between the blocks is needed: most of a step's work.
+            shared = self.student.block_inputs(model_inputs(part.batch), part.hidden[0].shape[1])
+            outputs = [block(**given, linmu=shared)[0] for block, given in zip(blocks, part.inputs, strict=True)]
+        else:
+            with (
+                record_outputs(blocks if hidden else []) as outputs,
+                replace_inputs(blocks if part.inputs else [], part.inputs),
+            ):
+                states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
         losses = {}
         if hidden:
             length = part.hidden[0].shape[1]
@@ -138,6 +145,8 @@ class Objective(nn.Module):
                 for kind, mask in part.kinds.items()
             ]
             losses["hidden"] = torch.stack(means).mean()
+        if alone:
+            return losses
         kept = kept_positions(part.batch["labels"])
         true_rows = kept.rows < part.num_rows
         own = torch.cat([part.same, part.same.new_ones(len(part.batch["labels"]) - part.num_rows)])
@@ -156,7 +165,7 @@ class Objective(nn.Module):
             chunk_size=self.options.chunk_size,
         )
         every = {"token": answers.token, "sequence": answers.sequence, "supervised": answers.supervised}
-        # In stages 1 and 2 the distance to the true answers is shown, not trained on.
+        # In stages 1 and 2 the distance to the true answers is shown where it is known, not trained on.
         shown = {**self.stage.losses, "supervised": 0.0}
         return {**losses, **{name: value for name, value in every.items() if name in shown}}
 

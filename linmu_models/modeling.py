@@ -185,10 +185,14 @@ class LinmuModel:
         length = tokens.shape[1]
         # A single token after others is text; its image, if any, is in the cache.
         decoding = length == 1 and any(given.get(name) is not None for name in ("cache", "past_key_values"))
-        layout = None if decoding or module is not self.model else self.build_layout(given)
-        padding = _padding(given.get("linmu_padding", given.get("attention_mask")), length)
+        linmu = self.block_inputs(given, length, visual=not decoding and module is self.model)
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
-        return args, {**kwargs, "linmu": LinmuInputs(layout, padding)}
+        return args, {**kwargs, "linmu": linmu}
+
+    def block_inputs(self, inputs: Mapping[str, Any], length: int, *, visual: bool = True) -> LinmuInputs:
+        """What every M-MATE block of a call is given beside its hidden states: their layout and padding."""
+        layout = self.build_layout(inputs) if visual else None
+        return LinmuInputs(layout, _padding(inputs.get("linmu_padding", inputs.get("attention_mask")), length))
 
     @property
     def is_linear(self) -> bool:

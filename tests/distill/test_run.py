@@ -148,6 +148,24 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch):
+    """Given the teacher's inputs and L_hid only, leaving out all between the blocks changes no number."""
+    imitate = {"block_input": "teacher", "losses": {"hidden": 1.0}, "steps": 3}
+    curves = []
+    for name, whole in (("alone", False), ("within", True)):
+        monkeypatch.setattr("distill.train.is_sharded", lambda block, whole=whole: whole)
+        stages = {"stage1": imitate, "stage2": imitate}
+        config = parse_config({**run_values(tmp_path, teacher, **stages), "name": name})
+        run = Run(config)
+        run.prepare()
+        for number in (1, 2):
+            run.train(number)
+        curves.append([r for number in (1, 2) for r in read_metrics(config.folder / f"stage{number}")])
+    for alone, within in zip(*curves, strict=True):
+        assert "supervised" in within and "supervised" not in alone
+        assert alone["hidden"] == within["hidden"] and alone["gradient_norm"] == within["gradient_norm"]
+
+
 def test_command_line(finished, teacher, tmp_path):
     runner = CliRunner()
     path = tmp_path / "c.toml"

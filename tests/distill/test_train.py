@@ -86,7 +86,8 @@ def test_blocks_see_what_the_teachers_attention_saw(tmp_path):
         with record_outputs(modules) as outputs:
             loss = objective(part, part.counts)
         alone = [
-            m(x, part.batch["attention_mask"][:, None, None])[0] for m, x in zip(modules, part.inputs, strict=True)
+            m(x["hidden_states"], part.batch["attention_mask"][:, None, None])[0]
+            for m, x in zip(modules, part.inputs, strict=True)
         ]
         losses.append((float(loss["token"].detach()), [output.detach() for output in outputs]))
         for output, expected in zip(outputs, alone, strict=True):
