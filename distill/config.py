@@ -200,6 +200,8 @@ class Config(_Table):
     evaluation: EvaluationConfig = EvaluationConfig()
     calibration_batches: Annotated[int, Field(ge=1)] = 4
     """Batches on which the mixers' norms and the scales of L_hid are set before stage 1."""
+    calibrate_step_sizes: bool = False
+    """Also fit the step sizes of the scans to where the teacher's text looks; see `linmu_models.calibrate`."""
     calibrate: bool = True
     """False: the mixers start with whatever size they have."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -285,6 +287,7 @@ class Config(_Table):
             "batches": self.gradient_accumulation,
             **({} if train is None else {"train": train}),
             **({} if self.calibrate or number != 1 else {"calibrate": False}),
+            **({"step_sizes": True} if self.calibrate_step_sizes and number == 1 else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -139,7 +139,9 @@ class Run:
             layers = list(student.blocks)
             with self.accelerator.autocast():
                 if self.config.calibrate:
-                    linmu_models.calibrate(student.model, self.teacher, batches)
+                    linmu_models.calibrate(
+                        student.model, self.teacher, batches, step_sizes=self.config.calibrate_step_sizes
+                    )
                 average = self.config.losses.hidden_average
                 kinds = [hidden_kinds(student.model, batch, average) for batch in batches]
                 squares = mean_squares(self.teacher, layers, batches, kinds)

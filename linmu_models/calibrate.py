@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention_mass import record_mass
 from .modeling import LinmuAttention
 
 
 @torch.no_grad()
-def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]]) -> None:
+def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], *, step_sizes: bool = False) -> None:
     """Scale each M-MATE block of `student` such that its output is as large as that of the teacher's attention.
 
     The root mean squares over all tokens that are not padding are made equal, with what the teacher's attention sees
@@ -22,11 +23,20 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]]) 
         student: made from `teacher` by `convert`, on the same devices.
         teacher: runs once for each layer and batch, so that what is kept is that of one layer.
         batches: keywords of the teacher's forward; `labels` are left out.
+        step_sizes: before that, fit each block's step sizes to the attention that tokens get from text (see
+            `FlexMA.fit_step_sizes`), so that from the start it remembers what the teacher looks at. Attention is
+            computed in full for this: keep the batches short.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     layouts = [student.build_layout(inputs) for inputs in batches]
     for ours, theirs in zip(student.linmu_layers(), teacher.get_decoder().layers, strict=True):
         if isinstance(ours.self_attn, LinmuAttention):
+            if step_sizes and ours.self_attn.flex is not None:
+                found = [
+                    record_mass(teacher, theirs.self_attn, inputs, None if layout is None else layout.visual_mask())
+                    for inputs, layout in zip(batches, layouts, strict=True)
+                ]
+                ours.self_attn.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
             seen = []
             for inputs, layout in zip(batches, layouts, strict=True):
                 arguments, output = _seen(teacher, theirs.self_attn, inputs)

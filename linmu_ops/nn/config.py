@@ -7,6 +7,7 @@ from typing import Any
 
 CHOICES = {
     "reverse_projections": ("shared", "separate"),
+    "feature_map": ("none", "relu2"),
     "gate": ("head", "token"),
     "mix": ("scalar", "channel", "token"),
     "norm": ("none", "rms", "layer"),
@@ -28,6 +29,8 @@ class MMATEConfig:
         rotary: rotate B and C by the layer's position embeddings, so that C_i . B_j is the teacher's q_i . k_j (open).
         rotary_interleaved: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...;
             for both branches. R, the last size of cos, may be smaller than the head: the rest is not rotated.
+        feature_map: of B and C after their rotation; "relu2", relu(.)^2 of each channel, makes C . B fall off faster
+            between keys that are alike, as softmax does (beyond the paper).
         reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere.
         reverse_projections: "shared" B and C for both directions, or "separate" ones for the reverse scan, the
             tildes of Eq. 2. Step size and decay are separate either way.
@@ -67,6 +70,7 @@ class MMATEConfig:
     swin: bool = True
     rotary: bool = True
     rotary_interleaved: bool = False
+    feature_map: str = "none"
     reverse: bool = True
     reverse_projections: str = "shared"
     gate: str = "head"

@@ -19,6 +19,8 @@ from .config import DEFAULTS, MMATEConfig
 from .conv import CausalConv1d
 from .state import MMATEState, continue_state
 
+_STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
+_RIDGE = 1e-3
 PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
 
 
@@ -119,6 +121,30 @@ class FlexMA(nn.Module):
         """Multiply the output (but for D and the output bias) by `factor`, through a parameter that has that effect."""
         (self.scale if self.head_norm is None else self.head_norm).mul_(factor)
 
+    @torch.no_grad()
+    def fit_step_sizes(self, hidden_states: Tensor, mass: Tensor) -> None:
+        """Set the forward scan's step sizes such that tokens are written as attention reads them.
+
+        log softplus(dt_proj z + dt_bias) is fitted to log mass by weighted ridge regression, half the weight spread
+        evenly over tokens and half by their mass, so that rare tokens that everything attends to count. The mean step
+        size of a head stays what it was.
+
+        Args:
+            hidden_states: (n, D), inputs of the layer.
+            mass: (n, H) >= 0, the attention each of these tokens gets per head, in units of a token's mean.
+        """
+        z = hidden_states.double()
+        z = torch.cat((z, z.new_ones(len(z), 1)), dim=1)
+        for head, m in enumerate(mass.double().unbind(1)):
+            target = m.clamp(math.exp(-_STEP_RANGE), math.exp(_STEP_RANGE)).log()
+            weight = 0.5 / len(m) + 0.5 * m / m.sum()
+            gram = (z * weight[:, None]).T @ z
+            gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
+            solution = torch.linalg.solve(gram, (z * weight[:, None]).T @ target)
+            self.dt_proj.weight[head] = solution[:-1].to(self.dt_proj.weight.dtype)
+            # Where a step is much smaller than 1, as they are, softplus is exp.
+            self.dt_bias[head] += (solution[-1] - (z @ solution).exp().mean().log()).to(self.dt_bias.dtype)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -191,12 +217,13 @@ class FlexMA(nn.Module):
         return self.o_proj(y), MMATEState(ssm=ssm, conv=conv_state)
 
     def _position(self, B: Tensor, C: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """Norm, scale and rotate, as attention does with k and q."""
+        """Norm, scale and rotate, as attention does with k and q; then the feature map."""
         rotary = rotary if self.config.rotary else None
         dtype, interleaved = B.dtype, self.config.rotary_interleaved
         B, C = self.b_norm(B).to(dtype), self.c_norm(C).to(dtype)
         C = C * (self.scale * self.softmax_scale).to(dtype)[:, None]
-        return apply_rotary(B, rotary, interleaved), apply_rotary(C, rotary, interleaved)
+        B, C = apply_rotary(B, rotary, interleaved), apply_rotary(C, rotary, interleaved)
+        return (B.relu().square(), C.relu().square()) if self.config.feature_map == "relu2" else (B, C)
 
 
 def _step_size(raw: Tensor, attention_mask: Tensor | None) -> Tensor:

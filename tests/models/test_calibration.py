@@ -12,6 +12,9 @@ from distill.config import load_config
 from distill.sources import build_source
 from distill.teacher import attention_modules, load_teacher, record_outputs
 from distill.train import model_inputs
+from linmu_models.attention_mass import record_mass
+from linmu_ops.nn import FlexMA
+from linmu_ops.nn.config import MMATEConfig
 
 from . import tiny
 
@@ -41,6 +44,57 @@ def test_blocks_take_the_size_of_attention(family, norm):
         ours, theirs = ours - bias, theirs - bias  # a copy, which is not scaled
     torch.testing.assert_close(ours.square().mean(), theirs.square().mean(), rtol=1e-3, atol=0)
     assert not any(module._forward_hooks for module in attention_modules(teacher))
+
+
+def eager_mass(teacher, layer, batch, visual):
+    """By the definition, from transformers' own attention weights."""
+    teacher.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = teacher.model(**batch, use_cache=False, output_attentions=True).attentions[layer]
+    found = []
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        asking = real if visual is None else real & ~visual[row]
+        mass = weights[row][:, asking].sum(1)[:, real]
+        found.append((mass / mass.mean(1, keepdim=True)).T)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+def test_recorded_attention_is_the_teachers(family):
+    teacher = tiny.teacher(family)
+    kinds = ("text", "text") if tiny.example(family) is None else ("images", "image")
+    batch = tiny.left_padded([tiny.example(family, kind) for kind in kinds])
+    layout = linmu_models.convert(teacher).build_layout(batch)
+    visual = None if layout is None else layout.visual_mask()
+    before = teacher.get_decoder().config._attn_implementation
+    states, mass = record_mass(teacher, attention_modules(teacher)[1], batch, visual)
+    assert teacher.get_decoder().config._attn_implementation == before
+    assert len(states) == len(mass) == int(batch["attention_mask"].sum())
+    torch.testing.assert_close(mass, eager_mass(teacher, 1, batch, visual), rtol=1e-3, atol=1e-4)
+
+
+def test_step_sizes_follow_attention():
+    """Where log mass is linear in the hidden states, step sizes become proportional to it; their mean stays."""
+    block = FlexMA(16, 4, config=MMATEConfig(initial_decay=0.999))
+    z, direction = torch.randn(400, 16), torch.randn(16, 4) / 4
+    mass = (z @ direction).exp()
+    mass = mass / mass.mean(0)
+    block.fit_step_sizes(z, mass)
+    steps = torch.nn.functional.softplus(z @ block.dt_proj.weight.T + block.dt_bias)
+    torch.testing.assert_close(steps.mean(0), torch.full((4,), 0.001), rtol=0.02, atol=0)
+    torch.testing.assert_close(steps / steps.mean(0), mass, rtol=0.2, atol=0.02)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen2"])
+def test_fitted_step_sizes_are_part_of_calibration(family):
+    teacher = tiny.teacher(family)
+    batch = tiny.left_padded([tiny.example(family, "text")] * 2)
+    student = linmu_models.convert(teacher)
+    linmu_models.calibrate(student, teacher, [batch], step_sizes=True)
+    for layer in student.linmu_layers():
+        assert layer.self_attn.flex.dt_proj.weight.count_nonzero() > 0
+    with torch.no_grad():
+        assert torch.isfinite(student(**batch).logits).all()
 
 
 def test_starts_nearer_to_the_teacher():

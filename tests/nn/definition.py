@@ -99,6 +99,8 @@ def flex_ma(m, z, blocks=(), rotary=None):
     rot, scale = rotary if c.rotary else None, (m.scale * m.softmax_scale)[:, None]
     Bs = [rotate(m.b_norm(heads(b, H, P)), rot, c.rotary_interleaved) for b in Bs]
     Cs = [rotate(m.c_norm(heads(t, H, P)) * scale, rot, c.rotary_interleaved) for t in Cs]
+    if c.feature_map == "relu2":
+        Bs, Cs = ([t.clamp(min=0) ** 2 for t in ts] for ts in (Bs, Cs))
     y = torch.einsum(
         "hij,jhp->ihp", scan_matrix(F.softplus(m.dt_proj(z) + m.dt_bias), -m.A_log.exp(), Bs[0], Cs[0], order), X
     )

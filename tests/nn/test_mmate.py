@@ -27,6 +27,7 @@ OPTIONS = {
     "conv": dict(conv_width=4),
     "conv_separate": dict(conv_width=3, reverse_projections="separate"),
     "z_gate": dict(z_gate=True),
+    "feature_map": dict(feature_map="relu2"),
     "head_norm": dict(head_norm=True),
     "skip": dict(skip=True),
     "no_shift": dict(shift_alternate=False),
