@@ -190,3 +190,19 @@ def test_intervals_hold_what_they_promise():
         _, low, high = difference(ours, theirs)
         held[1] += low <= truths[0.5] - truths[0.0] <= high
     assert (held / 400 > 0.93).all()
+
+
+def test_recall_counts_right_answers(tmp_path, monkeypatch):
+    from distill import recall
+
+    keys, values, asked, answers = recall.sequences(3, 8, 0)
+    held = [dict(zip(k, v, strict=True)) for k, v in zip(keys.tolist(), values.tolist(), strict=True)]
+    assert all(len(pairs) == 8 for pairs in held)
+    assert [[pairs[k] for k in row] for pairs, row in zip(held, asked.tolist(), strict=True)] == answers.tolist()
+    monkeypatch.setattr(recall, "MIXERS", {"attention": (False, 4), "scan": (True, 4)})
+    results = recall.Results(tmp_path / "recall.jsonl")
+    page = recall.run((2, 4), 1, 10, results, tmp_path)
+    before = results.path.read_text()
+    assert len(before.splitlines()) == 4 and "| pairs | 2 | 4 |" in page.read_text()
+    recall.run((2, 4), 1, 10, results, tmp_path)
+    assert results.path.read_text() == before and (tmp_path / "recall.svg").exists()
