@@ -23,6 +23,7 @@ from .peers import Bench, Case, Inputs, Missing, Peer
 
 ROOT = Path(__file__).parents[1]
 OURS = "linmu "
+NATIVE = "native"  # of what is no single op: each of its ops as it is served
 # Of the largest value: two float32 results of long sums differ by more than a rounding, a wrong one by much more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 
@@ -33,7 +34,16 @@ def where(device: str) -> dict[str, Any]:
     commit = git(["git", "rev-parse", "--short=12", "HEAD"])
     dirty = git(["git", "status", "--porcelain", "--", "linmu_ops", "csrc", "CMakeLists.txt", "bench/ops"])
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "mamba_ssm", "fla-core", "natten", "causal-conv1d"):
+    for package in (
+        "torch",
+        "transformers",
+        "triton",
+        "mamba_ssm",
+        "fla-core",
+        "flash-attn",
+        "natten",
+        "causal-conv1d",
+    ):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -44,7 +54,8 @@ def where(device: str) -> dict[str, Any]:
     else:
         name, clock = _cpu_name(), f"not fixed; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores at the start"
     return dict(
-        commit=commit.stdout.strip() or None, dirty=bool(dirty.stdout.strip()) if dirty.returncode == 0 else None,
+        commit=commit.stdout.strip() or os.environ.get("LINMU_COMMIT"),
+        dirty=bool(dirty.stdout.strip()) if dirty.returncode == 0 else None,
         device=name, isa=_registry.binaries()["cpu"].info.get("isa"), threads=torch.get_num_threads(),
         versions=versions, clock=clock, date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
@@ -68,11 +79,12 @@ def _call(bench: Bench) -> Callable[..., Any]:
 
 def _ours(bench: Bench, impl: str) -> Peer:
     function = _call(bench)
-    if bench.op not in _registry.OPS:
+    if impl == NATIVE:
         return Peer(function)
+    op = bench.op if bench.op in _registry.OPS else "*"
 
     def run(**inputs: Any) -> Any:
-        with linmu_ops.use_impl(f"{bench.op}:{impl}"):
+        with linmu_ops.use_impl(f"{op}:{impl}"):
             return function(**inputs)
 
     return Peer(run)
@@ -87,7 +99,9 @@ def implementations(bench: Bench, case: Case, device: str, wanted: list[str]) ->
             if choice.chosen or choice.impl in wanted or ("all" in wanted and choice.why_not is None):
                 found[OURS + choice.impl] = functools.partial(_ours, bench, choice.impl)
     else:
-        found[OURS + "native"] = functools.partial(_ours, bench, "native")
+        forced = [i for i in _registry.NAMESPACE if i in wanted]
+        for impl in [NATIVE, *forced]:
+            found[OURS + impl] = functools.partial(_ours, bench, impl)
     for name, build in bench.peers.items():
         kind = "compiled" if name.endswith(", compiled") else "auto"
         if "all" in wanted or name in wanted or kind in wanted:
@@ -189,7 +203,7 @@ def measure(
     for name, state in status.items():
         row: dict[str, Any] = dict(
             op=bench.op, case=case_name, sizes=case.sizes, dtype=str(dtype).removeprefix("torch."), backward=backward,
-            impl=name, status=state,
+            impl=name, status=state, target=case.target,
         )  # fmt: skip
         if name in ready:
             t = times[name]

@@ -40,12 +40,16 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: sizes by name, the dtypes it is measured in, and whether `--quick` includes it."""
+    """One measurement: sizes by name, the dtypes it is measured in, and whether `--quick` includes it.
+
+    One with a `target` is for a GPU: what is aimed at on an H200, in words.
+    """
 
     sizes: dict[str, Any]
     dtypes: tuple[str, ...] = ("float32",)
     backward: bool = False
     quick: bool = False
+    target: str = ""
 
     def __getitem__(self, name: str) -> Any:
         return self.sizes[name]
@@ -72,6 +76,10 @@ class Bench:
 
 def case(*, dtypes: tuple[str, ...] = ("float32",), backward: bool = False, quick: bool = False, **sizes: Any) -> Case:
     return Case(sizes, dtypes, backward, quick)
+
+
+def gpu_case(target: str, *, backward: bool = False, **sizes: Any) -> Case:
+    return Case(sizes, ("bfloat16",), backward, target=target)
 
 
 def need(module: str, device: str | None = None) -> ModuleType:

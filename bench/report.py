@@ -45,6 +45,7 @@ def table(rows: list[Row], verified: bool = True) -> str:
     timed = [HEADER] + [_cells(r) for r in rows if "us" in r]
     widths = [max(len(line[i]) for line in timed) for i in range(len(HEADER))]
     lines = [title(rows[0]) + ("" if verified else "   UNVERIFIED")]
+    lines += [f"  target: {target}"] if (target := rows[0].get("target")) else []
     for cells in timed:
         padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
         lines.append("  " + "  ".join(padded))
@@ -102,6 +103,7 @@ def _section(op: str, rows: list[Row], page: Path) -> list[str]:
         cases[title(row)].append(row)
     for name, group in cases.items():
         lines += [f"**{name}**  (commit {group[0]['commit']}{', modified' if group[0]['dirty'] else ''})", ""]
+        lines += [f"Target on an H200: {target}.", ""] if (target := group[0].get("target")) else []
         lines += _markdown(group)
     return lines
 

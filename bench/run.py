@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import measure, report, timing
-from .peers import Bench
+from .peers import Bench, Case
 
 ROOT = Path(__file__).parents[1]
 OPS = tuple(sorted(f.stem for f in (Path(__file__).parent / "ops").glob("[a-z]*.py")))
@@ -39,7 +39,11 @@ def gate(op: str) -> str | None:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="linmu bench ops", description=__doc__)
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated; every op if left out")
-    parser.add_argument("--case", action="append", help="names of cases; all but the tiny one if left out")
+    parser.add_argument(
+        "--case",
+        action="append",
+        help="names of cases; if left out, all but the tiny one and those of --targets",
+    )
     parser.add_argument("--dtype", action="append", help="float32, bfloat16, ...; each case's own if left out")
     parser.add_argument(
         "--impl", action="append", help="auto (default: what serves, and eager peers), compiled (peers), all, a name"
@@ -49,10 +53,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--both", action="store_true", help="forward, and forward + backward where the case asks for it"
     )
     parser.add_argument("--quick", action="store_true", help="a few cases of each op, compiled peers for the forward")
+    parser.add_argument("--targets", action="store_true", help="the cases that have a target on a GPU, and no others")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice if left out")
     parser.add_argument("--seconds", type=float, default=1.0, help="time per variant (default 1)")
     parser.add_argument("--json", type=Path, help="append rows (JSON lines) to this file")
+    parser.add_argument("--replace", action="store_true", help="what --json's file has of the same cases goes")
     parser.add_argument("--save", action="store_true", help="replace bench/results/<device>/<op>.jsonl")
     parser.add_argument("--report", action="store_true", help="then write bench/reports/<device>.md from the results")
     parser.add_argument("--no-gate", action="store_true", help="do not run the op's tests; rows say UNVERIFIED")
@@ -75,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         rows = list(_rows(load(op), args))
         if args.json:
-            with args.json.open("a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
+            _append(args.json, rows, args.replace)
         if args.save:
             target = report.results_file(args.device, op)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +91,21 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if red else 0
 
 
+def _included(name: str, case: Case, args: argparse.Namespace) -> bool:
+    """Where no case is named."""
+    return name != "tiny" and bool(case.target) == args.targets and (case.quick or not args.quick)
+
+
+def _append(file: Path, rows: list[report.Row], replace: bool) -> None:
+    new = {report.title(row) for row in rows} if replace else set()
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = [row for row in old if report.title(row) not in new] + rows
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def _rows(bench: Bench, args: argparse.Namespace) -> Any:
     place = measure.where(args.device)
-    names = args.case or [n for n, c in bench.cases.items() if n != "tiny" and (c.quick or not args.quick)]
+    names = args.case or [n for n, c in bench.cases.items() if _included(n, c, args)]
     if unknown := set(names) - set(bench.cases):
         sys.exit(f"{bench.op}: case must be one of {', '.join(bench.cases)}, got {', '.join(sorted(unknown))}")
     for name in names:

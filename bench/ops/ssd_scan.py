@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import linmu_ops
-from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, mamba2, need
+from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, gpu_case, mamba2, need
 
 SMALL = dict(B=1, H=16, Gx=16, Gb=1, Gc=1, P=64, N=64)  # Mamba-2: B and C shared by the heads
 GQA = dict(B=1, H=28, Gx=4, Gb=4, Gc=28, P=128, N=128)  # a converted 28-head, 4-group attention layer
@@ -20,6 +20,17 @@ CASES = {
     "both": case(L=4096, direction="both", quick=True, backward=True, **SMALL),
     "gqa": case(L=4096, dtypes=("float32", "bfloat16"), **GQA),
     "gqa-both": case(L=4096, direction="both", dtypes=("float32", "bfloat16"), **GQA),
+    "7b-forward": gpu_case("one mamba_ssm scan is what 7b-both is to beat", backward=True, L=32768, **GQA),
+    "7b-both": gpu_case(
+        ">= 4x mamba_ssm, faster than its one scan of 7b-forward, <= 0.6 ms, <= 1.35x our 7b-forward; backward >= 2x",
+        backward=True,
+        L=32768,
+        direction="both",
+        **GQA,
+    ),
+    "mamba-2": gpu_case(
+        ">= 2x mamba_ssm, backward too", backward=True, L=32768, B=4, H=128, Gx=128, Gb=1, Gc=1, P=64, N=128
+    ),
 } | {f"L={length}": case(L=length, quick=length <= 8192, **SMALL) for length in (1024, 4096, 8192, 32768, 131072)}
 
 MEMORY_GB = 4  # a peer that would need more is left out

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, need
+from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, gpu_case, need
 
 VIDEO = dict(grid=(16, 16, 16), window=(16, 4, 4), shift=(0, 2, 2))
 IMAGE = dict(grid=(1, 64, 64), window=(1, 8, 8), shift=(0, 4, 4))
@@ -18,8 +19,18 @@ CASES = {
     "video": case(B=1, H=16, G=16, P=64, backward=True, **VIDEO),
     "video, not shifted": case(B=1, H=16, G=16, P=64, **(VIDEO | dict(shift=(0, 0, 0)))),
     "video, gqa": case(quick=True, B=1, H=28, G=4, P=128, dtypes=("float32", "bfloat16"), **VIDEO),
+    "7b": gpu_case(
+        ">= 3x roll + partition + SDPA, <= 0.4 ms", backward=True, B=1, H=28, G=4, P=128,
+        **(VIDEO | dict(grid=(32, 32, 32), shift=(8, 2, 2))),
+    ),
     "image": case(B=1, H=16, G=16, P=64, quick=True, backward=True, **IMAGE),
-}
+} | {
+    f"swin, {w}x{w}": gpu_case(
+        f">= 5x compiled PyTorch{published}", backward=True, B=16, H=6, G=6, P=32, grid=(1, 8 * w, 8 * w),
+        window=(1, w, w), shift=(0, w // 2, w // 2),
+    )
+    for w, published in ((7, ""), (8, ", > 13.7 TFLOP/s"), (12, ", > 31.5 TFLOP/s"))
+}  # fmt: skip
 
 
 def make(c: Case, dtype: torch.dtype, device: str) -> Inputs:
@@ -58,7 +69,9 @@ def _reverse(t: Tensor, grid: tuple[int, ...], window: tuple[int, ...], batch: i
     return t.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, T * Y * X, H, P)
 
 
-def _roll_partition_sdpa(c: Case) -> Peer:
+def _rolled(c: Case, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Peer:
+    """`attend` takes (windows, heads, tokens, P)."""
+
     def run(
         q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
     ) -> Tensor:
@@ -69,11 +82,19 @@ def _roll_partition_sdpa(c: Case) -> Peer:
                 return t
             return t.reshape(B, *grid, *t.shape[2:]).roll([sign * s for s in shift], (1, 2, 3)).reshape(t.shape)
 
-        parts = [_partition(rolled(t, -1), grid, window) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(*parts, enable_gqa=c["H"] != c["G"])
-        return rolled(_reverse(out, grid, window, B), 1)
+        q, k, v = (_partition(rolled(t, -1), grid, window) for t in (q, k, v))
+        return rolled(_reverse(attend(q, k, v), grid, window, B), 1)
 
     return Peer(run)
+
+
+def _roll_partition_sdpa(c: Case) -> Peer:
+    return _rolled(c, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=c["H"] != c["G"]))
+
+
+def _roll_partition_flash(c: Case) -> Peer:
+    attend = need("flash_attn", "cuda").flash_attn_func
+    return _rolled(c, lambda q, k, v: attend(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2))
 
 
 def _window_of(c: Case) -> Tensor:
@@ -130,6 +151,7 @@ BENCH = Bench(
     {
         "roll + partition + SDPA": _roll_partition_sdpa,
         "roll + partition + SDPA, compiled": compiled(_roll_partition_sdpa),
+        "roll + partition + flash-attn": _roll_partition_flash,
         "FlexAttention": _flex_attention,
         "NATTEN": _natten,
     },

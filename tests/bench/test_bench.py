@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -21,8 +23,57 @@ def rows_of(op, **options):
 
 
 def test_every_op_has_a_bench():
-    assert set(run.OPS) == {*_registry.OPS, "token_layout"}
+    assert set(run.OPS) == {*_registry.OPS, "token_layout", "mmate"}
     assert all(any(c.quick for c in run.load(op).cases.values()) for op in run.OPS)
+
+
+def names(op, *options):
+    args = run._arguments(["--op", op, *options])
+    return {n for n, c in run.load(op).cases.items() if run._included(n, c, args)}
+
+
+def test_what_the_targets_on_a_gpu_name_is_measured_there_alone():
+    targets = {op: names(op, "--targets", "--device", "cuda") for op in run.OPS}
+    assert {op: t for op, t in targets.items() if t} == {
+        "ssd_scan": {"7b-forward", "7b-both", "mamba-2"},
+        "window_attention": {"7b", "swin, 7x7", "swin, 8x8", "swin, 12x12"},
+        "ssd_step": {f"7b, batch {b}" for b in (1, 2, 4, 8, 16, 32, 64)},
+        "mmate": {"7b"},
+    }
+    for op, t in targets.items():
+        assert not t & names(op)
+    scan = run.load("ssd_scan").cases
+    for name in ("7b-forward", "7b-both"):
+        assert scan[name].sizes | dict(direction=None) == dict(
+            B=1, L=32768, H=28, Gx=4, Gb=4, Gc=28, P=128, N=128, direction=None
+        )
+    peers = {op: " ".join(run.load(op).peers) for op in run.OPS}
+    assert "mamba_ssm" in peers["ssd_scan"] and "fla" in peers["ssd_scan"] and "mamba_ssm" in peers["ssd_step"]
+    assert all(p in peers["window_attention"] for p in ("flash-attn", "SDPA, compiled", "roll + partition + SDPA"))
+
+
+def test_the_check_on_a_gpu_has_a_step_for_every_target():
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    script = run.ROOT / "bench" / "gpu_check.sh"
+    done = subprocess.run(["bash", script, "list"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    steps = done.stdout.split()
+    assert steps[0] == "build" and len(set(steps)) == len(steps)
+    for op in run.OPS:
+        if names(op, "--targets"):
+            assert [s for s in steps if s.startswith(f"bench_target_{op}")], op
+    for case in names("ssd_scan", "--targets"):
+        assert f"bench_target_ssd_scan_{case}" in steps
+
+
+def test_rows_of_the_same_case_are_replaced(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    first, second = ({"op": "o", "case": c, "dtype": "float32", "backward": False, "us": 1} for c in "ab")
+    run._append(file, [first, second], replace=False)
+    run._append(file, [first | {"us": 2}], replace=True)
+    run._append(file, [second], replace=False)
+    assert [json.loads(r) for r in file.read_text().splitlines()] == [second, first | {"us": 2}, second]
 
 
 def test_every_peer_has_a_row_also_where_it_is_missing():
@@ -42,7 +93,7 @@ def test_tiny(op):
     assert op in report.table(rows)
 
 
-@pytest.mark.parametrize("op", [o for o in run.OPS if o != "token_layout"])
+@pytest.mark.parametrize("op", [o for o in run.OPS if o in _registry.OPS])
 def test_compiled_peers_are_equal(op):
     rows = rows_of(op, wanted=("auto", "compiled"))
     compiled = [r for r in rows if r["impl"].endswith(", compiled")]
