@@ -52,6 +52,28 @@ class Op:
     backward: str | None
     entries: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...]  # name, schema, reference, fake
     autograd: tuple[Callable[..., None], Callable[..., Any]] | None  # setup_context, backward
+    limits: dict[str, Limit]  # per implementation that does not take every call
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a `Limit` judges: a call's arguments by name, as far as they are known."""
+
+    arguments: dict[str, Any]
+    shared_memory: int  # bytes that one block may have on the GPU
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+    @property
+    def differentiates(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            isinstance(v, torch.Tensor) and v.requires_grad for v in self.arguments.values()
+        )
+
+
+# The reason an implementation cannot serve a call, or None.
+Limit = Callable[[Asked], str | None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +104,7 @@ def define_op(
     bwd_fake: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    limits: dict[str, Limit] | None = None,
 ) -> None:
     """Define `name` (and `<name>_bwd`) in every namespace.
 
@@ -93,7 +116,7 @@ def define_op(
         assert bwd_reference and bwd_fake
         entries.append((f"{name}_bwd", bwd_schema, bwd_reference, bwd_fake))
     autograd = (setup_context, backward) if setup_context and backward else None
-    OPS[name] = Op(name, schema, f"{name}_bwd" if bwd_schema else None, tuple(entries), autograd)
+    OPS[name] = Op(name, schema, f"{name}_bwd" if bwd_schema else None, tuple(entries), autograd, limits or {})
     for ns, lib in _libraries.items():
         define_in(ns, lib, OPS[name])
 
@@ -197,6 +220,40 @@ def _triton_why_not(op: str) -> str | None:
     return None
 
 
+# Where no GPU is there to ask: what the largest has of which the kernels make use.
+MOST_SHARED_MEMORY = 227 * 1024
+
+
+@functools.cache
+def _shared_memory(device: int | None) -> int:
+    """Bytes that one block may have on that GPU."""
+    if not torch.cuda.is_available():
+        return MOST_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if device is None else device)
+    return int(getattr(properties, "shared_memory_per_block_optin", MOST_SHARED_MEMORY))
+
+
+def more_than(asked: Asked, needed: dict[str, int]) -> str | None:
+    """The reason a GPU's shared memory does not do, given what each kernel needs of it at least."""
+    kernel = max(needed, key=lambda k: needed[k])
+    if needed[kernel] <= asked.shared_memory:
+        return None
+    return f"its {kernel} needs {needed[kernel]} bytes of shared memory per block, the GPU has {asked.shared_memory}"
+
+
+def _beyond(op: str, impl: str, like: torch.Tensor | None, arguments: dict[str, Any]) -> str | None:
+    """The reason `impl` cannot serve a call of these arguments, of whatever device and dtype."""
+    limit = OPS[op].limits.get(impl)
+    if limit is None or not arguments:
+        return None
+    return limit(Asked(arguments, _shared_memory(None if like is None else like.device.index)))
+
+
+@functools.cache
+def _argument_names(op: str) -> tuple[str, ...]:
+    return tuple(a.name for a in getattr(torch.ops.linmu, op).default._schema.arguments)
+
+
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
     """The reason `impl` cannot serve `op` on tensors of `device` and `dtype`, or None if it can."""
     if impl == "reference":
@@ -219,17 +276,26 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     return _default.get((op, device, dtype == torch.float64), "reference")
 
 
-def explain(op: str, *tensors: torch.Tensor, device: str | None = None) -> list[Choice]:
+def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named: torch.Tensor) -> list[Choice]:
     """Which implementation serves `op` for these tensors (or this device type), and why the others do not.
 
-    Returns one `Choice(impl, why_not, chosen)` per implementation.
+    The tensors are those of the call, as the op takes them; an implementation that has a limit on their sizes is judged
+    by what is given. Returns one `Choice(impl, why_not, chosen)` per implementation.
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
     where = device or (tensors[0].device.type if tensors else "cpu")
     dtype = tensors[0].dtype if tensors else torch.float32
+    arguments = dict(zip(_argument_names(op), tensors, strict=False)) | named
+
+    def reason(impl: str) -> str | None:
+        like = tensors[0] if tensors else None
+        return why_not(op, impl, where, dtype) or _beyond(op, impl, like, arguments)
+
     chosen = _forced.get(op) or _automatic(op, where, dtype)
-    return [Choice(impl, why_not(op, impl, where, dtype), impl == chosen) for impl in NAMESPACE]
+    if op not in _forced and reason(chosen):
+        chosen = next(i for i in PREFERENCE.get(where, ("reference",)) if reason(i) is None)
+    return [Choice(impl, reason(impl), impl == chosen) for impl in NAMESPACE]
 
 
 def warn_once(key: Any, message: str, stacklevel: int = 5) -> None:
@@ -249,6 +315,22 @@ def _warn_of_untried(impl: str, device: str) -> None:
         warn_once(("untried", impl), f"linmu_ops: its {UNTRIED[impl]} yet; check with `linmu env`")
 
 
+def _within_limits(op: str, impl: str, like: torch.Tensor, args: tuple[Any, ...]) -> str:
+    """`impl`, or the next in order where this call is beyond its limits."""
+    arguments = dict(zip(_argument_names(op), args, strict=True))
+    reason = _beyond(op, impl, like, arguments)
+    if reason is None:
+        return impl
+    device = like.device.type
+    order = PREFERENCE[device]
+    for other in order[order.index(impl) + 1 :]:
+        if not (why_not(op, other, device, like.dtype) or _beyond(op, other, like, arguments)):
+            if not torch.compiler.is_compiling():
+                warn_once((op, impl, reason), f"linmu_ops.{op}: {other} serves in place of {impl}: {reason}")
+            return other
+    return "reference"
+
+
 def call(op: str, like: torch.Tensor, *args: Any) -> Any:
     """Run `op` through the implementation that serves tensors like `like`."""
     device = like.device.type
@@ -257,8 +339,12 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
         impl = _automatic(op, device, like.dtype)
         if impl == "reference" and device != "meta":
             _warn_of_reference(op, device)
+        elif impl in OPS[op].limits:
+            impl = _within_limits(op, impl, like, args)
     else:
         reason = why_not(op, impl, device, like.dtype)
+        if reason is None and impl in OPS[op].limits:
+            reason = _beyond(op, impl, like, dict(zip(_argument_names(op), args, strict=True)))
         if reason is not None and device != "meta":
             raise RuntimeError(f"{op}: implementation {impl!r} is forced but cannot serve: {reason}")
     _warn_of_untried(impl, device)

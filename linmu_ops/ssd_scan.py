@@ -215,6 +215,23 @@ def _backward(ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_state: Tensor |
     return (*(by_name.get(n) if given[n] is not None else None for n in ARGUMENTS), None, None)
 
 
+def _cuda_limit(asked: _registry.Asked) -> str | None:
+    """As csrc/cuda/ssd_scan*.cu lay out shared memory, with the smallest chunk and slices that they go down to."""
+    size = asked["x"].element_size()
+
+    def row(n: int) -> int:
+        return max(-(-n // 32) * 32, 32) * size + 16
+
+    P, N = row(asked["x"].shape[3]), row(asked["B"].shape[3])
+    sets = 1 if asked["reverse_B"] is None and asked["reverse_C"] is None else 2
+    needed = {"forward": 1408 + (32 * sets + 64) * N + 64 * row(32)}
+    if asked.differentiates:
+        parts = {torch.float32: 1, torch.bfloat16: 3}.get(asked["x"].dtype, 2)
+        slices = 2 * parts * (P - 16) // size * (16 * size + 16)
+        needed["backward"] = 5184 + 64 * (P + N + row(32)) + max(slices, 32 * N)
+    return _registry.more_than(asked, needed)
+
+
 _registry.define_op(
     "ssd_scan",
     SCHEMA,
@@ -225,4 +242,5 @@ _registry.define_op(
     bwd_fake=_bwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    limits={"cuda": _cuda_limit},
 )

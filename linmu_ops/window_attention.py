@@ -204,6 +204,24 @@ def _backward(ctx: Any, bwd_op: Any, grad_out: Tensor | None, grad_lse: Tensor |
     return dq, dk, dv, None, None, None, None, None, None if bias is None else dbias, None, None, None
 
 
+def _cuda_limit(asked: _registry.Asked) -> str | None:
+    """As csrc/cuda/window_attention*.cu lay out shared memory, with the fewest warps and keys that they go down to."""
+    P, size = asked["q"].shape[3], asked["q"].element_size()
+    if P > 256:
+        return f"the CUDA kernels take at most P=256, got P={P}"
+    D = next(d for d in (32, 64, 128, 256) if d >= P)
+    row = D * size + 16
+    queries = 32 if size == 2 and D == 128 else 16
+    needed = {"forward": (64 if D == 32 else 32) * (2 * row + 8) + queries * (row + 8)}
+    if asked.differentiates:
+        needed["gradient of q"] = 32 * (2 * row + 8) + queries * (2 * row + 12)
+        needed["gradients of k and v"] = 16 * (2 * row + 8) + 2 * (32 if D <= 128 else 16) * (2 * row + 16)
+        if asked["bias"] is not None:
+            row = -(-P // 32) * 32 * size + 16
+            needed["gradient of bias"] = 16 * (2 * row + 144) + 32 * (2 * row + 8)
+    return _registry.more_than(asked, needed)
+
+
 _registry.define_op(
     "window_attention",
     SCHEMA,
@@ -214,4 +232,5 @@ _registry.define_op(
     bwd_fake=_bwd_fake,
     setup_context=_setup_context,
     backward=_backward,
+    limits={"cuda": _cuda_limit},
 )

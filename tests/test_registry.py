@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -147,3 +148,73 @@ def test_float64_is_not_for_triton():
     rows = {r.impl: r for r in linmu_ops.explain("ssd_scan", torch.empty(0, dtype=torch.float64), device="cuda")}
     assert rows["triton"].why_not == "the Triton kernels take no float64"
     assert not rows["triton"].chosen
+
+
+def test_sizes_beyond_a_limit_fall_to_the_next_implementation_and_warn_once(monkeypatch):
+    monkeypatch.setattr(_registry, "_warned", set())
+    inputs, op = small_inputs("ssd_step"), _registry.OPS["ssd_step"]
+
+    def run():
+        return linmu_ops.ssd_step(**inputs | dict(state=inputs["state"].clone()))
+
+    want = run()
+    limited = dataclasses.replace(op, limits={"cpu": lambda asked: f"at most N=4, got N={asked['B'].shape[-1]}"})
+    monkeypatch.setitem(_registry.OPS, "ssd_step", limited)
+    reason = f"at most N=4, got N={inputs['B'].shape[-1]}"
+    with pytest.warns(linmu_ops.LinmuWarning) as caught:
+        got = [run() for _ in range(3)]
+    assert [str(w.message) for w in caught] == [f"linmu_ops.ssd_step: reference serves in place of cpu: {reason}"]
+    assert caught[0].filename == __file__ and all(torch.allclose(g, want, atol=1e-5) for g in got)
+    with pytest.raises(RuntimeError, match=f"'cpu' is forced but cannot serve: {reason}"), linmu_ops.use_impl("*:cpu"):
+        run()
+    rows = {r.impl: r for r in linmu_ops.explain("ssd_step", *(inputs[k] for k in ("state", "x", "dt", "A", "B")))}
+    assert rows["cpu"].why_not == reason and not rows["cpu"].chosen and rows["reference"].chosen
+
+
+CHIPS = {"sm_86": 99 * 1024, "sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+
+@pytest.fixture
+def cuda_of(monkeypatch):
+    """`explain`'s word on the CUDA kernels, as if they were built and a block had so much shared memory."""
+    monkeypatch.setattr(_registry, "why_not", lambda op, impl, device, dtype=None: None)
+
+    def explain(chip, op, *tensors, **named):
+        monkeypatch.setattr(_registry, "_shared_memory", lambda device: CHIPS[chip])
+        rows = linmu_ops.explain(op, *tensors, device="cuda", **named)
+        return next(r.why_not for r in rows if r.impl == "cuda")
+
+    return explain
+
+
+def row(size, dtype):
+    return torch.empty(1, 1, 1, size, dtype=dtype, requires_grad=True)
+
+
+def test_window_attention_says_what_its_cuda_kernels_do_not_take(cuda_of):
+    for chip in CHIPS:
+        q = row(257, torch.bfloat16)
+        assert cuda_of(chip, "window_attention", q) == "the CUDA kernels take at most P=256, got P=257"
+        for P, dtype in ((256, torch.bfloat16), (224, torch.float32)):
+            q = row(P, dtype)
+            assert cuda_of(chip, "window_attention", q, q, q, bias=torch.empty(1)) is None
+    q = row(256, torch.float32)
+    reason = cuda_of("sm_86", "window_attention", q, q, q, bias=torch.empty(1))
+    assert reason == "its gradient of bias needs 102400 bytes of shared memory per block, the GPU has 101376"
+    assert cuda_of("sm_86", "window_attention", q, q, q) is None
+    with torch.no_grad():
+        assert cuda_of("sm_86", "window_attention", q, q, q, bias=torch.empty(1)) is None
+    assert cuda_of("sm_80", "window_attention", q, q, q, bias=torch.empty(1)) is None
+
+
+def test_ssd_scan_says_what_its_cuda_kernels_do_not_take(cuda_of):
+    def scan(chip, size, dtype):
+        x = row(size, dtype)
+        return cuda_of(chip, "ssd_scan", x, torch.empty(1, 1, 1), torch.empty(1), x, x)
+
+    for chip in CHIPS:
+        assert scan(chip, 128, torch.bfloat16) is None
+    assert scan("sm_80", 128, torch.float32) is None and scan("sm_90", 256, torch.float32) is None
+    assert scan("sm_80", 256, torch.float32) == (
+        "its backward needs 188480 bytes of shared memory per block, the GPU has 166912"
+    )
