@@ -15,6 +15,12 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 // Shared memory that one block may use. (sm_86 and sm_89 have 99 KiB.)
 constexpr int64_t kSharedSm80 = 163 * 1024, kSharedSm90 = 227 * 1024;
 
+inline void check_shared(const char* op, int64_t bytes, int64_t limit) {
+  if (bytes > limit)
+    throw std::runtime_error(std::string(op) + ": needs " + std::to_string(bytes) +
+                             " bytes of shared memory per block on CUDA, got " + std::to_string(limit));
+}
+
 // IEEE half precision as it lies in memory; linmu::f16 is the host compiler's type.
 struct half16 {
   uint16_t bits;
@@ -36,8 +42,8 @@ struct alignas(sizeof(T) * N) Vec {
 
 namespace linmu {
 
-// Dynamic shared memory, aligned for cp.async and ldmatrix.
-#define LINMU_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Dynamic shared memory, aligned for the swizzled tiles of sm_90.
+#define LINMU_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
@@ -72,6 +78,12 @@ __device__ inline unsigned pack(float first, float second) {
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
 __device__ inline float shuffle(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 __device__ inline bool warp_any(bool x) { return __any_sync(kAllLanes, x); }
+// The same number, of which the compiler knows nothing.
+template <class T>
+__device__ inline T opaque(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 // What the lanes of a warp wrote before it, all of them see after it.
 __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline double shuffle_xor(double x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
@@ -88,13 +100,23 @@ inline int64_t shared_limit() {
   return bytes;
 }
 
+// Multiprocessors of the current device.
+inline int64_t multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda("multiprocessors", cudaGetDevice(&device));
+  check_cuda("multiprocessors", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Launches on the context's stream. No blocks is no launch.
 template <class... Formal, class... Actual>
 void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads, int64_t shared,
             const CudaContext& context, Actual&&... arguments) {
   if (blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
-  if (shared > 48 * 1024)
+  if (shared > 48 * 1024) {
+    check_shared(op, shared, shared_limit());
     check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(context.stream);

@@ -161,17 +161,18 @@ static_assert(OutputTiles::of<bf16>(128, 128, 64, false).bytes <= kSharedSm80);
 static_assert(OutputTiles::of<bf16>(32, 256, 32, true).bytes <= kSharedSm80);
 static_assert(OutputTiles::of<float>(32, 256, 32, true).bytes <= kSharedSm80);
 
-// The largest chunk, and slice of P, whose tiles fit: 64 visits unless the caller wants others.
+// The largest chunk, and slice of P, whose tiles fit the shared memory of sm_80: 64 visits unless the caller wants
+// others. The smallest may take all that this GPU has.
 template <class T>
 void fit(const SsdScanParams& p, bool separate, int& chunk, Output& o) {
   o.state_dim = round_to(std::max<int64_t>(p.state_dim, 1), 32);
   o.columns = p.head_dim > 32 ? 64 : 32;
   chunk = round_to(std::clamp<int64_t>(std::min(p.chunk > 0 ? p.chunk : 64, p.length), 1, 128), 32);
+  const int64_t most = shared_limit(), limit = std::min(kSharedSm80, most);
   const auto bytes = [&] { return OutputTiles::of<T>(chunk, o.state_dim, o.columns, separate).bytes; };
-  if (bytes() > kSharedSm80) o.columns = 32;
-  while (bytes() > kSharedSm80 && chunk > 32) chunk -= 32;
-  if (bytes() > kSharedSm80)
-    throw std::runtime_error("ssd_scan: B must have N <= 256 on CUDA, got N=" + std::to_string(p.state_dim));
+  if (bytes() > limit) o.columns = 32;
+  while (bytes() > limit && chunk > 32) chunk -= 32;
+  check_shared("ssd_scan", bytes(), most);
 }
 
 }  // namespace

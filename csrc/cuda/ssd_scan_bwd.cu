@@ -400,20 +400,21 @@ static_assert(GradientTiles::of<bf16>(32, 256, 256, 16, 32).bytes <= kSharedSm80
 static_assert(GradientTiles::of<float>(32, 128, 128, 32, 64).bytes <= kSharedSm80);
 static_assert(GradientTiles::of<float>(32, 256, 256, 16, 32).bytes <= kSharedSm90);
 
-// The largest tiles that fit every architecture; failing that, those of sm_90.
+// The largest tiles that fit the shared memory of sm_80; failing that, all that this GPU has.
 template <class T>
 int fit(const SsdScanParams& p, Gradients& o) {
   o.head_dim = round_to(std::max<int64_t>(p.head_dim, 1), 32);
   o.state_dim = round_to(std::max<int64_t>(p.state_dim, 1), 32);
   const int wanted = round_to(std::clamp<int64_t>(std::min(p.chunk > 0 ? p.chunk : 64, p.length), 1, 64), 32);
-  for (const int64_t limit : {kSharedSm80, kSharedSm90})
+  const int64_t most = shared_limit();
+  for (const int64_t limit : {std::min(kSharedSm80, most), most})
     for (int chunk = wanted; chunk >= 32; chunk -= 32)
       for (const int columns : {32, 16}) {
         o.state_columns = columns, o.value_columns = columns * 2;
         if (shared_bytes<T>(chunk, o) <= limit) return chunk;
       }
-  throw std::runtime_error("ssd_scan: x and B must have P, N <= 256 on CUDA, got P=" + std::to_string(p.head_dim) +
-                           ", N=" + std::to_string(p.state_dim));
+  check_shared("ssd_scan_bwd", shared_bytes<T>(32, o), most);
+  return 32;
 }
 
 template <class T>

@@ -1,9 +1,8 @@
 // The products of sm_90a: a warpgroup of four warps multiplies 64 rows by 64 columns, operands in shared memory.
 //
-// A tile for them is made of columns of 16 bytes: row r of 8 elements c is at (c / 8) * rows * 16 + r * 16. So eight
-// rows of such a column are the 128 contiguous bytes that the instruction calls a core matrix, a tile may be read by
-// its rows or by its depth, and copies of 8 rows x 64 bytes by a warp meet neither bank conflicts nor halves of
-// sectors.
+// A tile for them is made of panels of 64 columns, whose rows of 128 bytes follow each other. Within eight rows, 1024
+// aligned bytes, piece c of 16 bytes of row r is at place c ^ r: the 128-byte swizzle, which wgmma undoes and the bulk
+// copies make. So a tile may be read by its rows or by its depth, and eight rows of one piece lie in different banks.
 #pragma once
 #include <cstdlib>
 
@@ -20,10 +19,10 @@ __host__ __device__ constexpr int64_t group_tile(int rows, int columns) {
 
 template <class T>
 __device__ inline T* group_at(T* tile, int rows, int row, int column) {
-  return tile + static_cast<int64_t>(column / 8) * rows * 8 + row * 8 + column % 8;
+  return tile + static_cast<int64_t>(column / 64) * rows * 64 + row * 64 + (column / 8 % 8 ^ row % 8) * 8 + column % 8;
 }
 
-// As load_tile: rows a multiple of 8, columns of 32.
+// As load_tile: rows a multiple of 8, columns of 64.
 template <class T, class Source>
 __device__ inline void load_group_tile(T* tile, int rows, int columns, int64_t width, bool fast, Source&& source) {
   static_assert(sizeof(T) == 2);
@@ -79,11 +78,12 @@ inline int architecture(const char* op) {
   return own && !(lowered && std::atoi(lowered) < 90) ? 90 : 80;
 }
 
-// Where an operand lies: its first core matrix, and the bytes from one to the next along the depth and across it.
+// Where an operand lies: its first element before swizzling, and 1024 bytes from eight rows to the next. (The second
+// field is between panels, of which no operand has two.)
 using Operand = uint64_t;
-__device__ inline Operand operand(const void* first, int leading, int stride) {
-  const uint64_t at = __cvta_generic_to_shared(first);
-  return (at & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
+__device__ inline Operand operand(const void* first) {
+  const uint64_t at = __cvta_generic_to_shared(first), swizzle = 1;
+  return (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | swizzle << 62;
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -146,7 +146,7 @@ __device__ inline void group_sync() {
   }
 }
 
-// What this thread copied to shared memory is there for group_mma after a barrier.
+// What this thread wrote to shared memory, copies included, is there for group_mma, and bulk copies, after a barrier.
 __device__ inline void group_publish() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
@@ -161,14 +161,11 @@ namespace linmu {
 #if defined(LINMU_SM90A) || defined(LINMU_EMULATE)
 #define LINMU_GROUP_CODE 1
 
-// An operand read by row (of M or N) or by depth, from row `row` and column `column` of a tile of `rows` rows.
+// An operand read by row (of M or N) or by depth, from row `row`, a multiple of 8, and column `column` of a tile of
+// `rows` rows: a multiple of 16 by row, of 64 by depth.
 template <class T>
-__device__ inline Operand by_row(T* tile, int rows, int row, int column) {
-  return operand(group_at(tile, rows, row, column), rows * 16, 128);
-}
-template <class T>
-__device__ inline Operand by_depth(T* tile, int rows, int row, int column) {
-  return operand(group_at(tile, rows, row, column), 128, rows * 16);
+__device__ inline Operand operand_at(T* tile, int rows, int row, int column) {
+  return operand(tile + static_cast<int64_t>(column / 64) * rows * 64 + row * 64 + column % 64);
 }
 
 #endif

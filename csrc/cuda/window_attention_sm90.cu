@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
         group_begin();
 #pragma unroll
         for (int k = 0; k < D; k += 16)
-          group_mma<T, 0>(scores, by_row(q_tile, kQueries, 0, k), by_row(k_tile, s.keys, j, k));
+          group_mma<T, 0>(scores, operand_at(q_tile, kQueries, 0, k), operand_at(k_tile, s.keys, j, k));
         group_end();
         group_hold(scores);
         to_exponents<T, false>(scores, p, head, coords + own, key_coords + j, key_tokens + j);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
         for (int part = 0; part < D / 64; ++part)
 #pragma unroll
           for (int k = 0; k < 4; ++k)
-            group_mma<T, 1>(out[part], weights[k], by_depth(v_tile, s.keys, j + k * 16, part * 64));
+            group_mma<T, 1>(out[part], weights[k], operand_at(v_tile, s.keys, j + k * 16, part * 64));
         group_end();
 #pragma unroll
         for (int part = 0; part < D / 64; ++part) group_hold(out[part]);

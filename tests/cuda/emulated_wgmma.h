@@ -1,5 +1,6 @@
-// The warpgroup's product of csrc/cuda/wgmma.cuh in plain C++, for emulator.h. An operand is read as the PTX manual
-// lays it out without swizzling. Its results are there at once; proxies and their fences are not emulated.
+// csrc/cuda/wgmma.cuh and bulk.cuh in plain C++, for emulator.h: the warpgroup's product, its operands read as the PTX
+// manual lays them out with the 128-byte swizzle, and bulk copies, which arrive when their barrier is waited for, or
+// when asked for. A product's results are there at once; proxies and their fences are not emulated.
 #pragma once
 #include <cstdlib>
 #include <vector>
@@ -13,11 +14,10 @@ inline int architecture(const char*) {
 
 struct Operand {
   const unsigned char* first;
-  int leading, stride;
 };
-inline Operand operand(const void* first, int leading, int stride) {
+inline Operand operand(const void* first) {
   emulator::check_aligned(first);
-  return {static_cast<const unsigned char*>(first), leading, stride};
+  return {static_cast<const unsigned char*>(first)};
 }
 
 namespace emulator {
@@ -41,10 +41,16 @@ inline const Given* exchange_in_group(const Given& mine) {
   return gifts;
 }
 
+// Bits 4 to 6 of an address in shared memory with bits 7 to 9 mixed in.
+inline unsigned char* swizzled(const unsigned char* p) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  return reinterpret_cast<unsigned char*>(at ^ (at >> 7 & 7) << 4);
+}
+// Row r of 64 elements, and element c of it.
 template <class T>
-float value_at(const unsigned char* p) {
+float value_at(const Operand& o, int r, int c) {
   T value;
-  std::memcpy(&value, p, sizeof(value));
+  std::memcpy(&value, swizzled(o.first + r / 8 * 1024 + r % 8 * 128 + c * 2), sizeof(value));
   return to_float(value);
 }
 
@@ -56,11 +62,7 @@ void group_product(GroupSums& d, const Operand& b, A&& a) {
     for (int e = 0; e < 4; ++e) {
       const int row = self().number % 128 / kLanes * 16 + lane / 4 + e / 2 * 8, n = j * 8 + lane % 4 * 2 + e % 2;
       float sum = 0;
-      for (int k = 0; k < 16; ++k) {
-        const int at = kByDepth ? n / 8 * b.stride + k / 8 * b.leading + k % 8 * 16 + n % 8 * 2
-                                : k / 8 * b.leading + n / 8 * b.stride + n % 8 * 16 + k % 8 * 2;
-        sum += a(row, k) * value_at<T>(b.first + at);
-      }
+      for (int k = 0; k < 16; ++k) sum += a(row, k) * (kByDepth ? value_at<T>(b, k, n) : value_at<T>(b, n, k));
       d.v[0][j][e] += sum;
     }
 }
@@ -70,9 +72,7 @@ void group_product(GroupSums& d, const Operand& b, A&& a) {
 template <class T, int kByDepth>
 inline void group_mma(GroupSums& d, const Operand& a, const Operand& b) {
   emulator::exchange_in_group({});
-  emulator::group_product<T, kByDepth>(d, b, [&](int row, int k) {
-    return emulator::value_at<T>(a.first + k / 8 * a.leading + row / 8 * a.stride + row % 8 * 16 + k % 8 * 2);
-  });
+  emulator::group_product<T, kByDepth>(d, b, [&](int row, int k) { return emulator::value_at<T>(a, row, k); });
 }
 template <class T, int kByDepth>
 inline void group_mma(GroupSums& d, const unsigned (&a)[4], const Operand& b) {
@@ -88,5 +88,75 @@ inline void group_begin() {}
 inline void group_end() {}
 inline void group_hold(GroupSums&) {}
 inline void group_publish() {}
+
+struct TensorMap {
+  const uint16_t* data;
+  int64_t sizes[4], strides[3];
+  int box_rows;
+};
+inline bool describe(TensorMap& to, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                     int box_rows) {
+  to = {static_cast<const uint16_t*>(data), {}, {}, box_rows};
+  std::copy(sizes, sizes + 4, to.sizes), std::copy(strides, strides + 3, to.strides);
+  for (const int64_t n : strides)
+    if (n <= 0 || n * 2 % 16) return false;
+  return *std::min_element(sizes, sizes + 4) > 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+struct Barrier {
+  uint64_t state;
+};
+namespace emulator {
+inline Promises& promises_of(Barrier* barrier) {
+  if (!block->barriers.count(barrier)) fail("a barrier is used before it is made");
+  return block->barriers[barrier];
+}
+inline void ask(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
+  Promises& b = promises_of(barrier);
+  b.asked += bytes;
+  if (block->early)
+    copy();
+  else
+    b.copies.push_back(std::move(copy));
+}
+}  // namespace emulator
+
+inline void barrier_init(Barrier* barrier) { emulator::block->barriers[barrier] = {}; }
+inline void barrier_promise(Barrier* barrier, int bytes) {
+  auto& b = emulator::promises_of(barrier);
+  if (b.promised >= 0) emulator::fail("a barrier is promised a load before the last is complete");
+  b.promised = bytes;
+}
+inline void barrier_wait(Barrier* barrier, int load) {
+  auto& b = emulator::promises_of(barrier);
+  while (b.complete % 2 == load % 2) {
+    if (b.promised >= 0 && b.asked == b.promised) {
+      for (auto& copy : b.copies) copy();
+      b.copies.clear();
+      b.promised = -1, b.asked = 0, ++b.complete, ++emulator::block->progress;
+    } else {
+      emulator::give_up_turn();
+    }
+  }
+}
+inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
+  emulator::check_aligned(shared), emulator::check_aligned(global);
+  if (bytes % 16) emulator::fail("a bulk copy is not of whole pieces of 16 bytes");
+  emulator::ask(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
+}
+inline void copy_box(void* shared, const TensorMap& from, int column, int row, int group, int batch, Barrier* barrier) {
+  if (reinterpret_cast<uintptr_t>(shared) % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
+  emulator::ask(barrier, from.box_rows * 128, [=] {
+    for (int r = 0; r < from.box_rows; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const int64_t at[4] = {column + c, row + r, group, batch};
+        bool inside = true;
+        for (int i = 0; i < 4; ++i) inside = inside && at[i] >= 0 && at[i] < from.sizes[i];
+        const uint16_t value =
+            inside ? from.data[at[0] + at[1] * from.strides[0] + at[2] * from.strides[1] + at[3] * from.strides[2]] : 0;
+        std::memcpy(emulator::swizzled(static_cast<unsigned char*>(shared) + r * 128 + c * 2), &value, 2);
+      }
+  });
+}
 
 }  // namespace linmu

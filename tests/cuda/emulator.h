@@ -3,8 +3,9 @@
 // A block's threads are fibers of one host thread. They run until a barrier, or an instruction that a warp executes
 // together, where they wait for each other as on a GPU; a warp runs as far as it can before the next one begins, in odd
 // blocks from last to first. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited
-// for, not before. A misaligned copy, a warp that diverges at a shared instruction, or a deadlock is an error.
-// Not emulated: the rounding of the tensor cores' sums (here float, in order), and memory ordering within a warp.
+// for, not before; in some blocks, bulk copies as soon as asked for. A misaligned copy, a warp that diverges at a
+// shared instruction, or a deadlock is an error. Not emulated: the rounding of the tensor cores' sums (here float, in
+// order), and memory ordering within a warp.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -39,7 +41,7 @@ namespace linmu {
 namespace emulator {
 
 constexpr int kLanes = 32;
-constexpr size_t kStack = 256 * 1024, kCanary = 64;
+constexpr size_t kStack = 256 * 1024, kCanary = 64, kAlign = 1024;
 
 // What the lanes of a warp give each other at one shared instruction.
 struct Gift {
@@ -62,6 +64,13 @@ struct Copy {
   const void* from;  // null: zeros
 };
 
+// A barrier that counts the bytes of bulk copies.
+struct Promises {
+  int complete = 0;  // loads
+  int64_t promised = -1, asked = 0;
+  std::deque<std::function<void()>> copies;
+};
+
 struct Thread {
   dim3 index;
   int number;
@@ -73,13 +82,15 @@ struct Thread {
 
 struct Block {
   dim3 index, size, grid;
-  std::vector<unsigned char> shared;  // with a canary after it
+  std::vector<unsigned char> shared;  // with a canary after it, and before it what alignment takes
+  unsigned char *memory, *beyond;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::function<void()> body;
+  std::map<const void*, Promises> barriers;
   int arrived = 0, live = 0;
   uint64_t turn = 0, progress = 0;
-  bool backwards = false;
+  bool backwards = false, early = false;
   std::string error;
   jmp_buf scheduler;
   Thread* running = nullptr;
@@ -191,6 +202,7 @@ inline void run_block(Block& b) {
   b.threads = std::vector<Thread>(count);
   b.warps = std::vector<Warp>((count + kLanes - 1) / kLanes);
   b.live = count;
+  b.barriers.clear();
   for (int i = 0; i < count; ++i) {
     b.threads[i].index = dim3(i), b.threads[i].number = i;
     ++b.warps[i / kLanes].live;
@@ -199,7 +211,7 @@ inline void run_block(Block& b) {
   if (b.error.empty() && b.live > 0) b.error = "deadlock: the threads of a block wait for different things";
   if (!b.error.empty()) throw std::runtime_error("emulator: " + b.error);
   for (size_t i = 0; i < kCanary; ++i)
-    if (b.shared[b.shared.size() - 1 - i] != 0xFF) throw std::runtime_error("emulator: a write beyond shared memory");
+    if (b.beyond[i] != 0xFF) throw std::runtime_error("emulator: a write beyond shared memory");
 }
 
 inline void check_aligned(const void* p) {
@@ -215,7 +227,7 @@ inline uint16_t bits_of(unsigned pair, int half) { return static_cast<uint16_t>(
 #define blockIdx (::linmu::emulator::block->index)
 #define blockDim (::linmu::emulator::block->size)
 #define gridDim (::linmu::emulator::block->grid)
-#define LINMU_SHARED(name) unsigned char* name = ::linmu::emulator::block->shared.data()
+#define LINMU_SHARED(name) unsigned char* name = ::linmu::emulator::block->memory
 
 inline void __syncthreads() { linmu::emulator::meet(*linmu::emulator::block); }
 
@@ -267,6 +279,10 @@ inline bool warp_any(bool x) {
   bool any = false;
   for (int i = 0; i < emulator::kLanes; ++i) any |= all[i].number != 0;
   return any;
+}
+template <class T>
+inline T opaque(T x) {
+  return x;
 }
 inline void sync_warp() { emulator::exchange({6, {}}); }
 template <class T>
@@ -328,10 +344,13 @@ inline int64_t shared_limit() {
   return less ? std::atoll(less) : 227 * 1024;
 }
 
+// Few, so that a block that stays has more than one thing to do.
+inline int64_t multiprocessors() { return 3; }
+
 template <class... Formal, class... Actual>
 void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads, int64_t shared, const CudaContext&,
             Actual&&... arguments) {
-  if (shared > shared_limit()) throw std::runtime_error(std::string(op) + ": CUDA: more shared memory than there is");
+  check_shared(op, shared, shared_limit());
   if (blocks.y > 65535 || blocks.z > 65535) throw std::runtime_error(std::string(op) + ": CUDA: the grid is too large");
   emulator::Block b;
   b.size = dim3(threads), b.grid = blocks;
@@ -339,8 +358,11 @@ void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads,
   for (b.index.z = 0; b.index.z < blocks.z; ++b.index.z)
     for (b.index.y = 0; b.index.y < blocks.y; ++b.index.y)
       for (b.index.x = 0; b.index.x < blocks.x; ++b.index.x) {
-        b.shared.assign(shared + emulator::kCanary, 0xFF);
-        b.backwards = (b.index.x + b.index.y + b.index.z) % 2;
+        b.shared.assign(emulator::kAlign + shared + emulator::kCanary, 0xFF);
+        b.memory = b.shared.data() + (-reinterpret_cast<uintptr_t>(b.shared.data()) % emulator::kAlign);
+        b.beyond = b.memory + shared;
+        const unsigned number = b.index.x + b.index.y + b.index.z;
+        b.backwards = number % 2, b.early = (number + 1) / 2 % 2;
         b.turn = b.arrived = 0;
         emulator::run_block(b);
       }

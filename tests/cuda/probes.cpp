@@ -2,6 +2,7 @@
 // host.
 #include <cstdio>
 
+#include "../../csrc/cuda/bulk.cuh"
 #include "../../csrc/cuda/window_attention.cuh"
 
 #define PROBE extern "C" __attribute__((visibility("default")))
@@ -69,6 +70,28 @@ __global__ void fault_kernel(int fault, float* out) {
     shuffle_xor(1.f, 1);
 }
 
+// A box of 8 rows by a bulk copy, then row 8 of the tensor; what lies in shared memory before the wait, and after it.
+__global__ void bulk_kernel(const __grid_constant__ TensorMap map, const uint16_t* data, int fault, uint16_t* before,
+                            uint16_t* after) {
+  LINMU_SHARED(memory);
+  uint16_t* tile = reinterpret_cast<uint16_t*>(memory);
+  Barrier* barrier = reinterpret_cast<Barrier*>(memory + 2048);
+  const int i = threadIdx.x;
+  if (i == 0 && fault != 1) barrier_init(barrier);  // 1: no barrier
+  __syncthreads();
+  if (i == 0) {
+    barrier_promise(barrier, fault == 2 ? 1024 : 1024 + 128);  // 2: fewer bytes than come
+    copy_box(tile, map, 0, 0, 0, 0, barrier);
+    copy_bulk(tile + 512, data + 8 * 64, fault == 3 ? 120 : 128, barrier);  // 3: no whole pieces
+  }
+  __syncthreads();
+  for (int k = i; k < 64 * 9; k += kWarp) before[k] = tile[k];
+  __syncthreads();
+  barrier_wait(barrier, 0);
+  for (int k = i; k < 64 * 8; k += kWarp) after[k] = *group_at(tile, 8, k / 64, k % 64);
+  for (int k = i; k < 64; k += kWarp) after[8 * 64 + k] = tile[512 + k];
+}
+
 const CudaContext kContext{};
 
 }  // namespace
@@ -95,6 +118,20 @@ PROBE void probe_tiles(int type, int by_depth, const void* a, const void* b, flo
 PROBE void probe_fault(int fault, float* out, char* message, int size) {
   try {
     linmu::launch("probe", linmu::fault_kernel, dim3(2), 64, 256, linmu::kContext, fault, out);
+    std::snprintf(message, size, "%s", "");
+  } catch (const std::exception& e) {
+    std::snprintf(message, size, "%s", e.what());
+  }
+}
+
+// Of a tensor of 9 rows of 64, of which the box sees 7; as probe_fault.
+PROBE void probe_bulk(const uint16_t* data, int fault, uint16_t* before, uint16_t* after, char* message, int size) {
+  using namespace linmu;
+  TensorMap map{};
+  const int64_t sizes[4] = {64, 7, 1, 1}, strides[3] = {64, 64 * 9, 64 * 9};
+  try {
+    if (!describe(map, data, sizes, strides, 8)) throw std::runtime_error("not described");
+    launch("probe", bulk_kernel, dim3(1), kWarp, 2048 + 64, kContext, map, data, fault, before, after);
     std::snprintf(message, size, "%s", "");
   } catch (const std::exception& e) {
     std::snprintf(message, size, "%s", e.what());

@@ -55,6 +55,27 @@ def test_scan_of_sm90(case, dtype, direction, options, monkeypatch):
     check("ssd_scan", scan_cases.make_inputs(case, dtype, direction, OPTIONS[options]))
 
 
+@pytest.mark.parametrize(
+    ("case", "direction", "options"),
+    [
+        ((2, 140, 4, 2, 1, 4, 128, 64), "both", ()),
+        ((2, 100, 4, 2, 2, 4, 64, 64), "both", ("reverse_B", "reverse_C", "head_gate", "D")),
+        ((1, 300, 6, 6, 1, 1, 64, 128), "forward", ("seq_idx",)),
+        ((2, 100, 3, 1, 3, 1, 40, 24), "reverse", ("reverse_B", "seq_idx", "D")),
+    ],
+    ids=["grouped", "own B and C", "a head's own x", "rows shorter than a box"],
+)
+def test_bulk_copies_of_sm90_bring_what_threads_gather(case, direction, options, monkeypatch):
+    """Tokens in place come by bulk copies, through the same kernel as tokens in an order: the same bits."""
+    monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
+    inputs = scan_cases.make_inputs(case, torch.bfloat16, direction, options)
+    B, L = case[:2]
+    in_order = linmu_ops.ssd_scan(**inputs, token_order=torch.arange(L).int().expand(B, L).contiguous())
+    in_place = linmu_ops.ssd_scan(**inputs)
+    assert in_place.isfinite().all() and in_place.equal(in_order)
+    check("ssd_scan", inputs)
+
+
 @pytest.mark.parametrize("option", ["reverse_B", "reverse_C", "head_gate", "initial_state", "seq_idx"])
 @pytest.mark.parametrize("direction", ["reverse", "both"])
 def test_scan_with_one_option(direction, option):

@@ -53,6 +53,22 @@ def test_an_asynchronous_copy_arrives_when_waited_for(probes):
 
 @pytest.mark.parametrize(
     "fault, message",
+    [(0, ""), (1, "before it is made"), (2, "deadlock"), (3, "whole pieces of 16 bytes")],
+)
+def test_bulk_copies_arrive_when_their_barrier_is_waited_for(probes, fault, message):
+    data = torch.arange(9 * 64).view(9, 64).short()
+    before, after = torch.zeros(9, 64).short(), torch.zeros(9, 64).short()
+    text = ctypes.create_string_buffer(400)
+    probes.probe_bulk(at(data), fault, at(before), at(after), text, len(text))
+    assert message in text.value.decode() and bool(message) == bool(text.value)
+    if not message:
+        assert (before == -1).all()
+        data[7] = 0  # beyond the tensor
+        assert after.equal(data)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
     [(0, ""), (1, "beyond shared memory"), (3, "all lanes"), (4, "diverges")],
 )
 def test_faults_are_seen(probes, fault, message):

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from linmu_ops import _registry
-from tests.cuda.conftest import ROOT, build
+from tests.cuda.conftest import ROOT, build, compile_into
 
 ARCHS = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024}  # and the shared memory that one block may have
 # Kernels that no bfloat16 forward may spill in, wherever they are compiled.
@@ -66,3 +66,14 @@ def test_bfloat16_forwards_do_not_spill(kernels):
     assert len({k for k in FORWARDS for n in judged if k in n[0]}) == len(FORWARDS)
     for name in judged:
         assert kernels[name]["spills"] == 0, (name, kernels[name])
+
+
+@pytest.mark.slow
+def test_compiles_for_sm_100_where_this_nvcc_can(tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    if "compute_100" not in known.split():
+        pytest.skip("this nvcc does not know sm_100")
+    compile_into(tmp_path, "linmu_cuda", dict(LINMU_CUDA="ON", LINMU_CUDA_ARCHS="100-real"))
+    assert (tmp_path / "liblinmu_cuda.so").exists()
