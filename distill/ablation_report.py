@@ -104,8 +104,7 @@ class Page:
         for row in table.config.rows:
             found = []
             # Seeds beyond the table's number count, if someone ran them.
-            for seed in sorted({record["seed"] for name, _ in known if name == row.name
-                                for record in [known[name, _]]}):  # fmt: skip
+            for seed in sorted({record["seed"] for (name, _), record in known.items() if name == row.name}):
                 key = (row.name, table.key(row, seed))
                 used.add(key)
                 if key in known:
@@ -252,7 +251,7 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
             if records
         }
         if lines:
-            ticks = [str(value[-1] if isinstance(value, list) else value) for value in map(_flat, curve.values)]
+            ticks = [str(value[0] if isinstance(value, list) else value) for value in map(_flat, curve.values)]
             trained = None if curve.trained is None else str(curve.trained)
             plot = folder / f"{table.name}_{name}.svg"
             answer_curves(plot, ticks, lines, curve.label or curve.option, trained)

@@ -102,6 +102,7 @@ def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
     text = page.read_text()
     assert "| other | causal | `student.reverse = false` | 2 |" in text and "against first" in text
     assert all((page.parent / name).stat().st_size > 500 for name in ("two.svg", "two_pages.svg"))
+    assert "| sizes | 2 | 4 |" in text
     before = results.read_text()
     run_table(path)
     assert results.read_text() == before and len(steps) == 13
