@@ -45,8 +45,14 @@ def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     raise RuntimeError("linmu: no layer of this model has attention; set_attn_implementation was bypassed")
 
 
+def _last_of_mask(mask: Tensor, length: int) -> Tensor:
+    """The last part of a mask that grows with every step, copied: a view's strides would tell the length of the whole,
+    for which a compiled step would be compiled again."""
+    return mask[:, -length:].clone(memory_format=torch.contiguous_format)
+
+
 def _padding_mask(q_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    return None if attention_mask is None else attention_mask[:, -q_length:]
+    return None if attention_mask is None else _last_of_mask(attention_mask, q_length)
 
 
 AttentionInterface.register(LINEAR, _no_attention)
@@ -259,7 +265,7 @@ class LinmuModel:
         ):
             # The mask of a static cache: attention's layers read it, padding can no longer be read from it.
             tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["linmu_padding"] = attention_mask[:, -tokens.shape[1] :]
+            inputs["linmu_padding"] = _last_of_mask(attention_mask, tokens.shape[1])
         return inputs
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

@@ -370,6 +370,18 @@ def example(family: str, kind: str = "image") -> Batch | None:
     return images[family]() if family in images else None
 
 
+def longer(row: Batch, ids: torch.Tensor) -> Batch:
+    """The same row with `ids`, which go on with text, in the place of its own."""
+    more = (0, ids.shape[1] - row["input_ids"].shape[1])
+    kinds = {k: torch.nn.functional.pad(row[k], more) for k in ("mm_token_type_ids", "token_type_ids") if k in row}
+    return {
+        **row,
+        **kinds,
+        "input_ids": ids,
+        "attention_mask": torch.nn.functional.pad(row["attention_mask"], more, value=1),
+    }
+
+
 def left_padded(rows: list[Batch]) -> Batch:
     """Rows of different lengths as one batch, padded on the left."""
     longest = max(r["input_ids"].shape[1] for r in rows)
