@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 
@@ -168,6 +169,27 @@ def test_parts_offloaded_to_disk(tmp_path):
         linmu_models.convert(load(tmp_path / "teacher"))
 
 
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+def test_offloaded_whole(family, to, tmp_path):
+    """Every module with a parameter of its own, under every option, is called as a module: accelerate brings it in."""
+    options = dict(
+        conv_width=3, z_gate=True, head_norm=True, skip=True, norm="layer", text_window=4, gate="token", mix="token",
+        reverse_projections="separate", relative_bias=True, image_window=None, window=(2, 2, 2),
+    )  # fmt: skip
+    student, inputs = linmu_models.convert(tiny.teacher(family), options), tiny.example(family, "images")
+    greedy = dict(max_new_tokens=3, do_sample=False)
+    with torch.no_grad():
+        expected, tokens = student(**inputs).logits, student.generate(**inputs, **greedy)
+        if to == "cpu":
+            away = accelerate.cpu_offload(student, execution_device="cpu")
+        else:
+            away = accelerate.disk_offload(student, tmp_path, execution_device="cpu")
+        assert {p.device.type for p in away.parameters()} == {"meta"}
+        assert torch.equal(away(**inputs).logits, expected)
+        assert torch.equal(away.generate(**inputs, **greedy), tokens)
+
+
 def test_configuration_alone_builds_the_model():
     config = linmu_models.convert(tiny.teacher("qwen2_5_vl"), {"z_gate": True}, keep_attention=[1]).config
     torch.manual_seed(0)
@@ -180,22 +202,26 @@ def test_configuration_alone_builds_the_model():
 
 
 def test_loads_as_remote_code(tmp_path):
-    inputs = tiny.example("qwen2_5_vl")
-    student = linmu_models.convert(tiny.teacher("qwen2_5_vl"))
-    student.save_pretrained(tmp_path)
-    with torch.no_grad():
-        torch.save({"inputs": inputs, "logits": student(**inputs).logits}, tmp_path / "expected.pt")
-    code = """if True:
-        import sys, torch
-        from transformers import AutoModelForImageTextToText
-        assert "linmu_models" not in sys.modules
-        model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
-        saved = torch.load(sys.argv[1] + "/expected.pt")
+    """Every family, in a process that has not imported this package."""
+    for family in tiny.BUILDERS:
+        inputs, student = tiny.example(family, "text"), linmu_models.convert(tiny.teacher(family))
+        student.save_pretrained(tmp_path / family)
         with torch.no_grad():
-            assert torch.equal(model(**saved["inputs"]).logits, saved["logits"])
-        model.save_pretrained(sys.argv[1] + "/again")
-        again = AutoModelForImageTextToText.from_pretrained(sys.argv[1] + "/again")
-        assert type(again).__name__ == "LinmuQwen2_5_VLForConditionalGeneration"
+            saved = {"inputs": inputs, "logits": student(**inputs).logits, "name": type(student).__name__}
+        torch.save(saved, tmp_path / family / "expected.pt")
+    code = """if True:
+        import sys, torch, transformers
+        from pathlib import Path
+        assert "linmu_models" not in sys.modules
+        for folder in sorted(Path(sys.argv[1]).iterdir()):
+            saved = torch.load(folder / "expected.pt")
+            auto = getattr(transformers, "AutoModel" + saved["name"].rpartition("For")[2].replace(
+                "ConditionalGeneration", "ForImageTextToText").replace("CausalLM", "ForCausalLM"))
+            model = auto.from_pretrained(folder, trust_remote_code=True)
+            with torch.no_grad():
+                assert torch.equal(model(**saved["inputs"]).logits, saved["logits"])
+        model.save_pretrained(folder / "again")
+        assert type(auto.from_pretrained(folder / "again")).__name__ == saved["name"]
     """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 

@@ -12,7 +12,7 @@ import linmu_models
 
 from . import tiny
 
-MLPS = r".*(language_model|text_model)\.layers\.\d+\.mlp\.(gate|up|down)_proj"
+MLPS = r".*\.layers\.\d+\.mlp\.(gate_proj|up_proj|gate_up_proj|down_proj)"
 
 
 def grads(model, inputs):
@@ -36,11 +36,12 @@ def test_gradients_reach_every_part_of_a_block(family):
             assert found[f"{prefix}.{name}"].abs().max() > 0, name
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "family, reentrant", [*((f, False) for f in tiny.BUILDERS), ("qwen2_5_vl", True), ("llava_next", True)]
+)
 def test_gradient_checkpointing_changes_nothing(family, reentrant):
     model = linmu_models.convert(tiny.teacher(family), keep_attention=[1])
-    inputs = tiny.example(family, "images")
+    inputs = tiny.example(family, "images") or tiny.example(family, "text")
     model.train()
     loss, expected = grads(model, inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -51,10 +52,10 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
+@pytest.mark.parametrize("family", list(tiny.BUILDERS))
 def test_adapters_train_and_merge(family, tmp_path):
     model = linmu_models.convert(tiny.teacher(family))
-    inputs = tiny.example(family, "images")
+    inputs = tiny.example(family, "images") or tiny.example(family, "text")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=MLPS))
     for name, p in adapted.named_parameters():
@@ -80,5 +81,5 @@ def test_adapters_train_and_merge(family, tmp_path):
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
         merged.save_pretrained(tmp_path)
-        loaded = tiny.hf.AutoModelForImageTextToText.from_pretrained(tmp_path)
+        loaded = getattr(tiny.hf, model.auto_class).from_pretrained(tmp_path)
         assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)
