@@ -127,6 +127,9 @@ def rerun_with_isa(isa: str, file: str, select: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
+Triple = tuple[int, int, int]
+
+
 class _Draw:
     """Reproducible inputs, the same on every device."""
 
@@ -156,8 +159,8 @@ class _Draw:
         return (torch.arange(length, dtype=torch.int32) // every).repeat(rows, 1).to(self.device)
 
 
-def _ssd_scan(r: _Draw) -> dict[str, Any]:
-    B, L, H, G, P, N = 2, 37, 8, 4, 8, 12
+def _ssd_scan(r: _Draw, B: int = 2, L: int = 37, P: int = 8, N: int = 12) -> dict[str, Any]:
+    H, G = 8, 4
     return dict(
         x=r.normal(B, L, G, P), dt=r.unit(B, L, H), A=-r.unit(H), B=r.normal(B, L, G, N), C=r.normal(B, L, H, N),
         D=r.small(H), dt_bias=r.small(H), dt_softplus=True, direction="both", reverse_dt=r.unit(B, L, H),
@@ -168,39 +171,36 @@ def _ssd_scan(r: _Draw) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _ssd_step(r: _Draw) -> dict[str, Any]:
-    B, H, G, P, N = 2, 8, 4, 8, 12
+def _ssd_step(r: _Draw, B: int = 2, P: int = 8, N: int = 12) -> dict[str, Any]:
+    H, G = 8, 4
     return dict(
         state=r.small(B, H, P, N), x=r.normal(B, G, P), dt=r.unit(B, H), A=-r.unit(H), B=r.normal(B, G, N),
         C=r.normal(B, H, N), D=r.small(H), dt_bias=r.small(H), dt_softplus=True,
     )  # fmt: skip
 
 
-def _causal_conv1d(r: _Draw) -> dict[str, Any]:
-    B, L, D, K = 2, 19, 24, 4
+def _causal_conv1d(r: _Draw, B: int = 2, L: int = 19, D: int = 24, K: int = 4) -> dict[str, Any]:
     return dict(
         x=r.normal(B, L, D), weight=r.small(D, K), bias=r.small(D), activation="silu", seq_idx=r.segments(B, L, 7),
         token_order=r.order(B, L), initial_state=r.normal(B, K - 1, D), return_final_state=True,
     )  # fmt: skip
 
 
-def _causal_conv1d_step(r: _Draw) -> dict[str, Any]:
-    B, D, K = 2, 24, 4
+def _causal_conv1d_step(r: _Draw, B: int = 2, D: int = 24, K: int = 4) -> dict[str, Any]:
     return dict(state=r.normal(B, K - 1, D), x=r.normal(B, D), weight=r.small(D, K), bias=r.small(D), activation="silu")
 
 
-def _branch_mix_norm(r: _Draw) -> dict[str, Any]:
-    B, L, D = 2, 9, 40
+def _branch_mix_norm(r: _Draw, B: int = 2, L: int = 9, D: int = 40) -> dict[str, Any]:
     return dict(
         a=r.normal(B, L, D), b=r.normal(B, L, D), mix=r.unit(B, L), mask=r.mask(B, L), weight=r.small(D),
         bias=r.small(D),
     )  # fmt: skip
 
 
-def _window_attention(r: _Draw) -> dict[str, Any]:
-    B, H, P, R = 2, 4, 16, 12
-    grid, window = (3, 5, 6), (2, 3, 4)
-    L = math.prod(grid)
+def _window_attention(
+    r: _Draw, B: int = 2, P: int = 16, R: int = 12, grid: Triple = (3, 5, 6), window: Triple = (2, 3, 4)
+) -> dict[str, Any]:
+    H, L = 4, math.prod(grid)
     angle = r.small(1, L, R)
     return dict(
         q=r.normal(B, L, H, P), k=r.normal(B, L, 2, P), v=r.normal(B, L, 2, P), grid=grid, window=window,
@@ -209,7 +209,7 @@ def _window_attention(r: _Draw) -> dict[str, Any]:
 
 
 # Per op, one small call that gives every tensor argument.
-CASES: dict[str, Callable[[_Draw], dict[str, Any]]] = {
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "branch_mix_norm": _branch_mix_norm,
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_step": _causal_conv1d_step,
@@ -219,16 +219,18 @@ CASES: dict[str, Callable[[_Draw], dict[str, Any]]] = {
 }
 
 
-def small_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Keyword arguments of one small call of `op`."""
-    return CASES[op](_Draw(device, dtype))
+def small_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Any]:
+    """Keyword arguments of one small call of `op`; `sizes` in place of its own."""
+    return CASES[op](_Draw(device, dtype), **sizes)
 
 
-def run_small(op: str, impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def run_small(
+    op: str, impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any
+) -> dict[str, Tensor]:
     """Outputs, inputs written to and gradients of the small case, computed by `impl` alone; raises if it cannot."""
     import linmu_ops
 
-    inputs = small_inputs(op, device, dtype)
+    inputs = small_inputs(op, device, dtype, **sizes)
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
     before = {k: v.clone() for k, v in tensors.items()}
     leaves = {k: v for k, v in tensors.items() if v.is_floating_point() and _registry.OPS[op].backward}

@@ -46,6 +46,10 @@ def calls(op):
     return record.calls
 
 
+def signature(op):
+    return str(getattr(torch.ops.linmu, op).default._schema)
+
+
 def spoil(name, value):
     """(what is wrong, corrupt value, must it be refused) for one argument."""
     if isinstance(value, torch.Tensor):
@@ -93,11 +97,45 @@ def test_ops_refuse_corrupt_arguments(op):
     assert not accepted
 
 
+@pytest.mark.parametrize("op", [op for op in COMPILED if "token_order" in signature(op)])
+def test_positions_are_checked_alone(op):
+    """Where no other option is given."""
+    for func, arguments in calls(op):
+        for where, argument in enumerate(func._schema.arguments):
+            if argument.name == "token_order":
+                index = where
+        plain = [
+            "forward" if a.name == "direction" else value if i == index or "Optional" not in str(a.type) else None
+            for i, (a, value) in enumerate(zip(func._schema.arguments, arguments, strict=True))
+        ]
+        func(*plain)
+        for extreme in EXTREMES:
+            plain[index] = arguments[index].clone()
+            plain[index][-1, -1] = extreme
+            with pytest.raises(REFUSALS, match="token_order"):
+                func(*plain)
+
+
+# Empty; one element; around chunks, tiles and vectors.
+SIZES = {
+    "branch_mix_norm": [dict(L=0), dict(D=1), dict(D=67), dict(L=3, D=1025)],
+    "causal_conv1d": [dict(L=0), dict(L=1, D=1, K=2), dict(L=2, D=67), dict(L=300, D=17, K=3)],
+    "causal_conv1d_step": [dict(B=0), dict(D=1, K=2), dict(D=67, K=8)],
+    "ssd_scan": [dict(L=0), dict(L=1, P=1, N=1), dict(L=65, P=17, N=33), dict(L=129, P=5, N=3), dict(L=300, P=64)],
+    "ssd_step": [dict(B=0), dict(P=1, N=1), dict(P=17, N=33), dict(P=128, N=128)],
+    "window_attention": [
+        dict(B=0), dict(P=2, R=2, grid=(1, 1, 1)), dict(P=18, R=6, grid=(1, 33, 5), window=(1, 16, 16)),
+        dict(P=64, R=64, grid=(5, 7, 9), window=(4, 4, 4)),
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("op", COMPILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_small_cases_stay_inside(op, dtype):
-    values = run_small(op, "cpu", dtype=dtype).values()
-    assert all(v.isfinite().all() for v in values)
+    for sizes in ({}, *SIZES[op]):
+        values = run_small(op, "cpu", dtype=dtype, **sizes).values()
+        assert all(v.isfinite().all() for v in values), sizes
 
 
 def test_planner_refuses_corrupt_tables():
