@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference
+from linmu_ops._testing import check_against_reference, rerun_with_isa
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [  # B, H, Gx, Gb, Gc, P, N
@@ -52,6 +52,40 @@ def test_opcheck():
     i = make_inputs(CASES[1], torch.float32, True, True)
     args = (i["state"], i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["dt_bias"], True)
     torch.library.opcheck(torch.ops.linmu.ssd_step, args)
+
+
+def test_compile():
+    f = torch.compile(linmu_ops.ssd_step, fullgraph=True, dynamic=True)
+    for case in ((2, 4, 4, 1, 1, 16, 24), (3, 6, 2, 2, 6, 5, 37)):
+        i = make_inputs(case, torch.float32, True, True)
+        want, after = by_reference(**{**i, "state": i["state"].clone()})
+        torch.testing.assert_close(f(**i), want)
+        torch.testing.assert_close(i["state"], after)
+
+
+def test_strided():
+    i = make_inputs((2, 4, 2, 1, 4, 6, 10), torch.float32, True, True)
+    i |= dict(x=torch.randn(2, 6, 2).transpose(1, 2), dt=torch.randn(4, 2).t(), C=torch.randn(2, 4, 20)[..., ::2])
+    check_against_reference(stepped, by_reference, i)
+
+
+def test_same_bits_for_any_number_of_threads():
+    i = make_inputs((4, 28, 4, 4, 28, 64, 64), torch.float32, True, True)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(stepped(**{**i, "state": i["state"].clone()}))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_isa(isa):
+    rerun_with_isa(isa, __file__, "test_forward")
 
 
 def test_steps_are_the_scan():

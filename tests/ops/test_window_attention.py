@@ -390,6 +390,8 @@ def test_errors():
         (ValueError, r"grid must hold L=54 tokens, got \(9, 7\)", dict(grid=(9, 7))),
         (ValueError, "layout must be of B=2, L=54", dict(grid=None, layout=TokenLayout.from_grid((1, 9, 6), 1))),
         (ValueError, "window must be one to three integers >= 1", dict(window=(4, 0))),
+        (ValueError, "window must be one to three integers >= 1", dict(window=(4, -1))),
+        (ValueError, "window must be one to three integers >= 1", dict(window=(4, float("nan")))),
         (ValueError, "window must be one to three integers >= 1", dict(window=4)),
         (ValueError, "shift must be one to three integers >= 0", dict(shift=(1, 1, 1, 1))),
         (ValueError, "wrap must be one of join, mask, got 'pad'", dict(wrap="pad")),
