@@ -11,6 +11,7 @@ from distill.config import Config
 from distill.figures import accuracy_bars, loss_curves, speed_curves
 from distill.handoff import stage_folder
 from distill.stages import STAGES
+from linmu_models.modeling import auto_class
 
 LOSS_NAMES = {
     "hidden": "L_hid",
@@ -269,14 +270,15 @@ def write_report(
             _held_out(held_out),
             "",
         ]
+    auto = auto_class(student.config).__name__
     parts += [
         "## Use it",
         "",
         "```python",
         "import linmu_models  # makes the student's class known to transformers",
-        "from transformers import AutoModelForImageTextToText",
+        f"from transformers import {auto}",
         "",
-        f'model = AutoModelForImageTextToText.from_pretrained("{folder}/student")',
+        f'model = {auto}.from_pretrained("{folder}/student")',
         "```",
         "",
     ]

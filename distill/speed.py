@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 
 from distill.config import EvaluationConfig
 from linmu_models.cache import cache_bytes
+from linmu_models.modeling import sees_images
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
     """A video of about `length` visual tokens and a question; for a text-only model, so many tokens of no meaning."""
-    if "vision_config" not in model.config.sub_configs:
+    if not sees_images(model.config):
         ids = torch.randint(len(tokenizer), (1, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
     from distill.data import Processor, generate

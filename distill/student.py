@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from distill.config import LoraConfig
 from distill.parallel import gathered
 from distill.stages import Stage
-from distill.teacher import Batch, attention_modules, record_outputs
+from distill.teacher import Batch
+from linmu_models.hooks import attention_modules, record_outputs
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
 _SWIN = re.compile(r"(swin|mix)")

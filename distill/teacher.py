@@ -1,24 +1,22 @@
-"""The frozen teacher: its weights, its attention outputs, and its own answers."""
+"""The frozen teacher: its weights, its features of pixels, and its own answers."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from distill.losses import IGNORE, Head, Kept
+from linmu_models.modeling import auto_class
 
 Batch = dict[str, Tensor]
 
@@ -59,11 +57,7 @@ def load_teacher(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     Args:
         dtype: "float32", "bfloat16", "float16", or "auto" for the one its configuration names.
     """
-    import linmu_models  # noqa: F401  makes LinMU's classes known to the Auto classes
-
-    config = AutoConfig.from_pretrained(path)
-    auto = AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=dtype)
+    model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
 
 
@@ -74,77 +68,6 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention (or M-MATE) module of each decoder layer, in order."""
-    return [layer.self_attn for layer in model.get_decoder().layers]
-
-
-@contextlib.contextmanager
-def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Hooks that last as long as the context."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
-    """Collect what each module returns, `(B, L, D)`, while the context is open.
-
-    An attention module returns (output, weights), a mixer may return the output alone. Recomputation in the backward
-    pass happens outside the context and is not recorded.
-    """
-    outputs: list[Tensor | None] = [None] * len(modules)
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            outputs[index] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
-
-    # The decoder passes hidden_states by keyword; a hook without kwargs sees no inputs.
-    handles = [m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
-    with _removed(handles):
-        yield outputs
-
-
-@contextlib.contextmanager
-def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[Batch]]:
-    """Collect the tensors that each attention module is given by name, while the context is open: `hidden_states`
-    `(B, L, D)`, and what its layer's rotary embedding needs. Its mask is left out."""
-    inputs: list[Batch] = [{} for _ in modules]
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
-            inputs[index] = {name: kwargs[name] for name in ("hidden_states", "position_embeddings") if name in kwargs}
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
-    with _removed(handles):
-        yield inputs
-
-
-@contextlib.contextmanager
-def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Batch]) -> Iterator[None]:
-    """While the context is open, give each module these `hidden_states` `(B, L, D)` in place of its own."""
-
-    def put(states: Tensor) -> Callable[..., Any]:
-        return lambda _module, args, kwargs: (
-            args,
-            {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)},
-        )
-
-    handles = [
-        m.register_forward_pre_hook(put(x["hidden_states"]), with_kwargs=True)
-        for m, x in zip(modules, inputs, strict=True)
-    ]
-    with _removed(handles):
-        yield
 
 
 def share_vision_features(*models: PreTrainedModel) -> None:

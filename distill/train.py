@@ -38,12 +38,9 @@ from distill.teacher import (
     Source,
     Stream,
     Transcripts,
-    attention_modules,
     predicts_targets,
-    record_inputs,
-    record_outputs,
-    replace_inputs,
 )
+from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 ZERO_GRADIENT_STEPS = 10

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .attention_mass import record_mass
+from .hooks import attention_modules, record_inputs, record_outputs
 from .modeling import LinmuAttention
 
 
@@ -29,34 +29,20 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     layouts = [student.build_layout(inputs) for inputs in batches]
-    for ours, theirs in zip(student.linmu_layers(), teacher.get_decoder().layers, strict=True):
-        if isinstance(ours.self_attn, LinmuAttention):
-            if step_sizes and ours.self_attn.flex is not None:
+    for ours, theirs in zip(attention_modules(student), attention_modules(teacher), strict=True):
+        if isinstance(ours, LinmuAttention):
+            if step_sizes and ours.flex is not None:
                 found = [
-                    record_mass(teacher, theirs.self_attn, inputs, None if layout is None else layout.visual_mask())
+                    record_mass(teacher, theirs, inputs, None if layout is None else layout.visual_mask())
                     for inputs, layout in zip(batches, layouts, strict=True)
                 ]
-                ours.self_attn.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+                ours.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
             seen = []
             for inputs, layout in zip(batches, layouts, strict=True):
-                arguments, output = _seen(teacher, theirs.self_attn, inputs)
+                with record_inputs([theirs]) as given, record_outputs([theirs]) as made:
+                    teacher.model(**inputs, use_cache=False)
+                (arguments,), (output,) = given, made
                 mask = inputs.get("attention_mask")
                 mask = None if mask is None else mask.bool().to(output.device)
                 seen.append((dict(arguments, layout=layout, attention_mask=mask), output))
-            ours.self_attn.calibrate(seen)
-
-
-def _seen(teacher: Any, attention: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """What `attention` is given, and what it makes of it."""
-    caught: list[tuple[dict[str, Any], Tensor]] = []
-
-    def hook(_module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        caught.append(({name: kwargs[name] for name in ("hidden_states", "position_embeddings")}, output[0]))
-
-    handle = attention.register_forward_hook(hook, with_kwargs=True)
-    try:
-        teacher.model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
-    (found,) = caught
-    return found
+            ours.calibrate(seen)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from .media import Clip
+from .modeling import sees_images
 
 IGNORE = -100
 SLOT = "\ufffc"
@@ -118,7 +119,7 @@ class ChatProcessor:
         config = AutoConfig.from_pretrained(folder)
         kind = config.model_type.removeprefix("linmu_")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if "vision_config" not in config.sub_configs:
+        if not sees_images(config):
             return cls(tokenizer, kind)
         if kind in _GRIDS:
             return cls(tokenizer, kind, image_processor=AutoImageProcessor.from_pretrained(folder))

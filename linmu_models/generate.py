@@ -19,7 +19,7 @@ from .chat import ChatProcessor
 from .config import parse_mmate
 from .convert import convert
 from .media import UnreadableError, read_image, read_video
-from .modeling import AUTO_CLASSES, FAMILIES
+from .modeling import FAMILIES, auto_class
 from .report import TransferReport
 
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.
@@ -52,12 +52,12 @@ def convert_folder(
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(str(teacher)))
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind not in FAMILIES:
-        raise ValueError(f"convert: teacher's model type must be one of {', '.join(sorted(FAMILIES))}, got {kind!r}")
+    saved = AutoConfig.from_pretrained(folder)
+    if saved.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
     options = parse_mmate(config or {})
-    auto = AUTO_CLASSES[FAMILIES[kind].auto_class]
-    student = convert(auto.from_pretrained(folder, dtype=dtype), options, keep_attention)
+    student = convert(auto_class(saved).from_pretrained(folder, dtype=dtype), options, keep_attention)
     student.save_pretrained(out)
     for pattern in PROCESSOR_FILES:
         for file in folder.glob(pattern):
@@ -69,10 +69,9 @@ def load(
     folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
 ) -> tuple[GenerationMixin, ChatProcessor]:
     """A saved model, linear or not, on `device`, and what prepares its inputs."""
-    config = AutoConfig.from_pretrained(folder)
-    name = "AutoModelForImageTextToText" if "vision_config" in config.sub_configs else "AutoModelForCausalLM"
+    auto = auto_class(AutoConfig.from_pretrained(folder))
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AUTO_CLASSES[name].from_pretrained(folder, dtype=dtype).to(where).eval()
+    model = auto.from_pretrained(folder, dtype=dtype).to(where).eval()
     return model, ChatProcessor.load(folder)
 
 

@@ -32,6 +32,17 @@ REMOTE_CODE = "modeling_linmu.py"
 REPORT = "linmu_report.json"
 AUTO_CLASSES = {c.__name__: c for c in (AutoModelForImageTextToText, AutoModelForCausalLM)}
 
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration, linear or not, takes images; else it is text-only."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def auto_class(config: PreTrainedConfig) -> type[Any]:
+    """The Auto class that loads a model of this configuration."""
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
 # The few parameters per head or channel that stay float32 in a half-precision model: decay and step sizes need it.
 IN_FLOAT32 = re.compile(
     r"self_attn\.(mix|norm\.weight|norm\.bias|flex\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm|D))$"

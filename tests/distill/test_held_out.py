@@ -93,4 +93,5 @@ def test_a_language_model_is_distilled(folder, tmp_path, student):
     assert results["teacher"]["kl"] == pytest.approx(0, abs=1e-6) and results["initial"]["kl"] > 0
     assert results["stage 1"] != results["stage 2"] != results["stage 3"]
     assert "| stage 3 | " in report and report.index("## How well it predicts") < report.index("## Use it")
+    assert "model = AutoModelForCausalLM.from_pretrained" in report and "ImageTextToText" not in report
     assert AutoModelForCausalLM.from_pretrained(config.folder / "student").is_linear

@@ -14,13 +14,12 @@ from distill.checkpoint import CheckpointStore
 from distill.student import add_lora, merge_lora, mixers, own_state, set_local_swin, trainable_parameters
 from distill.teacher import (
     AnswerCache,
-    attention_modules,
     own_answers,
     predicts_targets,
     prompts,
-    record_outputs,
 )
 from distill.train import Interrupted, Objective, TrainingError, assemble, checksums, learning_rate
+from linmu_models.hooks import attention_modules, record_outputs
 
 
 def curve(folder):

@@ -10,9 +10,10 @@ import torch
 import linmu_models
 from distill.config import load_config
 from distill.sources import build_source
-from distill.teacher import attention_modules, load_teacher, record_outputs
+from distill.teacher import load_teacher
 from distill.train import model_inputs
 from linmu_models.attention_mass import record_mass
+from linmu_models.hooks import attention_modules, record_outputs
 from linmu_ops.nn import FlexMA
 from linmu_ops.nn.config import MMATEConfig
 

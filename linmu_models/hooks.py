@@ -1,0 +1,82 @@
+"""What goes into the attention (or M-MATE) modules of a decoder, and what comes out of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention (or M-MATE) module of each decoder layer, in order."""
+    return [layer.self_attn for layer in model.get_decoder().layers]
+
+
+@contextlib.contextmanager
+def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that last as long as the context."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
+    """Collect what each module returns, `(B, L, D)`, while the context is open.
+
+    An attention module returns (output, weights), a mixer may return the output alone. Recomputation in the backward
+    pass happens outside the context and is not recorded.
+    """
+    outputs: list[Tensor | None] = [None] * len(modules)
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            outputs[index] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    # The decoder passes hidden_states by keyword; a hook without kwargs sees no inputs.
+    handles = [m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
+    with _removed(handles):
+        yield outputs
+
+
+@contextlib.contextmanager
+def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]]:
+    """Collect the tensors that each attention module is given by name, while the context is open: `hidden_states`
+    `(B, L, D)`, and what its layer's rotary embedding needs. Its mask is left out."""
+    inputs: list[dict[str, Any]] = [{} for _ in modules]
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
+            inputs[index] = {name: kwargs[name] for name in ("hidden_states", "position_embeddings") if name in kwargs}
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
+    with _removed(handles):
+        yield inputs
+
+
+@contextlib.contextmanager
+def replace_inputs(modules: Sequence[nn.Module], inputs: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """While the context is open, give each module these `hidden_states` `(B, L, D)` in place of its own."""
+
+    def put(states: Tensor) -> Callable[..., Any]:
+        return lambda _module, args, kwargs: (
+            args,
+            {**kwargs, "hidden_states": states.to(kwargs["hidden_states"].dtype)},
+        )
+
+    handles = [
+        m.register_forward_pre_hook(put(x["hidden_states"]), with_kwargs=True)
+        for m, x in zip(modules, inputs, strict=True)
+    ]
+    with _removed(handles):
+        yield
