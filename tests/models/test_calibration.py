@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def test_blocks_take_the_size_of_attention(family, norm):
 
 def eager_mass(teacher, layer, batch, visual):
     """By the definition, from transformers' own attention weights."""
+    teacher = copy.deepcopy(teacher)
     teacher.set_attn_implementation("eager")
     with torch.no_grad():
         weights = teacher.model(**batch, use_cache=False, output_attentions=True).attentions[layer]
