@@ -11,6 +11,9 @@ from .attention_mass import record_mass
 from .hooks import attention_modules, record_inputs, record_outputs
 from .modeling import LinmuAttention
 
+# Layers whose inputs and outputs are kept at a time: fewer cost more runs of the teacher, more cost memory.
+_TOGETHER = 8
+
 
 @torch.no_grad()
 def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], *, step_sizes: bool = False) -> None:
@@ -21,28 +24,32 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
 
     Args:
         student: made from `teacher` by `convert`, on the same devices.
-        teacher: runs once for each layer and batch, so that what is kept is that of one layer.
+        teacher: runs once for each batch and each few layers, so that what is kept is that of a few layers.
         batches: keywords of the teacher's forward; `labels` are left out.
         step_sizes: before that, fit each block's step sizes to the attention that tokens get from text (see
             `FlexMA.fit_step_sizes`), so that from the start it remembers what the teacher looks at. Attention is
-            computed in full for this: keep the batches short.
+            computed in full for this, one layer in a run of the teacher: keep the batches short.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     layouts = [student.build_layout(inputs) for inputs in batches]
-    for ours, theirs in zip(attention_modules(student), attention_modules(teacher), strict=True):
-        if isinstance(ours, LinmuAttention):
-            if step_sizes and ours.flex is not None:
-                found = [
-                    record_mass(teacher, theirs, inputs, None if layout is None else layout.visual_mask())
-                    for inputs, layout in zip(batches, layouts, strict=True)
-                ]
-                ours.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-            seen = []
-            for inputs, layout in zip(batches, layouts, strict=True):
-                with record_inputs([theirs]) as given, record_outputs([theirs]) as made:
-                    teacher.model(**inputs, use_cache=False)
-                (arguments,), (output,) = given, made
-                mask = inputs.get("attention_mask")
-                mask = None if mask is None else mask.bool().to(output.device)
-                seen.append((dict(arguments, layout=layout, attention_mask=mask), output))
-            ours.calibrate(seen)
+    pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
+    linear = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, LinmuAttention)]
+    for block, attention in linear if step_sizes else ():
+        if block.flex is not None:
+            found = [
+                record_mass(teacher, attention, inputs, None if layout is None else layout.visual_mask())
+                for inputs, layout in zip(batches, layouts, strict=True)
+            ]
+            block.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    for start in range(0, len(linear), _TOGETHER):
+        blocks, attentions = zip(*linear[start : start + _TOGETHER], strict=True)
+        seen: list[list[tuple[dict[str, Any], Any]]] = [[] for _ in blocks]
+        for inputs, layout in zip(batches, layouts, strict=True):
+            with record_inputs(attentions) as given, record_outputs(attentions) as made:
+                teacher.model(**inputs, use_cache=False)
+            mask = inputs.get("attention_mask")
+            for kept, arguments, output in zip(seen, given, made, strict=True):
+                padding = None if mask is None else mask.bool().to(output.device)
+                kept.append((dict(arguments, layout=layout, attention_mask=padding), output))
+        for block, kept in zip(blocks, seen, strict=True):
+            block.calibrate(kept)
