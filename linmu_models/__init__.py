@@ -10,6 +10,7 @@ Importing this package makes saved LinMU models known to transformers' Auto clas
 
 from linmu_ops.nn import MMATEConfig
 
+from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
 from . import families as _families  # noqa: F401  registers
 from .cache import LinmuCacheLayer
 from .calibrate import calibrate
