@@ -42,7 +42,8 @@ _LOSSES = """\
 - **L_tok**: how far the student's probabilities for the next answer token are from the teacher's (Kullback-Leibler
   divergence, nats a token; 0 is perfect imitation).
 - **L_seq**: surprise of the student at the teacher's own greedy answers, nats a token.
-- **L_sup**: surprise of the student at the true answers, nats a token. (Shown for all stages, trained on in stage 3.)
+- **L_sup**: surprise of the student at the true answers, nats a token. (Trained on in stage 3, shown elsewhere where
+  it is known.)
 """
 
 
