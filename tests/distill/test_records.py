@@ -1,11 +1,16 @@
 """Published formats, made up in miniature: what they become, and what is left out and why."""
 
+import re
+
 import media
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoConfig, AutoModelForImageTextToText
+from typer.testing import CliRunner
 
+from distill.cli import app
 from distill.data.records import (
     ActivityNetRecords,
     JsonRecords,
@@ -251,3 +256,21 @@ def test_videos_are_images_to_a_model_without_them(llava, video):
     batch = llava([Conversation(((f"{SLOT}what?", "a"),), (read_video(video, 3, 1.0),))])
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     assert int((batch["input_ids"] == llava.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 3 * 4
+
+
+@pytest.mark.parametrize("make", ["qwen", "llava"])
+def test_linmu_generate_answers_about_a_video_file(make, tmp_path, video):
+    """From the command line; the frames of a model without videos are images."""
+    folder = {"qwen": media.qwen_folder, "llava": media.llava_folder}[make](tmp_path / "teacher")
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    runner, student = CliRunner(), str(tmp_path / "student")
+    assert runner.invoke(app, ["convert", str(folder), student]).exit_code == 0
+    ask = ["generate", student, "--prompt", "what moves?", "--max-new-tokens", "4"]
+    runs = [runner.invoke(app, [*ask, "--video", str(video), *more]) for more in ([], [], ["--frames", "1"])]
+    assert [run.exit_code for run in runs] == [0, 0, 0], runs[0].output
+    assert runs[0].stdout == runs[1].stdout
+    whole, _, one = (int(re.search(r"(\d+) tokens in, \d+ out", run.stderr)[1]) for run in runs)
+    assert whole > one > len("what moves?")
+    missing = runner.invoke(app, [*ask, "--video", str(tmp_path / "none.mkv")])
+    assert missing.exit_code == 1 and "none.mkv" in missing.stderr

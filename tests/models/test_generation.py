@@ -176,7 +176,7 @@ class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
 def test_nothing_is_quadratic(family):
     """No op makes a tensor of L x L elements, with padding in the batch, in prefill and in a step after it."""
     model = student(family, (), False)
-    length = 8192 if family == "qwen2_5_vl" else 4096
+    length = 8192
     image = tiny.example(family, "image") or tiny.example(family, "text")
     fill = tiny.batch(tiny.text_ids(length - image["input_ids"].shape[1] - 8))
     rest = {k: v for k, v in image.items() if k not in ("input_ids", "attention_mask")}
