@@ -127,6 +127,20 @@ def rerun_with_isa(isa: str, file: str, select: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
+def assert_same_bits(run: Callable[[], Sequence[Tensor]], threads: Sequence[int]) -> None:
+    """Fail unless `run()` gives the same bits at each of these numbers of CPU threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 Triple = tuple[int, int, int]
 
 

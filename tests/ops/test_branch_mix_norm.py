@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import linmu_ops
-from linmu_ops._testing import assert_within_twice, check_against_reference, rerun_with_isa
+from linmu_ops._testing import assert_same_bits, assert_within_twice, check_against_reference, rerun_with_isa
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [(1, 1, 8), (2, 3, 5), (2, 67, 33), (2, 21, 64), (3, 11, 130)]  # B, L, D
@@ -158,18 +158,13 @@ def test_far_from_zero():
 @pytest.mark.parametrize("mix", MIXES)
 def test_same_bits_for_any_number_of_threads(mix):
     i = make_inputs((2, 300, 48), torch.float32, mix=mix)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            leaves = {k: i[k].detach().clone().requires_grad_() for k in wrt(i)}
-            out = linmu_ops.branch_mix_norm(**{**i, **leaves})
-            results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        leaves = {k: i[k].detach().clone().requires_grad_() for k in wrt(i)}
+        out = linmu_ops.branch_mix_norm(**{**i, **leaves})
+        return [out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))]
+
+    assert_same_bits(run, threads=(1, 2, 2))
 
 
 @pytest.mark.slow

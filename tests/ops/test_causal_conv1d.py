@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference, rerun_with_isa
+from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [  # B, L, D, K
@@ -162,18 +162,13 @@ def test_as_transformers(activation):
 
 def test_same_bits_for_any_number_of_threads():
     i = make_inputs((2, 700, 48, 4), torch.float32, full=True, activation="silu")
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 2):
-            torch.set_num_threads(threads)
-            leaves = {k: i[k].detach().clone().requires_grad_() for k in wrt(i)}
-            out = linmu_ops.causal_conv1d(**{**i, **leaves})
-            results.append([*out, *torch.autograd.grad(sum(o.square().sum() for o in out), list(leaves.values()))])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        leaves = {k: i[k].detach().clone().requires_grad_() for k in wrt(i)}
+        out = linmu_ops.causal_conv1d(**{**i, **leaves})
+        return [*out, *torch.autograd.grad(sum(o.square().sum() for o in out), list(leaves.values()))]
+
+    assert_same_bits(run, threads=(1, 2, 2))
 
 
 @pytest.mark.slow

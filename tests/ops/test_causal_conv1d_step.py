@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference, rerun_with_isa
+from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [(1, 1, 1), (2, 5, 4), (3, 67, 4), (1, 300, 2), (2, 33, 8), (5, 64, 3), (0, 4, 4), (2, 0, 4)]  # B, D, K
@@ -80,15 +80,7 @@ def test_as_transformers():
 
 def test_same_bits_for_any_number_of_threads():
     i = make_inputs((8, 3000, 4), torch.float32, bias=True, activation="silu")
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(stepped(**{**i, "state": i["state"].clone()}))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same_bits(lambda: stepped(**{**i, "state": i["state"].clone()}), threads=(1, 2))
 
 
 @pytest.mark.slow

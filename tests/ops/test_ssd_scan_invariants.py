@@ -8,7 +8,7 @@ import torch
 from test_ssd_scan import by_reference, make_inputs, used
 
 import linmu_ops
-from linmu_ops._testing import assert_within_twice, to_double
+from linmu_ops._testing import assert_same_bits, assert_within_twice, to_double
 from linmu_ops.ssd_scan import ARGUMENTS
 
 CASE = (2, 150, 4, 2, 2, 4, 8, 12)
@@ -205,16 +205,7 @@ def test_same_bits_always(case):
         y, state = linmu_ops.ssd_scan(**leaves)
         return y, state, *torch.autograd.grad((y * y).sum() + (state * state).sum(), [leaves[k] for k in names])
 
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run())
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(run, threads=(1, 2, 2, 3))
 
 
 @pytest.mark.parametrize("chunk", [16, 48, 64, 128])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference, rerun_with_isa
+from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [  # B, H, Gx, Gb, Gc, P, N
@@ -71,15 +71,7 @@ def test_strided():
 
 def test_same_bits_for_any_number_of_threads():
     i = make_inputs((4, 28, 4, 4, 28, 64, 64), torch.float32, True, True)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(stepped(**{**i, "state": i["state"].clone()}))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same_bits(lambda: stepped(**{**i, "state": i["state"].clone()}), threads=(1, 2))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import linmu_ops
 from linmu_ops import TokenLayout, window_attention
-from linmu_ops._testing import assert_within_twice, check_against_reference, to_double
+from linmu_ops._testing import assert_same_bits, assert_within_twice, check_against_reference, to_double
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GRID = dict(B=2, H=4, G=2, P=16)
@@ -331,12 +332,7 @@ def test_same_bits_for_every_run_and_thread_count(dtype):
     for name in ("3d-shift", "several-query-blocks", "several-key-blocks", "blocks"):
         inputs = make_inputs(CASES[name], dtype)
         wrt = ["q", "k", "v", *(["bias"] if "bias" in inputs else [])]
-        runs = []
-        for threads in (1, 2, 2, 5):
-            torch.set_num_threads(threads)
-            runs.append(gradients(window_attention, inputs, wrt))
-        for run in runs[1:]:
-            assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+        assert_same_bits(functools.partial(gradients, window_attention, inputs, wrt), threads=(1, 2, 2, 5))
 
 
 def test_windows_do_not_depend_on_each_other():
