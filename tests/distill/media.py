@@ -5,12 +5,14 @@ import json
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -41,6 +43,21 @@ def tokenizer(image, video=""):
     )  # fmt: skip
     out.chat_template = TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
     return out
+
+
+def language_model(vocab_size, tokens, **more):
+    """A tiny Llama whose predictions differ from token to token."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokens.eos_token_id,
+                    pad_token_id=tokens.pad_token_id, bos_token_id=None, **more)
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
 
 
 def qwen_folder(folder):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import linmu_models
 from distill.config import parse_config
@@ -170,16 +170,7 @@ def made(stamps, tmp_path_factory):
     """What the command makes, with a tiny tower and a tiny language model."""
     folder = tmp_path_factory.mktemp("eyes")
     tokens = media.tokenizer("<image>")
-    torch.manual_seed(0)
-    language = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokens) - 1, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokens.eos_token_id,
-                    pad_token_id=tokens.pad_token_id, bos_token_id=None, tie_word_embeddings=True)
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in language.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
+    language = media.language_model(len(tokens) - 1, tokens, tie_word_embeddings=True)
     language.save_pretrained(folder / "language")
     tokens.save_pretrained(folder / "language")
     with pytest.MonkeyPatch.context() as patch:

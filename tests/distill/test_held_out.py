@@ -6,7 +6,7 @@ import math
 import media
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from distill.config import parse_config
 from distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
@@ -30,16 +30,7 @@ def test_running_text_of_a_page():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     tokens = media.tokenizer("")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokens), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokens.eos_token_id,
-                    pad_token_id=tokens.pad_token_id, bos_token_id=None)
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
+    model = media.language_model(len(tokens), tokens)
     model.save_pretrained(folder / "teacher")
     tokens.save_pretrained(folder / "teacher")
     for name, start in (("train", 0), ("held_out", 500)):
