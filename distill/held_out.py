@@ -9,8 +9,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from distill.losses import kept_positions
-from distill.teacher import Batch
-from distill.train import model_inputs
+from distill.teacher import Batch, model_inputs
 
 
 @torch.no_grad()

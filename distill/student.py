@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from distill.config import LoraConfig
 from distill.parallel import gathered
 from distill.stages import Stage
-from distill.teacher import Batch
+from distill.teacher import Batch, model_inputs
 from linmu_models.hooks import attention_modules, record_outputs
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
@@ -139,7 +139,7 @@ def hidden_kinds(student: PreTrainedModel, batch: Batch, average: str) -> dict[s
     mask = batch["attention_mask"].bool()
     if average == "tokens":
         return {"tokens": mask}
-    layout = student.build_layout({name: value for name, value in batch.items() if name != "labels"})
+    layout = student.build_layout(model_inputs(batch))
     visual = torch.zeros_like(mask) if layout is None else layout.visual_mask(mask.device)
     return {"visual": mask & visual, "text": mask & ~visual}
 
@@ -156,9 +156,8 @@ def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequenc
     counts = dict.fromkeys(sums, 0)
     modules = attention_modules(model)
     for batch, masks in zip(batches, kinds, strict=True):
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with record_outputs([modules[i] for i in layers]) as outputs:
-            model.model(**inputs, use_cache=False)
+            model.model(**model_inputs(batch), use_cache=False)
         for kind, mask in masks.items():
             sums[kind] += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
             counts[kind] += int(mask.sum())

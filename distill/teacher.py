@@ -158,6 +158,11 @@ class AnswerCache:
         return int(self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
 
+def model_inputs(batch: Batch) -> Batch:
+    """The part of a batch that a model's forward pass takes."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def prompts(batch: Batch, pad_token_id: int) -> Batch:
     """Cut each row of a batch before its last answer and pad it on the left, for generation."""
     labels, mask = batch["labels"], batch["attention_mask"]
@@ -168,7 +173,7 @@ def prompts(batch: Batch, pad_token_id: int) -> Batch:
             end -= 1
         lengths.append(end)
     longest = max(lengths)
-    out = {name: value for name, value in batch.items() if name != "labels"}
+    out = model_inputs(batch)
     for name, value in batch.items():
         if name != "labels" and value.shape == labels.shape:
             fill = pad_token_id if name == "input_ids" else 0

@@ -38,6 +38,7 @@ from distill.teacher import (
     Source,
     Stream,
     Transcripts,
+    model_inputs,
     predicts_targets,
 )
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
@@ -74,11 +75,6 @@ class Teacher:
         ):
             states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
         return states, outputs, seen
-
-
-def model_inputs(batch: Batch) -> Batch:
-    """The part of a batch that a model's forward pass takes."""
-    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 @dataclass

@@ -11,10 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from .hooks import record_inputs
+
 RECORDED = "linmu_recorded"
 _QUERIES_AT_ONCE = 256
 
-_seen: dict[nn.Module, tuple[Tensor, Tensor, Tensor | None, float]] = {}
+_seen: dict[nn.Module, list[tuple[Tensor, Tensor, Tensor | None, float]]] = {}
 
 
 def _recorded_attention(
@@ -22,7 +24,7 @@ def _recorded_attention(
 ) -> tuple[Tensor, None]:
     if module in _seen:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        _seen[module] = (query, key, attention_mask, scale)
+        _seen[module].append((query, key, attention_mask, scale))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -44,24 +46,20 @@ def record_mass(
         hidden_states: (n, D), inputs of the layer at the n tokens that are not padding.
         mass: (n, H), attention from the row's text queries on each token, in units of the row's mean.
     """
-    states: list[Tensor] = []
-    handle = attention.register_forward_pre_hook(
-        lambda _module, _args, kwargs: states.append(kwargs["hidden_states"]), with_kwargs=True
-    )
     config = teacher.get_decoder().config
     before = config._attn_implementation
-    _seen[attention] = ()  # type: ignore[assignment]
+    _seen[attention] = []
     try:
         config._attn_implementation = RECORDED
-        teacher.model(**inputs, use_cache=False)
-        query, key, mask, scale = _seen[attention]
+        with record_inputs([attention]) as given:
+            teacher.model(**inputs, use_cache=False)
+        ((query, key, mask, scale),) = _seen[attention]
     finally:
         config._attn_implementation = before
-        handle.remove()
         del _seen[attention]
-    (hidden,) = states
-    given = inputs.get("attention_mask")
-    real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if given is None else given.bool().to(hidden.device)
+    hidden = given[0]["hidden_states"]
+    padded = inputs.get("attention_mask")
+    real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if padded is None else padded.bool().to(hidden.device)
     asking = real if visual is None else real & ~visual.to(hidden.device)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     masses = []

@@ -46,8 +46,7 @@ from distill.data.records import ParquetRecords
 from distill.examples import smollm2
 from distill.losses import answer_losses, kept_positions
 from distill.sources import build_source
-from distill.teacher import own_answers
-from distill.train import model_inputs
+from distill.teacher import model_inputs, own_answers
 from linmu_models.chat import ChatProcessor, Conversation
 from linmu_models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, convert_weights
 from linmu_models.media import Clip, read_image

@@ -138,9 +138,10 @@ class FlexMA(nn.Module):
         for head, m in enumerate(mass.double().unbind(1)):
             target = m.clamp(math.exp(-_STEP_RANGE), math.exp(_STEP_RANGE)).log()
             weight = 0.5 / len(m) + 0.5 * m / m.sum()
-            gram = (z * weight[:, None]).T @ z
+            weighted = (z * weight[:, None]).T
+            gram = weighted @ z
             gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
-            solution = torch.linalg.solve(gram, (z * weight[:, None]).T @ target)
+            solution = torch.linalg.solve(gram, weighted @ target)
             self.dt_proj.weight[head] = solution[:-1].to(self.dt_proj.weight.dtype)
             # Where a step is much smaller than 1, as they are, softplus is exp.
             self.dt_bias[head] += (solution[-1] - (z @ solution).exp().mean().log()).to(self.dt_bias.dtype)

@@ -11,8 +11,7 @@ import torch
 import linmu_models
 from distill.config import load_config
 from distill.sources import build_source
-from distill.teacher import load_teacher
-from distill.train import model_inputs
+from distill.teacher import load_teacher, model_inputs
 from linmu_models.attention_mass import record_mass
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_ops.nn import FlexMA
