@@ -60,11 +60,12 @@ struct Operand<bf16x2> {
 template <class U>
 using sum_t = typename Operand<U>::Sum;
 
-// What a product does with its result: out = beta * out + scale[row] * sum. beta 0 never reads out.
+// What a product does with its result: out = beta * old + scale[row] * sum. beta 0 never reads old.
 template <class A>
 struct Epilogue {
   A beta = A(0);
   const A* scale = nullptr;  // one factor per row, or null
+  const A* old = nullptr;    // laid out as out, which it is if null
 };
 
 // kRows x kVectors accumulators, the B vectors and one A value fill the register file.
@@ -97,7 +98,7 @@ inline void tile(int64_t k, const U* a, int64_t row_stride, int64_t col_stride, 
     for (int v = 0; v < V; ++v) {
       A* o = out + m * ldo + v * W;
       vec<A> r = acc[m][v] * s;
-      if (e.beta != A(0)) r = load(o) * e.beta + r;
+      if (e.beta != A(0)) r = load(e.old ? e.old + m * ldo + v * W : o) * e.beta + r;
       store(o, r);
     }
   }
@@ -118,6 +119,7 @@ inline void tile_column(int64_t m, int64_t k, const U* a, int64_t row_stride, in
     }
     m -= rows, a += rows * row_stride, out += rows * ldo;
     if (e.scale) e.scale += rows;
+    if (e.old) e.old += rows * ldo;
   }
 }
 
@@ -128,11 +130,16 @@ inline void gemm(int64_t m, int64_t n, int64_t k, const U* a, int64_t row_stride
                  int64_t ldb, sum_t<U>* out, int64_t ldo, Epilogue<sum_t<U>> e = {}) {
   constexpr int W = Simd<sum_t<U>>::width;
   int64_t j = 0;
-  for (; j + kTileVectors * W <= n; j += kTileVectors * W)
-    tile_column<U, kTileVectors>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
-  if constexpr (kTileVectors == 4)
-    for (; j + 2 * W <= n; j += 2 * W) tile_column<U, 2>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
-  for (; j < n; j += W) tile_column<U, 1>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+  const auto columns = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    for (; j + V * W <= n; j += V * W) {
+      tile_column<U, V>(m, k, a, row_stride, col_stride, b + j, ldb, out + j, ldo, e);
+      if (e.old) e.old += V * W;
+    }
+  };
+  columns(std::integral_constant<int, kTileVectors>{});
+  if constexpr (kTileVectors == 4) columns(std::integral_constant<int, 2>{});
+  columns(std::integral_constant<int, 1>{});
 }
 
 // Swaps the off-diagonal D x D blocks of every 2D x 2D block of a square of vectors; for D = 1, 2, 4, ... a transpose.

@@ -9,8 +9,8 @@ namespace linmu {
 namespace LINMU_ISA {
 namespace {
 
-// What the products of M with X and of C with B and the state are computed in: pairs of bfloat16 where the inputs are
-// bfloat16 and the processor multiplies them. States are always updated in float: they are kept, and handed out, so.
+// What products are computed in: pairs of bfloat16 where the inputs are bfloat16 and the processor multiplies them.
+// Sums are of float, and so is a state; one that is handed out is updated by products of float as well.
 #if defined(__AVX512BF16__)
 template <class T>
 using unit_t = std::conditional_t<std::is_same_v<T, bf16>, bf16x2, acc_t<T>>;
@@ -45,9 +45,11 @@ class Scan {
         c_(s.chunk * units_),
         bt_(units_ * s.chunk),
         m_(s.chunk * s.chunk / kPack) {
-    if (kPairs) rows_of_units_ = Buffer<U>(s.chunk * units_), x_units_ = Buffer<U>(s.chunk * s.head_dim / 2);
-    if (kPairs) state_units_ = Buffer<U>(units_ * s.head_dim);
-    if (both_) arriving_ = Buffer<A>(s.bundle * s.chunks * s.state);
+    if (kPairs) {
+      rows_of_units_ = Buffer<U>(s.chunk * units_), x_units_ = Buffer<U>(s.chunk * s.head_dim / 2);
+      scaled_units_ = Buffer<U>(s.chunk * s.state_dim / 2), state_units_ = Buffer<U>(units_ * s.head_dim);
+    }
+    if (both_) arriving_ = Buffer<U>(s.bundle * s.chunks * arrival());
     if (both_ && !p.shared_projections)
       cb_reverse_ = Buffer<A>(s.chunk * s.chunk), c_reverse_ = Buffer<U>(s.chunk * units_);
   }
@@ -55,13 +57,7 @@ class Scan {
   void run(int64_t b, int64_t first_head) {
     b_ = b, h0_ = first_head;
     const bool backwards = !p_.forward.on;
-    if (both_) {
-      std::fill(state_.get(), state_ + s_.bundle * s_.state, A(0));
-      for (int64_t c = s_.chunks - 1; c >= 0; --c) {
-        std::copy(state_.get(), state_ + s_.bundle * s_.state, arriving_ + c * s_.bundle * s_.state);
-        if (c > 0) visit(c, true, false);
-      }
-    }
+    if (both_) arrive();
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t at = (b_ * p_.heads + h0_ + h) * p_.head_dim * p_.state_dim;
       load_state(p_.initial_state ? static_cast<const A*>(p_.initial_state) + at : nullptr, p_.head_dim, p_.state_dim,
@@ -79,10 +75,30 @@ class Scan {
  private:
   const SsdScanDirection& direction(bool reverse) const { return reverse ? p_.reverse : p_.forward; }
 
+  // The reverse state that enters a chunk, in units, of one head.
+  int64_t arrival() const { return kPairs ? units_ * s_.head_dim : s_.state; }
+  U* arriving(int64_t chunk, int64_t h) const { return arriving_ + (chunk * s_.bundle + h) * arrival(); }
+
+  // Right to left: the reverse state that enters each chunk.
+  void arrive() {
+    std::fill(state_.get(), state_ + s_.bundle * s_.state, A(0));
+    for (int64_t c = s_.chunks - 1; c >= 0; --c) {
+      for (int64_t h = 0; h < s_.bundle; ++h) {
+        if constexpr (kPairs)
+          pair_rows(state_ + h * s_.state, round_up(p_.state_dim, 2), s_.head_dim, arriving(c, h));
+        else if (c == s_.chunks - 1)
+          std::fill(arriving(c, h), arriving(c, h) + s_.state, A(0));
+      }
+      if (c > 0) visit(c, true, false);
+    }
+  }
+
   // One chunk: its output if wanted, then its contribution to the running state of direction `reverse`.
   void visit(int64_t index, bool reverse, bool with_output) {
     chunk_.move_to(p_, s_, b_, index);
     rows_ = round_up(chunk_.visits, W);
+    ask_for(index + (reverse ? -1 : 1), reverse, with_output);
+    const bool in_units = kPairs && !(with_output && p_.final_state);
     gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, b_rows_);
     if (with_output) {
       if (both_ && !p_.shared_projections) multiply_projections(true, c_reverse_, cb_reverse_);
@@ -92,20 +108,46 @@ class Scan {
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t group = (h0_ + h) / s_.per_x;
       if (group != gathered) {
-        gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
-        if constexpr (kPairs)
-          if (with_output) pair_rows(x_, rows_, s_.head_dim, x_units_);
+        if (!in_units || p_.D) gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
+        if constexpr (kPairs) gather_pairs(p_.x, chunk_, group, p_.head_dim, rows_, x_units_);
       }
       gathered = group;
       decays_[reverse].move_to(p_, chunk_, h0_ + h, reverse);
       if (with_output && both_) decays_[1].move_to(p_, chunk_, h0_ + h, true);
       A* state = state_ + h * s_.state;
-      if (with_output) output(h, reverse, state, arriving_ + (index * s_.bundle + h) * s_.state);
+      if (with_output) output(h, reverse, state, both_ ? arriving(index, h) : nullptr);
       const Decays<A>& d = decays_[reverse];
-      scale_rows<A>(b_rows_, rows_, s_.state_dim, d.leave, d.step, scaled_);
-      gemm<A>(p_.state_dim, s_.head_dim, chunk_.visits, scaled_, 1, s_.state_dim, x_, s_.head_dim, state, s_.head_dim,
-              {d.total, nullptr});
+      if constexpr (kPairs) {
+        if (in_units) {
+          pair_rows(b_rows_, rows_, s_.state_dim, scaled_units_, d.leave, d.step);
+          gemm<U>(p_.state_dim, s_.head_dim, (chunk_.visits + 1) / 2, scaled_units_, 1, s_.state_dim, x_units_,
+                  s_.head_dim, state, s_.head_dim, {d.total});
+          continue;
+        }
+      } else if (!with_output) {
+        update(d, arriving(index, h), arriving(index - 1, h));
+        continue;
+      }
+      update(d, state, state);
     }
+  }
+
+  void update(const Decays<A>& d, const A* from, A* to) {
+    scale_rows<A>(b_rows_, rows_, s_.state_dim, d.leave, d.step, scaled_);
+    gemm<A>(p_.state_dim, s_.head_dim, chunk_.visits, scaled_, 1, s_.state_dim, x_, s_.head_dim, to, s_.head_dim,
+            {d.total, nullptr, from});
+  }
+
+  // The next chunk's rows, while this one is computed.
+  void ask_for(int64_t index, bool reverse, bool with_output) const {
+    const int64_t t0 = index * s_.chunk, last = (h0_ + s_.bundle - 1) / s_.per_x;
+    prefetch<T>(direction(reverse).B, p_, b_, t0, s_.chunk, h0_ / s_.per_b, p_.state_dim);
+    for (int64_t x = h0_ / s_.per_x; x <= last; ++x) prefetch<T>(p_.x, p_, b_, t0, s_.chunk, x, p_.head_dim);
+    if (!with_output) return;
+    prefetch<T>(direction(reverse).C, p_, b_, t0, s_.chunk, h0_ / s_.per_c, p_.state_dim);
+    if (!both_ || p_.shared_projections) return;
+    prefetch<T>(p_.reverse.B, p_, b_, t0, s_.chunk, h0_ / s_.per_b, p_.state_dim);
+    prefetch<T>(p_.reverse.C, p_, b_, t0, s_.chunk, h0_ / s_.per_c, p_.state_dim);
   }
 
   // The rows of B or C, in units, zeros beyond the chunk's visits and the state's size.
@@ -141,7 +183,7 @@ class Scan {
     }
   }
 
-  void output(int64_t h, bool reverse, const A* state, const A* arriving) {
+  void output(int64_t h, bool reverse, const A* state, const U* arriving) {
     for (int64_t i = 0; i < rows_; ++i) combine_row(i);
     const int64_t ldm = s_.chunk / kPack;
     const U* x;
@@ -154,7 +196,14 @@ class Scan {
       gemm<U>(W, s_.head_dim, (to - from + kPack - 1) / kPack, m_ + i * ldm + from / kPack, ldm, 1,
               x + from / kPack * s_.head_dim, s_.head_dim, y_ + i * s_.head_dim, s_.head_dim);
     }
-    add_carried(decays_[reverse], c_, state);
+    const U* here;
+    if constexpr (kPairs) {
+      pair_rows(state, round_up(p_.state_dim, 2), s_.head_dim, state_units_);
+      here = state_units_;
+    } else {
+      here = state;
+    }
+    add_carried(decays_[reverse], c_, here);
     if (both_) add_carried(decays_[1], p_.shared_projections ? c_ : c_reverse_, arriving);
     write(h0_ + h);
   }
@@ -189,16 +238,9 @@ class Scan {
       store(m_ + i * s_.chunk + j, values);
   }
 
-  void add_carried(const Decays<A>& d, const U* c, const A* state) {
+  void add_carried(const Decays<A>& d, const U* c, const U* state) {
     for (int64_t i = 0; i < rows_; i += W) store(factor_ + i, load(d.weight + i) * load(d.carry + i));
-    const U* s;
-    if constexpr (kPairs) {
-      pair_rows(state, round_up(p_.state_dim, 2), s_.head_dim, state_units_);
-      s = state_units_;
-    } else {
-      s = state;
-    }
-    gemm<U>(rows_, s_.head_dim, (p_.state_dim + kPack - 1) / kPack, c, units_, 1, s, s_.head_dim, y_, s_.head_dim,
+    gemm<U>(rows_, s_.head_dim, (p_.state_dim + kPack - 1) / kPack, c, units_, 1, state, s_.head_dim, y_, s_.head_dim,
             {A(1), factor_});
   }
 
@@ -224,9 +266,10 @@ class Scan {
   Chunk chunk_;
   Decays<A> decays_[2];
   Buffer<A> x_, b_rows_, scaled_, factor_, cb_, cb_reverse_, y_;
-  Buffer<A> state_, arriving_;  // per head of the bundle; the reverse state that enters each chunk
+  Buffer<A> state_;     // per head of the bundle
+  Buffer<U> arriving_;  // per chunk and head of the bundle
   Buffer<U> c_, c_reverse_, bt_, m_;
-  Buffer<U> rows_of_units_, x_units_, state_units_;  // of pairs only
+  Buffer<U> rows_of_units_, x_units_, scaled_units_, state_units_;  // of pairs only
 };
 
 template <class T>

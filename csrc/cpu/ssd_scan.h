@@ -232,16 +232,49 @@ inline void gather(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_
   std::fill(out, out + (size - c.visits) * ld, A(0));
 }
 
+// Asks for the rows of one group that visits [t0, t0 + size) read: they lie far apart, and no hardware guesses them.
+template <class T>
+inline void prefetch(const SsdScanTensor& t, const SsdScanParams& p, int64_t b, int64_t t0, int64_t size, int64_t group,
+                     int64_t dim) {
+  const T* data = static_cast<const T*>(t.data) + b * t.batch_stride + group * t.group_stride;
+  for (int64_t i = std::max<int64_t>(t0, 0); i < std::min(t0 + size, p.length); ++i) {
+    const T* row = data + (p.token_order ? p.token_order[b * p.length + i] : i) * t.token_stride;
+    for (int64_t n = 0; n < dim; n += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + n, 0, 3);
+  }
+}
+
 #if defined(__AVX512BF16__)
-// Two rows of float to one of pairs, rounded to bfloat16.
-inline void pair_rows(const float* rows, int64_t n, int64_t ld, bf16x2* out) {
-  for (int64_t i = 0; i < n; i += 2, rows += 2 * ld, out += ld)
+// Two rows of float to one of pairs, rounded to bfloat16, each row times a factor if there are factors.
+inline void pair_rows(const float* rows, int64_t n, int64_t ld, bf16x2* out, const float* factor = nullptr,
+                      const float* second = nullptr) {
+  for (int64_t i = 0; i < n; i += 2, rows += 2 * ld, out += ld) {
+    const float f0 = factor ? factor[i] * second[i] : 1.0f, f1 = factor ? factor[i + 1] * second[i + 1] : 1.0f;
     for (int64_t j = 0; j < ld; j += Simd<float>::width) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(rows + ld + j), (__m512)load(rows + j));
+      const vf even = load(rows + j) * f0, odd = load(rows + ld + j) * f1;
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
       const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
       const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
       _mm512_storeu_si512(out + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
+  }
+}
+
+// gather, and two rows to one of pairs; n rows, zeros beyond the chunk's visits and beyond dim.
+inline void gather_pairs(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_t dim, int64_t n, bf16x2* out) {
+  constexpr int64_t W = Simd<float>::width;
+  const int64_t ld = round_up(dim, W);
+  const uint16_t* data = static_cast<const uint16_t*>(t.data) + c.batch * t.batch_stride + group * t.group_stride;
+  for (int64_t i = 0; i < n; i += 2, out += ld) {
+    const uint16_t *even = data + c.tokens[i] * t.token_stride, *odd = data + c.tokens[i + 1] * t.token_stride;
+    for (int64_t j = 0; j < ld; j += W) {
+      const unsigned mask = (1u << std::min(dim - j, W)) - 1;
+      const auto read = [&](const uint16_t* row, int64_t visit) {
+        const __mmask16 lanes = static_cast<__mmask16>(visit < c.visits ? mask : 0u);
+        return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + j));
+      };
+      _mm512_storeu_si512(out + j, _mm512_or_si512(read(even, i), _mm512_slli_epi32(read(odd, i + 1), 16)));
+    }
+  }
 }
 #endif
 
