@@ -90,6 +90,7 @@ template <class T>
 void forward(const BranchMixNormParams& p) {
   using A = acc_t<T>;
   const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
+  const bool streams = worth_streaming(static_cast<const T*>(p.out), p.rows, p.dim);
   p.threads.run(p.rows, 1 + 32768 / (p.dim + 1), [&](int64_t begin, int64_t end) {
     Row<T> r(p);
     for (int64_t row = begin; row < end; ++row) {
@@ -102,9 +103,13 @@ void forward(const BranchMixNormParams& p) {
         vec<A> m = (lanes.load(mixed + d) - mean) * scale;
         if (weight) m = m * lanes.load(weight + d);
         if (bias) m = m + lanes.load(bias + d);
-        lanes.store(out + d, m);
+        if (streams)
+          lanes.stream(out + d, m);
+        else
+          lanes.store(out + d, m);
       });
     }
+    finish_streams();
   });
 }
 

@@ -106,7 +106,7 @@ void forward(const CausalConv1dParams& p) {
   const std::vector<A> taps = taps_of<A>(p);
   const std::vector<T> zeros(D);
   const A *bias = static_cast<const A*>(p.bias), *taps_data = taps.data();
-  const bool silu = p.silu;
+  const bool silu = p.silu, streams = worth_streaming(static_cast<const T*>(p.y), p.batch * L, D);
   const int width = static_cast<int>(p.width);
   p.threads.run(p.batch * blocks, 1 + 32768 / (kBlock * D + 1), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
@@ -120,17 +120,26 @@ void forward(const CausalConv1dParams& p) {
           inputs_of(line, v, R, in);
           T* out[R];
           for (int i = 0; i < R; ++i) out[i] = static_cast<T*>(p.y) + line.offset(v + i);
+          // Copies, because a store could change what is behind a reference, as far as the compiler knows.
+          const A *w = taps_data, *shift = bias;
+          const bool activate = silu, past_caches = streams;
+          const int64_t stride = D;
           for_each_vector<A>(D, [&](int64_t d, auto lanes) {
             vec<A> x[kMaxWidth - 1 + R], y[R];
             load_rows<R, K, A>(x, in, width, d, lanes);
-            convolve<R, K, A>(y, x, taps_data, bias, width, D, d, lanes);
+            convolve<R, K, A>(y, x, w, shift, width, stride, d, lanes);
+            if (activate) {
 #pragma GCC unroll 8
-            for (int i = 0; i < R; ++i) lanes.store(out[i] + d, silu ? y[i] * sigmoid(y[i]) : y[i]);
+              for (int i = 0; i < R; ++i) y[i] = y[i] * sigmoid(y[i]);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < R; ++i) past_caches ? lanes.stream(out[i] + d, y[i]) : lanes.store(out[i] + d, y[i]);
           });
           v += R;
         });
       }
     }
+    finish_streams();
   });
   if (!p.final_state) return;
   for (int64_t b = 0; b < p.batch; ++b) {

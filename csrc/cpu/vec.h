@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "../linmu/common.h"
 #if defined(__AVX2__)
@@ -111,6 +112,35 @@ inline void store(f16* p, vf v) {
 #endif
 }
 
+// Past the caches: of what is written once and is larger than they are, a store would first fetch every line. The
+// address is a multiple of the vector's size; `finish_streams` before another thread reads.
+template <class T>
+inline void stream(T* p, vec<acc_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, (__m512)v);
+  if constexpr (std::is_same_v<T, bf16> || std::is_same_v<T, f16>) {
+    alignas(32) T narrowed[Simd<float>::width];
+    store(narrowed, v);
+    __m256i bits;
+    std::memcpy(&bits, narrowed, sizeof(bits));
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+#endif
+  store(p, v);
+}
+inline void finish_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+// Whether `rows` of `dim` that start at p can be streamed, and are larger than caches are.
+template <class T>
+inline bool worth_streaming(const T* p, int64_t rows, int64_t dim) {
+  constexpr int64_t kCaches = 16 << 20;
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0 && dim % Simd<acc_t<T>>::width == 0 &&
+         rows * dim * static_cast<int64_t>(sizeof(T)) > kCaches;
+}
+
 // The first n < width lanes; the others read as zero and are not written.
 template <class T>
 inline vec<acc_t<T>> load_n(const T* p, int n) {
@@ -135,6 +165,10 @@ struct AllLanes {
   void store(T* p, vec<acc_t<T>> v) const {
     LINMU_ISA::store(p, v);
   }
+  template <class T>
+  void stream(T* p, vec<acc_t<T>> v) const {
+    LINMU_ISA::stream(p, v);
+  }
   template <class V>
   V only(V v) const {
     return v;
@@ -148,6 +182,10 @@ struct SomeLanes {
   }
   template <class T>
   void store(T* p, vec<acc_t<T>> v) const {
+    store_n(p, v, n);
+  }
+  template <class T>
+  void stream(T* p, vec<acc_t<T>> v) const {
     store_n(p, v, n);
   }
   template <class V>
@@ -218,11 +256,23 @@ inline vd exp(vd x) {
   return x;
 }
 
+template <class V>
+inline V reciprocal(V x) {
+  return 1 / x;
+}
+#if defined(__AVX512F__)
+// An estimate to 14 bits and one step of Newton's: 1 ulp, in a third of the time of a division. Of numbers above 0.
+inline vf reciprocal(vf x) {
+  const vf estimate = (vf)_mm512_rcp14_ps((__m512)x);
+  return estimate * (2.0f - x * estimate);
+}
+#endif
+
 // 1 / (1 + exp(-x)), through exp(-|x|) alone.
 template <class V>
 inline V sigmoid(V x) {
   const V e = exp((V)((decltype(x < 0))x | (decltype(x < 0))(-V{})));  // the sign bit set: -|x|
-  const V s = 1 / (1 + e);
+  const V s = reciprocal(V(1 + e));
   return x < 0 ? e * s : s;
 }
 

@@ -194,3 +194,13 @@ def test_errors():
         op(**{**i, "norm": "none", "bias": None})
     with pytest.raises(ValueError, match=r"branch_mix_norm: eps must be >= 0, got -1.0"):
         op(**i, eps=-1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [3584, 3586])
+def test_an_output_larger_than_caches_has_the_bits_of_its_parts(dtype, D):
+    i = make_inputs((1, (18 << 20) // (dtype.itemsize * D), D), dtype)
+    whole = linmu_ops.branch_mix_norm(**i)
+    rows = slice(101, 201)
+    part = linmu_ops.branch_mix_norm(**i | {k: i[k][:, rows] for k in ("a", "b", "mask")})
+    assert torch.equal(whole[:, rows], part)

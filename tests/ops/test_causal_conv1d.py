@@ -204,3 +204,12 @@ def test_bad_token_order(value):
     order[1, 5] = value
     with pytest.raises(ValueError, match=r"causal_conv1d: token_order must hold every position 0\.\.L-1 once per row"):
         linmu_ops.causal_conv1d(i["x"], i["weight"], token_order=order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("D", [3584, 3586])
+def test_an_output_larger_than_caches_has_the_bits_of_its_parts(dtype, D):
+    x, w = torch.randn(1, (18 << 20) // (dtype.itemsize * D), D).to(dtype), torch.randn(D, 4).to(dtype)
+    whole = linmu_ops.causal_conv1d(x, w, activation="silu")
+    part = linmu_ops.causal_conv1d(x[:, 96:201].contiguous(), w, activation="silu")
+    assert torch.equal(whole[:, 99:201], part[:, 3:])
