@@ -34,8 +34,9 @@ struct ScanSizes {
   int64_t state;                // elements of one padded state
 };
 
+// In bundles of at most `most` heads.
 template <class A>
-inline ScanSizes scan_sizes(const SsdScanParams& p) {
+inline ScanSizes scan_sizes(const SsdScanParams& p, int64_t most = kBundle) {
   constexpr int64_t W = Simd<A>::width;
   ScanSizes s;
   const int64_t wanted = p.chunk > 0 ? std::min<int64_t>(p.chunk, 256) : 64;
@@ -45,7 +46,7 @@ inline ScanSizes scan_sizes(const SsdScanParams& p) {
   s.per_x = p.heads / p.groups_x, s.per_b = p.heads / p.groups_b, s.per_c = p.heads / p.groups_c;
   s.state = std::max(s.head_dim * round_up(p.state_dim, W), s.state_dim * round_up(p.head_dim, W));
   s.bundle = 1;
-  for (int64_t n = 2; n <= kBundle && p.batch * p.heads >= n * kTasks; ++n)
+  for (int64_t n = 2; n <= most && p.batch * p.heads >= n * kTasks; ++n)
     if (s.per_b % n == 0 && s.per_c % n == 0 && (s.per_x % n == 0 || n % s.per_x == 0)) s.bundle = n;
   return s;
 }
