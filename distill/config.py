@@ -231,6 +231,12 @@ class Config(_Table):
             raise ValueError("student.swin must be false where only stage 1 has steps: it trains without Local-Swin")
         return self
 
+    @model_validator(mode="after")
+    def _check_calibration(self) -> "Config":
+        if self.calibrate_step_sizes and not self.calibrate:
+            raise ValueError("calibrate_step_sizes must be false where calibrate is false, got true")
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the run lives."""

@@ -44,6 +44,10 @@ def test_the_7b_config_is_the_papers():
             "f: stage3.block_input must be 'student' with the loss",
         ),
         ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
+        (
+            {"calibrate": False, "calibrate_step_sizes": True},
+            "f: calibrate_step_sizes must be false where calibrate is false",
+        ),
         ({"data": {"sets": {"a": {"format": "csv", "files": ["x"]}}}}, "f: data.sets.a.format: "),
         (
             {"data": {"sets": {"a": {"format": "text", "files": ["x"], "stages": [3]}}}},
