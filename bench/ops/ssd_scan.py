@@ -18,7 +18,7 @@ CASES = {
     "short": case(L=64, **SMALL),
     "both": case(L=4096, direction="both", quick=True, backward=True, **SMALL),
     "gqa": case(L=4096, dtypes=("float32", "bfloat16"), **GQA),
-    "gqa-both": case(L=4096, direction="both", dtypes=("float32", "bfloat16"), **GQA),
+    "gqa-both": case(L=4096, direction="both", backward=True, dtypes=("float32", "bfloat16"), **GQA),
     "7b-forward": gpu_case("one mamba_ssm scan is what 7b-both is to beat", backward=True, L=32768, **GQA),
     "7b-both": gpu_case(
         ">= 4x mamba_ssm, faster than its one scan of 7b-forward, <= 0.6 ms, <= 1.35x our 7b-forward; backward >= 2x",
