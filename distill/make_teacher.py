@@ -68,18 +68,21 @@ EVEN = {"read": 2.0, "line": 2.0, "where": 4.0, "video": 4.0, "needle": 2.0}
 FIND = {"read": 1.0, "line": 1.0, "where": 4.0, "video": 4.0, "needle": 3.0}
 HARD = {"read": 0.5, "line": 0.5, "where": 4.0, "video": 5.0, "needle": 3.0}
 LAST = {"read": 1.0, "line": 0.5, "where": 7.0, "video": 4.0, "needle": 1.0}
+LONG = {"read": 1.0, "line": 0.5, "where": 6.0, "video": 4.0, "needle": 3.0}
 CURRICULUM = (
     Phase("eyes", 5000, (1.5e-3, 5.0e-5), LOOK, needle_frames=(2, 4), needle_batch=16),
     Phase("mind", 2000, (1.0e-3, 1.0e-3), EVEN, pages=((1, 8), *PAGE_SIZES), needle_frames=(2, 8)),
     Phase("mind", 2800, (6.0e-4, 3.0e-5), FIND, needle_frames=(4, 32), needle_batch=6),
     Phase("mind", 1200, (5.0e-4, 1.0e-5), HARD, needle_frames=(8, 64), needle_batch=3),
     Phase("mind", 560, (4.0e-4, 1.0e-5), LAST, needle_frames=(8, 64), needle_batch=2),
+    Phase("mind", 6000, (5.0e-4, 1.0e-5), LONG, needle_frames=(8, 64), needle_batch=3),
 )
 PARTS = ("eyes", "mind")
 EMBEDDING_STD = 0.02
 MIND_NOISE = 0.3
 FINAL_NORM = 4.0
 BLANK_WEIGHT = 0.2
+WARMUP = 50
 LOG_EVERY = 25
 CHECKPOINT_EVERY = 50
 
@@ -336,7 +339,7 @@ class Trainer:
             clock, cpu = time.perf_counter(), time.process_time()
             rate = phase.lr[1] + (phase.lr[0] - phase.lr[1]) * 0.5 * (1 + math.cos(math.pi * done))
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (self.step + 1) / 50)
+                group["lr"] = rate * min(1.0, (done * phase.steps + 1) / WARMUP)
             for name, value in self.train_step(phase).items():
                 running.setdefault(name, []).append(value)
             self.step += 1
