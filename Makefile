@@ -40,7 +40,7 @@ demo: setup
 	$(BIN)/linmu distill distill/configs/demo.toml --resume
 
 bench: setup
-	$(BIN)/python -m bench.run --both --quick --seconds 0.3 --save
+	$(BIN)/python -m bench.run --both --quick --seconds 0.2 --save
 	$(BIN)/python -m bench.models.run --layers 4 --prefill 1k 4k 16k --decode 1k 16k --batch 1 8 --seconds 2 --report
 
 lint: setup
