@@ -1,6 +1,7 @@
 """`linmu distill --ablate TABLE`: runs that differ in a few options, with several seeds, scored on the same samples.
 
-A table goes on where it stopped: what is in its results is not run again, and a run that was cut short is resumed.
+A table goes on where it stopped: what is in its results, or in those of a table beside it, is not run again, and a run
+that was cut short is resumed.
 """
 
 import fcntl
@@ -203,6 +204,14 @@ class Results:
         records = [json.loads(line) for line in lines]
         return {(record["row"], record["key"]): record for record in records}
 
+    def of_other_tables(self, key: str) -> dict[str, Any] | None:
+        """What a table beside this one measured under the same key, with that table's name in "from"."""
+        for path in sorted(self.path.parent.glob("*.jsonl")):
+            for record in Results(path).read().values() if path != self.path else ():
+                if record["key"] == key:
+                    return {"from": path.stem, **record}
+        return None
+
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, whole or not at all; several processes may."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -348,6 +357,12 @@ def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) ->
                          for group, found in record["scores"].items())  # fmt: skip
         say(f"{table.name}  {record['row']}: {told}  ({time.monotonic() - began:.0f} s)")
 
+    def borrow(row: str, key: str, **facts: Any) -> None:
+        """Tables share rows: the same run is not made twice."""
+        if (row, key) not in results.read() and (record := results.of_other_tables(key)):
+            store({**record, "row": row, **facts}, time.monotonic())
+
+    borrow(TEACHER, table.teacher_key)
     if (TEACHER, table.teacher_key) not in results.read():
         began, run = time.monotonic(), _start(table.first)
         facts = {"row": TEACHER, "seed": None, "key": table.teacher_key, "teacher": run.teacher_hash, **provenance()}
@@ -355,6 +370,8 @@ def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) ->
     for done, (seed, row) in enumerate(todo):
         of = row if row.of is None else table.row(row.of)
         looks = [look for look in chosen if look is of or look.of == of.name]
+        for look in looks:
+            borrow(look.name, table.key(look, seed), set=look.set)
         known = results.read()
         missing = [look for look in looks if (look.name, table.key(look, seed)) not in known]
         if row in missing:

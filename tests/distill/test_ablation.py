@@ -106,6 +106,14 @@ def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
     before = results.read_text()
     run_table(path)
     assert results.read_text() == before and len(steps) == 13
+    # The same runs under another table and other names are not made again.
+    again = tmp_path / "again.toml"
+    again.write_text(path.read_text().replace('"other"', '"causal"'))
+    run_table(again)
+    others = [json.loads(line) for line in (results.parent / "again.jsonl").read_text().splitlines()]
+    assert len(steps) == 13 and others == [
+        {**record, "from": "two", "row": record["row"].replace("other", "causal")} for record in records
+    ]
     # A row that is not what it was: its lines are not shown, and its folder is not taken for its own.
     path.write_text(path.read_text().replace("reverse = false", "skip = true"))
     with pytest.raises(RunError, match=r"other/0 holds a run with other options; delete it, or rename the row"):
