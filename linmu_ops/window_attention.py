@@ -17,11 +17,11 @@ from .token_layout import WRAPS, TokenLayout
 
 INPUTS = (
     "Tensor tokens, Tensor offsets, Tensor? coords, int[] window, float scale, Tensor? bias, Tensor? cos, "
-    "Tensor? sin, bool interleaved"
+    "Tensor? sin, bool interleaved, bool causal"
 )
 SCHEMA = f"(Tensor q, Tensor k, Tensor v, {INPUTS}) -> (Tensor out, Tensor lse)"
 BWD_SCHEMA = (
-    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {INPUTS}) "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {INPUTS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 )
 
@@ -43,10 +43,13 @@ def window_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
-) -> Tensor:
+    causal: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every visual token to the tokens of its window.
 
-        out[i] = sum_j softmax_j(scale q[i] . k[j] + bias[coord(i) - coord(j)]) v[j],    j in the window of i
+        s[i, j] = scale q[i] . k[j] + bias[coord(i) - coord(j)]    j in the window of i; causal: and at or before i
+        out[i] = sum_j softmax_j(s[i, j]) v[j],    lse[i] = log sum_j exp(s[i, j])
 
     In a dimension of size s with window w and shift h, the token at c is in window ((c - h) mod s) // w; w is clamped
     to s (and h is then 0), and the last window is smaller where w does not divide s. Nothing is rolled, partitioned,
@@ -71,9 +74,12 @@ def window_attention(
             (x cos - y sin, y cos + x sin). Constant: it gets no gradient.
         sin: (B or 1, L, R) float. As cos.
         interleaved: rotary pairs are elements (2i, 2i+1) instead of (i, i + R/2).
+        causal: a token attends to those tokens of its window whose position in the row is not after its own.
+        return_lse: also return lse, with which attention over other tokens can be merged. It has a gradient.
 
     Returns:
-        out: (B, L, H, P), dtype of q. 0 at tokens outside every block.
+        out: (B, L, H, P), dtype of q. 0 at tokens outside every block. With return_lse: (out, lse), lse (B, L, H)
+            float32 (float64 for float64), -inf at tokens outside every block.
 
     Raises:
         ValueError: a shape, device or value breaks the table above. TypeError: a dtype does.
@@ -81,7 +87,7 @@ def window_attention(
     Notes:
         Accumulates in float32 (float64 for float64). bfloat16 products take rotated q and k, attention weights and
         score gradients rounded to bfloat16 where the processor multiplies it. Deterministic, also the gradient of
-        the bias. Linear in L for a given window.
+        the bias. Linear in L for a given window. Of a causal window all scores are computed, then half are masked.
 
     Source: Liu et al. 2021, arXiv:2103.14030; LinMU, arXiv:2601.01322. Reference:
     linmu_ops/reference/window_attention.py.
@@ -136,10 +142,14 @@ def window_attention(
     d.same_device(q, k=k, v=v, bias=bias, cos=cos, sin=sin)
     table = layout.window_table(sizes, shifts, wrap, image_sizes, image_shifts, q.device)
     factor = d["P"] ** -0.5 if scale is None else float(scale)
-    return _registry.call(
+    out, lse = _registry.call(
         "window_attention", q, q, k, v, table.tokens, table.offsets, None if bias is None else table.coords,
-        list(sizes), factor, bias, cos, sin, interleaved,
-    )[0]  # fmt: skip
+        list(sizes), factor, bias, cos, sin, interleaved, causal,
+    )  # fmt: skip
+    if not return_lse:
+        return out
+    everywhere = lse.new_full((d["B"] * d["L"], d["H"]), -math.inf)
+    return out, everywhere.index_copy(0, table.tokens.long(), lse).view(q.shape[:3])
 
 
 def _padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
@@ -159,26 +169,29 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, *args: Any) -> tuple[
 
 
 def _bwd_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tokens: Tensor, offsets: Tensor,
-    coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None, *args: Any,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tokens: Tensor, offsets: Tensor, coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None,
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dbias = q.new_empty(0, dtype=accumulate_dtype(q.dtype)) if bias is None else bias.new_empty(bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _bwd_reference(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tokens: Tensor, offsets: Tensor,
-    coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, interleaved: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tokens: Tensor, offsets: Tensor, coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         table = None if bias is None else bias.detach().requires_grad_()
-        y, _ = reference(
-            leaves[0], leaves[1], leaves[2], tokens, offsets, coords, window, scale, table, cos, sin, interleaved
-        )
+        outputs = reference(
+            leaves[0], leaves[1], leaves[2], tokens, offsets, coords, window, scale, table, cos, sin, interleaved,
+            causal,
+        )  # fmt: skip
         wrt = leaves if table is None else [*leaves, table]
-        grads = torch.autograd.grad(y, wrt, grad_out, allow_unused=True)
+        given = 1 if grad_lse is None else 2
+        grads = torch.autograd.grad(outputs[:given], wrt, (grad_out, grad_lse)[:given], allow_unused=True)
     found = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, wrt, strict=True)]
     if table is None:
         found.append(q.new_empty(0, dtype=accumulate_dtype(q.dtype)))
@@ -186,22 +199,23 @@ def _bwd_reference(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved = inputs
+    q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved, causal = inputs
     ctx.save_for_backward(q, k, v, *output, tokens, offsets, coords, bias, cos, sin)
-    ctx.consts = (window, scale, interleaved)
-    ctx.mark_non_differentiable(output[1])
+    ctx.consts = (window, scale, interleaved, causal)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, bwd_op: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_out is None:
-        return (None,) * 12
+    if grad_out is None and grad_lse is None:
+        return (None,) * 13
     *rows, tokens, offsets, coords, bias, cos, sin = ctx.saved_tensors
-    window, scale, interleaved = ctx.consts
+    window, scale, interleaved, causal = ctx.consts
+    if grad_out is None:
+        grad_out = torch.zeros_like(rows[3])
     dq, dk, dv, dbias = bwd_op(
-        grad_out, *rows, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved
-    )  # fmt: skip
-    return dq, dk, dv, None, None, None, None, None, None if bias is None else dbias, None, None, None
+        grad_out, grad_lse, *rows, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved, causal
+    )
+    return dq, dk, dv, None, None, None, None, None, None if bias is None else dbias, None, None, None, None
 
 
 def _cuda_limit(asked: _registry.Asked) -> str | None:

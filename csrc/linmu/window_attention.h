@@ -31,6 +31,7 @@ struct WindowAttentionParams {
   bool rotary_batch;   // cos has a row per batch row
 
   bool interleaved;
+  bool causal;
   void* out;  // (B, L, H, P)
   void* lse;  // (num_visual, H) accumulate type, in window order
   Threads threads;
@@ -39,10 +40,11 @@ struct WindowAttentionParams {
 struct WindowAttentionBwdParams {
   WindowAttentionParams forward;  // out and lse are read
   TokenRows<const void*> grad_out;
-  void* dq;     // (B, L, H, P)
-  void* dk;     // (B, L, G, P)
-  void* dv;     // (B, L, G, P)
-  void* dbias;  // (H, bias_size) accumulate type, or null
+  const void* grad_lse;  // (num_visual, H) accumulate type, or null
+  void* dq;              // (B, L, H, P)
+  void* dk;              // (B, L, G, P)
+  void* dv;              // (B, L, G, P)
+  void* dbias;           // (H, bias_size) accumulate type, or null
 };
 
 LINMU_CPU_KERNEL(window_attention_cpu, WindowAttentionParams)

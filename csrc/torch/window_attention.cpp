@@ -68,7 +68,7 @@ struct Inputs {
 
   Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& tokens, const Tensor& offsets,
          const OptTensor& coords, const std::vector<int64_t>& window, double scale, const OptTensor& bias_,
-         const OptTensor& cos_, const OptTensor& sin_, bool interleaved)
+         const OptTensor& cos_, const OptTensor& sin_, bool interleaved, bool causal)
       : q(q_),
         k(k_),
         v(v_),
@@ -109,7 +109,7 @@ struct Inputs {
     table.emplace(tokens, offsets, coords, p.batch * p.length, p.bias_size, window, p);
     p.q = rows(q), p.k = rows(k), p.v = rows(v);
     p.bias = pointer(bias), p.cos = pointer(cos), p.sin = pointer(sin);
-    p.scale = scale, p.interleaved = interleaved;
+    p.scale = scale, p.interleaved = interleaved, p.causal = causal;
     p.threads = torch_threads();
   }
 };
@@ -117,8 +117,8 @@ struct Inputs {
 std::tuple<Tensor, Tensor> window_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tokens,
                                             const Tensor& offsets, const OptTensor& coords, std::vector<int64_t> window,
                                             double scale, const OptTensor& bias, const OptTensor& cos,
-                                            const OptTensor& sin, bool interleaved) {
-  Inputs in(q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved);
+                                            const OptTensor& sin, bool interleaved, bool causal) {
+  Inputs in(q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved, causal);
   WindowAttentionParams& p = in.params;
   Tensor out = torch::stable::new_empty(q, {p.batch, p.length, p.heads, p.head_dim});
   Tensor lse = torch::stable::new_empty(q, {tokens.size(0), p.heads}, accumulate_dtype(q));
@@ -128,10 +128,11 @@ std::tuple<Tensor, Tensor> window_attention(const Tensor& q, const Tensor& k, co
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
-    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-    const Tensor& tokens, const Tensor& offsets, const OptTensor& coords, std::vector<int64_t> window, double scale,
-    const OptTensor& bias, const OptTensor& cos, const OptTensor& sin, bool interleaved) {
-  Inputs in(q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved);
+    const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& tokens, const Tensor& offsets, const OptTensor& coords,
+    std::vector<int64_t> window, double scale, const OptTensor& bias, const OptTensor& cos, const OptTensor& sin,
+    bool interleaved, bool causal) {
+  Inputs in(q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved, causal);
   WindowAttentionBwdParams p{};
   p.forward = in.params;
   const WindowAttentionParams& f = p.forward;
@@ -142,9 +143,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
   d("grad_out", grad_out, "B L H P", type);
   d("out", out, "B L H P", type);
   d("lse", lse, "V H", acc);
+  d("grad_lse", grad_lse, "V H", acc);
   Tensor grad_out_ = grad_out;
   const Tensor out_ = contiguous(out), lse_ = contiguous(lse);
-  p.grad_out = rows(grad_out_);
+  const OptTensor grad_lse_ = linmu::contiguous(grad_lse);
+  p.grad_out = rows(grad_out_), p.grad_lse = pointer(grad_lse_);
   p.forward.out = const_cast<void*>(out_.const_data_ptr());
   p.forward.lse = const_cast<void*>(lse_.const_data_ptr());
   Tensor dq = torch::stable::new_empty(q, {f.batch, f.length, f.heads, f.head_dim});

@@ -117,6 +117,7 @@ class LocalSwin(nn.Module):
                 image_shift=image_shift, scale=self.softmax_scale, bias=self.bias, cos=cos, sin=sin,
                 interleaved=config.rotary_interleaved,
             )  # fmt: skip
+            assert isinstance(visual, Tensor)
         if config.text_window:
             q, k = (apply_rotary(t, rotary, config.rotary_interleaved) for t in (q, k))
             text, new = self._text(q, k, v, attention_mask, state, return_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ def _check(tokens: Tensor, offsets: Tensor, coords: Tensor | None, num_tokens: i
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, offsets: Tensor, coords: Tensor | None, window: list[int],
     scale: float, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = accumulate_dtype(q.dtype)
     heads, groups = q.shape[2], k.shape[2]
@@ -60,7 +62,9 @@ def window_attention(
         if table is not None and coords is not None:
             c = coords[begin:end].long()
             scores = scores + table[:, c[:, None] - c + table.shape[1] // 2]
+        if causal:
+            scores = scores.masked_fill(at > at[:, None], -math.inf)
         weights = scores.softmax(-1).unflatten(0, (groups, -1))
         out = out.index_put((at,), torch.einsum("grij,jgp->igrp", weights, v_[at]).flatten(1, 2))
         lse.append(scores.logsumexp(-1).T)
-    return out.unflatten(0, q.shape[:2]).to(q.dtype), torch.cat(lse).detach()
+    return out.unflatten(0, q.shape[:2]).to(q.dtype), torch.cat(lse)

@@ -156,6 +156,7 @@ def operands(case, dtype=torch.float32, grad=True):
     rows = [i[n].requires_grad_(grad) for n in "qkv"]
     return [
         *rows, table.tokens, table.offsets, table.coords, list(window), 0.25, bias, i.get("cos"), i.get("sin"), False,
+        False,
     ]  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def test_opcheck(case):
         out, lse = torch.ops.linmu.window_attention(*args)
     detached = [a.detach() if torch.is_tensor(a) else a for a in args]
     torch.library.opcheck(
-        torch.ops.linmu.window_attention_bwd, (torch.randn_like(out), *detached[:3], out, lse, *detached[3:])
+        torch.ops.linmu.window_attention_bwd, (torch.randn_like(out), None, *detached[:3], out, lse, *detached[3:])
     )
 
 
