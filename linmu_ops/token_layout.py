@@ -168,6 +168,42 @@ class TokenLayout:
             image_shift: shift of blocks with T = 1; `shift` if None.
             device: where the tensors go; the CPU if None.
         """
+        given = self._window_key(window, shift, wrap, image_window, image_shift)
+        return WindowTable(*self._cached(("window_table", *given), device, lambda plan: plan.window_table(*given)))
+
+    def window_rank(
+        self,
+        window: Sequence[int],
+        shift: Sequence[int] = (0, 0, 0),
+        wrap: str = "join",
+        image_window: Sequence[int] | None = None,
+        image_shift: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """(B, L) int32: how many tokens of its own window lie at a visual token's position or before; 0 at text.
+
+        Arguments as in `window_table`.
+        """
+        given = self._window_key(window, shift, wrap, image_window, image_shift)
+
+        def rank(plan: Any) -> tuple[Any]:
+            tokens, offsets = (np.asarray(t, dtype=np.int64) for t in plan.window_table(*given)[:2])
+            of = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+            out = np.zeros(self.batch_size * self.length, dtype=np.int32)
+            out[tokens[np.lexsort((tokens, of))]] = np.arange(1, len(tokens) + 1) - offsets[of]
+            return (out.reshape(self.batch_size, self.length),)
+
+        return self._cached(("window_rank", *given), device, rank)[0]
+
+    @staticmethod
+    def _window_key(
+        window: Sequence[int],
+        shift: Sequence[int],
+        wrap: str,
+        image_window: Sequence[int] | None,
+        image_shift: Sequence[int] | None,
+    ) -> tuple[Any, ...]:
+        """The arguments of `window_table`, checked, as its planner takes them."""
         given = (
             _triple("window", window, 1),
             _triple("shift", shift, 0),
@@ -180,7 +216,7 @@ class TokenLayout:
         for name, w in (("window", given[0]), ("image_window", given[2])):
             if (2 * w[0] - 1) * (2 * w[1] - 1) * (2 * w[2] - 1) >= 2**31:
                 raise ValueError(f"TokenLayout: {name} must have (2T-1)(2H-1)(2W-1) < 2**31, got {w}")
-        return WindowTable(*self._cached(("window_table", *given), device, lambda plan: plan.window_table(*given)))
+        return given
 
     def _segments(self, device: torch.device | str | None) -> Any:
         return self._cached(("segments",), device, lambda plan: plan.segments())

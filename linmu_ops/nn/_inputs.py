@@ -60,6 +60,7 @@ def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: i
         layout.scan_order(layer_idx, device)
         if windows is not None:
             layout.window_table(*windows, device)
+            layout.window_rank(*windows, device)
 
 
 def grid_layout(
@@ -147,3 +148,14 @@ def take(t: Tensor, index: Tensor) -> Tensor:
 
 def expand_as(mask: Tensor, t: Tensor) -> Tensor:
     return mask.view(*mask.shape, *[1] * (t.dim() - mask.dim()))
+
+
+def first_tokens(t: Tensor, before: Tensor | None, index: Tensor, order: Tensor | None) -> Tensor:
+    """The first n tokens of each row of t (B, L, ...) that are not padding, after those in `before` (B, n, ...).
+
+    index: (B, n) int64, the place in t of token i among those that are not padding; < 0: in `before`. What lies past
+    the end of t is left to the caller. order: as in `last_tokens`.
+    """
+    at = index.clamp(0, t.shape[1] - 1)
+    new = take(t, at if order is None else order.gather(1, at))
+    return new if before is None else torch.where(expand_as(index >= 0, new), new, before)

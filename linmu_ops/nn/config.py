@@ -9,7 +9,7 @@ CHOICES = {
     "reverse_projections": ("shared", "separate"),
     "feature_map": ("none", "relu2"),
     "gate": ("head", "token"),
-    "mix": ("scalar", "channel", "token"),
+    "mix": ("scalar", "channel", "token", "softmax"),
     "norm": ("none", "rms", "layer"),
     "wrap": ("join", "mask"),
 }
@@ -53,14 +53,20 @@ class MMATEConfig:
         image_window: window of a block with T = 1; None for the same as `window` (open).
         shift_alternate: layers with an odd layer_idx shift their windows by half a window (section 2).
         wrap: windows that wrap around after a shift "join" the edges they cover (Fig. 4), or "mask" them apart (Swin).
+        causal_windows: within its window a token attends to no later one, as in a causal teacher (beyond the paper).
         relative_bias: learned bias per head and relative position, starting at 0; needs image_window=None (open).
         text_window: causal softmax attention of text tokens over the last this many tokens of their row, themselves
             included; 0 for none. Linear in length, a cache of this many keys in decoding (beyond the paper).
+        sink_tokens: the first this many tokens of a row, as far as they are text, are in every later token's window;
+            needs mix="softmax" and text_window (beyond the paper; attention sinks: Xiao et al., arXiv:2309.17453).
 
     Fusion (Algorithm 1)
         mix: lambda as one learned logit ("scalar"), one per model channel ("channel"), or per "token" from a linear
-            map of the input.
-        initial_mix: lambda at the start, in (0, 1).
+            map of the input. "softmax" (beyond the paper): per token and head, before the output projection, with
+            1 - lambda the share of a softmax over all tokens that falls to those in the window: sigmoid of the log
+            of the mass of their scores, less a linear map of the input that stands for the rest of the tokens. Where
+            there is no rest, a block made from attention is that attention, exactly.
+        initial_mix: lambda at the start, in (0, 1); not for "softmax", which `MMATE.calibrate` sets.
         norm: final norm: "layer" (Algorithm 1), "rms", or "none"; each with a learned scale per channel that
             `MMATE.calibrate` sets from the teacher.
         norm_eps: added to the variance in both norms.
@@ -86,8 +92,10 @@ class MMATEConfig:
     image_window: tuple[int, int, int] | None = (1, 16, 16)
     shift_alternate: bool = True
     wrap: str = "join"
+    causal_windows: bool = False
     relative_bias: bool = False
     text_window: int = 0
+    sink_tokens: int = 0
     mix: str = "scalar"
     initial_mix: float = 0.5
     norm: str = "none"
@@ -109,6 +117,11 @@ class MMATEConfig:
             self._require(name, size is None or (len(size) == 3 and min(size) >= 1), "three sizes >= 1")
         self._require("image_window", not (self.relative_bias and self.image_window), "None where relative_bias is on")
         self._require("swin", self.flex or self.swin, "on where flex is off")
+        both = self.flex and self.swin
+        self._require("mix", both or self.mix != "softmax", 'other than "softmax" where a branch is off')
+        self._require("sink_tokens", self.sink_tokens >= 0, ">= 0")
+        sinks = self.sink_tokens == 0 or (self.mix == "softmax" and self.text_window > 0)
+        self._require("sink_tokens", sinks, '0 without mix="softmax" and text_window')
 
     def _require(self, name: str, ok: bool, rule: str) -> None:
         if not ok:

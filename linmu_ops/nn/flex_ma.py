@@ -156,11 +156,15 @@ class FlexMA(nn.Module):
         attention_mask: Tensor | None = None,
         state: MMATEState | None = None,
         return_state: bool = False,
+        near: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, MMATEState]:
-        """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned."""
+        """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned.
+
+        near: (B, L, H, P) and (B, L, H), another y and its share in [0, 1] of what is projected.
+        """
         layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None)
         keep = return_state or state is not None
-        y, new = self.mix_tokens(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+        y, new = self.mix_tokens(hidden_states, layout, position_embeddings, attention_mask, state, keep, near)
         new = continue_state(state, new)
         return (y, new) if return_state else y
 
@@ -172,6 +176,7 @@ class FlexMA(nn.Module):
         attention_mask: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
+        near: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, MMATEState]:
         """`forward` on checked inputs. One token without gradients updates `state` in place; else a new state is made,
         an empty one without `return_state`."""
@@ -215,6 +220,9 @@ class FlexMA(nn.Module):
         if self.head_norm is not None:
             normed = F.rms_norm(y.view(batch, length, H, P).to(acc), (P,), eps=config.norm_eps)
             y = (normed * self.head_norm).to(y.dtype).view(batch, length, H * P)
+        if near is not None:
+            other, share = near[0].flatten(2), near[1].to(y.dtype).repeat_interleave(P, dim=2)
+            y = torch.lerp(y, other, share)
         return self.o_proj(y), MMATEState(ssm=ssm, conv=conv_state)
 
     def _position(self, B: Tensor, C: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:

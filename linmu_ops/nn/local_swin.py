@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dims import accumulate_dtype
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
 from ._inputs import (
@@ -16,12 +17,30 @@ from ._inputs import (
     Windows,
     apply_rotary,
     check_inputs,
+    first_tokens,
     last_tokens,
     real_tokens_first,
     take,
 )
 from .config import DEFAULTS, MMATEConfig
 from .state import MMATEState, continue_state
+from .text_window import Sinks, attend, attend_with_mass, causal_window_attention
+
+_QUERIES = 256  # of which the scores against a whole row are held at a time
+
+
+class Near(NamedTuple):
+    """What the tokens of its window give each token, before the output projection.
+
+    Attributes:
+        y: (B, L, H, P). Softmax attention over them; 0 where there is none.
+        mass: (B, L, H), accumulate dtype. Log-sum-exp of their scores; -inf where there is none.
+        beyond: (B, L) bool. Whether other tokens lie before this one.
+    """
+
+    y: Tensor
+    mass: Tensor
+    beyond: Tensor
 
 
 class LocalSwin(nn.Module):
@@ -44,8 +63,10 @@ class LocalSwin(nn.Module):
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
+        project: bool = True,
         config: MMATEConfig = DEFAULTS,
     ) -> None:
+        """project: apply an output projection; without, `forward` gives `Near` in the place of the output."""
         super().__init__()
         self.dim, self.num_heads = dim, num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -56,7 +77,7 @@ class LocalSwin(nn.Module):
         self.q_proj = nn.Linear(dim, H * P, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, G * P, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, G * P, bias=qkv_bias)
-        self.o_proj = nn.Linear(H * P, dim, bias=out_bias)
+        self.o_proj = nn.Linear(H * P, dim, bias=out_bias) if project else None
         self.q_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.k_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.windows = layer_windows(config, layer_idx)
@@ -78,20 +99,44 @@ class LocalSwin(nn.Module):
         attention_mask: Tensor | None = None,
         state: MMATEState | None = None,
         return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, MMATEState]:
-        """As `MMATE.forward`; of the state, `keys`, `values` and `filled` are read and returned."""
+    ) -> Tensor | Near | tuple[Tensor | Near, MMATEState]:
+        """As `MMATE.forward`; of the state, all but `ssm` and `conv` is read and returned."""
         layout = check_inputs(
             "LocalSwin", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
         )
         keep = return_state or state is not None
-        y, new = self.attend(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+        out: Tensor | Near
+        if self.o_proj is None:
+            out, new = self._near(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+        else:
+            y, new = self._attend(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+            out = torch.zeros_like(hidden_states) if y is None else self.o_proj(y.flatten(2))
+            if y is not None and self.o_proj.bias is not None and layout is not None and not self.config.text_window:
+                out = out.masked_fill(~layout.visual_mask(out.device)[..., None], 0)
         new = continue_state(state, new)
-        y = torch.zeros_like(hidden_states) if y is None else y
-        if self.o_proj.bias is not None and layout is not None and not self.config.text_window:
-            y = y.masked_fill(~layout.visual_mask(y.device)[..., None], 0)
-        return (y, new) if return_state else y
+        return (out, new) if return_state else out
 
-    def attend(
+    def _projected(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (p(z).unflatten(2, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def _windows(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rotary: Rotary | None, return_lse: bool
+    ) -> Any:
+        """`window_attention` of visual tokens."""
+        window, shift, wrap, image_window, image_shift = self.windows
+        cos, sin = rotary or (None, None)
+        return window_attention(
+            q, k, v, layout=layout, window=window, shift=shift, wrap=wrap, image_window=image_window,
+            image_shift=image_shift, scale=self.softmax_scale, bias=self.bias, cos=cos, sin=sin,
+            interleaved=self.config.rotary_interleaved, causal=self.config.causal_windows, return_lse=return_lse,
+        )  # fmt: skip
+
+    def _turned(self, q: Tensor, k: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        interleaved = self.config.rotary_interleaved
+        return apply_rotary(q, rotary, interleaved), apply_rotary(k, rotary, interleaved)
+
+    def _attend(
         self,
         z: Tensor,
         layout: TokenLayout | None,
@@ -100,32 +145,77 @@ class LocalSwin(nn.Module):
         state: MMATEState | None,
         return_state: bool,
     ) -> tuple[Tensor | None, MMATEState]:
-        """`forward` on checked inputs; None where no token attends. Text carries the output bias, unmasked."""
-        config = self.config
-        if layout is None and not config.text_window:
+        """(B, L, H, P); None where no token attends, anything at text without a window."""
+        if layout is None and not self.config.text_window:
             return None, MMATEState()
-        batch, length, _ = z.shape
-        q, k, v = (proj(z).view(batch, length, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        visual = text = None
-        new = MMATEState()
-        if layout is not None:
-            window, shift, wrap, image_window, image_shift = self.windows
-            cos, sin = rotary or (None, None)
-            visual = window_attention(
-                q, k, v, layout=layout, window=window, shift=shift, wrap=wrap, image_window=image_window,
-                image_shift=image_shift, scale=self.softmax_scale, bias=self.bias, cos=cos, sin=sin,
-                interleaved=config.rotary_interleaved,
-            )  # fmt: skip
-            assert isinstance(visual, Tensor)
-        if config.text_window:
-            q, k = (apply_rotary(t, rotary, config.rotary_interleaved) for t in (q, k))
-            text, new = self._text(q, k, v, attention_mask, state, return_state)
-        if visual is not None and text is not None and layout is not None:
-            visual = torch.where(layout.visual_mask(z.device)[..., None, None], visual, text)
-        y = text if visual is None else visual
-        assert y is not None
-        return self.o_proj(y.reshape(batch, length, -1)), new
+        q, k, v = self._projected(z)
+        visual = None if layout is None else self._windows(q, k, v, layout, rotary, False)
+        if not self.config.text_window:
+            return visual, MMATEState()
+        q, k = self._turned(q, k, rotary)
+        text, _, new = self._text(q, k, v, attention_mask, state, return_state)
+        if visual is None or layout is None:
+            return text, new
+        return torch.where(layout.visual_mask(z.device)[..., None, None], visual, text), new
+
+    def _near(
+        self,
+        z: Tensor,
+        layout: TokenLayout | None,
+        rotary: Rotary | None,
+        attention_mask: Tensor | None,
+        state: MMATEState | None,
+        return_state: bool,
+    ) -> tuple[Near, MMATEState]:
+        q, k, v = self._projected(z)
+        turned_q, turned_k = self._turned(q, k, rotary)
+        visual = None if layout is None else layout.visual_mask(z.device)
+        seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
+        real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
+        index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its row, padding not counted
+        sinks = self._sinks(turned_k, v, index, real, visual, seen, state, attention_mask)
+        y, mass, new = self._text(turned_q, turned_k, v, attention_mask, state, return_state, index, sinks)
+        text_window = self.config.text_window
+        count = (index + 1).clamp(max=text_window)
+        if sinks is not None:
+            count = count + sinks.at_least(text_window, index).sum(-1)
+        if layout is not None and visual is not None:
+            inside, inside_mass = self._windows(q, k, v, layout, rotary, True)
+            inside_mass = inside_mass.masked_fill(~visual[..., None], 0)  # -inf would make NaN gradients
+            inside_count = layout.window_rank(*self.windows, z.device)
+            if sinks is not None:
+                inside, inside_mass = sinks.join(turned_q, inside, inside_mass, index, self.softmax_scale)
+                inside_count = inside_count + sinks.at_least(1, index).sum(-1)
+            y = torch.where(visual[..., None, None], inside, y)
+            mass = torch.where(visual[..., None], inside_mass, mass)
+            count = torch.where(visual, inside_count, count)
+        if return_state:
+            new = new._replace(seen=seen + real.sum(1))
+            if sinks is not None:
+                new = new._replace(sink_keys=sinks.keys, sink_values=sinks.values, sinks=sinks.there)
+        return Near(y, mass, index + 1 > count), new
+
+    def _sinks(
+        self,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        real: Tensor,
+        visual: Tensor | None,
+        seen: Tensor,
+        state: MMATEState | None,
+        attention_mask: Tensor | None,
+    ) -> Sinks | None:
+        """The first tokens of each row, from the state as far as they came before."""
+        n = self.config.sink_tokens
+        if not n:
+            return None
+        order = None if attention_mask is None else real_tokens_first(attention_mask)
+        at = torch.arange(n, device=k.device) - seen[:, None]
+        keys, values, there = (None, None, None) if state is None else (state.sink_keys, state.sink_values, state.sinks)
+        text = torch.ones_like(real) if visual is None else ~visual
+        came = first_tokens(text, there, at, order) & (at < real.sum(1, keepdim=True))
+        return Sinks(first_tokens(k, keys, at, order), first_tokens(v, values, at, order), came)
 
     def _text(
         self,
@@ -135,10 +225,19 @@ class LocalSwin(nn.Module):
         attention_mask: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
-    ) -> tuple[Tensor, MMATEState]:
-        """Each token over the last `text_window` tokens of its row, padding not counted."""
+        index: Tensor | None = None,
+        sinks: Sinks | None = None,
+    ) -> tuple[Tensor, Tensor, MMATEState]:
+        """Each token over the last `text_window` tokens of its row, padding not counted; with `index`, and the sinks
+        before these, also the log-sum-exp of its scores."""
         window = self.config.text_window
-        batch, length = q.shape[:2]
+        batch, length, heads = q.shape[:3]
+        if not window:
+            return (
+                torch.zeros_like(q),
+                q.new_full((batch, length, heads), -torch.inf, dtype=accumulate_dtype(q.dtype)),
+                MMATEState(),
+            )
         keys, values, filled = (None, None, None) if state is None else (state.keys, state.values, state.filled)
         real = attention_mask
         order = None if real is None else real_tokens_first(real)
@@ -150,17 +249,53 @@ class LocalSwin(nn.Module):
                 values=last_tokens(v, values, window, real, order),
                 filled=last_tokens(valid, filled, window, real, order),
             )
+        before = None if sinks is None or index is None else sinks.at_least(window, index)
+        rule = attend if index is None else attend_with_mass
         if length == 1 and new.keys is not None and new.values is not None and new.filled is not None:
             # As above: padding sees the newest key.
-            mask = torch.cat((new.filled[:, :-1], torch.ones_like(valid)), dim=1)
-            y = _attend(q, new.keys, new.values, mask[:, None], self.softmax_scale)
+            mask = torch.cat((new.filled[:, :-1], torch.ones_like(valid)), dim=1)[:, None]
+            k, v = new.keys, new.values
+            if sinks is not None and before is not None:
+                k, v = torch.cat((k, sinks.keys), dim=1), torch.cat((v, sinks.values), dim=1)
+                mask = torch.cat((mask, before), dim=2)
+            y, mass = rule(q, k, v, mask, self.softmax_scale)
         else:
             if order is not None:
                 q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
-            y = causal_window_attention(q, k, v, valid, window, self.softmax_scale, keys, values, filled)
+                before = None if before is None else take(before, order)
+            y, mass = causal_window_attention(
+                rule, q, k, v, valid, window, self.softmax_scale, keys, values, filled, sinks, before
+            )
             if order is not None:
-                y = take(y, order.argsort(1))
-        return y, new
+                back = order.argsort(1)
+                y, mass = take(y, back), take(mass, back)
+        return y, mass, new
+
+    @torch.no_grad()
+    def mass_beyond(
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: TokenLayout | None = None,
+        position_embeddings: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        **ignored: object,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What causal attention gives to the tokens outside the window: the logs of the mass of the scores inside and
+        outside, (B, L, H), and where there is any outside, (B, L) bool. Quadratic in time; arguments as `forward`."""
+        near, _ = self._near(hidden_states, layout, position_embeddings, attention_mask, None, False)
+        q, k, _ = self._projected(hidden_states)
+        q, k = self._turned(q, k, position_embeddings)
+        real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if attention_mask is None else attention_mask
+        parts = []
+        for start in range(0, q.shape[1], _QUERIES):
+            rows = slice(start, start + _QUERIES)
+            earlier = torch.arange(q.shape[1], device=q.device) <= torch.arange(q.shape[1], device=q.device)[rows, None]
+            parts.append(attend_with_mass(q[:, rows], k, k, earlier & real[:, None], self.softmax_scale)[1])
+        every = torch.cat(parts, dim=1).double()
+        inside = near.mass.double()
+        rest = (1 - (inside - every).exp()).clamp(min=0).log() + every
+        return inside, rest, near.beyond & real
 
 
 def layer_windows(config: MMATEConfig, layer_idx: int) -> Windows:
@@ -172,47 +307,3 @@ def layer_windows(config: MMATEConfig, layer_idx: int) -> Windows:
 
     image = config.image_window
     return config.window, shift(config.window), config.wrap, image, None if image is None else shift(image)
-
-
-def causal_window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    valid: Tensor,
-    window: int,
-    scale: float,
-    keys: Tensor | None = None,
-    values: Tensor | None = None,
-    filled: Tensor | None = None,
-) -> Tensor:
-    """Causal softmax attention of each token over the last `window` tokens, itself included; linear in L.
-
-    q (B, L, H, P), k, v (B, L, G, P), valid (B, L) bool: not padding; keys, values (B, window, G, P) and filled
-    (B, window): the tokens before. Blocks of `window` queries meet the keys of their own block and the one before.
-    """
-    batch, length, heads, _ = q.shape
-    blocks = -(-length // window)
-    pad = blocks * window - length
-    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(batch * blocks, window, heads, -1)
-
-    def pairs(t: Tensor, before: Tensor | None) -> Tensor:
-        before = t.new_zeros(batch, window, *t.shape[2:]) if before is None else before
-        after = t.new_zeros(batch, pad, *t.shape[2:])
-        t = torch.cat((before, t, after), dim=1).view(batch, blocks + 1, window, *t.shape[2:])
-        return torch.cat((t[:, :-1], t[:, 1:]), dim=2).flatten(0, 1)
-
-    behind = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
-    mask = ((behind >= 0) & (behind < window)) & pairs(valid, filled)[:, None]
-    # A query sees itself even where it is padding: a row with no key at all would be NaN.
-    mask = mask | (behind == 0)
-    y = _attend(q, pairs(k, keys), pairs(v, values), mask, scale)
-    return y.reshape(batch, blocks * window, heads, -1)[:, :length]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """q (N, I, H, P), k, v (N, J, G, P), mask (N, I, J) bool -> (N, I, H, P)."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return y.transpose(1, 2)

@@ -20,6 +20,8 @@ from .flex_ma import FlexMA
 from .local_swin import LocalSwin
 from .state import MMATEState, continue_state
 
+_SPAN, _RIDGE = 8.0, 1e-3
+
 
 class MMATE(nn.Module):
     """Linear-time block in the place of an attention layer (LinMU, arXiv:2601.01322, Algorithm 1).
@@ -78,10 +80,12 @@ class MMATE(nn.Module):
             layer_idx=layer_idx, qkv_bias=qkv_bias, out_bias=out_bias, qk_norm=qk_norm, scale=scale, config=config
         )
         self.flex = FlexMA(*shape, **options) if config.flex else None
-        self.swin = LocalSwin(*shape, **options) if config.swin else None
+        softmax = config.mix == "softmax"
+        self.swin = LocalSwin(*shape, **options, project=not softmax) if config.swin else None
         self.flex_enabled, self.swin_enabled = config.flex, config.swin
         self.windows = None if self.swin is None else self.swin.windows
-        if self.flex is not None and self.swin is not None:
+        self.mix_rest = nn.Linear(dim, num_heads) if softmax else None
+        if not softmax and self.flex is not None and self.swin is not None:
             self.mix = nn.Parameter(torch.empty(dim if config.mix == "channel" else 1))
             self.mix_proj = nn.Linear(dim, 1, bias=False) if config.mix == "token" else None
         self.norm = BranchNorm(dim, config.norm, config.norm_eps)
@@ -93,7 +97,10 @@ class MMATE(nn.Module):
         for branch in (self.flex, self.swin):
             if branch is not None:
                 branch.reset_new_parameters()
-        if self.flex is not None and self.swin is not None:
+        if self.mix_rest is not None:
+            nn.init.zeros_(self.mix_rest.weight)
+            nn.init.zeros_(self.mix_rest.bias)
+        elif self.flex is not None and self.swin is not None:
             nn.init.constant_(self.mix, math.log(self.config.initial_mix / (1 - self.config.initial_mix)))
             if self.mix_proj is not None:
                 nn.init.zeros_(self.mix_proj.weight)
@@ -141,10 +148,21 @@ class MMATE(nn.Module):
         call: dict[str, Any] = dict(
             layout=layout, position_embeddings=position_embeddings, attention_mask=attention_mask, state=state
         )
+        near = None
+        if self.mix_rest is not None and self.swin is not None and self.swin_enabled:
+            out = self.swin(hidden_states, **call, return_state=keep)
+            found, swin_state = out if keep else (out, swin_state)
+            rest = self.mix_rest(hidden_states).to(found.mass.dtype)
+            # Where nothing is near, something else must be there, and the other way round: no -inf less -inf.
+            rest = rest.masked_fill(~found.beyond[..., None] & found.mass.isfinite(), -torch.inf)
+            near = found.y, (found.mass - rest).sigmoid()
         if self.flex is not None and self.flex_enabled:
-            out = self.flex(hidden_states, **call, return_state=keep)
+            out = self.flex(hidden_states, **call, return_state=keep, near=near)
             a, flex_state = out if keep else (out, flex_state)
-        if self.swin is not None and self.swin_enabled and (layout is not None or self.config.text_window):
+        elif near is not None:
+            raise RuntimeError("MMATE: flex_enabled must be True with mix='softmax': it has the output projection")
+        alone = self.mix_rest is None and self.swin is not None and self.swin_enabled
+        if self.swin is not None and alone and (layout is not None or self.config.text_window):
             out = self.swin(hidden_states, **call, return_state=keep)
             b, swin_state = out if keep else (out, swin_state)
         mask = None if layout is None or self.config.text_window else layout.visual_mask(hidden_states.device)
@@ -187,6 +205,15 @@ class MMATE(nn.Module):
                 values=torch.zeros(last, dtype=dtype, device=device),
                 filled=torch.zeros(last[:2], dtype=torch.bool, device=device),
             )
+        if self.swin is not None and self.mix_rest is not None:
+            state = state._replace(seen=torch.zeros(batch_size, dtype=torch.int64, device=device))
+            if config.sink_tokens:
+                first = (batch_size, config.sink_tokens, self.swin.num_kv_heads, self.swin.head_dim)
+                state = state._replace(
+                    sink_keys=torch.zeros(first, dtype=dtype, device=device),
+                    sink_values=torch.zeros(first, dtype=dtype, device=device),
+                    sinks=torch.zeros(first[:2], dtype=torch.bool, device=device),
+                )
         return state
 
     @classmethod
@@ -204,7 +231,8 @@ class MMATE(nn.Module):
 
         First y_flex, then (unless norm="none") the output are scaled so that their root mean square over all tokens
         that are not padding is that of the targets. The output projection's bias, a copy of the teacher's, is not
-        scaled with y_flex: both sides are measured without it.
+        scaled with y_flex: both sides are measured without it. With mix="softmax", what stands for the tokens beyond
+        the window is fitted to the mass that attention gives them, before all else: quadratic in the length.
 
         Args:
             batches: (arguments of `forward`, hidden_states among them; the teacher's output (B, L, D)).
@@ -222,6 +250,8 @@ class MMATE(nn.Module):
                 total, count = total + v.square().sum().item(), count + v.numel()
             return math.sqrt(total / max(count, 1))
 
+        if self.mix_rest is not None:
+            self._fit_mix([inputs for inputs, _ in batches])
         target = rms(lambda inputs, target: target)
         if self.flex is not None:
             flex = self.flex
@@ -235,6 +265,25 @@ class MMATE(nn.Module):
             if size > 0:
                 self.norm.weight.mul_(target / size)
         return target
+
+    def _fit_mix(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Ridge regression of the log mass of the scores beyond the window on the input, per head."""
+        assert self.swin is not None and self.mix_rest is not None
+        seen, targets = [], []
+        for inputs in batches:
+            inside, rest, use = self.swin.mass_beyond(**inputs)
+            # Outside of this range around `inside` sigmoid is all but constant.
+            seen.append(inputs["hidden_states"][use])
+            targets.append(torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use])
+        z, target = torch.cat(seen).double(), torch.cat(targets)
+        if not len(z):
+            return
+        z = torch.cat((z, z.new_ones(len(z), 1)), dim=1)
+        gram = z.T @ z / len(z)
+        gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
+        solution = torch.linalg.solve(gram, z.T @ target / len(z))
+        self.mix_rest.weight.copy_(solution[:-1].T)
+        self.mix_rest.bias.copy_(solution[-1])
 
 
 class BranchNorm(nn.Module):

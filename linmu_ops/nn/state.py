@@ -16,6 +16,9 @@ class MMATEState(NamedTuple):
         conv: (B, K - 1, channels). The last inputs of the convolution, oldest first.
         keys, values: (B, w, G, P). The last w tokens of `text_window`, oldest first, keys rotated.
         filled: (B, w) bool. Which of them are tokens.
+        sink_keys, sink_values: (B, s, G, P). The first s tokens of the row, keys rotated.
+        sinks: (B, s) bool. Which of them are text, and have come.
+        seen: (B,) int64. Tokens so far, with `mix="softmax"`.
     """
 
     ssm: Tensor | None = None
@@ -23,6 +26,10 @@ class MMATEState(NamedTuple):
     keys: Tensor | None = None
     values: Tensor | None = None
     filled: Tensor | None = None
+    sink_keys: Tensor | None = None
+    sink_values: Tensor | None = None
+    sinks: Tensor | None = None
+    seen: Tensor | None = None
 
     def reorder(self, index: Tensor) -> MMATEState:
         """The rows `index` (int64) of every tensor, as a new state (beam search)."""

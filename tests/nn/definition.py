@@ -87,8 +87,8 @@ def convolve(conv, t, order):
     return out
 
 
-def flex_ma(m, z, blocks=(), rotary=None):
-    """Output of the FlexMA `m` (float64) for one row z (L, D)."""
+def flex_ma(m, z, blocks=(), rotary=None, near=None):
+    """Output of the FlexMA `m` (float64) for one row z (L, D); near: (L, H, P) and its share (L, H)."""
     c, H, P, L = m.config, m.num_heads, m.head_dim, len(z)
     order = visit_order(blocks if c.major_scan else (), L, m.layer_idx)
     projections = [m.x_proj, m.b_proj, m.c_proj, m.reverse_b_proj, m.reverse_c_proj]
@@ -121,11 +121,21 @@ def flex_ma(m, z, blocks=(), rotary=None):
         y = y * F.silu(heads(m.z_proj(z), H, P))
     if m.head_norm is not None:
         y = y / (y.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * m.head_norm
+    if near is not None:
+        y = near[1][..., None] * near[0] + (1 - near[1][..., None]) * y
     return m.o_proj(y.flatten(1))
 
 
 def local_swin(m, z, blocks=(), rotary=None):
-    """Output of the LocalSwin `m` (float64) for one row z (L, D): full softmax attention under a dense mask."""
+    """Output of the LocalSwin `m` (float64) for one row z (L, D)."""
+    y, mask, _ = near_attention(m, z, blocks, rotary)
+    out = torch.zeros(len(z), m.dim, dtype=z.dtype)
+    out[mask.any(1)] = m.o_proj(y.flatten(1))[mask.any(1)]
+    return out
+
+
+def near_attention(m, z, blocks=(), rotary=None):
+    """Full softmax attention under a dense mask: y (L, H, P), the mask (L, L), the exps of the masked scores."""
     c, H, P, L = m.config, m.num_heads, m.head_dim, len(z)
     q, k, v = (heads(p(z), H, P) for p in (m.q_proj, m.k_proj, m.v_proj))
     q, k = (rotate(t, rotary, c.rotary_interleaved) for t in (m.q_norm(q), m.k_norm(k)))
@@ -135,23 +145,27 @@ def local_swin(m, z, blocks=(), rotary=None):
     for i in range(L):
         for j in range(L):
             if i in window_of:
-                mask[i, j] = window_of[i] == window_of.get(j)
+                mask[i, j] = window_of[i] == window_of.get(j) and (j <= i or not c.causal_windows)
                 if m.bias is not None and mask[i, j]:
                     t, y, x = (a - b + w - 1 for a, b, w in zip(coordinate[i], coordinate[j], c.window, strict=True))
                     scores[:, i, j] += m.bias[:, t, y, x]
             else:
                 mask[i, j] = 0 <= i - j < c.text_window
-    sees = mask.any(1)
-    weights = scores.masked_fill(~mask, float("-inf"))[:, sees].softmax(-1)
-    y = torch.einsum("hij,jhp->ihp", weights, v).flatten(1)
-    out = torch.zeros(L, m.dim, dtype=z.dtype)
-    out[sees] = m.o_proj(y)
-    return out
+            mask[i, j] |= j < min(i, c.sink_tokens) and j not in window_of
+    mass = scores.exp() * mask
+    y = torch.einsum("hij,jhp->ihp", mass / mass.sum(-1, keepdim=True).clamp(min=1e-300), v)
+    return y, mask, mass
 
 
 def mmate(m, z, blocks=(), rotary=None):
     """Output of the MMATE `m` (float64) for one row z (L, D)."""
     L, c = len(z), m.config
+    if c.mix == "softmax" and m.swin_enabled:
+        y, mask, mass = near_attention(m.swin, z, blocks, rotary)
+        earlier = torch.ones(L, L, dtype=torch.bool).tril()
+        rest = m.mix_rest(z).exp() * (earlier & ~mask).any(1)[:, None]
+        inside = mass.sum(-1).T
+        return normed(m, flex_ma(m.flex, z, blocks, rotary, (y, inside / (inside + rest))))
     has_both = torch.zeros(L, dtype=torch.bool)
     has_both[[p for _, positions in blocks for p in positions]] = True
     if c.text_window:
@@ -163,6 +177,11 @@ def mmate(m, z, blocks=(), rotary=None):
     else:
         logit = m.mix if m.mix_proj is None else m.mix + m.mix_proj(z)
         out = torch.where(has_both[:, None], logit.sigmoid() * flex + (1 - logit.sigmoid()) * swin, flex)
+    return normed(m, out)
+
+
+def normed(m, out):
+    c = m.config
     if c.norm == "rms":
         out = out / (out.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * m.norm.weight
     elif c.norm == "layer":

@@ -37,6 +37,12 @@ OPTIONS = {
     "text_window": dict(text_window=3),
     "channel": dict(mix="channel"),
     "token_mix": dict(mix="token"),
+    "softmax_mix": dict(mix="softmax"),
+    "causal_windows": dict(causal_windows=True),
+    "exact": dict(mix="softmax", causal_windows=True, text_window=3, sink_tokens=2, head_norm=True, z_gate=True),
+    "exact_conv": dict(
+        mix="softmax", text_window=4, sink_tokens=5, conv_width=4, norm="rms", relative_bias=True, image_window=None
+    ),
     "rms": dict(norm="rms"),
     "layer": dict(norm="layer", mix="channel"),
     "no_swin": dict(swin=False, norm="rms"),
@@ -145,7 +151,7 @@ def test_every_parameter_learns_from_the_start():
     assert not [name for name, p in block.named_parameters() if not p.grad.abs().sum() > 0]
 
 
-@pytest.mark.parametrize("name", ["default", "all", "no_flex"])
+@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact"])
 def test_text_sees_nothing_later(name):
     block = build(**OPTIONS[name])
     z, (cos, sin), blocks = prompt(1)
@@ -167,7 +173,7 @@ def pieces(t, cuts):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["in_place", "grad"])
-@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", "conv"])
+@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", "conv", "exact", "exact_conv"])
 def test_cached_is_uncached(name, grad):
     """Prefill, a later chunk with an image, then single tokens: the same outputs as in one call."""
     block = build(**OPTIONS[name])
@@ -206,7 +212,7 @@ def test_gradients_flow_through_the_state():
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
-@pytest.mark.parametrize("name", ["default", "all", "conv"])
+@pytest.mark.parametrize("name", ["default", "all", "conv", "exact", "exact_conv", "softmax_mix"])
 @torch.no_grad()
 def test_padding(name, side):
     """A batch of different lengths is each row alone, then and in later steps."""
@@ -245,32 +251,59 @@ def test_padding(name, side):
         assert out.isfinite().all()
 
 
-def test_a_finished_row_keeps_its_state():
-    block = build(**OPTIONS["all"]).requires_grad_(False)
+@pytest.mark.parametrize("name", ["all", "exact"])
+def test_a_finished_row_keeps_its_state(name):
+    block = build(**OPTIONS[name]).requires_grad_(False)
     z, rotary, _ = prompt()
     _, state = block(z, position_embeddings=rotary, return_state=True)
-    before = [t.clone() for t in state]
+    before = [t.clone() for t in state if t is not None]
     step = (z[:, :1], tuple(t[:, :1] for t in rotary))
     with torch.no_grad():
         block(step[0], position_embeddings=step[1], attention_mask=torch.tensor([[True], [False]]), state=state)
-    for a, b in zip(state, before, strict=True):
+    kept = [t for t in state if t is not None]
+    for a, b in zip(kept, before, strict=True):
         assert torch.equal(a[1], b[1])
-        assert not torch.equal(a[0], b[0]) or a.dtype == torch.bool
+    assert not torch.equal(kept[0][0], before[0][0])
 
 
-def test_state_is_constant_and_moves_with_beams():
-    block = build(**OPTIONS["all"])
+@pytest.mark.parametrize("name", ["all", "exact_conv"])
+def test_state_is_constant_and_moves_with_beams(name):
+    block = build(**OPTIONS[name])
     z, rotary, _ = prompt()
     sizes = []
     for L in (2, 24):
         _, state = block(z[:, :L], position_embeddings=tuple(t[:, :L] for t in rotary), return_state=True)
-        sizes.append([t.shape for t in state])
-    assert sizes[0] == sizes[1] == [t.shape for t in block.init_state(2)]
+        sizes.append([t.shape for t in state if t is not None])
+    assert sizes[0] == sizes[1] == [t.shape for t in block.init_state(2) if t is not None]
     assert state.ssm.shape == (2, HEADS, P, P)
     index = torch.tensor([1, 1, 0])
-    assert all(torch.equal(a, b[index]) for a, b in zip(state.reorder(index), state, strict=True))
-    assert all(torch.equal(a, b[[0, 0, 1, 1]]) for a, b in zip(state.repeat(2), state, strict=True))
+    for moved, rows in ((state.reorder(index), index), (state.repeat(2), [0, 0, 1, 1])):
+        assert all(b is None or torch.equal(a, b[rows]) for a, b in zip(moved, state, strict=True))
     assert block.init_state(2, dtype=torch.bfloat16).ssm.dtype == torch.float32
+
+
+def test_a_block_made_from_attention_is_that_attention_where_nothing_is_beyond():
+    """And still is when everything but its attention weights has changed."""
+    torch.manual_seed(0)
+    config = MMATEConfig(mix="softmax", causal_windows=True, text_window=16, sink_tokens=4, window=(3, 4, 4))
+    block = MMATE(DIM, HEADS, GROUPS, P, qkv_bias=True, config=config).double()
+    for own, other in (("c", "q"), ("b", "k"), ("x", "v")):
+        getattr(block.flex, f"{own}_proj").load_state_dict(getattr(block.swin, f"{other}_proj").state_dict())
+    z = torch.randn(2, 24, DIM, dtype=torch.float64)
+    layout = layout_of([[((2, 1, 3), list(range(2, 8)))], [((1, 2, 3), [4, 5, 7, 8, 10, 11])]], 24)
+    q, k, v = (t.transpose(1, 2) for t in block.swin._projected(z))
+    y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    attention = block.flex.o_proj(y.transpose(1, 2).flatten(2))
+    beyond = torch.arange(24) > 15 + 2  # tokens 0 and 1 are sinks, 2 and 3 are visual
+    for _ in range(2):
+        out = block(z, layout=layout)
+        torch.testing.assert_close(out[0, ~beyond], attention[0, ~beyond])
+        assert (out[0, beyond] - attention[0, beyond]).abs().max() > 1e-3
+        with torch.no_grad():
+            for name, p in block.flex.named_parameters():
+                if "o_proj" not in name:
+                    p.add_(torch.randn_like(p))
+            block.mix_rest.weight.normal_()
 
 
 def test_branches_can_be_switched_off():
@@ -314,6 +347,8 @@ def test_initial_decay():
         (dict(window=(4, 4)), r"MMATEConfig: window must be three sizes >= 1, got \(4, 4\)"),
         (dict(relative_bias=True), "MMATEConfig: image_window must be None where relative_bias is on"),
         (dict(flex=False, swin=False), "MMATEConfig: swin must be on where flex is off"),
+        (dict(mix="softmax", swin=False), 'MMATEConfig: mix must be other than "softmax" where a branch is off'),
+        (dict(sink_tokens=4), 'MMATEConfig: sink_tokens must be 0 without mix="softmax" and text_window, got 4'),
     ],
 )
 def test_config_errors(options, message):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from linmu_ops import MMATE, GridAttention, MMATEConfig, TokenLayout
 
-COMPILED = ["default", "all", "no_flex"]
+COMPILED = ["default", "all", "no_flex", "exact"]
 
 
 def float_call(seed=0, **options):
@@ -23,7 +23,7 @@ def float_call(seed=0, **options):
     return block, z, dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "layer", "conv"])
+@pytest.mark.parametrize("name", [*COMPILED, "layer", "conv", "exact_conv"])
 def test_autocast_and_bfloat16(name):
     block, z, call = float_call(**OPTIONS[name])
     exact = block(z, **call)
