@@ -27,9 +27,12 @@ def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, nn.M
 
 
 def set_local_swin(blocks: Iterable[nn.Module], on: bool) -> None:
-    """Switch the window branch of M-MATE blocks on (where they have one) or off; off, a block gives Norm(y_flex)."""
+    """Switch the window branch of M-MATE blocks on (where they have one) or off; off, a block gives Norm(y_flex).
+
+    Where the branches are mixed as softmax would, it stays on: the scan stands for what the window leaves out.
+    """
     for block in blocks:
-        block.swin_enabled = on and block.swin is not None
+        block.swin_enabled = block.swin is not None and (on or block.config.mix == "softmax")
 
 
 def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module], stage: Stage,

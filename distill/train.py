@@ -44,6 +44,7 @@ from distill.teacher import (
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
+# Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
 ZERO_GRADIENT_STEPS = 10
 
 
@@ -267,6 +268,7 @@ class StageTrainer:
             parameter.requires_grad_(id(parameter) in trainable)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.checkpoints.keep)
         self._moved: set[str] = set()
+        self._live_steps = 0
         self._seconds = 0.0
 
     @property
@@ -370,6 +372,7 @@ class StageTrainer:
         self._check_finite(record, totals)
         self._check_gradients(step)
         norm = self._clip(optimizer, step)
+        self._live_steps += norm != 0
         optimizer.step()
         seconds = time.perf_counter() - began
         self._seconds += seconds
@@ -419,7 +422,7 @@ class StageTrainer:
         seen = self.accelerator.reduce(torch.stack(counts), "sum").tolist()
         self._moved.update(name for name, count in zip(names, seen, strict=True) if count)
         still = sorted(set(self.trainable) - self._moved)
-        if still and step + 1 >= ZERO_GRADIENT_STEPS:
+        if still and self._live_steps + 1 >= ZERO_GRADIENT_STEPS:
             raise TrainingError(self._where(step, f"the gradient has been 0 in every step for {_list(still)}"))
 
     def _check_frozen(self, frozen: dict[str, Tensor], before: dict[str, int], step: int) -> None:

@@ -202,6 +202,16 @@ def test_a_stage_whose_branch_is_off_is_an_error(tmp_path):
         trainer.run()
 
 
+def test_steps_in_which_student_and_teacher_are_equal_do_not_count(tmp_path):
+    config = tiny.tiny_config(tmp_path, stage1={"steps": 14})
+    trainer = tiny.stage_trainer(config, 1)
+    for p in trainer.trainable.values():
+        p.register_hook(lambda grad: grad * ((trainer.folder / "metrics.jsonl").read_text().count("\n") >= 12))
+    trainer.run()
+    norms = [json.loads(line)["gradient_norm"] for line in (trainer.folder / "metrics.jsonl").open()]
+    assert norms[:12] == [0.0] * 12 and all(norms[12:])
+
+
 def test_a_gradient_that_stays_zero_is_an_error(tmp_path):
     config = tiny.tiny_config(tmp_path, stage1={"steps": 12})
     trainer = tiny.stage_trainer(config, 1)

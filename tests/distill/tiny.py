@@ -135,7 +135,7 @@ class StandIn(nn.Module):
         self.mix = nn.Parameter(torch.zeros(1))
         self.norm = nn.LayerNorm(attention.q_proj.in_features)
         self.swin_enabled = True
-        self.config = SimpleNamespace(text_window=1)
+        self.config = SimpleNamespace(text_window=1, mix="scalar")
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         mask = hidden_states.new_ones(hidden_states.shape[:2]) if attention_mask is None else attention_mask[:, 0, -1]
