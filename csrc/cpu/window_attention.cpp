@@ -39,6 +39,7 @@ class Forward : Packing<T> {
       scores_ = arena_.take<A>(kQueries * std::min(kKeys, keys));
       o_ = arena_.take<A>(kQueries * ld);
       coords_ = arena_.take<int32_t>(keys);
+      positions_ = arena_.take<Position<A>>(p.causal * keys);
       if (pass == 0) arena_.allocate();
     }
   }
@@ -58,6 +59,7 @@ class Forward : Packing<T> {
       std::copy(p.coords + first, p.coords + first + n, coords_);
       std::fill(coords_ + n, coords_ + round_up(n, N), 0);
     }
+    if (p.causal) Base::positions(positions_, tokens, n);
     lds_ = std::min(kKeys, round_up(n, N));
     for (int64_t r = 0; r < groups; ++r) {
       Base::transposed(kt_, k_ + r * apart, n);
@@ -108,6 +110,7 @@ class Forward : Packing<T> {
     } else if (!(scale > 0)) {
       for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) * scale);
     }
+    if (p.causal) mask_later<A>(s, positions_ + k0, positions_[query], padded);
     if (nk < padded) {
       A* tail = s + padded - W;
       store(tail, first_lanes<A>(load(tail), nk - (padded - W), -infinity));
@@ -119,7 +122,8 @@ class Forward : Packing<T> {
     }
     const A before = k0 ? max_[i] : -infinity, most = largest<A>(top), now = most > before ? most : before;
     max_[i] = now;
-    // All scores -inf so far: their weights are 0, not NaN; if it stays so, 0 / 0 at the end.
+    // All scores -inf so far (a bias, or a block of later keys): their weights are 0, not NaN; if it stays so, 0 / 0
+    // at the end.
     const A from = now == -infinity ? A(0) : now;
     vec<A> sums{};
     for (int64_t j = 0; j < padded; j += W) {
@@ -148,6 +152,7 @@ class Forward : Packing<T> {
   U *kt_, *vn_;
   A *scores_, *o_;
   int32_t* coords_;
+  Position<A>* positions_;
   A max_[kQueries], sum_[kQueries];
 };
 

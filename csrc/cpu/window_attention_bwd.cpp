@@ -47,6 +47,7 @@ class Backward : Packing<T> {
       dk_ = arena_.take<A>(keys * ld);
       dv_ = arena_.take<A>(keys * ld);
       coords_ = arena_.take<int32_t>(keys);
+      positions_ = arena_.take<Position<A>>(p.causal * keys);
       kn_ = arena_.take<U>(paired * keys / pack * ld);
       qn_ = arena_.take<U>(paired * kQueries / pack * ld);
       don_ = arena_.take<U>(paired * kQueries / pack * ld);
@@ -87,6 +88,7 @@ class Backward : Packing<T> {
       std::copy(p.coords + first, p.coords + first + n, coords_);
       std::fill(coords_ + n, coords_ + round_up(n, N), 0);
     }
+    if (p.causal) Base::positions(positions_, tokens, n);
     for (int64_t r = 0; r < groups; ++r) {
       Base::transposed(kt_, k_ + r * apart, n);
       Base::transposed(vt_, v_ + r * apart, n);
@@ -119,10 +121,12 @@ class Backward : Packing<T> {
     const U* q = Base::summed_over(qn_, q_rows, nq);
     const U* grad_out = Base::summed_over(don_, do_rows, nq);
     for (int64_t i = 0; i < nq; ++i) {
+      const int64_t at = (first + q0 + i) * p.heads + h;
+      delta_[i] = b_.grad_lse ? -static_cast<const A*>(b_.grad_lse)[at] : A(0);
       if (n > kKeys)
-        delta_[i] =
+        delta_[i] +=
             dot(row<T>(p, b_.grad_out, tokens[i], h), static_cast<const T*>(p.out) + (tokens[i] * p.heads + h) * P);
-      lse_[i] = static_cast<const A*>(p.lse)[(first + q0 + i) * p.heads + h];
+      lse_[i] = static_cast<const A*>(p.lse)[at];
     }
     for (int64_t k0 = 0; k0 < n; k0 += kKeys) {
       const int64_t nk = std::min(kKeys, n - k0);
@@ -157,8 +161,8 @@ class Backward : Packing<T> {
   }
 
   // Scores of rows i.. (as many as a unit holds; `rows` of them exist) become weights, and the weights' gradients those
-  // of the scores. A `whole` row is normalised again and gives its own sum of weight times gradient, both exact to
-  // rounding; parts of one rely on the rounded log-sum-exp and output.
+  // of the scores. A `whole` row is normalised again and adds its own sum of weight times gradient to delta, both exact
+  // to rounding; parts of one rely on the rounded log-sum-exp and output.
   void weigh(int64_t i, int64_t rows, int64_t q0, int64_t k0, int64_t nk, int64_t h, double* sums, bool whole) {
     A *s[pack], *d[pack], factor[pack], delta[pack];
     const int64_t padded = round_up(nk, W);
@@ -169,10 +173,9 @@ class Backward : Packing<T> {
         std::fill(s[r], s[r] + padded, A(0));
         std::fill(d[r], d[r] + padded, A(0));
         delta[r] = A(0);
-      } else if (whole && nk == 1) {  // weight 1 whatever the score, which so has no gradient: exactly
+      } else if (whole && nk == 1) {  // weight 1 whatever the score, whose gradient so is that of lse: exactly
         store(s[r], first_lanes<A>(splat(A(1)), 1, A(0)));
         store(d[r], vec<A>{});
-        delta[r] = A(0);
       } else {
         exponentials(s[r], d[r], i + r, q0 + i + r, k0, nk, h, whole, factor[r], delta[r]);
       }
@@ -216,6 +219,7 @@ class Backward : Packing<T> {
       for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) * scale);
       scale = A(1);
     }
+    if (p.causal) mask_later<A>(s, positions_ + k0, positions_[query], padded);
     if (nk < padded) {
       constexpr A infinity = std::numeric_limits<A>::infinity();
       A* tail = s + padded - W;
@@ -230,7 +234,7 @@ class Backward : Packing<T> {
     }
     if (whole) {
       factor = A(1) / sum<A>(total);
-      delta = factor * sum<A>(products);
+      delta += factor * sum<A>(products);
     }
   }
 
@@ -248,7 +252,8 @@ class Backward : Packing<T> {
   U *kt_, *vt_, *kn_, *qn_, *don_, *weights_across_, *ds_across_;
   A *weights_, *ds_, *dq_, *dk_, *dv_;
   int32_t* coords_;
-  A delta_[kQueries], lse_[kQueries];
+  Position<A>* positions_;
+  A delta_[kQueries], lse_[kQueries];                   // delta: of a row's products less its gradient of lse
   alignas(64) A bias_row_[pack][pack > 1 ? kKeys : 1];  // score gradients before they are rounded
 };
 

@@ -2,6 +2,7 @@
 // the way), their packed forms, the exponential, and the hand-out of tasks to threads.
 #pragma once
 #include <atomic>
+#include <limits>
 
 #include "../linmu/window_attention.h"
 #include "tile_gemm.h"
@@ -86,6 +87,21 @@ inline vec<A> gather(const A* table, int32_t base, const int32_t* c) {
   return v;
 }
 
+// Integers as wide as A, so that comparing them selects lanes of A.
+template <class A>
+using Position = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
+
+// scores[j] = -inf where positions[j] is after `own`; n is a multiple of the vector's width.
+template <class A>
+inline void mask_later(A* scores, const Position<A>* positions, Position<A> own, int64_t n) {
+  typedef Position<A> V __attribute__((vector_size(LINMU_VECTOR_BYTES)));
+  for (int64_t j = 0; j < n; j += Simd<A>::width) {
+    V at;
+    std::memcpy(&at, positions + j, sizeof(at));
+    store(scores + j, at > V{} + own ? splat(-std::numeric_limits<A>::infinity()) : load(scores + j));
+  }
+}
+
 // dst = factor * src for n elements.
 template <class D, class S>
 inline void copy(D* dst, const S* src, int64_t n, acc_t<D> factor) {
@@ -117,8 +133,7 @@ template <bool kAdjoint, class D, class S>
 inline void rotate_pairs(D* dst, const S* src, const acc_t<D>* cos, const acc_t<D>* sin, int64_t n, acc_t<D> factor) {
   using A = acc_t<D>;
   constexpr int W = Simd<A>::width;
-  using Index = std::conditional_t<std::is_same_v<A, float>, int32_t, int64_t>;
-  typedef Index vindex __attribute__((vector_size(LINMU_VECTOR_BYTES)));
+  typedef Position<A> vindex __attribute__((vector_size(LINMU_VECTOR_BYTES)));
   vindex partner;
   vec<A> sign;
   for (int i = 0; i < W; ++i) partner[i] = i ^ 1, sign[i] = (i & 1) == kAdjoint ? A(-1) : A(1);
@@ -215,6 +230,13 @@ struct Packing {
     const int64_t bytes = tensors * p.max_tokens * ld * static_cast<int64_t>(sizeof(C));
     const int64_t enough = p.num_windows * p.groups / (16 * p.threads.count);
     return std::clamp<int64_t>(std::min(enough, kCacheBytes / std::max<int64_t>(bytes, 1)), 1, p.groups);
+  }
+
+  // Positions of n tokens for `mask_later`, padded to whole tiles. A window lies in one row of the batch, so flat
+  // positions are in the order of those within it.
+  void positions(Position<A>* dst, const int32_t* tokens, int64_t n) const {
+    std::copy(tokens, tokens + n, dst);
+    std::fill(dst + n, dst + round_up(n, N), Position<A>(0));
   }
 
   // Asks for the memory of a row that will be written soon.

@@ -34,9 +34,14 @@ CASES = {
     "wide-head": dict(B=1, H=2, G=1, P=136, grid=(6, 6), window=(3, 3)),
     "several-query-blocks": dict(B=1, H=2, G=1, P=32, grid=(13, 13), window=(13, 13), bias=True, rotary=32),
     "several-key-blocks": dict(B=1, H=2, G=1, P=8, grid=(700,), window=(650,)),
+    "causal": dict(B=2, H=2, G=2, P=8, grid=(37,), window=(8,), shift=(3,), causal=True),
+    "causal-joined-bias": GRID | dict(grid=(5, 6, 7), window=(4, 3, 3), shift=(2, 1, 1), bias=True, causal=True),
+    "causal-query-blocks": dict(B=1, H=2, G=1, P=16, grid=(9, 15), window=(9, 15), rotary=16, causal=True),
+    "causal-key-blocks": dict(B=1, H=2, G=1, P=8, grid=(700,), window=(650,), shift=(300,), causal=True),
     "blocks": GRID | dict(blocks=True, window=(3, 2, 3), shift=(1, 1, 1), rotary=8),
     "blocks-image-window": GRID | dict(blocks=True, window=(2, 2, 2), image_window=(1, 4, 3), image_shift=(0, 2, 1)),
     "blocks-scale": GRID | dict(blocks=True, window=(9, 9, 9), scale=-0.3, bias=True, wrap="mask"),
+    "blocks-causal": GRID | dict(blocks=True, window=(3, 2, 3), shift=(1, 1, 1), scale=-0.3, causal=True),
 }
 
 
@@ -112,6 +117,87 @@ def test_forward_and_backward(case, dtype, monkeypatch):
         assert_within_twice(*values, name)
 
 
+def with_lse(attend):
+    """Of both results: no mask, which no tolerance knows, and the log-sum-exp of some tokens alone."""
+
+    def call(**inputs):
+        out, lse = attend(**inputs, return_lse=True)
+        return out, lse.masked_fill(lse == -math.inf, 0.0)
+
+    return call
+
+
+LSE_CASES = {
+    "one-token": dict(B=1, H=4, G=2, P=16, grid=(5, 6), window=(1, 1), bias=True, causal=True),
+    "some-of-one-token": dict(B=1, H=2, G=1, P=8, grid=(9,), window=(4,), bias=True),
+    "more-keys-than-the-backward-holds": dict(B=1, H=2, G=1, P=8, grid=(1100,), window=(1090,), bias=True),
+    "and-causal": dict(B=1, H=2, G=1, P=8, grid=(1100,), window=(1090,), shift=(400,), causal=True, bias=True),
+}
+LSE_CASES |= {k: CASES[k] for k in (
+    "1d-shift-bias", "2d-interleaved", "3d-gqa", "odd-head", "several-query-blocks", "causal", "causal-joined-bias",
+    "causal-query-blocks", "causal-key-blocks", "blocks", "blocks-scale", "blocks-causal",
+)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LSE_CASES.values(), ids=list(LSE_CASES))
+def test_log_sum_exp(case, dtype):
+    inputs = make_inputs(case, dtype)
+    wrt = ["q", "k", "v", *(["bias"] if "bias" in inputs else [])]
+    check_against_reference(with_lse(window_attention), with_lse(by_reference), inputs, wrt)
+
+
+def test_the_log_sum_exp_alone_has_a_gradient():
+    inputs = make_inputs(CASES["causal-joined-bias"], torch.float32)
+    check_against_reference(
+        lambda **i: window_attention(**i, return_lse=True)[1],
+        lambda **i: by_reference(**i, return_lse=True)[1],
+        inputs, ("q", "k", "bias"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", ["join", "mask"])
+def test_causal_is_a_masked_softmax(wrap):
+    grid, window, shift = (4, 6), (3, 4), (1, 3)
+    q, k, v = (torch.randn(2, 24, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    at = torch.stack(torch.meshgrid(*(torch.arange(s) for s in grid), indexing="ij"), -1).flatten(0, 1)  # (L, 2)
+    window_of = (at - torch.tensor(shift)) % torch.tensor(grid) // torch.tensor(window)
+    if wrap == "mask":
+        window_of = torch.cat((window_of, at < torch.tensor(shift)), -1)
+    seen = (window_of[:, None] == window_of).all(-1) & torch.ones(24, 24, dtype=torch.bool).tril()
+    assert (seen.sum(-1) == 1).any() and not seen[23].all()
+    scores = torch.einsum("bigrp,bjgp->bgrij", q.unflatten(2, (2, 2)), k) * 8**-0.5
+    scores = scores.masked_fill(~seen, -math.inf)
+    want = torch.einsum("bgrij,bjgp->bigrp", scores.softmax(-1), v).flatten(2, 3)
+    want_lse = scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)
+    out, lse = window_attention(q, k, v, grid=grid, window=window, shift=shift, wrap=wrap, causal=True, return_lse=True)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    for a, b in zip(*(torch.autograd.grad(t, (q, k, v), weights) for t in ((out, lse), (want, want_lse))), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp_outside_blocks(dtype):
+    inputs = make_inputs(CASES["blocks"], dtype)
+    out, lse = window_attention(**inputs, return_lse=True)
+    text = ~inputs["layout"].visual_mask()
+    assert lse.shape == out.shape[:3] and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (lse[text] == -math.inf).all() and lse[~text].isfinite().all()
+    assert torch.equal(out, window_attention(**inputs))
+
+
+def test_later_keys_do_not_matter():
+    """What a causal token sees is as if the row ended with it."""
+    inputs = make_inputs(CASES["causal-key-blocks"] | dict(shift=(0,), window=(700,)), torch.float32)
+    before = window_attention(**inputs, return_lse=True)
+    for n in "kv":
+        inputs[n][:, 100:] = 1e4
+    for a, b in zip(before, window_attention(**inputs, return_lse=True), strict=True):
+        assert torch.equal(a[:, :100], b[:, :100]) and not torch.equal(a[:, 100:], b[:, 100:])
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_shape(data):
@@ -124,22 +210,24 @@ def test_any_shape(data):
         B=data.draw(st.integers(1, 2)) + 64 // math.prod(grid), G=G,
         H=G * data.draw(st.integers(1, 3)), P=R + data.draw(st.integers(1, 40)),
         grid=grid, window=window, shift=shift, wrap=data.draw(st.sampled_from(["join", "mask"])), rotary=R,
-        bias=data.draw(st.booleans()), interleaved=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()), interleaved=data.draw(st.booleans()), causal=data.draw(st.booleans()),
     )  # fmt: skip
     inputs = make_inputs(case, data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
     check_against_reference(
-        window_attention, by_reference, inputs, ["q", "k", "v", *(["bias"] if case["bias"] else [])]
+        with_lse(window_attention), with_lse(by_reference), inputs, ["q", "k", "v", *(["bias"] if case["bias"] else [])]
     )
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(causal):
     case = dict(B=1, H=2, G=1, P=4, grid=(2, 3, 3), window=(2, 2, 2), shift=(1, 1, 1), bias=True, rotary=2)
     inputs = make_inputs(case, torch.float64)
     names = ("q", "k", "v", "bias")
     leaves = [inputs.pop(n).requires_grad_() for n in names]
     assert torch.autograd.gradcheck(
-        lambda *t: window_attention(**dict(zip(names, t, strict=True)), **inputs), leaves, fast_mode=True
-    )
+        lambda *t: window_attention(**dict(zip(names, t, strict=True)), **inputs, causal=causal, return_lse=True),
+        leaves, fast_mode=True,
+    )  # fmt: skip
 
 
 def operands(case, dtype=torch.float32, grad=True):
@@ -156,20 +244,20 @@ def operands(case, dtype=torch.float32, grad=True):
     rows = [i[n].requires_grad_(grad) for n in "qkv"]
     return [
         *rows, table.tokens, table.offsets, table.coords, list(window), 0.25, bias, i.get("cos"), i.get("sin"), False,
-        False,
+        i.get("causal", False),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["2d-shift-mask-bias", "3d-gqa", "blocks"])
+@pytest.mark.parametrize("case", ["2d-shift-mask-bias", "3d-gqa", "blocks", "blocks-causal"])
 def test_opcheck(case):
     args = operands(CASES[case])
     torch.library.opcheck(torch.ops.linmu.window_attention, args)
     with torch.no_grad():
         out, lse = torch.ops.linmu.window_attention(*args)
     detached = [a.detach() if torch.is_tensor(a) else a for a in args]
-    torch.library.opcheck(
-        torch.ops.linmu.window_attention_bwd, (torch.randn_like(out), None, *detached[:3], out, lse, *detached[3:])
-    )
+    for grad_lse in (None, torch.randn_like(lse)):
+        grads = torch.randn_like(out), grad_lse
+        torch.library.opcheck(torch.ops.linmu.window_attention_bwd, (*grads, *detached[:3], out, lse, *detached[3:]))
 
 
 def test_compile_with_dynamic_length():
@@ -330,7 +418,7 @@ def test_a_bias_of_minus_infinity_is_a_mask():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_every_run_and_thread_count(dtype):
-    for name in ("3d-shift", "several-query-blocks", "several-key-blocks", "blocks"):
+    for name in ("3d-shift", "several-query-blocks", "several-key-blocks", "blocks", "causal-joined-bias"):
         inputs = make_inputs(CASES[name], dtype)
         wrt = ["q", "k", "v", *(["bias"] if "bias" in inputs else [])]
         assert_same_bits(functools.partial(gradients, window_attention, inputs, wrt), threads=(1, 2, 2, 5))
@@ -352,11 +440,12 @@ import sys, torch
 sys.path.insert(0, "tests/ops")
 import test_window_attention as t
 assert t.linmu_ops._registry.binaries()["cpu"].info["isa"] == sys.argv[1], "not the wanted instruction set"
-for name in ("2d-shift-mask-bias", "2d-rotary", "2d-interleaved", "odd-head", "several-query-blocks"):
+for name in ("2d-shift-mask-bias", "2d-rotary", "2d-interleaved", "odd-head", "several-query-blocks",
+             "causal-joined-bias", "causal-key-blocks"):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         inputs = t.make_inputs(t.CASES[name], dtype)
         wrt = ["q", "k", "v", *(["bias"] if "bias" in inputs else [])]
-        t.check_against_reference(t.window_attention, t.by_reference, inputs, wrt)
+        t.check_against_reference(t.with_lse(t.window_attention), t.with_lse(t.by_reference), inputs, wrt)
 """
 
 
