@@ -195,6 +195,16 @@ class TokenLayout:
 
         return self._cached(("window_rank", *given), device, rank)[0]
 
+    def text_chunks(self, size: int, device: torch.device | str | None = None) -> Tensor:
+        """(n,) int64: the chunks of `size` tokens, row after row, in which not every token is visual."""
+
+        def chunks(plan: Any) -> tuple[Any]:
+            text = ~np.asarray(plan.segments()[0], dtype=bool)
+            text = np.pad(text, ((0, 0), (0, -self.length % size)))
+            return (np.flatnonzero(text.reshape(-1, size).any(1)),)
+
+        return self._cached(("text_chunks", size), device, chunks)[0]
+
     @staticmethod
     def _window_key(
         window: Sequence[int],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
@@ -153,7 +154,7 @@ class LocalSwin(nn.Module):
         if not self.config.text_window:
             return visual, MMATEState()
         q, k = self._turned(q, k, rotary)
-        text, _, new = self._text(q, k, v, attention_mask, state, return_state)
+        text, _, new = self._text(q, k, v, attention_mask, state, return_state, layout)
         if visual is None or layout is None:
             return text, new
         return torch.where(layout.visual_mask(z.device)[..., None, None], visual, text), new
@@ -174,7 +175,7 @@ class LocalSwin(nn.Module):
         real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its row, padding not counted
         sinks = self._sinks(turned_k, v, index, real, visual, seen, state, attention_mask)
-        y, mass, new = self._text(turned_q, turned_k, v, attention_mask, state, return_state, index, sinks)
+        y, mass, new = self._text(turned_q, turned_k, v, attention_mask, state, return_state, layout, index, sinks)
         text_window = self.config.text_window
         count = (index + 1).clamp(max=text_window)
         if sinks is not None:
@@ -225,11 +226,12 @@ class LocalSwin(nn.Module):
         attention_mask: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
+        layout: TokenLayout | None,
         index: Tensor | None = None,
         sinks: Sinks | None = None,
     ) -> tuple[Tensor, Tensor, MMATEState]:
-        """Each token over the last `text_window` tokens of its row, padding not counted; with `index`, and the sinks
-        before these, also the log-sum-exp of its scores."""
+        """Each text token over the last `text_window` tokens of its row, padding not counted; with `index`, and the
+        sinks before these, also the log-sum-exp of its scores. Anything at visual tokens."""
         window = self.config.text_window
         batch, length, heads = q.shape[:3]
         if not window:
@@ -264,8 +266,9 @@ class LocalSwin(nn.Module):
                 q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
                 before = None if before is None else take(before, order)
             y, mass = causal_window_attention(
-                rule, q, k, v, valid, window, self.softmax_scale, keys, values, filled, sinks, before
-            )
+                rule, q, k, v, valid, window, self.softmax_scale, keys, values, filled, sinks, before,
+                _chunks_with_text(layout, window, order, q.device),
+            )  # fmt: skip
             if order is not None:
                 back = order.argsort(1)
                 y, mass = take(y, back), take(mass, back)
@@ -296,6 +299,20 @@ class LocalSwin(nn.Module):
         inside = near.mass.double()
         rest = (1 - (inside - every).exp()).clamp(min=0).log() + every
         return inside, rest, near.beyond & real
+
+
+def _chunks_with_text(
+    layout: TokenLayout | None, window: int, order: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Chunks of `window` tokens, in `order`, that hold text; None for all: where it is not known on the host which."""
+    if layout is None or torch.compiler.is_compiling():
+        return None
+    if order is None:
+        return layout.text_chunks(window, device)
+    if device.type != "cpu":
+        return None
+    text = take(~layout.visual_mask(), order)
+    return F.pad(text, (0, -text.shape[1] % window)).view(-1, window).any(1).nonzero()[:, 0]
 
 
 def layer_windows(config: MMATEConfig, layer_idx: int) -> Windows:

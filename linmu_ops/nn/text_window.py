@@ -57,25 +57,26 @@ def causal_window_attention(
     filled: Tensor | None = None,
     sinks: Sinks | None = None,
     before: Tensor | None = None,
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention of each token over the last `window` tokens, itself included; linear in L.
 
     q (B, L, H, P), k, v (B, L, G, P), valid (B, L) bool: not padding; keys, values (B, window, G, P) and filled
-    (B, window): the tokens before; before (B, L, s) bool: the sinks that a token sees. Blocks of `window` queries meet
-    the keys of their own block and the one before.
+    (B, window): the tokens before; before (B, L, s) bool: the sinks that a token sees. Chunks of `window` queries meet
+    the keys of their own chunk and the one before; chosen (n,) int64: those that do, row after row, others give 0.
     """
     batch, length, heads, _ = q.shape
-    blocks = -(-length // window)
-    pad = blocks * window - length
-    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(batch * blocks, window, heads, -1)
+    chunks = -(-length // window)
+    pad = chunks * window - length
+    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(batch * chunks, window, heads, -1)
 
     def pairs(t: Tensor, before: Tensor | None, first: Tensor | None = None) -> Tensor:
         before = t.new_zeros(batch, window, *t.shape[2:]) if before is None else before
         after = t.new_zeros(batch, pad, *t.shape[2:])
-        t = torch.cat((before, t, after), dim=1).view(batch, blocks + 1, window, *t.shape[2:])
+        t = torch.cat((before, t, after), dim=1).view(batch, chunks + 1, window, *t.shape[2:])
         parts = [t[:, :-1], t[:, 1:]]
         if first is not None:
-            parts.append(first[:, None].expand(-1, blocks, *first.shape[1:]))
+            parts.append(first[:, None].expand(-1, chunks, *first.shape[1:]))
         return torch.cat(parts, dim=2).flatten(0, 1)
 
     behind = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
@@ -83,11 +84,18 @@ def causal_window_attention(
     # A query sees itself even where it is padding: a row with no key at all would be NaN.
     mask = mask | (behind == 0)
     if before is not None:
-        mask = torch.cat((mask, F.pad(before, (0, 0, 0, pad)).view(batch * blocks, window, -1)), dim=2)
+        mask = torch.cat((mask, F.pad(before, (0, 0, 0, pad)).view(batch * chunks, window, -1)), dim=2)
     first_keys, first_values = (None, None) if sinks is None else (sinks.keys, sinks.values)
-    y, mass = rule(q, pairs(k, keys, first_keys), pairs(v, values, first_values), mask, scale)
-    whole = (batch, blocks * window, heads, -1)
-    return y.reshape(whole)[:, :length], mass.reshape(*whole[:2], mass.shape[2])[:, :length]
+    k, v = pairs(k, keys, first_keys), pairs(v, values, first_values)
+    if chosen is None:
+        y, mass = rule(q, k, v, mask, scale)
+    else:
+        q, k, v, mask = (t.index_select(0, chosen) for t in (q, k, v, mask))
+        y, mass = (
+            t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in rule(q, k, v, mask, scale)
+        )
+    y, mass = (t.view(batch, chunks * window, *t.shape[2:])[:, :length] for t in (y, mass))
+    return y, mass
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

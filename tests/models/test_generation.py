@@ -14,7 +14,8 @@ import linmu_models
 from . import tiny
 
 FAMILIES = ["qwen2_5_vl", "gemma3", "smolvlm"]
-OPTIONS = {"conv_width": 3, "text_window": 4}  # so that every part of the state is in use
+# So that every part of the state is in use.
+OPTIONS = {"conv_width": 3, "text_window": 4, "mix": "softmax", "sink_tokens": 2}
 
 
 @functools.cache
