@@ -219,6 +219,7 @@ def _window_attention(
     return dict(
         q=r.normal(B, L, H, P), k=r.normal(B, L, 2, P), v=r.normal(B, L, 2, P), grid=grid, window=window,
         shift=(1, 1, 2), bias=r.small(H, *(2 * w - 1 for w in window)), cos=angle.cos(), sin=angle.sin(),
+        causal=True, return_lse=True,
     )  # fmt: skip
 
 

@@ -265,11 +265,14 @@ def test_compile_with_dynamic_length():
     for n, window in ((24, 4), (31, 4), (50, 4)):
         q, k, v = (torch.randn(1, n + 3, heads, 8, requires_grad=True) for heads in (4, 2, 2))
         layout = TokenLayout([(0, 1, 1, n)], range(1, n + 1), 1, n + 3)
-        expected = window_attention(q, k, v, layout=layout, window=(window,), shift=(2,))
-        got = compiled(q, k, v, layout=layout, window=(window,), shift=(2,))
-        assert torch.equal(got, expected)
-        for a, b in zip(*(torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (got, expected)), strict=True):
-            assert torch.equal(a, b)
+        options = dict(layout=layout, window=(window,), shift=(2,), causal=True, return_lse=True)
+        runs = []
+        for attend in (window_attention, compiled):
+            out, lse = attend(q, k, v, **options)
+            loss = out.square().sum() + lse[:, 1:-2].square().sum()
+            runs.append([out, lse, *torch.autograd.grad(loss, (q, k, v))])
+        for expected, got in zip(*runs, strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -359,9 +362,10 @@ def test_no_visual_token():
     q, k, v, bias = (
         torch.randn(s, requires_grad=True) for s in ((2, 6, 4, 8), (2, 6, 2, 8), (2, 6, 2, 8), (4, 3, 3, 3))
     )
-    out = window_attention(q, k, v, layout=TokenLayout([], [], 2, 6), window=(2, 2, 2), bias=bias)
-    assert not out.any()
-    for g, t in zip(torch.autograd.grad(out.sum(), (q, k, v, bias)), (q, k, v, bias), strict=True):
+    layout = TokenLayout([], [], 2, 6)
+    out, lse = window_attention(q, k, v, layout=layout, window=(2, 2, 2), bias=bias, causal=True, return_lse=True)
+    assert not out.any() and (lse == -math.inf).all()
+    for g, t in zip(torch.autograd.grad(out.sum() + lse.exp().sum(), (q, k, v, bias)), (q, k, v, bias), strict=True):
         assert torch.equal(g, torch.zeros_like(t))
 
 
