@@ -25,7 +25,7 @@ from ._inputs import (
 )
 from .config import DEFAULTS, MMATEConfig
 from .state import MMATEState, continue_state
-from .text_window import Sinks, attend, attend_with_mass, causal_window_attention
+from .text_window import Sinks, attend, attend_with_mass, causal_window_attention, chunk_size
 
 _QUERIES = 256  # of which the scores against a whole row are held at a time
 
@@ -267,7 +267,7 @@ class LocalSwin(nn.Module):
                 before = None if before is None else take(before, order)
             y, mass = causal_window_attention(
                 rule, q, k, v, valid, window, self.softmax_scale, keys, values, filled, sinks, before,
-                _chunks_with_text(layout, window, order, q.device),
+                _chunks_with_text(layout, chunk_size(window), order, q.device),
             )  # fmt: skip
             if order is not None:
                 back = order.argsort(1)
@@ -302,17 +302,17 @@ class LocalSwin(nn.Module):
 
 
 def _chunks_with_text(
-    layout: TokenLayout | None, window: int, order: Tensor | None, device: torch.device
+    layout: TokenLayout | None, size: int, order: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    """Chunks of `window` tokens, in `order`, that hold text; None for all: where it is not known on the host which."""
+    """Chunks of `size` tokens, in `order`, that hold text; None for all: where it is not known on the host which."""
     if layout is None or torch.compiler.is_compiling():
         return None
     if order is None:
-        return layout.text_chunks(window, device)
+        return layout.text_chunks(size, device)
     if device.type != "cpu":
         return None
     text = take(~layout.visual_mask(), order)
-    return F.pad(text, (0, -text.shape[1] % window)).view(-1, window).any(1).nonzero()[:, 0]
+    return F.pad(text, (0, -text.shape[1] % size)).view(-1, size).any(1).nonzero()[:, 0]
 
 
 def layer_windows(config: MMATEConfig, layer_idx: int) -> Windows:

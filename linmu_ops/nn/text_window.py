@@ -62,40 +62,44 @@ def causal_window_attention(
     """Causal softmax attention of each token over the last `window` tokens, itself included; linear in L.
 
     q (B, L, H, P), k, v (B, L, G, P), valid (B, L) bool: not padding; keys, values (B, window, G, P) and filled
-    (B, window): the tokens before; before (B, L, s) bool: the sinks that a token sees. Chunks of `window` queries meet
-    the keys of their own chunk and the one before; chosen (n,) int64: those that do, row after row, others give 0.
+    (B, window): the tokens before; before (B, L, s) bool: the sinks that a token sees. Chunks of `chunk_size(window)`
+    queries meet the keys of as many tokens before as any of them sees; chosen (n,) int64: those chunks that do, row
+    after row, the others give 0.
     """
     batch, length, heads, _ = q.shape
-    chunks = -(-length // window)
-    pad = chunks * window - length
-    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(batch * chunks, window, heads, -1)
+    size = chunk_size(window)
+    chunks, reach = -(-length // size), -(-window // size) * size
+    pad = chunks * size - length
+    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(batch * chunks, size, heads, -1)
+    every = torch.arange(batch * chunks, device=q.device) if chosen is None else chosen
+    first = every // chunks * (reach + chunks * size) + every % chunks * size
+    at = first[:, None] + torch.arange(reach + size, device=q.device)
 
-    def pairs(t: Tensor, before: Tensor | None, first: Tensor | None = None) -> Tensor:
+    def around(t: Tensor, before: Tensor | None, sink: Tensor | None = None) -> Tensor:
+        """(n, reach + size, ...): from `reach` tokens before a chunk to its end; then the sinks."""
         before = t.new_zeros(batch, window, *t.shape[2:]) if before is None else before
-        after = t.new_zeros(batch, pad, *t.shape[2:])
-        t = torch.cat((before, t, after), dim=1).view(batch, chunks + 1, window, *t.shape[2:])
-        parts = [t[:, :-1], t[:, 1:]]
-        if first is not None:
-            parts.append(first[:, None].expand(-1, chunks, *first.shape[1:]))
-        return torch.cat(parts, dim=2).flatten(0, 1)
+        ends = (t.new_zeros(batch, n, *t.shape[2:]) for n in (reach - window, pad))
+        t = torch.cat((next(ends), before, t, next(ends)), dim=1).flatten(0, 1)[at]
+        return t if sink is None else torch.cat((t, sink[every // chunks]), dim=1)
 
-    behind = torch.arange(window, device=q.device)[:, None] + window - torch.arange(2 * window, device=q.device)
-    mask = ((behind >= 0) & (behind < window)) & pairs(valid, filled)[:, None]
+    behind = torch.arange(size, device=q.device)[:, None] + reach - torch.arange(reach + size, device=q.device)
+    mask = ((behind >= 0) & (behind < window)) & around(valid, filled)[:, None]
     # A query sees itself even where it is padding: a row with no key at all would be NaN.
     mask = mask | (behind == 0)
     if before is not None:
-        mask = torch.cat((mask, F.pad(before, (0, 0, 0, pad)).view(batch * chunks, window, -1)), dim=2)
-    first_keys, first_values = (None, None) if sinks is None else (sinks.keys, sinks.values)
-    k, v = pairs(k, keys, first_keys), pairs(v, values, first_values)
-    if chosen is None:
-        y, mass = rule(q, k, v, mask, scale)
-    else:
-        q, k, v, mask = (t.index_select(0, chosen) for t in (q, k, v, mask))
-        y, mass = (
-            t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in rule(q, k, v, mask, scale)
-        )
-    y, mass = (t.view(batch, chunks * window, *t.shape[2:])[:, :length] for t in (y, mass))
+        mask = torch.cat((mask, F.pad(before, (0, 0, 0, pad)).view(batch * chunks, size, -1)[every]), dim=2)
+    sink_keys, sink_values = (None, None) if sinks is None else (sinks.keys, sinks.values)
+    k, v = around(k, keys, sink_keys), around(v, values, sink_values)
+    y, mass = rule(q if chosen is None else q[chosen], k, v, mask, scale)
+    if chosen is not None:
+        y, mass = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, mass))
+    y, mass = (t.view(batch, chunks * size, *t.shape[2:])[:, :length] for t in (y, mass))
     return y, mass
+
+
+def chunk_size(window: int) -> int:
+    """Queries that meet the same keys."""
+    return min(window, 64)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
