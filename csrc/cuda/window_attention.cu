@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1)
         Sums<M, N> scores;
         scores.clear();
         multiply<Lies::by_row, Lies::by_row>(scores, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
-        to_exponents<T, false>(scores, p, head, coords, key_coords + j, key_tokens + j);
+        to_exponents<T, false>(scores, p, head, tokens, coords, key_tokens + j, key_coords + j);
         float shrink[M / 8];
         if (softmax.step(scores, shrink)) multiply_rows(out, shrink);
         multiply_kept(out, scores, v_tile + j * pitch, pitch, parts);

@@ -53,10 +53,11 @@ struct GatheredRows {
 struct WindowPlan {
   WindowAttentionParams p;
   GatheredRows q, k, v, grad_out, out;
-  bool fast_turn;  // rotary partners, too, lie in pieces of 16 bytes
-  int keys;        // in shared memory at a time
-  int splits;      // blocks per (window, key/value head)
-  float* delta;    // (num_visual, H) sum over P of out * grad_out; backward only
+  bool fast_turn;         // rotary partners, too, lie in pieces of 16 bytes
+  int keys;               // in shared memory at a time
+  int splits;             // blocks per (window, key/value head)
+  const float* grad_lse;  // (num_visual, H) or null
+  float* delta;           // (num_visual, H) sum over P of out * grad_out, less grad_lse; backward only
   void *dq, *dk, *dv;
 };
 
@@ -252,11 +253,12 @@ __device__ inline float quad_sum(float x) {
 // The row of a 16-row part in which a lane's value r = 2 i + half lies, in a tile of M rows.
 __device__ inline int row_of(int r) { return r / 2 * 16 + r % 2 * 8 + lane_row(); }
 
-// scale q . k + bias, times kPerE, for a lane's values; -infinity where there is no key. kKeyRows: the scores' rows are
-// the keys. Tokens and coordinates are those of the scores' first row and column.
+// scale q . k + bias, times kPerE, for a lane's values; -infinity where there is no key, or, causal, a later one than
+// the query. kKeyRows: the scores' rows are the keys. Tokens and coordinates are those of the scores' first row and
+// column.
 template <class T, bool kKeyRows, int M, int N>
-__device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionParams& p, int64_t head, const int* coords,
-                                    const int* other_coords, const int* key_tokens) {
+__device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionParams& p, int64_t head, const int* tokens,
+                                    const int* coords, const int* other_tokens, const int* other_coords) {
   const float factor = static_cast<float>(p.scale) * kPerE<T>;
   const float* table = p.bias ? static_cast<const float*>(p.bias) + head * p.bias_size : nullptr;
   scores.each([&](float& value, int row, int column) {
@@ -266,8 +268,19 @@ __device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionPar
       const int64_t at = kKeyRows ? bias_index(p, other, mine) : bias_index(p, mine, other);
       if (at >= 0) value += table[at] * kPerE<T>;
     }
-    if (key_tokens[kKeyRows ? row : column] < 0) value = -INFINITY;
   });
+  // A pass of its own, and one for each case: together they took more registers, or a branch per score. A window's
+  // tokens are of one batch row, so they compare as positions.
+  if (p.causal) {
+    scores.each([&](float& value, int row, int column) {
+      const int mine = tokens[row], other = other_tokens[column], key = kKeyRows ? mine : other;
+      if (key < 0 || key > (kKeyRows ? other : mine)) value = -INFINITY;
+    });
+  } else {
+    scores.each([&](float& value, int row, int column) {
+      if ((kKeyRows ? tokens[row] : other_tokens[column]) < 0) value = -INFINITY;
+    });
+  }
 }
 
 // Softmax over keys that come a step at a time, for a lane's rows of M: the largest exponent so far, and the lane's

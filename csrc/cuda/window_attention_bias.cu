@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
           ds.clear(), dp.clear();
           multiply<Lies::by_row, Lies::by_row>(ds, q_tile, pitch, k_tile + j * pitch, pitch, o.columns, parts);
           multiply<Lies::by_row, Lies::by_row>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, o.columns, parts);
-          to_exponents<T, false>(ds, p, head, coords, key_coords + j, key_tokens + j);
+          to_exponents<T, false>(ds, p, head, tokens, coords, key_tokens + j, key_coords + j);
           score_gradients<T>(ds, dp, lse, deltas);
           sync_warp();
           ds.each([&](float& x, int row, int column) { stage[row * kStage + column] = x; });

@@ -1,7 +1,7 @@
 // Backward of window_attention, without atomics: each gradient is summed by one warp, in a fixed order. Scores are
 // recomputed and become weights through the stored log-sum-exp.
 //
-//     dq      a warp has queries of one head, the block the keys; also delta = sum over P of out * grad_out
+//     dq      a warp has queries of one head, the block the keys; also delta = sum over P of out * grad_out - grad_lse
 //     dk, dv  a warp has keys, and meets the queries of all heads of the group
 //
 // Gradients are staged in float, so that the rotary embedding is undone before the one rounding.
@@ -121,8 +121,11 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
             sum += to_float(out[c]) * to_float(grad_tile[r * pitch + c]);
           sum = warp_sum(sum);
           if (lane == 0) {
+            const int64_t at = (window.begin + first + r) * p.heads + head;
+            // The log-sum-exp's gradient by a score is the score's weight, as delta's factor is.
+            if (s.grad_lse && tokens[r] >= 0) sum -= s.grad_lse[at];
             deltas[r] = sum;
-            if (first + r < window.count) s.delta[(window.begin + first + r) * p.heads + head] = sum;
+            if (first + r < window.count) s.delta[at] = sum;
           }
         }
         sync_warp();
@@ -135,7 +138,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
         ds.clear(), dp.clear();
         multiply<Lies::by_row, Lies::by_row>(ds, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
         multiply<Lies::by_row, Lies::by_row>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, D, parts);
-        to_exponents<T, false>(ds, p, head, coords, key_coords + j, key_tokens + j);
+        to_exponents<T, false>(ds, p, head, tokens, coords, key_tokens + j, key_coords + j);
         score_gradients<T>(ds, dp, lse, deltas);
         multiply_kept(dq, ds, k_tile + j * pitch, pitch, parts);
       }
@@ -215,7 +218,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) dkv_kernel(const __grid_c
         Sums<M, N> weights;
         weights.clear();
         multiply<Lies::by_row, Lies::by_row>(weights, k_tile, pitch, q_tile, pitch, D, parts);
-        to_exponents<T, true>(weights, p, head_of(step), coords, ints + N, tokens);
+        to_exponents<T, true>(weights, p, head_of(step), tokens, coords, ints, ints + N);
         weights.each([&](float& x, int, int column) { x = ints[column] < 0 ? 0.f : power<T>(x - lse[column]); });
         if constexpr (Own::kTogether)
           multiply_kept(dv, weights, grad_tile, pitch, parts);
@@ -285,6 +288,7 @@ void window_attention_bwd_cuda(const WindowAttentionBwdParams& b, const CudaCont
   const WindowAttentionParams& p = b.forward;
   WindowPlan s = plan_window(p);
   s.grad_out = gathered(p, b.grad_out);
+  s.grad_lse = static_cast<const float*>(b.grad_lse);
   s.dq = b.dq, s.dk = b.dk, s.dv = b.dv;
   if (p.heads > 0) zero_uncovered(s, true, context);
   if (p.num_visual > 0 && p.heads > 0) {

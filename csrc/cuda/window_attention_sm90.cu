@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
           group_mma<T, 0>(scores, operand_at(q_tile, kQueries, 0, k), operand_at(k_tile, s.keys, j, k));
         group_end();
         group_hold(scores);
-        to_exponents<T, false>(scores, p, head, coords + own, key_coords + j, key_tokens + j);
+        to_exponents<T, false>(scores, p, head, tokens + own, coords + own, key_tokens + j, key_coords + j);
         float shrink[2];
         if (softmax.step(scores, shrink)) {
 #pragma unroll
