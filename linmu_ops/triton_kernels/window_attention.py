@@ -73,23 +73,28 @@ def _turned_rows(
 
 @triton.jit
 def _scores(
-    q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, there_j, HAS_BIAS: tl.constexpr
+    q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, token_i, token_j, there_j,
+    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """scale q k^T + bias, and -inf where there is no key."""
+    """scale q k^T + bias, and -inf where there is no key, or, causal, a later one than the query."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if HAS_BIAS:
         ci = tl.load(coords_ptr + begin + i, mask=i < count, other=0)
         cj = tl.load(coords_ptr + begin + j, mask=j < count, other=0)
         index = ci[:, None] - cj[None, :] + table // 2
         s += tl.load(bias_ptr + head * table + index, mask=(index >= 0) & (index < table), other=0.0)
-    return tl.where(there_j[None, :], s, -float("inf"))
+    s = tl.where(there_j[None, :], s, -float("inf"))
+    if CAUSAL:  # a window's tokens are of one batch row: they compare as positions
+        s = tl.where(token_j[None, :] <= token_i[:, None], s, -float("inf"))
+    return s
 
 
 @triton.jit
 def _fwd_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr, cos_ptr, sin_ptr,
     num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
-    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     group = head // (H // G)
@@ -108,7 +113,8 @@ def _fwd_kernel(
             k = _turned_rows(k_ptr, cos_ptr, sin_ptr, token_j, there_j, group, G, P, R, cos_rows,
                              ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
             v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
-            s = _scores(q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, there_j, HAS_BIAS)
+            s = _scores(q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, token_i, token_j,
+                        there_j, HAS_BIAS, CAUSAL)  # fmt: skip
             new = tl.maximum(top, tl.max(s, axis=1))
             safe = tl.where(new == -float("inf"), 0.0, new)  # no key yet: exp(-inf - -inf) would be NaN
             p = tl.exp(s - safe[:, None])
@@ -123,11 +129,12 @@ def _fwd_kernel(
 
 @triton.jit
 def _weights(
-    q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse, delta, there_i, there_j,
-    HAS_BIAS: tl.constexpr,
+    q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse, delta, token_i, token_j,
+    there_i, there_j, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights p and the gradient of the scores, (i, j)."""
-    s = _scores(q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, there_j, HAS_BIAS)
+    s = _scores(q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, token_i, token_j, there_j,
+                HAS_BIAS, CAUSAL)  # fmt: skip
     p = tl.where(there_i[:, None] & there_j[None, :], tl.exp(s - lse[:, None]), 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     return p, p * (dp - delta[:, None])
@@ -137,7 +144,8 @@ def _weights(
 def _dq_kernel(
     dq_ptr, dout_ptr, delta_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr, cos_ptr,
     sin_ptr, num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
-    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     group = head // (H // G)
@@ -158,7 +166,7 @@ def _dq_kernel(
                              ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
             v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
             _, ds = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse, delta,
-                             there_i, there_j, HAS_BIAS)  # fmt: skip
+                             token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
             dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         _store_rows(dq_ptr, token_i, there_i, head, H, P, dq * scale, BLOCK_P)
 
@@ -167,7 +175,8 @@ def _dq_kernel(
 def _dkv_kernel(
     dk_ptr, dv_ptr, dout_ptr, delta_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr,
     cos_ptr, sin_ptr, num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
-    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     share = H // G
@@ -190,7 +199,7 @@ def _dkv_kernel(
                 delta = tl.load(delta_ptr + token_i * H + head, mask=there_i, other=0.0)
                 lse = tl.load(lse_ptr + (begin + i).to(tl.int64) * H + head, mask=i < count, other=0.0)
                 p, ds = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse,
-                                 delta, there_i, there_j, HAS_BIAS)  # fmt: skip
+                                 delta, token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
                 dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="ieee")
                 dv += tl.dot(tl.trans(p).to(dout.dtype), dout, input_precision="ieee")
         _store_rows(dk_ptr, token_j, there_j, group, G, P, dk * scale, BLOCK_P)
@@ -201,7 +210,8 @@ def _dkv_kernel(
 def _dbias_kernel(
     dbias_ptr, dout_ptr, delta_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr,
     cos_ptr, sin_ptr, num_tokens, num_visual, H, G, P, R, cos_rows, table, scale, num_windows,
-    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Sums the score gradients of every BIAS_PROGRAMS-th window into a table of this program's own."""
     part, head = tl.program_id(0), tl.program_id(1)
@@ -228,6 +238,8 @@ def _dbias_kernel(
                 ci = tl.load(coords_ptr + begin + i)
                 index = ci - cj + table // 2
                 here = there_j & (index >= 0) & (index < table)
+                if CAUSAL:
+                    here &= token_j <= token_i
                 s = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1) * scale
                 s += tl.load(bias_ptr + head * table + index, mask=here, other=0.0)
                 p = tl.where(here, tl.exp(s - lse), 0.0)
@@ -243,6 +255,7 @@ class _Call:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, offsets: Tensor, coords: Tensor | None,
         window: list[int], scale: float, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+        causal: bool,
     ) -> None:  # fmt: skip
         B, L, self.H, P = q.shape
         self.G, self.num_windows = k.shape[2], max(offsets.shape[0] - 1, 0)
@@ -258,7 +271,7 @@ class _Call:
         )  # fmt: skip
         most = max(1, window[0] * window[1] * window[2])
         self.flags: dict[str, Any] = dict(
-            HAS_BIAS=bias is not None, ROTARY=rotary, INTERLEAVED=interleaved,
+            HAS_BIAS=bias is not None, ROTARY=rotary, INTERLEAVED=interleaved, CAUSAL=causal,
             BLOCK=max(16, min(64, triton.next_power_of_2(most))), BLOCK_P=max(16, triton.next_power_of_2(P)),
         )  # fmt: skip
 
@@ -287,17 +300,22 @@ def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Ten
 
 
 def window_attention_bwd(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tokens: Tensor, offsets: Tensor,
-    coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    interleaved: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    tokens: Tensor, offsets: Tensor, coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Arguments and results of the dispatcher op `linmu::window_attention_bwd`."""
-    call = _Call(q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved)
+    call = _Call(q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved, causal)
     dout = grad_out.contiguous()
     delta = (dout.float() * out.float()).sum(-1).contiguous()
     dq, dk, dv = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (q, k, v))
     dbias = q.new_empty(0, dtype=torch.float32)
     work = bool(q.numel() and tokens.numel())
+    if work and grad_lse is not None:
+        # The log-sum-exp's gradient by a score is the score's weight, as delta's factor is.
+        rows = delta.flatten(0, 1)  # a view
+        there = (tokens >= 0) & (tokens < len(rows))
+        rows.index_add_(0, torch.where(there, tokens, 0), grad_lse.where(there[:, None], 0.0), alpha=-1)
     if work:
         _dq_kernel[(call.num_windows, call.H)](dq, dout, delta, lse, *call.tail, **call.flags)
         _dkv_kernel[(call.num_windows, call.G)](dk, dv, dout, delta, lse, *call.tail, **call.flags)
