@@ -7,24 +7,48 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_against_reference
-from tests.ops.test_window_attention import CASES, by_reference, make_inputs
+from tests.ops.test_window_attention import CASES, LSE_CASES, by_reference, make_inputs, with_lse
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
-SLOW = {"several-key-blocks", "3d-shift", "blocks-scale"}  # of their kind, others are smaller
+SLOW = {"several-key-blocks", "causal-key-blocks", "3d-shift", "blocks-scale"}  # of their kind, others are smaller
+# Its second window starts with 65 tokens of the sequence's end: whole steps of keys that the queries after them,
+# tokens 0 to 99, do not see.
+LATE_KEYS_FIRST = dict(B=1, H=2, G=1, grid=(330,), window=(165,), shift=(100,), bias=True, causal=True)
+WITH_LSE = {n: LSE_CASES[n] for n in (
+    "one-token", "1d-shift-bias", "3d-gqa", "2d-interleaved", "causal", "causal-joined-bias", "blocks-causal",
+)}  # fmt: skip
+WITH_LSE["late-keys-first"] = LATE_KEYS_FIRST | dict(P=8)
 
 
-def check(case, dtype, change=None):
+def check(case, dtype, change=None, results=lambda attend: attend):
     inputs = make_inputs(case, dtype)
     if change:
         inputs |= {k: change(inputs[k]) for k in "qkv"}
     wrt = [k for k in ("q", "k", "v", "bias") if k in inputs]
-    check_against_reference(linmu_ops.window_attention, by_reference, inputs, wrt)
+    check_against_reference(results(linmu_ops.window_attention), results(by_reference), inputs, wrt)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [n for n in CASES if n not in SLOW])
 def test_forward_and_backward(name, dtype):
     check(CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WITH_LSE)
+def test_log_sum_exp(name, dtype):
+    check(WITH_LSE[name], dtype, results=with_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_causal_keys_that_come_in_parts(dtype, monkeypatch):
+    monkeypatch.setenv("LINMU_EMULATED_SHARED", "48000")
+    check(LATE_KEYS_FIRST | dict(P=32), dtype, results=with_lse)
+
+
+@pytest.mark.parametrize("P", [64, 128, 256])
+def test_causal_of_larger_heads(P):
+    check(dict(B=1, H=2, G=1, P=P, grid=(70,), window=(35,), shift=(9,), causal=True), torch.bfloat16, None, with_lse)
 
 
 @pytest.mark.parametrize("P", [32, 64, 96, 200, 256])
@@ -50,15 +74,16 @@ def test_keys_come_in_parts_where_shared_memory_is_small(P, shared, dtype, monke
         dict(B=1, H=2, G=1, P=36, grid=(150,), window=(150,), bias=True, rotary=24, interleaved=True),
         CASES["blocks-scale"] | dict(P=72),
         dict(B=1, H=2, G=1, P=40, grid=(150,), window=(40,), image_window=(150,), rotary=40),  # longer than expected
+        LATE_KEYS_FIRST | dict(P=64),
     ],
-    ids=lambda c: f"P{c['P']}",
+    ids=lambda c: f"P{c['P']}" + "-causal" * ("causal" in c),
 )
 @pytest.mark.parametrize("shared", [227 * 1024, 60_000])
 def test_forward_of_sm90(case, dtype, shared, monkeypatch):
     monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
     monkeypatch.setenv("LINMU_EMULATED_SHARED", str(shared))
     inputs = make_inputs(case, dtype)
-    check_against_reference(linmu_ops.window_attention, by_reference, inputs)
+    check_against_reference(with_lse(linmu_ops.window_attention), with_lse(by_reference), inputs)
 
 
 def test_windows_longer_than_the_host_expects():
@@ -80,19 +105,22 @@ def test_strided_and_unaligned_rows(P, extra):
     check(case, torch.bfloat16, inside_a_larger)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("arch, dtype, P", [("80", torch.float32, 16), ("90", torch.bfloat16, 64)])
-def test_a_corrupt_table_stays_inside(arch, dtype, P, monkeypatch):
+def test_a_corrupt_table_stays_inside(arch, dtype, P, causal, monkeypatch):
     monkeypatch.setenv("LINMU_CUDA_ARCH", arch)
     q = torch.randn(1, 8, 1, P).to(dtype)
     tokens = torch.tensor([0, 99, -7, 3] + [-1] * 36, dtype=torch.int32)
     offsets = torch.tensor([0, 3, 77], dtype=torch.int32)
     coords = torch.tensor([0, 2**31 - 1, -(2**31), 5] + [0] * 36, dtype=torch.int32)
     bias = torch.zeros(1, 1, 1, 79)
-    args = (tokens, offsets, coords, [1, 1, 40], 1.0, bias, None, None, False)
+    args = (tokens, offsets, coords, [1, 1, 40], 1.0, bias, None, None, False, causal)
     out, lse = torch.ops.linmu_emulated.window_attention(q, q, q, *args)
     torch.testing.assert_close(out[:, [0, 3]], q[:, [0, 3]])  # each alone with itself
     assert not out[:, [1, 2, 4, 5, 6, 7]].any()
-    grads = torch.ops.linmu_emulated.window_attention_bwd(torch.randn_like(q), q, q, q, out, lse, *args)
+    grad_lse = torch.full_like(lse, torch.nan)  # of no token
+    grad_lse[[0, 3]] = 1.0
+    grads = torch.ops.linmu_emulated.window_attention_bwd(torch.randn_like(q), grad_lse, q, q, q, out, lse, *args)
     assert all(g.isfinite().all() for g in grads)
     assert not any(g[:, [1, 2, 4, 5, 6, 7]].any() for g in grads[:3])
 
