@@ -36,6 +36,12 @@ Everything else (vision tower, feed-forward layers, embeddings) is the original 
 the *student*, starts from the teacher's own attention weights and is trained to imitate it in three stages.
 """
 
+_EXACT = """\
+The two are weighed as one softmax over all tokens would weigh what lies in a token's window against what does not. The
+window of text is the last {text_window} tokens of any kind. Where all that attention looks at lies in the window, the
+block is that attention, before any training; what is learnt is the rest.
+"""
+
 _LOSSES = """\
 - **L_hid**: how far each new block's output is from the output of the attention it replaces, as a squared
   distance{relative}.
@@ -215,6 +221,7 @@ def write_report(
         f"# {config.name}: {config.teacher.path} made linear",
         "",
         _INTRODUCTION,
+        *([_EXACT.format(**{"text_window": 0, **config.student})] if config.student.get("mix") == "softmax" else []),
         "## What was converted",
         "",
         _conversion(folder),
