@@ -134,8 +134,11 @@ def local_swin(m, z, blocks=(), rotary=None):
     return out
 
 
-def near_attention(m, z, blocks=(), rotary=None):
-    """Full softmax attention under a dense mask: y (L, H, P), the mask (L, L), the exps of the masked scores."""
+def near_attention(m, z, blocks=(), rotary=None, causal=False):
+    """Full softmax attention under a dense mask: y (L, H, P), the mask (L, L), the exps of the masked scores.
+
+    causal: all earlier tokens in the place of the window.
+    """
     c, H, P, L = m.config, m.num_heads, m.head_dim, len(z)
     q, k, v = (heads(p(z), H, P) for p in (m.q_proj, m.k_proj, m.v_proj))
     q, k = (rotate(t, rotary, c.rotary_interleaved) for t in (m.q_norm(q), m.k_norm(k)))
@@ -152,6 +155,8 @@ def near_attention(m, z, blocks=(), rotary=None):
             else:
                 mask[i, j] = 0 <= i - j < c.text_window
             mask[i, j] |= j < min(i, c.sink_tokens) and j not in window_of
+    if causal:
+        mask = torch.ones_like(mask).tril()
     mass = scores.exp() * mask
     y = torch.einsum("hij,jhp->ihp", mass / mass.sum(-1, keepdim=True).clamp(min=1e-300), v)
     return y, mask, mass

@@ -306,6 +306,24 @@ def test_a_block_made_from_attention_is_that_attention_where_nothing_is_beyond()
             block.mix_rest.weight.normal_()
 
 
+def test_the_mix_is_fitted_to_the_mass_beyond_the_window():
+    block = build(**OPTIONS["exact"])
+    z, rotary, blocks = prompt()
+    call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    inside, rest, beyond = block.swin.mass_beyond(z, **call)
+    for i in range(2):
+        _, mask, mass = definition.near_attention(block.swin, z[i], blocks[i], tuple(t[i] for t in rotary))
+        every = definition.near_attention(block.swin, z[i], blocks[i], tuple(t[i] for t in rotary), causal=True)[2]
+        torch.testing.assert_close(inside[i].exp(), mass.sum(-1).T)
+        torch.testing.assert_close(rest[i].exp(), (every.sum(-1) - mass.sum(-1)).T, rtol=1e-6, atol=1e-9)
+        assert torch.equal(beyond[i], (torch.ones_like(mask).tril() & ~mask).any(1))
+    share = (inside - rest).sigmoid()[beyond]
+    before = ((inside - block.mix_rest(z)).sigmoid()[beyond] - share).abs().mean()
+    block.calibrate([(dict(hidden_states=z, **call), torch.randn_like(z))])
+    after = ((inside - block.mix_rest(z)).sigmoid()[beyond] - share).abs().mean()
+    assert after < 0.5 * before
+
+
 def test_branches_can_be_switched_off():
     block = build(norm="rms")
     z, rotary, blocks = prompt()

@@ -122,6 +122,12 @@ def test_window_table_is_the_formula(table, window, shift, image_window, image_s
     assert made.max_tokens == max([len(g) for g in got], default=0)
     assert offsets[0] == 0 and offsets[-1] == layout.num_visual == len(tokens)
     assert {made.tokens.dtype, made.offsets.dtype, made.coords.dtype} == {torch.int32}
+    rank = torch.zeros(layout.batch_size, layout.length, dtype=torch.int32)
+    for inside in got:
+        for row, position in inside:
+            rank[row, position] = sum(other <= position for _, other in inside)
+    found = layout.window_rank(window, shift, wrap, image_window, image_shift)
+    assert torch.equal(found, rank) and found.dtype == torch.int32
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,6 +162,9 @@ def test_segments(table):
         index[row, min(positions.values()) : max(positions.values()) + 1] = i + 1
     assert torch.equal(layout.visual_mask(), mask)
     assert torch.equal(layout.reverse_seq_idx(), index) and layout.reverse_seq_idx().dtype == torch.int32
+    for size in (1, 3, 64):
+        parts = [part for row in mask for part in row.split(size)]
+        assert layout.text_chunks(size).tolist() == [i for i, part in enumerate(parts) if not part.all()]
 
 
 def test_known_orders(planner):
