@@ -174,7 +174,7 @@ class LocalSwin(nn.Module):
         seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
         real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its row, padding not counted
-        sinks = self._sinks(turned_k, v, index, real, visual, seen, state, attention_mask)
+        sinks = self._sinks(turned_k, v, real, visual, seen, state, attention_mask)
         y, mass, new = self._text(turned_q, turned_k, v, attention_mask, state, return_state, layout, index, sinks)
         text_window = self.config.text_window
         count = (index + 1).clamp(max=text_window)
@@ -200,7 +200,6 @@ class LocalSwin(nn.Module):
         self,
         k: Tensor,
         v: Tensor,
-        index: Tensor,
         real: Tensor,
         visual: Tensor | None,
         seen: Tensor,
