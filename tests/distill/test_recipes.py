@@ -1,6 +1,7 @@
 """Recipes other than the table's: skipped stages, other parameters, layers that keep attention, LoRA on blocks."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -50,6 +51,36 @@ def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(saved(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert "| 3 | M-MATE + LoRA" in (config.folder / "report.md").read_text()
+
+
+def test_exact_near_and_learnt_far(teacher, tmp_path):
+    """The demo's way: what makes the windows exact stays, the scan and its share learn, and Local-Swin is never off."""
+    frozen = [r"flex\.o_proj", r"swin\.[qkv]_proj"]
+    blocks = {"steps": 2, "learning_rate": 1e-2, "block_input": "teacher", "losses": {"hidden": 1}}
+    config = parse_config(
+        run_values(
+            tmp_path, teacher, evaluation=NO_SPEED, calibrate_step_sizes=True,
+            data={"batch_size": 2, "turns": 2, "mixture": {"video": 1}},
+            student={"mix": "softmax", "causal_windows": True, "text_window": 4, "sink_tokens": 2, "window": [2, 2, 2]},
+            stage1={**blocks, "freeze": frozen[:1]}, stage2={**blocks, "freeze": frozen},
+            stage3={"steps": 2, "learning_rate": 1e-2, "freeze": frozen},
+        )
+    )  # fmt: skip
+    distill(config)
+    initial, first, second, third = _states(config)
+    assert any(".flex." in name for name in _changed(initial, first))
+    assert not any(".swin." in name or "mix_rest" in name for name in _changed(initial, first))
+    assert any("mix_rest" in name for name in _changed(first, second))
+    assert not any(re.search("|".join(frozen), name) for name in _changed(initial, third))
+    run, saved = Run(config), AutoModelForImageTextToText.from_pretrained(config.folder / "student").eval()
+    ids = torch.arange(20, 36)[None]
+    ours = run.student_after(3).model
+    with torch.no_grad():
+        torch.testing.assert_close(saved(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        fresh, theirs = (m(input_ids=ids).logits[0] for m in (run.student_after(0).model, run.teacher))
+    torch.testing.assert_close(fresh[:6], theirs[:6], rtol=1e-4, atol=1e-4)  # 4 tokens and 2 sinks
+    assert not torch.allclose(fresh[6:], theirs[6:], rtol=1e-2, atol=1e-2)
+    assert "text is the last 4 tokens" in (config.folder / "report.md").read_text()
 
 
 def test_blocks_alone_without_lora(teacher, tmp_path):
