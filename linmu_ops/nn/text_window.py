@@ -114,10 +114,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
 
 def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same with the log-sum-exp of the scores, in the accumulate dtype."""
+    count, queries, heads, size = q.shape
     groups = k.shape[2]
-    grouped = q.unflatten(2, (groups, -1))  # (N, I, G, H / G, P)
-    scores = torch.einsum("nigrp,njgp->nigrj", grouped, k).to(accumulate_dtype(q.dtype)) * scale
-    scores = scores.masked_fill(~mask[:, :, None, None], -torch.inf)
+    grouped = q.view(count, queries, groups, -1, size).transpose(1, 2).reshape(count, groups, -1, size)
+    scores = (grouped @ k.permute(0, 2, 3, 1)).to(accumulate_dtype(q.dtype)) * scale
+    scores = scores.view(count, groups, queries, heads // groups, -1)
+    scores = scores.masked_fill(~mask[:, None, :, None], -torch.inf)
     mass = scores.logsumexp(-1)
     weights = (scores - mass[..., None]).exp().to(v.dtype)
-    return torch.einsum("nigrj,njgp->nigrp", weights, v).flatten(2, 3), mass.flatten(2)
+    y = (weights.flatten(2, 3) @ v.transpose(1, 2)).view(count, groups, queries, -1, size)
+    return y.transpose(1, 2).flatten(2, 3), mass.transpose(1, 2).flatten(2)
