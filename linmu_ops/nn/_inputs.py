@@ -16,6 +16,8 @@ Triple = tuple[int, int, int]
 # window, shift, wrap, image_window, image_shift, as TokenLayout.window_table takes them
 Windows = tuple[Triple, Triple, str, Triple | None, Triple | None]
 
+_RIDGE = 1e-3
+
 
 def check_inputs(
     op: str,
@@ -159,3 +161,16 @@ def first_tokens(t: Tensor, before: Tensor | None, index: Tensor, order: Tensor 
     at = index.clamp(0, t.shape[1] - 1)
     new = take(t, at if order is None else order.gather(1, at))
     return new if before is None else torch.where(expand_as(index >= 0, new), new, before)
+
+
+def ridge(z: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted ridge regression target ~ z @ w + b, in float64.
+
+    z: (n, D). target: (n,) or (n, H). weight: (n,), sums to 1. Returns w (D,) or (D, H) and b () or (H,).
+    """
+    z = torch.cat((z.double(), z.new_ones(len(z), 1, dtype=torch.float64)), dim=1)
+    weighted = (z * weight[:, None]).T
+    gram = weighted @ z
+    gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
+    solution = torch.linalg.solve(gram, weighted @ target)
+    return solution[:-1], solution[-1]

@@ -14,13 +14,12 @@ from .._dims import accumulate_dtype
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ..token_layout import TokenLayout
-from ._inputs import Rotary, apply_rotary, check_inputs
+from ._inputs import Rotary, apply_rotary, check_inputs, ridge
 from .config import DEFAULTS, MMATEConfig
 from .conv import CausalConv1d
 from .state import MMATEState, continue_state
 
 _STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
-_RIDGE = 1e-3
 PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
 
 
@@ -134,17 +133,12 @@ class FlexMA(nn.Module):
             mass: (n, H) >= 0, the attention each of these tokens gets per head, in units of a token's mean.
         """
         z = hidden_states.double()
-        z = torch.cat((z, z.new_ones(len(z), 1)), dim=1)
         for head, m in enumerate(mass.double().unbind(1)):
             target = m.clamp(math.exp(-_STEP_RANGE), math.exp(_STEP_RANGE)).log()
-            weight = 0.5 / len(m) + 0.5 * m / m.sum()
-            weighted = (z * weight[:, None]).T
-            gram = weighted @ z
-            gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
-            solution = torch.linalg.solve(gram, weighted @ target)
-            self.dt_proj.weight[head] = solution[:-1].to(self.dt_proj.weight.dtype)
+            weight, bias = ridge(z, target, 0.5 / len(m) + 0.5 * m / m.sum())
+            self.dt_proj.weight[head] = weight.to(self.dt_proj.weight.dtype)
             # Where a step is much smaller than 1, as they are, softplus is exp.
-            self.dt_bias[head] += (solution[-1] - (z @ solution).exp().mean().log()).to(self.dt_bias.dtype)
+            self.dt_bias[head] += (bias - (z @ weight + bias).exp().mean().log()).to(self.dt_bias.dtype)
 
     def forward(
         self,

@@ -14,13 +14,13 @@ from .._dims import accumulate_dtype
 from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
 from . import transfer
-from ._inputs import Rotary, check_inputs, prepare_layout
+from ._inputs import Rotary, check_inputs, prepare_layout, ridge
 from .config import DEFAULTS, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
 from .state import MMATEState, continue_state
 
-_SPAN, _RIDGE = 8.0, 1e-3
+_SPAN = 8.0
 
 
 class MMATE(nn.Module):
@@ -278,12 +278,9 @@ class MMATE(nn.Module):
         z, target = torch.cat(seen).double(), torch.cat(targets)
         if not len(z):
             return
-        z = torch.cat((z, z.new_ones(len(z), 1)), dim=1)
-        gram = z.T @ z / len(z)
-        gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
-        solution = torch.linalg.solve(gram, z.T @ target / len(z))
-        self.mix_rest.weight.copy_(solution[:-1].T)
-        self.mix_rest.bias.copy_(solution[-1])
+        weight, bias = ridge(z, target, z.new_full((len(z),), 1 / len(z)))
+        self.mix_rest.weight.copy_(weight.T)
+        self.mix_rest.bias.copy_(bias)
 
 
 class BranchNorm(nn.Module):
