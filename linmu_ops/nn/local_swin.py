@@ -25,7 +25,7 @@ from ._inputs import (
 )
 from .config import DEFAULTS, MMATEConfig
 from .state import MMATEState, continue_state
-from .text_window import Sinks, attend, attend_with_mass, causal_window_attention, chunk_size
+from .text_window import Rule, Sinks, attend, attend_with_mass, causal_window_attention, chunk_size
 
 _QUERIES = 256  # of which the scores against a whole row are held at a time
 
@@ -154,7 +154,8 @@ class LocalSwin(nn.Module):
         if not self.config.text_window:
             return visual, MMATEState()
         q, k = self._turned(q, k, rotary)
-        text, _, new = self._text(q, k, v, attention_mask, state, return_state, layout)
+        order = None if attention_mask is None else real_tokens_first(attention_mask)
+        text, _, new = self._text(q, k, v, attention_mask, order, state, return_state, layout, attend)
         if visual is None or layout is None:
             return text, new
         return torch.where(layout.visual_mask(z.device)[..., None, None], visual, text), new
@@ -174,12 +175,16 @@ class LocalSwin(nn.Module):
         seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
         real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its row, padding not counted
-        sinks = self._sinks(turned_k, v, real, visual, seen, state, attention_mask)
-        y, mass, new = self._text(turned_q, turned_k, v, attention_mask, state, return_state, layout, index, sinks)
+        order = None if attention_mask is None else real_tokens_first(attention_mask)
+        sinks = self._sinks(turned_k, v, real, visual, seen, state, order)
         text_window = self.config.text_window
+        before = None if sinks is None else sinks.at_least(text_window, index)
+        y, mass, new = self._text(
+            turned_q, turned_k, v, attention_mask, order, state, return_state, layout, attend_with_mass, sinks, before
+        )
         count = (index + 1).clamp(max=text_window)
-        if sinks is not None:
-            count = count + sinks.at_least(text_window, index).sum(-1)
+        if before is not None:
+            count = count + before.sum(-1)
         if layout is not None and visual is not None:
             inside, inside_mass = self._windows(q, k, v, layout, rotary, True)
             inside_mass = inside_mass.masked_fill(~visual[..., None], 0)  # -inf would make NaN gradients
@@ -204,13 +209,12 @@ class LocalSwin(nn.Module):
         visual: Tensor | None,
         seen: Tensor,
         state: MMATEState | None,
-        attention_mask: Tensor | None,
+        order: Tensor | None,
     ) -> Sinks | None:
         """The first tokens of each row, from the state as far as they came before."""
         n = self.config.sink_tokens
         if not n:
             return None
-        order = None if attention_mask is None else real_tokens_first(attention_mask)
         at = torch.arange(n, device=k.device) - seen[:, None]
         keys, values, there = (None, None, None) if state is None else (state.sink_keys, state.sink_values, state.sinks)
         if k.shape[1] == 1 and keys is not None and values is not None and there is not None and visual is None:
@@ -226,15 +230,17 @@ class LocalSwin(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        attention_mask: Tensor | None,
+        real: Tensor | None,
+        order: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
         layout: TokenLayout | None,
-        index: Tensor | None = None,
+        rule: Rule,
         sinks: Sinks | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, MMATEState]:
-        """Each text token over the last `text_window` tokens of its row, padding not counted; with `index`, and the
-        sinks before these, also the log-sum-exp of its scores. Anything at visual tokens."""
+        """Each text token by `rule` over the last `text_window` tokens of its row, padding not counted, and over the
+        sinks that lie `before` these. Anything at visual tokens."""
         window = self.config.text_window
         batch, length, heads = q.shape[:3]
         if not window:
@@ -244,8 +250,6 @@ class LocalSwin(nn.Module):
                 MMATEState(),
             )
         keys, values, filled = (None, None, None) if state is None else (state.keys, state.values, state.filled)
-        real = attention_mask
-        order = None if real is None else real_tokens_first(real)
         valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if real is None else real
         new = MMATEState()
         if return_state:
@@ -254,8 +258,6 @@ class LocalSwin(nn.Module):
                 values=last_tokens(v, values, window, real, order),
                 filled=last_tokens(valid, filled, window, real, order),
             )
-        before = None if sinks is None or index is None else sinks.at_least(window, index)
-        rule = attend if index is None else attend_with_mass
         if length == 1 and new.keys is not None and new.values is not None and new.filled is not None:
             # As above: padding sees the newest key.
             mask = torch.cat((new.filled[:, :-1], torch.ones_like(valid)), dim=1)[:, None]
