@@ -161,8 +161,8 @@ class MMATE(nn.Module):
             a, flex_state = out if keep else (out, flex_state)
         elif near is not None:
             raise RuntimeError("MMATE: flex_enabled must be True with mix='softmax': it has the output projection")
-        alone = self.mix_rest is None and self.swin is not None and self.swin_enabled
-        if self.swin is not None and alone and (layout is not None or self.config.text_window):
+        attends = self.swin_enabled and (layout is not None or self.config.text_window)
+        if self.mix_rest is None and self.swin is not None and attends:
             out = self.swin(hidden_states, **call, return_state=keep)
             b, swin_state = out if keep else (out, swin_state)
         mask = None if layout is None or self.config.text_window else layout.visual_mask(hidden_states.device)
@@ -272,8 +272,8 @@ class MMATE(nn.Module):
         seen, targets = [], []
         for inputs in batches:
             inside, rest, use = self.swin.mass_beyond(**inputs)
-            # Outside of this range around `inside` sigmoid is all but constant.
             seen.append(inputs["hidden_states"][use])
+            # Outside of this range around `inside` sigmoid is all but constant.
             targets.append(torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use])
         z, target = torch.cat(seen).double(), torch.cat(targets)
         if not len(z):
