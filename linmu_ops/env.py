@@ -81,7 +81,7 @@ def _binaries(failures: list[str]) -> dict[str, dict[str, str]]:
     for binary in _registry.binaries().values():
         found[binary.file] = {"state": "loaded" if binary.loaded else binary.error or "", **binary.info}
         if binary.file == "liblinmu_cuda.so":
-            found[binary.file]["evidence"] = _registry.UNTRIED["cuda"]
+            found[binary.file]["evidence"] = _registry.EVIDENCE
         if binary.path is not None and binary.error:
             failures.append(f"{binary.file}: {binary.error}")
     planner = _native.planner()

@@ -134,14 +134,13 @@ def test_variable_that_cannot_be_met_fails_at_the_call():
     assert code == 1 and "'cpu' is forced but cannot serve: liblinmu_cpu.so: LINMU_NO_BINARY is set" in text
 
 
-@pytest.mark.parametrize("impl", ["cuda", "triton"])
-def test_kernels_that_have_not_run_on_a_gpu_say_so_once(impl, monkeypatch):
+def test_less_exact_kernels_say_so_once(monkeypatch):
     monkeypatch.setattr(_registry, "_warned", set())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for device in ("cpu", "cuda", "cuda"):
-            _registry._warn_of_untried(impl, device)
-    assert [("have not run on a GPU yet" in str(w.message)) for w in caught] == [True]
+        for impl, device in (("cuda", "cuda"), ("triton", "cpu"), ("triton", "cuda"), ("triton", "cuda")):
+            _registry._warn_of_inexact("ssd_scan", impl, device)
+    assert [("triton is less exact than cuda" in str(w.message)) for w in caught] == [True]
 
 
 def test_float64_is_not_for_triton():
