@@ -30,9 +30,11 @@ NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "referen
 # Order of preference per device.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-# What stands behind the kernels of a GPU so far, and where they are known to be less exact than the bound of the tests.
+# What stands behind the kernels of a GPU so far, and where they were less exact there than the bound of the tests.
 EVIDENCE = "compiled for sm_90a, its kernels pass on an H100; for sm_80 and sm_100 they have not run on a GPU"
-INEXACT = {("ssd_scan", "triton"): "its sums over 16-bit operands round the operand that carries the decay to 16 bits"}
+INEXACT = {
+    ("ssd_scan", "triton"): "on an H100 it exceeded its tests' bound; mended since, and not measured there again"
+}
 
 _libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("linmu", "linmu_reference", "linmu_triton")}
 
@@ -310,7 +312,7 @@ def _warn_of_reference(op: str, device: str) -> None:
 
 def _warn_of_inexact(op: str, impl: str, device: str) -> None:
     if device == "cuda" and (op, impl) in INEXACT and not torch.compiler.is_compiling():
-        warn_once(("inexact", op, impl), f"linmu_ops.{op}: {impl} is less exact than cuda: {INEXACT[op, impl]}")
+        warn_once(("inexact", op, impl), f"linmu_ops.{op}: {impl} may be less exact than cuda: {INEXACT[op, impl]}")
 
 
 def _within_limits(op: str, impl: str, like: torch.Tensor, args: tuple[Any, ...]) -> str:

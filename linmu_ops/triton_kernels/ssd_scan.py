@@ -116,8 +116,11 @@ def _chunk_state_kernel(
     rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
     x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
     k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
-    scaled = (k.to(tl.float32) * scale[:, None]).to(k.dtype)
-    state = tl.dot(tl.trans(x), scaled, input_precision="ieee")
+    scaled = k.to(tl.float32) * scale[:, None]
+    high = scaled.to(k.dtype)
+    state = tl.dot(tl.trans(x), high, input_precision="ieee")
+    if k.dtype != tl.float32:  # the state is a float32 result: what rounding to 16 bits leaves of its operand counts
+        state += tl.dot(tl.trans(x), (scaled - high.to(tl.float32)).to(k.dtype), input_precision="ieee")
     index = bh * num_chunks + c
     offs_p, offs_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     tl.store(

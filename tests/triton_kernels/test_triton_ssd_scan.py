@@ -78,3 +78,8 @@ def test_forward_and_backward(name):
 def test_half(dtype):
     inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=dtype, options=("gate_h", "reverse_mask", "reverse_dt"))
     check_against_reference(by("triton", "both", False), by("reference", "both", False), inputs)
+
+
+def test_the_state_of_half_inputs_is_a_float32_sum():
+    inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=torch.float16)
+    check_against_reference(by("triton", "forward", True), by("reference", "forward", True), inputs)
