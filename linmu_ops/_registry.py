@@ -31,7 +31,7 @@ NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "referen
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 # What stands behind the kernels of a GPU so far, and where they were less exact there than the bound of the tests.
-EVIDENCE = "compiled for sm_90a, its kernels pass on an H100; for sm_80 and sm_100 they have not run on a GPU"
+EVIDENCE = "compiled for sm_90a, right on an H100 to rounding; for sm_80 and sm_100 they have not run on a GPU"
 INEXACT = {
     ("ssd_scan", "triton"): "on an H100 it exceeded its tests' bound; mended since, and not measured there again"
 }
