@@ -30,7 +30,7 @@ NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "referen
 # Order of preference per device.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
-# What stands behind the kernels of a GPU so far, and where they were less exact there than the bound of the tests.
+# What stands behind liblinmu_cuda.so, and which kernels of a GPU were less exact there than the bound of their tests.
 EVIDENCE = "compiled for sm_90a, right on an H100 to rounding; for sm_80 and sm_100 they have not run on a GPU"
 INEXACT = {
     ("ssd_scan", "triton"): "on an H100 it exceeded its tests' bound; mended since, and not measured there again"

@@ -74,12 +74,16 @@ def test_forward_and_backward(name):
     check_against_reference(by("triton", direction, final), by("reference", direction, final), inputs, wrt)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []), ids=str)
+HALF = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half(dtype):
     inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=dtype, options=("gate_h", "reverse_mask", "reverse_dt"))
     check_against_reference(by("triton", "both", False), by("reference", "both", False), inputs)
 
 
-def test_the_state_of_half_inputs_is_a_float32_sum():
-    inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=torch.float16)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_state_of_half_inputs_is_a_float32_sum(dtype):
+    inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=dtype)
     check_against_reference(by("triton", "forward", True), by("reference", "forward", True), inputs)
