@@ -7,7 +7,7 @@ from typing import Any
 
 CHOICES = {
     "reverse_projections": ("shared", "separate"),
-    "feature_map": ("none", "relu2"),
+    "feature_map": ("none", "relu2", "hedgehog"),
     "gate": ("head", "token"),
     "mix": ("scalar", "channel", "token", "softmax"),
     "norm": ("none", "rms", "layer"),
@@ -29,8 +29,9 @@ class MMATEConfig:
         rotary: rotate B and C by the layer's position embeddings, so that C_i . B_j is the teacher's q_i . k_j (open).
         rotary_interleaved: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...;
             for both branches. R, the last size of cos, may be smaller than the head: the rest is not rotated.
-        feature_map: of B and C after their rotation; "relu2", relu(.)^2 of each channel, makes C . B fall off faster
-            between keys that are alike, as softmax does (beyond the paper).
+        feature_map: of B and C after their rotation, makes C . B fall off faster between keys that are alike, as softmax
+            does (beyond the paper): "relu2", relu(.)^2 of each channel; "hedgehog", softmax over the channels of a
+            learned linear map per head, the identity at first (Zhang et al., arXiv:2402.04347, one sign of theirs).
         reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere.
         reverse_projections: "shared" B and C for both directions, or "separate" ones for the reverse scan, the
             tildes of Eq. 2. Step size and decay are separate either way.
@@ -64,8 +65,8 @@ class MMATEConfig:
         mix: lambda as one learned logit ("scalar"), one per model channel ("channel"), or per "token" from a linear
             map of the input. "softmax" (beyond the paper): per token and head, before the output projection, with
             1 - lambda the share of a softmax over all tokens that falls to those in the window: sigmoid of the log
-            of the mass of their scores, less a linear map of the input that stands for the rest of the tokens. Where
-            there is no rest, a block made from attention is that attention, exactly.
+            of the mass of their scores, less that of the n tokens before them, log n plus a linear map of the input.
+            Where there are none, a block made from attention is that attention, exactly.
         initial_mix: lambda at the start, in (0, 1); not for "softmax", which `MMATE.calibrate` sets.
         norm: final norm: "layer" (Algorithm 1), "rms", or "none"; each with a learned scale per channel that
             `MMATE.calibrate` sets from the teacher.
@@ -111,6 +112,8 @@ class MMATEConfig:
             self._require(name, 0 < getattr(self, name) < 1, "in (0, 1)")
         self._require("initial_decay", all(0 < d < 1 for d in self.decays) and len(self.decays) == 2, "in (0, 1)")
         self._require("conv_width", self.conv_width == 0 or 2 <= self.conv_width <= 8, "0, or 2 to 8")
+        # The softmax hides the size of C, by which y would be calibrated.
+        self._require("head_norm", self.head_norm or self.feature_map != "hedgehog", 'on with feature_map="hedgehog"')
         self._require("text_window", self.text_window >= 0, ">= 0")
         for name in ("window", "image_window"):
             size = getattr(self, name)

@@ -62,6 +62,9 @@ class FlexMA(nn.Module):
         self.c_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.b_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.scale = nn.Parameter(torch.empty(H))
+        learned = config.feature_map == "hedgehog"
+        self.b_map = nn.Parameter(torch.empty(G, P, P)) if learned else None
+        self.c_map = nn.Parameter(torch.empty(H, P, P)) if learned else None
         self.dt_proj = nn.Linear(dim, H, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
@@ -89,6 +92,9 @@ class FlexMA(nn.Module):
         memory = (1 - low) ** (spread - 1) * (1 - high) ** -spread  # geometric from 1/(1-low) to 1/(1-high)
         dt_bias = torch.log(torch.expm1(-torch.log1p(-1 / memory)))  # softplus(dt_bias) = -log(decay)
         nn.init.constant_(self.scale, self.config.initial_scale)
+        for feature_map in (self.b_map, self.c_map):
+            if feature_map is not None:
+                feature_map.copy_(torch.eye(self.head_dim).expand_as(feature_map))
         for proj, bias, A_log in self._directions():
             nn.init.zeros_(proj.weight)
             bias.copy_(dt_bias)
@@ -118,7 +124,10 @@ class FlexMA(nn.Module):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Multiply the output (but for D and the output bias) by `factor`, through a parameter that has that effect."""
-        (self.scale if self.head_norm is None else self.head_norm).mul_(factor)
+        if self.head_norm is not None:
+            self.head_norm.mul_(factor)
+        else:
+            self.scale.mul_(factor**0.5 if self.config.feature_map == "relu2" else factor)
 
     @torch.no_grad()
     def fit_step_sizes(self, hidden_states: Tensor, mass: Tensor) -> None:
@@ -226,6 +235,9 @@ class FlexMA(nn.Module):
         B, C = self.b_norm(B).to(dtype), self.c_norm(C).to(dtype)
         C = C * (self.scale * self.softmax_scale).to(dtype)[:, None]
         B, C = apply_rotary(B, rotary, interleaved), apply_rotary(C, rotary, interleaved)
+        if self.b_map is not None and self.c_map is not None:
+            B, C = (torch.einsum("blhp,hpq->blhq", t, w) for t, w in ((B, self.b_map), (C, self.c_map)))
+            return B.softmax(-1).to(dtype), C.softmax(-1).to(dtype)
         return (B.relu().square(), C.relu().square()) if self.config.feature_map == "relu2" else (B, C)
 
 

@@ -36,7 +36,7 @@ class Near(NamedTuple):
     Attributes:
         y: (B, L, H, P). Softmax attention over them; 0 where there is none.
         mass: (B, L, H), accumulate dtype. Log-sum-exp of their scores; -inf where there is none.
-        beyond: (B, L) bool. Whether other tokens lie before this one.
+        beyond: (B, L) int64. How many other tokens lie before this one.
     """
 
     y: Tensor
@@ -199,7 +199,7 @@ class LocalSwin(nn.Module):
             new = new._replace(seen=seen + real.sum(1))
             if sinks is not None:
                 new = new._replace(sink_keys=sinks.keys, sink_values=sinks.values, sinks=sinks.there)
-        return Near(y, mass, index + 1 > count), new
+        return Near(y, mass, (index + 1 - count).clamp(min=0)), new
 
     def _sinks(
         self,
@@ -290,7 +290,7 @@ class LocalSwin(nn.Module):
         **ignored: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What causal attention gives to the tokens outside the window: the logs of the mass of the scores inside and
-        outside, (B, L, H), and where there is any outside, (B, L) bool. Quadratic in time; arguments as `forward`."""
+        outside, (B, L, H), and the number of tokens outside, (B, L) int64. Quadratic in time; arguments as `forward`."""
         near, _ = self._near(hidden_states, layout, position_embeddings, attention_mask, None, False)
         q, k, _ = self._projected(hidden_states)
         q, k = self._turned(q, k, position_embeddings)
@@ -303,7 +303,7 @@ class LocalSwin(nn.Module):
         every = torch.cat(parts, dim=1).double()
         inside = near.mass.double()
         rest = (1 - (inside - every).exp()).clamp(min=0).log() + every
-        return inside, rest, near.beyond & real
+        return inside, rest, near.beyond * real
 
 
 def _chunks_with_text(

@@ -152,9 +152,10 @@ class MMATE(nn.Module):
         if self.mix_rest is not None and self.swin is not None and self.swin_enabled:
             out = self.swin(hidden_states, **call, return_state=keep)
             found, swin_state = out if keep else (out, swin_state)
-            rest = self.mix_rest(hidden_states).to(found.mass.dtype)
+            beyond = found.beyond[..., None].to(found.mass.dtype)
+            rest = self.mix_rest(hidden_states).to(found.mass.dtype) + beyond.clamp(min=1).log()
             # Where nothing is near, something else must be there, and the other way round: no -inf less -inf.
-            rest = rest.masked_fill(~found.beyond[..., None] & found.mass.isfinite(), -torch.inf)
+            rest = rest.masked_fill((beyond == 0) & found.mass.isfinite(), -torch.inf)
             near = found.y, (found.mass - rest).sigmoid()
         if self.flex is not None and self.flex_enabled:
             out = self.flex(hidden_states, **call, return_state=keep, near=near)
@@ -267,14 +268,16 @@ class MMATE(nn.Module):
         return target
 
     def _fit_mix(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Ridge regression of the log mass of the scores beyond the window on the input, per head."""
+        """Ridge regression of the log mass of the scores beyond the window, a token's mean, on the input, per head."""
         assert self.swin is not None and self.mix_rest is not None
         seen, targets = [], []
         for inputs in batches:
-            inside, rest, use = self.swin.mass_beyond(**inputs)
+            inside, rest, count = self.swin.mass_beyond(**inputs)
+            use = count > 0
             seen.append(inputs["hidden_states"][use])
             # Outside of this range around `inside` sigmoid is all but constant.
-            targets.append(torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use])
+            rest = torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use]
+            targets.append(rest - count[use].to(rest.dtype).log()[:, None])
         z, target = torch.cat(seen).double(), torch.cat(targets)
         if not len(z):
             return

@@ -101,6 +101,10 @@ def flex_ma(m, z, blocks=(), rotary=None, near=None):
     Cs = [rotate(m.c_norm(heads(t, H, P)) * scale, rot, c.rotary_interleaved) for t in Cs]
     if c.feature_map == "relu2":
         Bs, Cs = ([t.clamp(min=0) ** 2 for t in ts] for ts in (Bs, Cs))
+    if c.feature_map == "hedgehog":
+        b_map = m.b_map.repeat_interleave(H // len(m.b_map), dim=0)
+        Bs = [(t[..., None, :] @ b_map).squeeze(-2).softmax(-1) for t in Bs]
+        Cs = [(t[..., None, :] @ m.c_map).squeeze(-2).softmax(-1) for t in Cs]
     y = torch.einsum(
         "hij,jhp->ihp", scan_matrix(F.softplus(m.dt_proj(z) + m.dt_bias), -m.A_log.exp(), Bs[0], Cs[0], order), X
     )
@@ -168,7 +172,7 @@ def mmate(m, z, blocks=(), rotary=None):
     if c.mix == "softmax" and m.swin_enabled:
         y, mask, mass = near_attention(m.swin, z, blocks, rotary)
         earlier = torch.ones(L, L, dtype=torch.bool).tril()
-        rest = m.mix_rest(z).exp() * (earlier & ~mask).any(1)[:, None]
+        rest = m.mix_rest(z).exp() * (earlier & ~mask).sum(1)[:, None]
         inside = mass.sum(-1).T
         return normed(m, flex_ma(m.flex, z, blocks, rotary, (y, inside / (inside + rest))))
     has_both = torch.zeros(L, dtype=torch.bool)

@@ -126,7 +126,9 @@ def test_calibrate():
         target[~mask] = 1e6
         batches.append((dict(hidden_states=torch.randn(2, 12, 12), attention_mask=mask), target))
     size = torch.cat([t[mask] for _, t in batches]).square().mean().sqrt()
-    for options in (dict(norm="rms"), dict(norm="layer"), dict(norm="none"), dict(norm="none", head_norm=True)):
+    plain = dict(norm="none")
+    for more in (dict(norm="rms"), dict(norm="layer"), plain, dict(head_norm=True), dict(feature_map="relu2")):
+        options = {**plain, **more}
         block = MMATE.from_attention(Attention(), config=MMATEConfig(**options))
         assert block.calibrate(batches) == pytest.approx(size.item())
         with torch.no_grad():
