@@ -102,9 +102,11 @@ class LossConfig(_Table):
     """tau of L_tok."""
     relative_hidden: bool = True
     """Divide each layer's L_hid by the mean of ||teacher output||^2, measured before stage 1."""
-    hidden_average: Literal["tokens", "kinds"] = "tokens"
-    """L_hid as the mean over all tokens, as in the paper, or as half the mean over visual tokens and half that over
-    text: where a video is a hundred times as long as the question, answers else count for nothing."""
+    hidden_average: Literal["tokens", "kinds", "read"] = "tokens"
+    """L_hid as the mean over all tokens, as in the paper; `kinds`: as half the mean over visual tokens and half that
+    over text: where a video is a hundred times as long as the question, answers else count for nothing; `read`: as a
+    third of these each and a third of the mean over answers of what they read: a token's error at a layer counts by the
+    attention that later layers give it from where answers are predicted, and these positions count themselves."""
     chunk_size: Positive = 1024
     """Logits of so many positions are held at a time."""
 

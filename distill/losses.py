@@ -51,37 +51,43 @@ def kept_positions(labels: Tensor) -> Kept:
 def hidden_loss(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    mask: Tensor,
+    weights: Tensor | Sequence[Tensor],
     *,
     scales: Sequence[float] | None = None,
     num_tokens: int | None = None,
 ) -> Tensor:
     """L_hid, Eq. 6: the mean over layers and tokens of the squared distance of a mixer's output to the attention's.
 
-        1/A sum_l 1/N sum_t || student[l][t] - teacher[l][t] ||^2 / scales[l]
+        1/A sum_l 1/N sum_t weights[t] || student[l][t] - teacher[l][t] ||^2 / scales[l]
 
     Args:
         student: A tensors (B, L, D): the M-MATE outputs, before the residual addition.
         teacher: A tensors (B, L, D): the teacher's attention outputs at the same layers.
-        mask: (B, L) bool; False at padding.
+        weights: (B, L), bool or >= 0, 0 at padding; or one such tensor for each layer.
         scales: a number > 0 for each layer; the mean of ||teacher||^2 makes each term a relative error. None: all 1.
-        num_tokens: N; the number of True in `mask` when None.
+        num_tokens: N; the sum of the (first layer's) weights when None.
     """
     if len(student) != len(teacher) or not student:
         raise ValueError(f"hidden_loss: student must have the teacher's {len(teacher)} layers, got {len(student)}")
-    count = int(mask.sum()) if num_tokens is None else num_tokens
-    total = torch.zeros((), dtype=torch.float32, device=mask.device)
-    for layer, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-        if ours.shape != theirs.shape or ours.shape[:2] != mask.shape:
+    each = [weights] * len(teacher) if isinstance(weights, Tensor) else weights
+    count = num_weighed(weights) if num_tokens is None else num_tokens
+    total = torch.zeros((), dtype=torch.float32, device=each[0].device)
+    for layer, (ours, theirs, weight) in enumerate(zip(student, teacher, each, strict=True)):
+        if ours.shape != theirs.shape or ours.shape[:2] != weight.shape:
             raise ValueError(
                 f"hidden_loss: layer {layer} must be {tuple(theirs.shape)} under a mask {tuple(theirs.shape[:2])}, "
-                f"got {tuple(ours.shape)} and {tuple(mask.shape)}"
+                f"got {tuple(ours.shape)} and {tuple(weight.shape)}"
             )
         error = (ours.float() - theirs.float()).square().sum(-1)
-        # where, not a product: padding may hold anything, NaN included.
-        error = torch.where(mask, error, error.new_zeros(())).sum()
+        # where, not a product alone: padding may hold anything, NaN included.
+        error = torch.where(weight > 0, error * weight, error.new_zeros(())).sum()
         total = total + (error if scales is None else error / scales[layer])
     return total / (len(student) * max(count, 1))
+
+
+def num_weighed(weights: Tensor | Sequence[Tensor]) -> int:
+    """The sum of the weights of tokens, the same at each layer and whole but for rounding."""
+    return round(float((weights if isinstance(weights, Tensor) else weights[0]).sum(dtype=torch.float64)))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from distill.student import (
     own_state,
     set_local_swin,
     trainable_parameters,
+    what_is_read,
 )
 from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, share_vision_features
 from distill.train import StageTrainer, Teacher
@@ -143,7 +144,11 @@ class Run:
                         student.model, self.teacher, batches, step_sizes=self.config.calibrate_step_sizes
                     )
                 average = self.config.losses.hidden_average
-                kinds = [hidden_kinds(student.model, batch, average) for batch in batches]
+                reading = [what_is_read(self.teacher, layers, b) if average == "read" else None for b in batches]
+                kinds = [
+                    hidden_kinds(student.model, batch, average, read)
+                    for batch, read in zip(batches, reading, strict=True)
+                ]
                 squares = mean_squares(self.teacher, layers, batches, kinds)
             handoff.save_result(
                 self.folder, 0, own_state(student.model, student.blocks), self.teacher_hash, self.config,

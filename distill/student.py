@@ -1,7 +1,8 @@
 """The student: which of its parameters are which, how its branches are switched, and what LoRA adds."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distill.config import LoraConfig
+from distill.losses import kept_positions, num_weighed
 from distill.parallel import gathered
 from distill.stages import Stage
 from distill.teacher import Batch, model_inputs
+from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
@@ -137,19 +140,49 @@ def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
         ours[name].copy_(tensor)
 
 
-def hidden_kinds(student: PreTrainedModel, batch: Batch, average: str) -> dict[str, Tensor]:
-    """(B, L) masks of the tokens that share a mean in L_hid: all of them, or visual tokens and text apart."""
+@contextmanager
+def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) -> Iterator[list[Tensor]]:
+    """See, while `teacher` runs once on a batch, what its answers read.
+
+    Yields:
+        A list that holds afterwards for each of `layers` (B, L) float32, the weights of tokens: what `read_later` makes
+        of the attention from the positions that predict answers. Their sum is the number of these positions.
+    """
+    supervised = kept_positions(batch["labels"])
+    answers = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    answers[supervised.rows, supervised.positions] = True
+    weights: list[Tensor] = []
+    with record_mass(teacher, attention_modules(teacher), answers) as masses:
+        yield weights
+    every = read_later(masses, answers)
+    weights.extend(every[layer] for layer in layers)
+
+
+@torch.no_grad()
+def what_is_read(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) -> list[Tensor]:
+    """What `record_reading` finds in a run of the teacher."""
+    with record_reading(teacher, layers, batch) as reading:
+        teacher.model(**model_inputs(batch), use_cache=False)
+    return reading
+
+
+def hidden_kinds(
+    student: PreTrainedModel, batch: Batch, average: str, reading: list[Tensor] | None = None
+) -> dict[str, Tensor | list[Tensor]]:
+    """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them: all tokens, or visual tokens and text
+    apart, with `reading` what answers read as well."""
     mask = batch["attention_mask"].bool()
     if average == "tokens":
         return {"tokens": mask}
     layout = student.build_layout(model_inputs(batch))
     visual = torch.zeros_like(mask) if layout is None else layout.visual_mask(mask.device)
-    return {"visual": mask & visual, "text": mask & ~visual}
+    kinds: dict[str, Tensor | list[Tensor]] = {"visual": mask & visual, "text": mask & ~visual}
+    return kinds if reading is None else {**kinds, "read": reading}
 
 
 @torch.no_grad()
 def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch],
-                 kinds: Sequence[dict[str, Tensor]]) -> dict[str, list[float]]:  # fmt: skip
+                 kinds: Sequence[dict[str, Tensor | list[Tensor]]]) -> dict[str, list[float]]:  # fmt: skip
     """For each kind of token and each layer, the mean of ||attention output||^2; 1 where no token is of the kind.
 
     Args:
@@ -158,10 +191,12 @@ def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequenc
     sums = {kind: torch.zeros(len(layers), dtype=torch.float64) for kind in kinds[0]}
     counts = dict.fromkeys(sums, 0)
     modules = attention_modules(model)
-    for batch, masks in zip(batches, kinds, strict=True):
+    for batch, found in zip(batches, kinds, strict=True):
         with record_outputs([modules[i] for i in layers]) as outputs:
             model.model(**model_inputs(batch), use_cache=False)
-        for kind, mask in masks.items():
-            sums[kind] += torch.stack([output[mask].double().square().sum().cpu() for output in outputs])
-            counts[kind] += int(mask.sum())
+        for kind, weights in found.items():
+            each = [weights] * len(layers) if isinstance(weights, Tensor) else weights
+            squares = [(w * o.double().square().sum(-1))[w > 0].sum().cpu() for w, o in zip(each, outputs, strict=True)]
+            sums[kind] += torch.stack(squares)
+            counts[kind] += num_weighed(weights)
     return {kind: (sums[kind] / counts[kind]).tolist() if counts[kind] else [1.0] * len(layers) for kind in sums}

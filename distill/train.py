@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from distill.checkpoint import CheckpointStore, random_states, set_random_states
 from distill.config import Config
-from distill.losses import answer_losses, hidden_loss, kept_positions
+from distill.losses import answer_losses, hidden_loss, kept_positions, num_weighed
 from distill.parallel import (
     assign,
     gathered,
@@ -32,7 +32,7 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
-from distill.student import hidden_kinds
+from distill.student import hidden_kinds, record_reading
 from distill.teacher import (
     Batch,
     Source,
@@ -67,15 +67,19 @@ class Teacher:
     """For each kind of token, the mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, hidden: bool, inputs: bool) -> tuple[Tensor, list[Tensor], list[Batch]]:
-        """Final hidden states `(B, L, D)`, and where asked for the outputs and the inputs of attention at `layers`."""
+    def __call__(
+        self, batch: Batch, hidden: bool, inputs: bool, reading: bool
+    ) -> tuple[Tensor, list[Tensor], list[Batch], list[Tensor] | None]:
+        """Final hidden states `(B, L, D)`, and where asked for the outputs and the inputs of attention at `layers`, and
+        what answers read (see `record_reading`)."""
         modules = [attention_modules(self.model)[i] for i in self.layers]
         with (
             record_outputs(modules if hidden else []) as outputs,
             record_inputs(modules if inputs else []) as seen,
+            record_reading(self.model, self.layers, batch) if reading else nullcontext() as read,
         ):
             states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
-        return states, outputs, seen
+        return states, outputs, seen, read
 
 
 @dataclass
@@ -89,8 +93,8 @@ class Part:
     hidden: list[Tensor]
     inputs: list[Batch]
     """What the teacher's attention saw at each layer, where the student's blocks are to see it too; else empty."""
-    kinds: dict[str, Tensor]
-    """(num_rows, L) bool for each kind of token that has a mean of its own in L_hid."""
+    kinds: dict[str, Tensor | list[Tensor]]
+    """The weights (num_rows, L) of tokens for each mean in L_hid, or those of each layer."""
     same: Tensor
     """(num_rows,) bool: rows whose true answers are the teacher's own answers too."""
     counts: dict[str, int]
@@ -132,11 +136,11 @@ class Objective(nn.Module):
                 hidden_loss(
                     ours,
                     part.hidden,
-                    mask,
+                    weights,
                     scales=None if teacher.scales is None else teacher.scales[kind],
                     num_tokens=counts[kind],
                 )
-                for kind, mask in part.kinds.items()
+                for kind, weights in part.kinds.items()
             ]
             losses["hidden"] = torch.stack(means).mean()
         if alone:
@@ -173,12 +177,15 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
 
     batch = to_device(source.processor(samples))
     rows = len(batch["labels"])
-    states, hidden, inputs = teacher(batch, "hidden" in stage.losses, stage.block_input == "teacher")
+    average, learns_hidden = config.losses.hidden_average, "hidden" in stage.losses
+    states, hidden, inputs, reading = teacher(
+        batch, learns_hidden, stage.block_input == "teacher", learns_hidden and average == "read"
+    )
     kept = kept_positions(batch["labels"])
     if not len(kept):
         raise TrainingError("a batch has no supervised position: every answer in it is empty")
     states = kept.select(states)
-    kinds = hidden_kinds(student, batch, config.losses.hidden_average) if hidden else {}
+    kinds = hidden_kinds(student, batch, average, reading) if hidden else {}
     same = torch.zeros(rows, dtype=torch.bool, device=device)
     if "sequence" in stage.losses:
         # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
@@ -190,7 +197,7 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
     all_kept = kept_positions(labels)
     own_rows = torch.cat([same, same.new_ones(len(labels) - rows)])
     counts = {
-        **{kind: int(mask.sum()) for kind, mask in kinds.items()},
+        **{kind: num_weighed(weights) for kind, weights in kinds.items()},
         "token": len(kept),
         "sequence": int(own_rows[all_kept.rows].sum()),
         "supervised": len(kept),

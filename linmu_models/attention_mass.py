@@ -1,8 +1,9 @@
-"""How much of a teacher's attention each token gets from text, for `calibrate`."""
+"""How much of a teacher's attention each token gets from some of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,20 +12,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
-from .hooks import record_inputs
-
 RECORDED = "linmu_recorded"
 _QUERIES_AT_ONCE = 256
 
-_seen: dict[nn.Module, list[tuple[Tensor, Tensor, Tensor | None, float]]] = {}
+_asking: dict[nn.Module, Tensor] = {}
+_found: dict[nn.Module, Tensor] = {}
 
 
 def _recorded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    if module in _seen:
+    if module in _asking:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        _seen[module].append((query, key, attention_mask, scale))
+        _found[module] = _mass(query, key, attention_mask, scale, _asking[module].to(query.device))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -33,43 +33,57 @@ AttentionMaskInterface.register(RECORDED, eager_mask)  # it gives the whole mask
 
 
 @torch.no_grad()
-def record_mass(
-    teacher: Any, attention: nn.Module, inputs: Mapping[str, Any], visual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run `teacher` and see what `attention`, one of its layers, is given and where its text queries look.
-
-    Args:
-        inputs: keywords of the teacher's forward.
-        visual: (B, L) bool, True at visual tokens; None: all tokens are text.
-
-    Returns:
-        hidden_states: (n, D), inputs of the layer at the n tokens that are not padding.
-        mass: (n, H), attention from the row's text queries on each token, in units of the row's mean.
-    """
-    config = teacher.get_decoder().config
-    before = config._attn_implementation
-    _seen[attention] = []
-    try:
-        config._attn_implementation = RECORDED
-        with record_inputs([attention]) as given:
-            teacher.model(**inputs, use_cache=False)
-        ((query, key, mask, scale),) = _seen[attention]
-    finally:
-        config._attn_implementation = before
-        del _seen[attention]
-    hidden = given[0]["hidden_states"]
-    padded = inputs.get("attention_mask")
-    real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if padded is None else padded.bool().to(hidden.device)
-    asking = real if visual is None else real & ~visual.to(hidden.device)
+def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking: Tensor) -> Tensor:
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    masses = []
-    for row in range(len(hidden)):
-        mass = hidden.new_zeros(key.shape[1], key.shape[2], dtype=torch.float32)
+    mass = query.new_zeros(key.shape[:3], dtype=torch.float32)
+    for row in range(len(query)):
         for queries in asking[row].nonzero()[:, 0].split(_QUERIES_AT_ONCE):
             logits = (query[row][:, queries] @ key[row].mT).float() * scale
             if mask is not None:
                 logits += mask[row if len(mask) > 1 else 0][:, queries, : key.shape[2]]
-            mass += logits.softmax(-1).sum(1)
-        mass = mass[:, real[row]]
-        masses.append((mass / mass.mean(1, keepdim=True).clamp(min=1e-20)).T)
-    return hidden[real], torch.cat(masses)
+            mass[row] += logits.softmax(-1).sum(1)
+    return mass
+
+
+@contextmanager
+def record_mass(teacher: Any, attentions: Sequence[nn.Module], asking: Tensor) -> Iterator[list[Tensor]]:
+    """See, while `teacher` runs once, where some queries look.
+
+    The attention of these queries is computed in full, a few hundred at a time.
+
+    Args:
+        attentions: layers of the teacher.
+        asking: (B, L) bool, the queries.
+
+    Yields:
+        A list that holds afterwards, for each of `attentions`, (B, H, L) float32: the sum over the row's queries of
+        the attention that each token gets.
+    """
+    config = teacher.get_decoder().config
+    before = config._attn_implementation
+    found: list[Tensor] = []
+    _asking.update(dict.fromkeys(attentions, asking))
+    try:
+        config._attn_implementation = RECORDED
+        yield found
+        found.extend(_found[attention] for attention in attentions)
+    finally:
+        config._attn_implementation = before
+        for attention in attentions:
+            del _asking[attention]
+            _found.pop(attention, None)
+
+
+def read_later(masses: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
+    """How much of each layer's output is read after it, for each token.
+
+    Args:
+        masses: what `record_mass` found at all layers, in their order.
+        asking: its queries, (B, L).
+
+    Returns:
+        For each layer (B, L) float32: the mean over the later layers, each with the mean over its heads, and over the
+        end, where the asking tokens themselves are read. The sum is the number of these, at every layer.
+    """
+    later = [*(mass.mean(1).to(asking.device) for mass in masses), asking.float()]
+    return [torch.stack(later[layer + 1 :]).mean(0) for layer in range(len(masses))]

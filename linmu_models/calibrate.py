@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from .attention_mass import record_mass
+from linmu_ops import TokenLayout
+
+from .attention_mass import read_later, record_mass
 from .hooks import attention_modules, record_inputs, record_outputs
 from .modeling import LinmuAttention
 
@@ -27,22 +30,22 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
         teacher: runs once for each batch and each few layers, so that what is kept is that of a few layers.
         batches: keywords of the teacher's forward; `labels` are left out.
         step_sizes: before that, fit each block's step sizes to the attention that tokens get from text (see
-            `FlexMA.fit_step_sizes`), so that from the start it remembers what the teacher looks at. Attention is
-            computed in full for this, one layer in a run of the teacher: keep the batches short.
+            `FlexMA.fit_step_sizes`), so that from the start it remembers what the teacher looks at; and in all other
+            fits, let a token count half by what text reads of it in later layers. Attention is computed in full for
+            this, one layer in a run of the teacher: keep the batches short.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     layouts = [student.build_layout(inputs) for inputs in batches]
-    pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
-    linear = [(ours, theirs) for ours, theirs in pairs if isinstance(ours, LinmuAttention)]
-    for block, attention in linear if step_sizes else ():
+    every = list(zip(attention_modules(student), attention_modules(teacher), strict=True))
+    linear = {i: pair for i, pair in enumerate(every) if isinstance(pair[0], LinmuAttention)}
+    for block, attention in linear.values() if step_sizes else ():
         if block.flex is not None:
-            found = [
-                record_mass(teacher, attention, inputs, None if layout is None else layout.visual_mask())
-                for inputs, layout in zip(batches, layouts, strict=True)
-            ]
+            found = [_read_by_text(teacher, attention, *pair) for pair in zip(batches, layouts, strict=True)]
             block.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    reading = [_read_later_by_text(teacher, *pair) for pair in zip(batches, layouts, strict=True) if step_sizes]
     for start in range(0, len(linear), _TOGETHER):
-        blocks, attentions = zip(*linear[start : start + _TOGETHER], strict=True)
+        numbers = list(linear)[start : start + _TOGETHER]
+        blocks, attentions = zip(*(linear[i] for i in numbers), strict=True)
         seen: list[list[tuple[dict[str, Any], Any]]] = [[] for _ in blocks]
         for inputs, layout in zip(batches, layouts, strict=True):
             with record_inputs(attentions) as given, record_outputs(attentions) as made:
@@ -51,5 +54,34 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
             for kept, arguments, output in zip(seen, given, made, strict=True):
                 padding = None if mask is None else mask.bool().to(output.device)
                 kept.append((dict(arguments, layout=layout, attention_mask=padding), output))
-        for block, kept in zip(blocks, seen, strict=True):
-            block.calibrate(kept)
+        for number, block, kept in zip(numbers, blocks, seen, strict=True):
+            block.calibrate(kept, [weights[number] for weights in reading] or None)
+
+
+def _real_and_text(inputs: Mapping[str, Any], layout: TokenLayout | None) -> tuple[Tensor, Tensor]:
+    """(B, L) bool each: tokens that are not padding; those that are not visual either."""
+    ids, padded = inputs["input_ids"], inputs.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if padded is None else padded.bool().to(ids.device)
+    return real, real if layout is None else real & ~layout.visual_mask(ids.device)
+
+
+def _read_later_by_text(teacher: Any, inputs: Mapping[str, Any], layout: TokenLayout | None) -> list[Tensor]:
+    """For each layer (B, L): how much text reads of its output in later layers."""
+    text = _real_and_text(inputs, layout)[1]
+    with record_mass(teacher, attention_modules(teacher), text) as masses:
+        teacher.model(**inputs, use_cache=False)
+    return read_later(masses, text)
+
+
+def _read_by_text(
+    teacher: Any, attention: nn.Module, inputs: Mapping[str, Any], layout: TokenLayout | None
+) -> tuple[Tensor, Tensor]:
+    """(n, D) and (n, H): what `attention` is given at the n tokens that are not padding, and how much of its row's text
+    looks at each, in units of the row's mean."""
+    real, text = _real_and_text(inputs, layout)
+    with record_inputs([attention]) as given, record_mass(teacher, [attention], text) as masses:
+        teacher.model(**inputs, use_cache=False)
+    hidden = given[0]["hidden_states"]
+    real = real.to(hidden.device)
+    rows = [row[kept] for row, kept in zip(masses[0].mT, real, strict=True)]
+    return hidden[real], torch.cat([row / row.mean(0, keepdim=True).clamp(min=1e-20) for row in rows])

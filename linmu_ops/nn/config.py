@@ -29,9 +29,10 @@ class MMATEConfig:
         rotary: rotate B and C by the layer's position embeddings, so that C_i . B_j is the teacher's q_i . k_j (open).
         rotary_interleaved: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...;
             for both branches. R, the last size of cos, may be smaller than the head: the rest is not rotated.
-        feature_map: of B and C after their rotation, makes C . B fall off faster between keys that are alike, as softmax
-            does (beyond the paper): "relu2", relu(.)^2 of each channel; "hedgehog", softmax over the channels of a
-            learned linear map per head, the identity at first (Zhang et al., arXiv:2402.04347, one sign of theirs).
+        feature_map: of B and C after their rotation, makes C . B fall off faster between keys that are alike, as
+            softmax does (beyond the paper): "relu2", relu(.)^2 of each channel; "hedgehog", softmax over the channels
+            of a learned linear map per head, the identity at first (Zhang et al., arXiv:2402.04347, one sign of
+            theirs); it needs head_norm.
         reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere.
         reverse_projections: "shared" B and C for both directions, or "separate" ones for the reverse scan, the
             tildes of Eq. 2. Step size and decay are separate either way.

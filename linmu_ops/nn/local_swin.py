@@ -290,7 +290,8 @@ class LocalSwin(nn.Module):
         **ignored: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What causal attention gives to the tokens outside the window: the logs of the mass of the scores inside and
-        outside, (B, L, H), and the number of tokens outside, (B, L) int64. Quadratic in time; arguments as `forward`."""
+        outside, (B, L, H), and the number of tokens outside, (B, L) int64. Quadratic in time; arguments as
+        `forward`."""
         near, _ = self._near(hidden_states, layout, position_embeddings, attention_mask, None, False)
         q, k, _ = self._projected(hidden_states)
         q, k = self._turned(q, k, position_embeddings)

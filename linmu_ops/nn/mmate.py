@@ -227,7 +227,9 @@ class MMATE(nn.Module):
         return transfer.load_attention_weights(self, *args, **kwargs)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[tuple[Mapping[str, Any], Tensor]]) -> float:
+    def calibrate(
+        self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None
+    ) -> float:
         """Give the block the size of what it replaces; after the weights are loaded, before training.
 
         First y_flex, then (unless norm="none") the output are scaled so that their root mean square over all tokens
@@ -237,6 +239,8 @@ class MMATE(nn.Module):
 
         Args:
             batches: (arguments of `forward`, hidden_states among them; the teacher's output (B, L, D)).
+            weights: for each batch (B, L) >= 0, how much a token counts where the rest is fitted, beside a count that
+                all have and that is as much in all; None: all count the same.
 
         Returns:
             The targets' root mean square.
@@ -252,7 +256,7 @@ class MMATE(nn.Module):
             return math.sqrt(total / max(count, 1))
 
         if self.mix_rest is not None:
-            self._fit_mix([inputs for inputs, _ in batches])
+            self._fit_mix([inputs for inputs, _ in batches], weights)
         target = rms(lambda inputs, target: target)
         if self.flex is not None:
             flex = self.flex
@@ -267,21 +271,23 @@ class MMATE(nn.Module):
                 self.norm.weight.mul_(target / size)
         return target
 
-    def _fit_mix(self, batches: Sequence[Mapping[str, Any]]) -> None:
+    def _fit_mix(self, batches: Sequence[Mapping[str, Any]], weights: Sequence[Tensor] | None) -> None:
         """Ridge regression of the log mass of the scores beyond the window, a token's mean, on the input, per head."""
         assert self.swin is not None and self.mix_rest is not None
-        seen, targets = [], []
-        for inputs in batches:
+        seen, targets, counts = [], [], []
+        for i, inputs in enumerate(batches):
             inside, rest, count = self.swin.mass_beyond(**inputs)
             use = count > 0
             seen.append(inputs["hidden_states"][use])
             # Outside of this range around `inside` sigmoid is all but constant.
             rest = torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use]
             targets.append(rest - count[use].to(rest.dtype).log()[:, None])
+            counts.append(rest.new_ones(len(rest)) if weights is None else weights[i].to(rest)[use])
         z, target = torch.cat(seen).double(), torch.cat(targets)
         if not len(z):
             return
-        weight, bias = ridge(z, target, z.new_full((len(z),), 1 / len(z)))
+        weigh = torch.cat(counts)
+        weight, bias = ridge(z, target, 0.5 / len(z) + 0.5 * weigh / weigh.sum().clamp(min=1e-20))
         self.mix_rest.weight.copy_(weight.T)
         self.mix_rest.bias.copy_(bias)
 

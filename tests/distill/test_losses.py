@@ -152,6 +152,21 @@ def test_hidden_loss_is_its_definition():
     assert float(hidden_loss(ours, theirs, mask)) == pytest.approx(wanted / 3, rel=1e-5)
 
 
+def test_hidden_loss_weighs_tokens_at_each_layer():
+    ours, theirs = [torch.randn(2, 4, 6) for _ in range(3)], [torch.randn(2, 4, 6) for _ in range(3)]
+    weights = [torch.rand(2, 4) for _ in range(3)]
+    for weight in weights:
+        weight[1, 2:] = 0  # padding
+        weight *= 5 / weight.sum()
+    wanted = sum(
+        (w * (a - b).square().sum(-1)).sum() for w, a, b in zip(weights, ours, theirs, strict=True)
+    ) / 15  # fmt: skip
+    for a in ours:
+        a[1, 2:] = torch.nan
+    torch.testing.assert_close(hidden_loss(ours, theirs, weights), wanted)
+    torch.testing.assert_close(hidden_loss(ours, theirs, weights, num_tokens=10), wanted / 2)
+
+
 def test_hidden_loss_refuses_other_shapes():
     mask = torch.ones(2, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="layer 0 must be"):

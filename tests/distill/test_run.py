@@ -18,8 +18,14 @@ from distill.checkpoint import CheckpointStore
 from distill.cli import app
 from distill.config import parse_config
 from distill.handoff import HandoffError
+from distill.losses import kept_positions
 from distill.report import read_metrics
 from distill.run import Run, RunError, distill
+from distill.sources import build_source
+from distill.student import what_is_read
+from distill.teacher import model_inputs
+from distill.train import Objective, Teacher, assemble
+from linmu_models.hooks import attention_modules, record_outputs
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +152,52 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     kinds = [hidden_kinds(student, batch, "tokens")]
     ours, theirs = (mean_squares(model, [0], [batch], kinds)["tokens"][0] for model in (student, run.teacher))
     assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path):
+    """L_hid with `hidden_average = "read"`, against the teacher's own attention weights."""
+    imitate = {"block_input": "teacher", "losses": {"hidden": 1.0}}
+    values = run_values(tmp_path, teacher, stage1=imitate, losses={"hidden_average": "read"}, calibration_batches=1)
+    run = Run(parse_config(values))
+    run.prepare()
+    _, facts = handoff.load_result(run.folder, 0, run.teacher_hash, run.config)
+    data, path = run.config.stage_data(1), run.config.teacher.path
+    source = build_source(data, path, run.teacher, run.tokenizer, 0)  # as for calibration
+    batch = source.processor(source.samples(0))
+    kept = kept_positions(batch["labels"])
+    answers = torch.zeros(batch["labels"].shape)
+    answers[kept.rows, kept.positions] = 1
+    eager = AutoModelForImageTextToText.from_pretrained(teacher, attn_implementation="eager").eval()
+    modules = attention_modules(eager)
+    with torch.no_grad(), record_outputs(modules) as outputs:
+        told = eager.model(**model_inputs(batch), use_cache=False, output_attentions=True)
+    # (B, H, L, L), of which each row sums to 1: the first layer's outputs are read by the second and by the loss.
+    looked = (told.attentions[1].mean(1) * answers[..., None]).sum(1)
+    weights = [(looked + answers) / 2, answers]
+    found = what_is_read(run.teacher, [0, 1], batch)
+    for ours, expected in zip(found, weights, strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert float(ours.sum()) == pytest.approx(len(kept), rel=1e-5)
+    assert what_is_read(run.teacher, [1], batch)[0].equal(found[1])
+    means = [float((w * o.square().sum(-1)).sum()) / len(kept) for w, o in zip(weights, outputs, strict=True)]
+    assert facts["mean_squares"]["read"] == pytest.approx(means, rel=1e-4)
+
+    student = run.student_after(0).model
+    part = assemble(
+        source, source.samples(0), Teacher(run.teacher, [0, 1], facts["mean_squares"]), student, run.config.stage(1),
+        run.config, None, torch.device("cpu"),
+    )  # fmt: skip
+    stage = Objective(student, Teacher(run.teacher, [0, 1], facts["mean_squares"]), run.config.stage(1), run.config)
+    with torch.no_grad(), record_outputs(attention_modules(student)) as ours:
+        loss = stage(part, part.counts)["hidden"]
+    visual = student.build_layout(model_inputs(batch)).visual_mask()
+    real = batch["attention_mask"].bool()
+    terms = []
+    for kind, each in {"visual": [visual] * 2, "text": [real & ~visual] * 2, "read": weights}.items():
+        errors = [(a - b).square().sum(-1) for a, b in zip(ours, outputs, strict=True)]
+        sums = [float((e * w).sum() / w.sum()) for e, w in zip(errors, each, strict=True)]
+        terms += [value / scale for value, scale in zip(sums, facts["mean_squares"][kind], strict=True)]
+    assert float(loss) == pytest.approx(sum(terms) / 6, rel=1e-4)
 
 
 def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch):

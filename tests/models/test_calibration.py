@@ -13,6 +13,7 @@ from distill.config import load_config
 from distill.sources import build_source
 from distill.teacher import load_teacher, model_inputs
 from linmu_models.attention_mass import record_mass
+from linmu_models.calibrate import _read_by_text
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_ops.nn import FlexMA
 from linmu_ops.nn.config import MMATEConfig
@@ -47,32 +48,40 @@ def test_blocks_take_the_size_of_attention(family, norm):
     assert not any(module._forward_hooks for module in attention_modules(teacher))
 
 
-def eager_mass(teacher, layer, batch, visual):
-    """By the definition, from transformers' own attention weights."""
-    teacher = copy.deepcopy(teacher)
-    teacher.set_attn_implementation("eager")
-    with torch.no_grad():
-        weights = teacher.model(**batch, use_cache=False, output_attentions=True).attentions[layer]
-    found = []
-    for row, real in enumerate(batch["attention_mask"].bool()):
-        asking = real if visual is None else real & ~visual[row]
-        mass = weights[row][:, asking].sum(1)[:, real]
-        found.append((mass / mass.mean(1, keepdim=True)).T)
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("family", list(tiny.BUILDERS))
 def test_recorded_attention_is_the_teachers(family):
+    """Against transformers' own attention weights."""
     teacher = tiny.teacher(family)
     kinds = ("text", "text") if tiny.example(family) is None else ("images", "image")
     batch = tiny.left_padded([tiny.example(family, kind) for kind in kinds])
+    real = batch["attention_mask"].bool()
     layout = linmu_models.convert(teacher).build_layout(batch)
-    visual = None if layout is None else layout.visual_mask()
+    asking = real if layout is None else real & ~layout.visual_mask()
+    attentions = attention_modules(teacher)
     before = teacher.get_decoder().config._attn_implementation
-    states, mass = record_mass(teacher, attention_modules(teacher)[1], batch, visual)
+    with torch.no_grad(), record_mass(teacher, attentions[1:], asking) as masses:
+        teacher.model(**batch, use_cache=False)
     assert teacher.get_decoder().config._attn_implementation == before
-    assert len(states) == len(mass) == int(batch["attention_mask"].sum())
-    torch.testing.assert_close(mass, eager_mass(teacher, 1, batch, visual), rtol=1e-3, atol=1e-4)
+    assert len(masses) == len(attentions) - 1
+    eager = copy.deepcopy(teacher)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = eager.model(**batch, use_cache=False, output_attentions=True).attentions[1]
+    expected = torch.stack([row[:, asks].sum(1) for row, asks in zip(weights, asking, strict=True)])
+    torch.testing.assert_close(masses[0].masked_fill(~real[:, None], 0), expected.masked_fill(~real[:, None], 0),
+                               rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_step_sizes_are_fitted_in_units_of_the_rows_mean():
+    """Padding is left out, and a row with more text weighs no more than another."""
+    teacher = tiny.teacher("qwen2_5_vl")
+    batch = tiny.left_padded([tiny.example("qwen2_5_vl", kind) for kind in ("images", "image")])
+    layout = linmu_models.convert(teacher).build_layout(batch)
+    states, mass = _read_by_text(teacher, attention_modules(teacher)[1], batch, layout)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert len(states) == len(mass) == sum(lengths)
+    for part in mass.split(lengths):
+        torch.testing.assert_close(part.mean(0), torch.ones(part.shape[1]))
 
 
 def test_step_sizes_follow_attention():

@@ -321,13 +321,18 @@ def test_the_mix_is_fitted_to_the_mass_beyond_the_window():
         assert torch.equal(beyond[i], (torch.ones_like(mask).tril() & ~mask).sum(1))
     use = beyond > 0
 
-    def error():
+    def error(at=use):
         share = (inside - block.mix_rest(z) - beyond[..., None].log()).sigmoid()
-        return (share - (inside - rest).sigmoid())[use].abs().mean()
+        return (share - (inside - rest).sigmoid())[at].abs().mean()
 
     before = error()
-    block.calibrate([(dict(hidden_states=z, **call), torch.randn_like(z))])
+    batches = [(dict(hidden_states=z, **call), torch.randn_like(z))]
+    block.calibrate(batches)
     assert error() < 0.5 * before
+    few = use & (use.flatten().cumsum(0).view_as(use) % 5 == 0)
+    before = error(few)
+    block.calibrate(batches, [few.float()])
+    assert error(few) < before
 
 
 def test_branches_can_be_switched_off():
