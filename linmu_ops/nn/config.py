@@ -32,7 +32,7 @@ class MMATEConfig:
         feature_map: of B and C after their rotation, makes C . B fall off faster between keys that are alike, as
             softmax does (beyond the paper): "relu2", relu(.)^2 of each channel; "hedgehog", softmax over the channels
             of a learned linear map per head, the identity at first (Zhang et al., arXiv:2402.04347, one sign of
-            theirs); it needs head_norm.
+            theirs); it needs head_norm or normalizer.
         reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere.
         reverse_projections: "shared" B and C for both directions, or "separate" ones for the reverse scan, the
             tildes of Eq. 2. Step size and decay are separate either way.
@@ -49,6 +49,9 @@ class MMATEConfig:
         z_gate: multiply y by silu(W_z z + b), starting at 1 (open; "over 90 % of parameters reused" speaks against).
         head_norm: RMSNorm of y per head, before the output projection (open).
         skip: add D x to y, D per head, starting at 0 (open).
+        normalizer: divide y by what the same scans make of X = 1, so that it is a mean of X, weighted by C . B and the
+            step sizes, as attention's is (beyond the paper; of linear attention, Katharopoulos et al.,
+            arXiv:2006.16236); it needs a feature_map. With mix="softmax", the log of that sum stands in for log n.
 
     Local-Swin
         window: window of a video block in tokens (T, H, W); clamped to the block (section 2: 16 x 4 x 4).
@@ -90,6 +93,7 @@ class MMATEConfig:
     z_gate: bool = False
     head_norm: bool = False
     skip: bool = False
+    normalizer: bool = False
     window: tuple[int, int, int] = (16, 4, 4)
     image_window: tuple[int, int, int] | None = (1, 16, 16)
     shift_alternate: bool = True
@@ -114,7 +118,10 @@ class MMATEConfig:
         self._require("initial_decay", all(0 < d < 1 for d in self.decays) and len(self.decays) == 2, "in (0, 1)")
         self._require("conv_width", self.conv_width == 0 or 2 <= self.conv_width <= 8, "0, or 2 to 8")
         # The softmax hides the size of C, by which y would be calibrated.
-        self._require("head_norm", self.head_norm or self.feature_map != "hedgehog", 'on with feature_map="hedgehog"')
+        sized = self.head_norm or self.normalizer or self.feature_map != "hedgehog"
+        self._require("head_norm", sized, 'on with feature_map="hedgehog" and without normalizer')
+        positive = not self.normalizer or (self.feature_map != "none" and not self.skip)
+        self._require("normalizer", positive, "off without a feature_map, and with skip")
         self._require("text_window", self.text_window >= 0, ">= 0")
         for name in ("window", "image_window"):
             size = getattr(self, name)

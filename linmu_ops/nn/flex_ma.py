@@ -20,6 +20,9 @@ from .conv import CausalConv1d
 from .state import MMATEState, continue_state
 
 _STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
+# Channels that the normaliser adds to X: a one, and zeros so that rows of 16-bit numbers stay aligned to 16 bytes.
+_ADDED = 8
+_NOTHING = -100.0  # the log of a sum of no weights
 PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
 
 
@@ -116,6 +119,11 @@ class FlexMA(nn.Module):
         if self.D is not None:
             nn.init.zeros_(self.D)
 
+    @property
+    def state_rows(self) -> int:
+        """The second last size of the scan's state: channels of X, the normaliser's included."""
+        return self.head_dim + (_ADDED if self.config.normalizer else 0)
+
     def _directions(self) -> list[tuple[nn.Linear, Tensor, Tensor]]:
         forward = (self.dt_proj, self.dt_bias, self.A_log)
         reverse = (self.reverse_dt_proj, self.reverse_dt_bias, self.reverse_A_log) if self.config.reverse else None
@@ -123,10 +131,11 @@ class FlexMA(nn.Module):
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
-        """Multiply the output (but for D and the output bias) by `factor`, through a parameter that has that effect."""
+        """Multiply the output (but for D and the output bias) by `factor`, through a parameter that has that effect;
+        a mean of X stays as it is."""
         if self.head_norm is not None:
             self.head_norm.mul_(factor)
-        else:
+        elif not self.config.normalizer:
             self.scale.mul_(factor**0.5 if self.config.feature_map == "relu2" else factor)
 
     @torch.no_grad()
@@ -163,7 +172,8 @@ class FlexMA(nn.Module):
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned.
 
-        near: (B, L, H, P) and (B, L, H), another y and its share in [0, 1] of what is projected.
+        near: (B, L, H, P) and (B, L, H), another y and the logit of its share of what is projected; with the
+            normaliser, plus the log of this.
         """
         layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None)
         keep = return_state or state is not None
@@ -183,8 +193,30 @@ class FlexMA(nn.Module):
     ) -> tuple[Tensor, MMATEState]:
         """`forward` on checked inputs. One token without gradients updates `state` in place; else a new state is made,
         an empty one without `return_state`."""
+        y, log_total, new = self._scan(z, layout, rotary, attention_mask, state, return_state)
+        if self.z_proj is not None:
+            y = y * F.silu(self.z_proj(z)).to(y.dtype).view_as(y)
+        if self.head_norm is not None:
+            normed = F.rms_norm(y.to(accumulate_dtype(z.dtype)), y.shape[-1:], eps=self.config.norm_eps)
+            y = (normed * self.head_norm).to(y.dtype)
+        if near is not None:
+            share = (near[1] if log_total is None else near[1] - log_total).sigmoid()
+            y = torch.lerp(y, near[0], share.to(y.dtype)[..., None])
+        return self.o_proj(y.flatten(2)), new
+
+    def _scan(
+        self,
+        z: Tensor,
+        layout: TokenLayout | None,
+        rotary: Rotary | None,
+        attention_mask: Tensor | None,
+        state: MMATEState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Tensor | None, MMATEState]:
+        """y (B, L, H, P) of both directions; with the normaliser, that mean of X and the log of the sum of its weights
+        (B, L, H)."""
         config, device, acc = self.config, z.device, accumulate_dtype(z.dtype)
-        (batch, length, _), H, P = z.shape, self.num_heads, self.head_dim
+        (batch, length, _), P = z.shape, self.head_dim
         order = layout.scan_order(self.layer_idx, device) if layout is not None and config.major_scan else None
         parts = [self.x_proj(z), self.b_proj(z), self.c_proj(z)]
         if self.reverse_b_proj is not None and self.reverse_c_proj is not None:
@@ -198,6 +230,8 @@ class FlexMA(nn.Module):
         B, C = self._position(B, C, rotary)
         if reverse:
             reverse = list(self._position(reverse[0], reverse[1], rotary))
+        if config.normalizer:
+            x = F.pad(F.pad(x, (0, 1), value=1.0), (0, _ADDED - 1))
         dt, A = _step_size(self.dt_proj(z), attention_mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         ssm = None if state is None else state.ssm
@@ -217,16 +251,26 @@ class FlexMA(nn.Module):
                 x, dt, A, B, C, token_order=order, initial_state=ssm, return_final_state=return_state, **scan
             )
             y, ssm = out if isinstance(out, tuple) else (out, None)
-        y = y.reshape(batch, length, H * P)
-        if self.z_proj is not None:
-            y = y * F.silu(self.z_proj(z)).to(y.dtype)
-        if self.head_norm is not None:
-            normed = F.rms_norm(y.view(batch, length, H, P).to(acc), (P,), eps=config.norm_eps)
-            y = (normed * self.head_norm).to(y.dtype).view(batch, length, H * P)
-        if near is not None:
-            other, share = near[0].flatten(2), near[1].to(y.dtype).repeat_interleave(P, dim=2)
-            y = torch.lerp(y, other, share)
-        return self.o_proj(y), MMATEState(ssm=ssm, conv=conv_state)
+        log_total = None
+        if config.normalizer:
+            written = y[..., P] > 0
+            total = y[..., P].to(acc).where(written, 1)
+            y, log_total = (y[..., :P].to(acc) / total[..., None]).to(y.dtype), total.log().where(written, _NOTHING)
+        return y, log_total, MMATEState(ssm=ssm, conv=conv_state)
+
+    @torch.no_grad()
+    def log_total(
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: TokenLayout | None = None,
+        position_embeddings: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        **ignored: object,
+    ) -> Tensor | None:
+        """The log of the sum of the weights in the normaliser's mean, (B, L, H); None without normaliser. Arguments as
+        `forward`."""
+        return self._scan(hidden_states, layout, position_embeddings, attention_mask, None, False)[1]
 
     def _position(self, B: Tensor, C: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Norm, scale and rotate, as attention does with k and q; then the feature map."""

@@ -152,11 +152,13 @@ class MMATE(nn.Module):
         if self.mix_rest is not None and self.swin is not None and self.swin_enabled:
             out = self.swin(hidden_states, **call, return_state=keep)
             found, swin_state = out if keep else (out, swin_state)
-            beyond = found.beyond[..., None].to(found.mass.dtype)
-            rest = self.mix_rest(hidden_states).to(found.mass.dtype) + beyond.clamp(min=1).log()
+            beyond = found.beyond[..., None]
+            rest = self.mix_rest(hidden_states).to(found.mass.dtype)
+            if not self.config.normalizer:
+                rest = rest + beyond.clamp(min=1).to(rest.dtype).log()
             # Where nothing is near, something else must be there, and the other way round: no -inf less -inf.
             rest = rest.masked_fill((beyond == 0) & found.mass.isfinite(), -torch.inf)
-            near = found.y, (found.mass - rest).sigmoid()
+            near = found.y, found.mass - rest
         if self.flex is not None and self.flex_enabled:
             out = self.flex(hidden_states, **call, return_state=keep, near=near)
             a, flex_state = out if keep else (out, flex_state)
@@ -194,7 +196,7 @@ class MMATE(nn.Module):
         config, state = self.config, MMATEState()
         if self.flex is not None:
             flex = self.flex
-            shape = (batch_size, flex.num_heads, flex.head_dim, flex.head_dim)
+            shape = (batch_size, flex.num_heads, flex.state_rows, flex.head_dim)
             state = state._replace(ssm=torch.zeros(shape, dtype=accumulate_dtype(dtype), device=device))
             if flex.conv is not None:
                 taps = (batch_size, config.conv_width - 1, sum(flex.sizes))
@@ -281,7 +283,9 @@ class MMATE(nn.Module):
             seen.append(inputs["hidden_states"][use])
             # Outside of this range around `inside` sigmoid is all but constant.
             rest = torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use]
-            targets.append(rest - count[use].to(rest.dtype).log()[:, None])
+            total = None if self.flex is None else self.flex.log_total(**inputs)
+            known = count[use].to(rest.dtype).log()[:, None] if total is None else total[use]
+            targets.append(rest - known)
             counts.append(rest.new_ones(len(rest)) if weights is None else weights[i].to(rest)[use])
         z, target = torch.cat(seen).double(), torch.cat(targets)
         if not len(z):

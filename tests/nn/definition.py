@@ -88,7 +88,10 @@ def convolve(conv, t, order):
 
 
 def flex_ma(m, z, blocks=(), rotary=None, near=None):
-    """Output of the FlexMA `m` (float64) for one row z (L, D); near: (L, H, P) and its share (L, H)."""
+    """Output of the FlexMA `m` (float64) for one row z (L, D).
+
+    near: (L, H, P) and two masses (L, H), of it and of the rest, the latter in units of the normaliser.
+    """
     c, H, P, L = m.config, m.num_heads, m.head_dim, len(z)
     order = visit_order(blocks if c.major_scan else (), L, m.layer_idx)
     projections = [m.x_proj, m.b_proj, m.c_proj, m.reverse_b_proj, m.reverse_c_proj]
@@ -105,6 +108,8 @@ def flex_ma(m, z, blocks=(), rotary=None, near=None):
         b_map = m.b_map.repeat_interleave(H // len(m.b_map), dim=0)
         Bs = [(t[..., None, :] @ b_map).squeeze(-2).softmax(-1) for t in Bs]
         Cs = [(t[..., None, :] @ m.c_map).squeeze(-2).softmax(-1) for t in Cs]
+    if c.normalizer:
+        X = torch.cat([X, torch.ones_like(X[..., :1])], -1)
     y = torch.einsum(
         "hij,jhp->ihp", scan_matrix(F.softplus(m.dt_proj(z) + m.dt_bias), -m.A_log.exp(), Bs[0], Cs[0], order), X
     )
@@ -119,6 +124,9 @@ def flex_ma(m, z, blocks=(), rotary=None, near=None):
             r = torch.einsum("hij,jhp->ihp", M, X)
             mixed[positions] = (gate * y + (1 - gate) * r)[positions]
         y = mixed
+    if c.normalizer:
+        total = y[..., -1]
+        y = y[..., :-1] / torch.where(total == 0, 1, total)[..., None]
     if m.D is not None:
         y = y + m.D[:, None] * X
     if m.z_proj is not None:
@@ -126,7 +134,9 @@ def flex_ma(m, z, blocks=(), rotary=None, near=None):
     if m.head_norm is not None:
         y = y / (y.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * m.head_norm
     if near is not None:
-        y = near[1][..., None] * near[0] + (1 - near[1][..., None]) * y
+        near_y, inside, rest = near
+        share = (inside / (inside + (rest * total if c.normalizer else rest)))[..., None]
+        y = share * near_y + (1 - share) * y
     return m.o_proj(y.flatten(1))
 
 
@@ -172,9 +182,9 @@ def mmate(m, z, blocks=(), rotary=None):
     if c.mix == "softmax" and m.swin_enabled:
         y, mask, mass = near_attention(m.swin, z, blocks, rotary)
         earlier = torch.ones(L, L, dtype=torch.bool).tril()
-        rest = m.mix_rest(z).exp() * (earlier & ~mask).sum(1)[:, None]
-        inside = mass.sum(-1).T
-        return normed(m, flex_ma(m.flex, z, blocks, rotary, (y, inside / (inside + rest))))
+        count = (earlier & ~mask).sum(1)[:, None]
+        rest = m.mix_rest(z).exp() * ((count > 0) if c.normalizer else count)
+        return normed(m, flex_ma(m.flex, z, blocks, rotary, (y, mass.sum(-1).T, rest)))
     has_both = torch.zeros(L, dtype=torch.bool)
     has_both[[p for _, positions in blocks for p in positions]] = True
     if c.text_window:

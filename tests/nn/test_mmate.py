@@ -41,6 +41,11 @@ OPTIONS = {
     "token_mix": dict(mix="token"),
     "softmax_mix": dict(mix="softmax"),
     "causal_windows": dict(causal_windows=True),
+    "normalizer": dict(feature_map="relu2", normalizer=True),
+    "normalizer_exact": dict(
+        feature_map="hedgehog", normalizer=True, mix="softmax", causal_windows=True, text_window=3, sink_tokens=2,
+        z_gate=True, reverse_projections="separate",
+    ),
     "exact": dict(mix="softmax", causal_windows=True, text_window=3, sink_tokens=2, head_norm=True, z_gate=True),
     "exact_conv": dict(
         mix="softmax", text_window=4, sink_tokens=5, conv_width=4, norm="rms", relative_bias=True, image_window=None
@@ -153,7 +158,7 @@ def test_every_parameter_learns_from_the_start():
     assert not [name for name, p in block.named_parameters() if not p.grad.abs().sum() > 0]
 
 
-@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact"])
+@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact", "normalizer_exact"])
 def test_text_sees_nothing_later(name):
     block = build(**OPTIONS[name])
     z, (cos, sin), blocks = prompt(1)
@@ -175,7 +180,7 @@ def pieces(t, cuts):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["in_place", "grad"])
-@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", "conv", "exact", "exact_conv"])
+@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", "conv", "exact", "exact_conv", "normalizer_exact"])
 def test_cached_is_uncached(name, grad):
     """Prefill, a later chunk with an image, then single tokens: the same outputs as in one call."""
     block = build(**OPTIONS[name])
@@ -214,7 +219,7 @@ def test_gradients_flow_through_the_state():
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
-@pytest.mark.parametrize("name", ["default", "all", "conv", "exact", "exact_conv", "softmax_mix"])
+@pytest.mark.parametrize("name", ["default", "all", "conv", "exact", "exact_conv", "softmax_mix", "normalizer_exact"])
 @torch.no_grad()
 def test_padding(name, side):
     """A batch of different lengths is each row alone, then and in later steps."""
@@ -253,7 +258,7 @@ def test_padding(name, side):
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["all", "exact"])
+@pytest.mark.parametrize("name", ["all", "exact", "normalizer_exact"])
 def test_a_finished_row_keeps_its_state(name):
     block = build(**OPTIONS[name]).requires_grad_(False)
     z, rotary, _ = prompt()
@@ -268,7 +273,7 @@ def test_a_finished_row_keeps_its_state(name):
     assert not torch.equal(kept[0][0], before[0][0])
 
 
-@pytest.mark.parametrize("name", ["all", "exact_conv"])
+@pytest.mark.parametrize("name", ["all", "exact_conv", "normalizer_exact"])
 def test_state_is_constant_and_moves_with_beams(name):
     block = build(**OPTIONS[name])
     z, rotary, _ = prompt()
@@ -277,7 +282,7 @@ def test_state_is_constant_and_moves_with_beams(name):
         _, state = block(z[:, :L], position_embeddings=tuple(t[:, :L] for t in rotary), return_state=True)
         sizes.append([t.shape for t in state if t is not None])
     assert sizes[0] == sizes[1] == [t.shape for t in block.init_state(2) if t is not None]
-    assert state.ssm.shape == (2, HEADS, P, P)
+    assert state.ssm.shape == (2, HEADS, P + 8 * block.config.normalizer, P)
     index = torch.tensor([1, 1, 0])
     for moved, rows in ((state.reorder(index), index), (state.repeat(2), [0, 0, 1, 1])):
         assert all(b is None or torch.equal(a, b[rows]) for a, b in zip(moved, state, strict=True))
@@ -308,8 +313,9 @@ def test_a_block_made_from_attention_is_that_attention_where_nothing_is_beyond()
             block.mix_rest.weight.normal_()
 
 
-def test_the_mix_is_fitted_to_the_mass_beyond_the_window():
-    block = build(**OPTIONS["exact"])
+@pytest.mark.parametrize("name", ["exact", "normalizer_exact"])
+def test_the_mix_is_fitted_to_the_mass_beyond_the_window(name):
+    block = build(**OPTIONS[name])
     z, rotary, blocks = prompt()
     call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
     inside, rest, beyond = block.swin.mass_beyond(z, **call)
@@ -322,7 +328,8 @@ def test_the_mix_is_fitted_to_the_mass_beyond_the_window():
     use = beyond > 0
 
     def error(at=use):
-        share = (inside - block.mix_rest(z) - beyond[..., None].log()).sigmoid()
+        known = beyond[..., None].log() if name == "exact" else block.flex.log_total(z, **call)
+        share = (inside - block.mix_rest(z) - known).sigmoid()
         return (share - (inside - rest).sigmoid())[at].abs().mean()
 
     before = error()
@@ -372,6 +379,8 @@ def test_initial_decay():
     [
         (dict(norm="batch"), "MMATEConfig: norm must be one of none, rms, layer, got 'batch'"),
         (dict(initial_decay=1.0), r"MMATEConfig: initial_decay must be in \(0, 1\), got 1.0"),
+        (dict(feature_map="hedgehog"), 'head_norm must be on with feature_map="hedgehog" and without normalizer'),
+        (dict(normalizer=True), "normalizer must be off without a feature_map, and with skip, got True"),
         (dict(conv_width=1), "MMATEConfig: conv_width must be 0, or 2 to 8, got 1"),
         (dict(window=(4, 4)), r"MMATEConfig: window must be three sizes >= 1, got \(4, 4\)"),
         (dict(relative_bias=True), "MMATEConfig: image_window must be None where relative_bias is on"),
