@@ -13,10 +13,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -29,6 +31,7 @@ from distill.run import Run, RunError
 from distill.stages import STAGES
 
 TEACHER = "teacher"
+_PAGE_SECONDS = 15.0  # many processes do not write a page more often
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
@@ -192,6 +195,22 @@ def _hash(facts: Any) -> str:
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder, at most until the process ends; without `wait`, yields whether it was free."""
+    path.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(folder)
+
+
 class Results:
     """A JSONL file: a line for each row and seed, and one for the teacher."""
 
@@ -215,25 +234,22 @@ class Results:
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, whole or not at all; several processes may."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        with locked(self.path.parent):
             text = self.path.read_text() if self.path.exists() else ""
             write_atomically(self.path, text + json.dumps(record) + "\n")
-        finally:
-            os.close(folder)
 
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """Commit and versions."""
+    """Commit, versions, and what was run on."""
     try:
         told = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {name: version(name) for name in ("torch", "transformers")}
-    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}, "device": device}
 
 
 # -- one run ---------------------------------------------------------------------------------------------------------
@@ -296,7 +312,7 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
 def _start(config: Config) -> Run:
     run = Run(config)
     if (processes := run.accelerator.num_processes) > 1:
-        raise RunError(f"a table runs in one process, got {processes}; start several with --row to use more")
+        raise RunError(f"a table runs in one process, got {processes}; start several to use more")
     return run
 
 
@@ -335,6 +351,8 @@ def _training(run: Run, last: int) -> dict[str, Any]:
 def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) -> Path:
     """Run what is missing of a table, all rows for one seed and then the next, and write its page; returns its path.
 
+    Processes that are given the same table share its runs: each takes one that no other is at.
+
     Args:
         only: names of rows; empty: all.
         seeds: the most seeds, instead of the table's own number; a later call may go on to more.
@@ -347,12 +365,15 @@ def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) ->
     table = Table(path)
     chosen = [table.row(name) for name in only] or table.config.rows
     results = Results(Path(table.config.results) / f"{table.name}.jsonl")
-    todo = [(seed, row) for seed in range(table.config.seeds if seeds is None else seeds) for row in chosen]
     say = functools.partial(Console(stderr=True).print, soft_wrap=True, highlight=False)
 
     def store(record: dict[str, Any], began: float) -> None:
         results.append(record)
-        write_page(table, results, Path(table.config.reports))
+        reports = Path(table.config.reports)
+        with locked(reports):
+            page = reports / f"{table.name}.md"
+            if not page.exists() or time.time() - page.stat().st_mtime > _PAGE_SECONDS:
+                write_page(table, results, reports)
         told = ", ".join(f"{group} {found.get('accuracy', found.get('agreement')):.0%}"
                          for group, found in record["scores"].items())  # fmt: skip
         say(f"{table.name}  {record['row']}: {told}  ({time.monotonic() - began:.0f} s)")
@@ -362,21 +383,41 @@ def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) ->
         if (row, key) not in results.read() and (record := results.of_other_tables(key)):
             store({**record, "row": row, **facts}, time.monotonic())
 
-    borrow(TEACHER, table.teacher_key)
-    if (TEACHER, table.teacher_key) not in results.read():
-        began, run = time.monotonic(), _start(table.first)
-        facts = {"row": TEACHER, "seed": None, "key": table.teacher_key, "teacher": run.teacher_hash, **provenance()}
-        store(facts | score(table, run, TEACHER, run.teacher), began)
-    for done, (seed, row) in enumerate(todo):
+    def do(seed: int, row: Row) -> bool:
+        """Whether it is done now; False: another process is at it."""
         of = row if row.of is None else table.row(row.of)
         looks = [look for look in chosen if look is of or look.of == of.name]
         for look in looks:
             borrow(look.name, table.key(look, seed), set=look.set)
-        known = results.read()
-        missing = [look for look in looks if (look.name, table.key(look, seed)) not in known]
-        if row in missing:
-            began = time.monotonic()
-            say(f"[bold]{table.name}  {of.name}, seed {seed}[/]  {done} of {len(todo)} done")
-            for record in train_and_score(table, of, seed, missing):
-                store(record, began)
-    return write_page(table, results, Path(table.config.reports))
+
+        def missing() -> list[Row]:
+            known = results.read()
+            return [look for look in looks if (look.name, table.key(look, seed)) not in known]
+
+        if row not in missing():
+            return True
+        with locked(table.run_config(of, seed).folder, wait=False) as mine:
+            if mine and row in (wanted := missing()):
+                began = time.monotonic()
+                say(f"[bold]{table.name}  {of.name}, seed {seed}[/]")
+                for record in train_and_score(table, of, seed, wanted):
+                    store(record, began)
+        return mine
+
+    borrow(TEACHER, table.teacher_key)
+    with locked(table.first.folder.parents[1] / TEACHER, wait=False) as mine:
+        if mine and (TEACHER, table.teacher_key) not in results.read():
+            began, run = time.monotonic(), _start(table.first)
+            facts = {"row": TEACHER, "seed": None, "key": table.teacher_key, "teacher": run.teacher_hash}
+            store(facts | provenance() | score(table, run, TEACHER, run.teacher), began)
+    # What another process is at is come back to: it may have been stopped by then.
+    left = [(seed, row) for seed in range(table.config.seeds if seeds is None else seeds) for row in chosen]
+    before = len(left) + 1
+    while left and len(left) < before:
+        before = len(left)
+        left = [(seed, row) for seed, row in left if not do(seed, row)]
+    if left:
+        told = ", ".join(f"{row.name} {seed}" for seed, row in left)
+        say(f"{table.name}  other processes are at: {told}")
+    with locked(Path(table.config.reports)):
+        return write_page(table, results, Path(table.config.reports))

@@ -8,7 +8,7 @@ import pytest
 from small_run import save_teacher
 from typer.testing import CliRunner
 
-from distill.ablation import Table, merged, run_table
+from distill.ablation import Table, locked, merged, run_table
 from distill.ablation_report import accuracy, difference
 from distill.cli import app
 from distill.config import ConfigError
@@ -119,6 +119,23 @@ def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"other/0 holds a run with other options; delete it, or rename the row"):
         run_table(path, ["other"])
     assert "2 lines of" in run_table(path, ["first"]).read_text()
+
+
+def test_processes_share_a_table(tmp_path, capsys):
+    """What another process holds is passed over; when it is free again and has a result, there is nothing to do."""
+    path = _write(tmp_path, teacher=save_teacher(tmp_path / "teacher"))
+    table, results = Table(path), tmp_path / "results/two.jsonl"
+
+    def done():
+        return [(r["row"], r["seed"]) for r in map(json.loads, results.read_text().splitlines())]
+
+    with locked(table.run_config(table.row("first"), 0).folder) as mine, locked(tmp_path / "runs/two/teacher"):
+        assert mine
+        run_table(path, seeds=1)
+    assert done() == [("other", 0)]
+    assert "other processes are at: first 0, start 0" in capsys.readouterr().err
+    run_table(path, seeds=1)
+    assert done() == [("other", 0), ("teacher", None), ("first", 0), ("start", 0)]
 
 
 @pytest.mark.parametrize(

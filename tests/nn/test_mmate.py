@@ -180,7 +180,9 @@ def pieces(t, cuts):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["in_place", "grad"])
-@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", "conv", "exact", "exact_conv", "normalizer_exact"])
+@pytest.mark.parametrize(
+    "name", ["default", "all", "no_swin", "no_flex", "conv", "exact", "exact_conv", "normalizer_exact"]
+)
 def test_cached_is_uncached(name, grad):
     """Prefill, a later chunk with an image, then single tokens: the same outputs as in one call."""
     block = build(**OPTIONS[name])
