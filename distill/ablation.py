@@ -246,7 +246,7 @@ def provenance() -> dict[str, Any]:
         told = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
         commit = subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        commit = os.environ.get("LINMU_COMMIT", "unknown")
     versions = {name: version(name) for name in ("torch", "transformers")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"commit": commit, "versions": {"python": platform.python_version(), **versions}, "device": device}
