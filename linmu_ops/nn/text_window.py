@@ -93,7 +93,8 @@ def causal_window_attention(
     y, mass = rule(q if chosen is None else q[chosen], k, v, mask, scale)
     if chosen is not None:
         y, mass = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, mass))
-    y, mass = (t.view(batch, chunks * size, *t.shape[2:])[:, :length] for t in (y, mass))
+    # Not a view: kernels differ in the strides of what they return.
+    y, mass = (t.reshape(batch, chunks * size, *t.shape[2:])[:, :length] for t in (y, mass))
     return y, mass
 
 
