@@ -260,8 +260,15 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
                       f"![{name}]({plot.name})", ""]  # fmt: skip
     if page.records:
         commits = sorted({record["commit"] for record in every})
-        versions = ", ".join(f"{name} {number}" for name, number in every[0]["versions"].items())
-        parts += ["## Compute", "", page.compute_table(), "", f"Commits {', '.join(commits)}; {versions}.", ""]
+        # Lines from before the device was noted are of CPUs.
+        places = sorted({(record.get("device", "cpu"), *record["versions"].items()) for record in every})
+        told = [
+            f"{sum((r.get('device', 'cpu'), *r['versions'].items()) == (device, *versions) for r in every)} on "
+            f"{'a CPU' if device == 'cpu' else f'one {device}'} ({', '.join(map(' '.join, versions))})"
+            for device, *versions in places
+        ]
+        parts += ["## Compute", "", page.compute_table(), "",
+                  f"Commits {', '.join(commits)}. Lines: {'; '.join(told)}.", ""]  # fmt: skip
     if page.stale:
         parts += [f"{page.stale} lines of `{results.path}` are of rows as they were once, and are not shown.", ""]
     path.write_text("\n".join(parts))
