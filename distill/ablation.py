@@ -233,7 +233,6 @@ class Results:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, whole or not at all; several processes may."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.path.parent):
             text = self.path.read_text() if self.path.exists() else ""
             write_atomically(self.path, text + json.dumps(record) + "\n")

@@ -1,5 +1,6 @@
 """The page of an ablation table: each row's accuracy with intervals, its difference to the first row, its compute."""
 
+from collections import Counter
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -261,11 +262,10 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
     if page.records:
         commits = sorted({record["commit"] for record in every})
         # Lines from before the device was noted are of CPUs.
-        places = sorted({(record.get("device", "cpu"), *record["versions"].items()) for record in every})
+        places = Counter((record.get("device", "cpu"), *record["versions"].items()) for record in every)
         told = [
-            f"{sum((r.get('device', 'cpu'), *r['versions'].items()) == (device, *versions) for r in every)} on "
-            f"{'a CPU' if device == 'cpu' else f'one {device}'} ({', '.join(map(' '.join, versions))})"
-            for device, *versions in places
+            f"{count} on {'a CPU' if device == 'cpu' else f'one {device}'} ({', '.join(map(' '.join, versions))})"
+            for (device, *versions), count in sorted(places.items())
         ]
         parts += ["## Compute", "", page.compute_table(), "",
                   f"Commits {', '.join(commits)}. Lines: {'; '.join(told)}.", ""]  # fmt: skip

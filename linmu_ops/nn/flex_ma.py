@@ -177,32 +177,17 @@ class FlexMA(nn.Module):
         """
         layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None)
         keep = return_state or state is not None
-        y, new = self.mix_tokens(hidden_states, layout, position_embeddings, attention_mask, state, keep, near)
-        new = continue_state(state, new)
-        return (y, new) if return_state else y
-
-    def mix_tokens(
-        self,
-        z: Tensor,
-        layout: TokenLayout | None,
-        rotary: Rotary | None,
-        attention_mask: Tensor | None,
-        state: MMATEState | None,
-        return_state: bool,
-        near: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, MMATEState]:
-        """`forward` on checked inputs. One token without gradients updates `state` in place; else a new state is made,
-        an empty one without `return_state`."""
-        y, log_total, new = self._scan(z, layout, rotary, attention_mask, state, return_state)
+        y, log_total, new = self._scan(hidden_states, layout, position_embeddings, attention_mask, state, keep)
         if self.z_proj is not None:
-            y = y * F.silu(self.z_proj(z)).to(y.dtype).view_as(y)
+            y = y * F.silu(self.z_proj(hidden_states)).to(y.dtype).view_as(y)
         if self.head_norm is not None:
-            normed = F.rms_norm(y.to(accumulate_dtype(z.dtype)), y.shape[-1:], eps=self.config.norm_eps)
+            normed = F.rms_norm(y.to(accumulate_dtype(hidden_states.dtype)), y.shape[-1:], eps=self.config.norm_eps)
             y = (normed * self.head_norm).to(y.dtype)
         if near is not None:
             share = (near[1] if log_total is None else near[1] - log_total).sigmoid()
             y = torch.lerp(y, near[0], share.to(y.dtype)[..., None])
-        return self.o_proj(y.flatten(2)), new
+        out, new = self.o_proj(y.flatten(2)), continue_state(state, new)
+        return (out, new) if return_state else out
 
     def _scan(
         self,
@@ -214,7 +199,8 @@ class FlexMA(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Tensor | None, MMATEState]:
         """y (B, L, H, P) of both directions; with the normaliser, that mean of X and the log of the sum of its weights
-        (B, L, H)."""
+        (B, L, H). One token without gradients updates `state` in place; else a new state is made, an empty one without
+        `return_state`."""
         config, device, acc = self.config, z.device, accumulate_dtype(z.dtype)
         (batch, length, _), P = z.shape, self.head_dim
         order = layout.scan_order(self.layer_idx, device) if layout is not None and config.major_scan else None
@@ -231,7 +217,7 @@ class FlexMA(nn.Module):
         if reverse:
             reverse = list(self._position(reverse[0], reverse[1], rotary))
         if config.normalizer:
-            x = F.pad(F.pad(x, (0, 1), value=1.0), (0, _ADDED - 1))
+            x = torch.cat([x, F.pad(x.new_ones(1), (0, _ADDED - 1)).expand(*x.shape[:3], -1)], dim=-1)
         dt, A = _step_size(self.dt_proj(z), attention_mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         ssm = None if state is None else state.ssm
@@ -267,10 +253,11 @@ class FlexMA(nn.Module):
         position_embeddings: Rotary | None = None,
         attention_mask: Tensor | None = None,
         **ignored: object,
-    ) -> Tensor | None:
-        """The log of the sum of the weights in the normaliser's mean, (B, L, H); None without normaliser. Arguments as
-        `forward`."""
-        return self._scan(hidden_states, layout, position_embeddings, attention_mask, None, False)[1]
+    ) -> Tensor:
+        """With the normaliser: the log of the sum of the weights in its mean, (B, L, H). Arguments as `forward`."""
+        _, total, _ = self._scan(hidden_states, layout, position_embeddings, attention_mask, None, False)
+        assert total is not None
+        return total
 
     def _position(self, B: Tensor, C: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """Norm, scale and rotate, as attention does with k and q; then the feature map."""

@@ -275,7 +275,7 @@ class MMATE(nn.Module):
 
     def _fit_mix(self, batches: Sequence[Mapping[str, Any]], weights: Sequence[Tensor] | None) -> None:
         """Ridge regression of the log mass of the scores beyond the window, a token's mean, on the input, per head."""
-        assert self.swin is not None and self.mix_rest is not None
+        assert self.flex is not None and self.swin is not None and self.mix_rest is not None
         seen, targets, counts = [], [], []
         for i, inputs in enumerate(batches):
             inside, rest, count = self.swin.mass_beyond(**inputs)
@@ -283,9 +283,9 @@ class MMATE(nn.Module):
             seen.append(inputs["hidden_states"][use])
             # Outside of this range around `inside` sigmoid is all but constant.
             rest = torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use]
-            total = None if self.flex is None else self.flex.log_total(**inputs)
-            known = count[use].to(rest.dtype).log()[:, None] if total is None else total[use]
-            targets.append(rest - known)
+            # What the block adds to the linear map, as in `forward`.
+            known = self.flex.log_total(**inputs) if self.config.normalizer else count.to(rest.dtype).log()[..., None]
+            targets.append(rest - known[use])
             counts.append(rest.new_ones(len(rest)) if weights is None else weights[i].to(rest)[use])
         z, target = torch.cat(seen).double(), torch.cat(targets)
         if not len(z):
