@@ -4,7 +4,7 @@ A mean is over the tokens that count, never over padding or the batch. Where a s
 processes, the caller passes how many tokens the whole step has, so that the parts add up to one mean.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,30 @@ def hidden_loss(
         error = torch.where(weight > 0, error * weight, error.new_zeros(())).sum()
         total = total + (error if scales is None else error / scales[layer])
     return total / (len(student) * max(count, 1))
+
+
+def joint_weights(
+    kinds: Mapping[str, Tensor | Sequence[Tensor]], scales: Mapping[str, Sequence[float]] | None,
+    counts: Mapping[str, int], layers: int,
+) -> list[Tensor]:  # fmt: skip
+    """Weights for which one `hidden_loss` with `num_tokens=1` is the mean over kinds of one for each: whatever the
+    number of kinds, errors are computed once.
+
+    Args:
+        kinds: for each kind, the `weights` of its `hidden_loss`.
+        scales: for each kind, its `scales`; None: all 1.
+        counts: for each kind, its `num_tokens`.
+        layers: their number.
+    """
+    joint: list[Tensor] = []
+    for layer in range(layers):
+        shares = [
+            (weights if isinstance(weights, Tensor) else weights[layer]).float()
+            / (len(kinds) * max(counts[kind], 1) * (1.0 if scales is None else scales[kind][layer]))
+            for kind, weights in kinds.items()
+        ]
+        joint.append(torch.stack(shares).sum(0))
+    return joint
 
 
 def num_weighed(weights: Tensor | Sequence[Tensor]) -> int:

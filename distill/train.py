@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from distill.checkpoint import CheckpointStore, random_states, set_random_states
 from distill.config import Config
-from distill.losses import answer_losses, hidden_loss, kept_positions, num_weighed
+from distill.losses import answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
 from distill.parallel import (
     assign,
     gathered,
@@ -132,17 +132,8 @@ class Objective(nn.Module):
         if hidden:
             length = part.hidden[0].shape[1]
             ours = [output[: part.num_rows, :length] for output in outputs]
-            means = [
-                hidden_loss(
-                    ours,
-                    part.hidden,
-                    weights,
-                    scales=None if teacher.scales is None else teacher.scales[kind],
-                    num_tokens=counts[kind],
-                )
-                for kind, weights in part.kinds.items()
-            ]
-            losses["hidden"] = torch.stack(means).mean()
+            weights = joint_weights(part.kinds, teacher.scales, counts, len(blocks))
+            losses["hidden"] = hidden_loss(ours, part.hidden, weights, num_tokens=1)
         if alone:
             return losses
         kept = kept_positions(part.batch["labels"])

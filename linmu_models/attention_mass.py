@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
 
 RECORDED = "linmu_recorded"
 _QUERIES_AT_ONCE = 256
@@ -29,7 +29,15 @@ def _recorded_attention(
 
 
 AttentionInterface.register(RECORDED, _recorded_attention)
-AttentionMaskInterface.register(RECORDED, eager_mask)  # it gives the whole mask, where others leave out a causal one
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """SDPA's, without padding that only padding sees: where nothing else is masked, a causal call needs no mask."""
+    if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+        attention_mask = None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+AttentionMaskInterface.register(RECORDED, _mask)
 
 
 @torch.no_grad()
@@ -39,9 +47,11 @@ def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking:
     for row in range(len(query)):
         for queries in asking[row].nonzero()[:, 0].split(_QUERIES_AT_ONCE):
             logits = (query[row][:, queries] @ key[row].mT).float() * scale
-            if mask is not None:
-                logits += mask[row if len(mask) > 1 else 0][:, queries, : key.shape[2]]
-            mass[row] += logits.softmax(-1).sum(1)
+            if mask is None:
+                seen = torch.arange(key.shape[2], device=key.device) <= queries[:, None]
+            else:
+                seen = mask[row if len(mask) > 1 else 0][:, queries, : key.shape[2]]
+            mass[row] += logits.masked_fill(~seen, -torch.inf).softmax(-1).sum(1)
     return mass
 
 

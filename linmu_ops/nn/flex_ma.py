@@ -239,9 +239,11 @@ class FlexMA(nn.Module):
             y, ssm = out if isinstance(out, tuple) else (out, None)
         log_total = None
         if config.normalizer:
-            written = y[..., P] > 0
-            total = y[..., P].to(acc).where(written, 1)
-            y, log_total = (y[..., :P].to(acc) / total[..., None]).to(y.dtype), total.log().where(written, _NOTHING)
+            y, added = y.split([P, _ADDED], dim=-1)
+            written = added[..., 0] > 0
+            total = added[..., 0].to(acc).where(written, 1)
+            y = (y.to(acc) * total.reciprocal()[..., None]).to(y.dtype)
+            log_total = total.log().where(written, _NOTHING)
         return y, log_total, MMATEState(ssm=ssm, conv=conv_state)
 
     @torch.no_grad()

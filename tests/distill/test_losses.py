@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distill.losses import IGNORE, answer_losses, hidden_loss, kept_positions
+from distill.losses import IGNORE, answer_losses, hidden_loss, joint_weights, kept_positions
 
 
 def _labels(rows, length):
@@ -165,6 +165,20 @@ def test_hidden_loss_weighs_tokens_at_each_layer():
         a[1, 2:] = torch.nan
     torch.testing.assert_close(hidden_loss(ours, theirs, weights), wanted)
     torch.testing.assert_close(hidden_loss(ours, theirs, weights, num_tokens=10), wanted / 2)
+
+
+def test_joint_weights_are_the_mean_over_kinds():
+    torch.manual_seed(0)
+    ours, theirs = [torch.randn(2, 5, 3) for _ in range(2)], [torch.randn(2, 5, 3) for _ in range(2)]
+    kinds = {"visual": torch.rand(2, 5) < 0.5, "read": [torch.rand(2, 5) for _ in range(2)], "text": torch.zeros(2, 5)}
+    scales, counts = {"visual": [2.0, 3.0], "read": [0.5, 0.1], "text": [1.0, 1.0]}, {"visual": 4, "read": 7, "text": 0}
+    for divided in (scales, None):
+        each = [
+            hidden_loss(ours, theirs, w, scales=divided and divided[kind], num_tokens=counts[kind])
+            for kind, w in kinds.items()
+        ]
+        joint = hidden_loss(ours, theirs, joint_weights(kinds, divided, counts, 2), num_tokens=1)
+        torch.testing.assert_close(joint, torch.stack(each).mean())
 
 
 def test_hidden_loss_refuses_other_shapes():
