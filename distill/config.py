@@ -45,7 +45,8 @@ class TaskData(_Table):
     turns: Positive = 4
     """Questions about one picture or video, at most."""
     options: dict[str, dict[str, Any]] = {}
-    """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`."""
+    """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`; and `batch_frames`, see
+    `distill.data.TaskStream`."""
 
 
 class SetConfig(_Table):

@@ -30,6 +30,7 @@ def _recorded_attention(
 
 AttentionInterface.register(RECORDED, _recorded_attention)
 
+
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """SDPA's, without padding that only padding sees: where nothing else is masked, a causal call needs no mask."""
     if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):

@@ -144,7 +144,9 @@ class TaskStream:
     seed: int = 0
     split: str = "train"
     options: dict[str, dict[str, Any]] | None = None
-    """Per group, more arguments of its generator: `{"needle": {"frames": (8, 16)}}`."""
+    """Per group, more arguments of its generator: `{"needle": {"frames": (8, 16)}}`. `batch_frames`, an int beside
+    `frames`: all videos of a batch have one length, drawn from `frames`, so that none is padded, and there are as many
+    as have about so many frames together, at most `batch_size`."""
 
     def group(self, step: int) -> str:
         """The group of batch `step`."""
@@ -156,7 +158,12 @@ class TaskStream:
         """The samples of batch `step`."""
         group = self.group(step)
         n, turns = (x[group] if isinstance(x, dict) else x for x in (self.batch_size, self.turns))
-        return generate(group, n, (self.seed, step), self.split, turns, **(self.options or {}).get(group, {}))
+        options = dict((self.options or {}).get(group, {}))
+        if total := options.pop("batch_frames", None):
+            low, high = options["frames"]
+            length = int(np.random.default_rng((self.seed, step, 1)).integers(low, high + 1))
+            options["frames"], n = (length, length), min(n, max(1, round(total / length)))
+        return generate(group, n, (self.seed, step), self.split, turns, **options)
 
     def __getitem__(self, step: int) -> Batch:
         """Batch `step`, as tensors."""

@@ -33,6 +33,8 @@ class MMATEConfig:
             softmax does (beyond the paper): "relu2", relu(.)^2 of each channel; "hedgehog", softmax over the channels
             of a learned linear map per head, the identity at first (Zhang et al., arXiv:2402.04347, one sign of
             theirs); it needs head_norm or normalizer.
+        feature_dim: channels of hedgehog's maps, the size N of the scan's state; 0 for the head size. The maps start as
+            the identity and its negative in turns, so that twice the head size is the paper's softmax of both signs.
         reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere.
         reverse_projections: "shared" B and C for both directions, or "separate" ones for the reverse scan, the
             tildes of Eq. 2. Step size and decay are separate either way.
@@ -82,6 +84,7 @@ class MMATEConfig:
     rotary: bool = True
     rotary_interleaved: bool = False
     feature_map: str = "none"
+    feature_dim: int = 0
     reverse: bool = True
     reverse_projections: str = "shared"
     gate: str = "head"
@@ -120,6 +123,9 @@ class MMATEConfig:
         # The softmax hides the size of C, by which y would be calibrated.
         sized = self.head_norm or self.normalizer or self.feature_map != "hedgehog"
         self._require("head_norm", sized, 'on with feature_map="hedgehog" and without normalizer')
+        self._require("feature_dim", self.feature_dim >= 0, ">= 0")
+        mapped = self.feature_dim == 0 or self.feature_map == "hedgehog"
+        self._require("feature_dim", mapped, '0 with a feature_map other than "hedgehog"')
         positive = not self.normalizer or (self.feature_map != "none" and not self.skip)
         self._require("normalizer", positive, "off without a feature_map, and with skip")
         self._require("text_window", self.text_window >= 0, ">= 0")

@@ -66,8 +66,9 @@ class FlexMA(nn.Module):
         self.b_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.scale = nn.Parameter(torch.empty(H))
         learned = config.feature_map == "hedgehog"
-        self.b_map = nn.Parameter(torch.empty(G, P, P)) if learned else None
-        self.c_map = nn.Parameter(torch.empty(H, P, P)) if learned else None
+        N = config.feature_dim or P
+        self.b_map = nn.Parameter(torch.empty(G, P, N)) if learned else None
+        self.c_map = nn.Parameter(torch.empty(H, P, N)) if learned else None
         self.dt_proj = nn.Linear(dim, H, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
@@ -97,7 +98,9 @@ class FlexMA(nn.Module):
         nn.init.constant_(self.scale, self.config.initial_scale)
         for feature_map in (self.b_map, self.c_map):
             if feature_map is not None:
-                feature_map.copy_(torch.eye(self.head_dim).expand_as(feature_map))
+                _, P, N = feature_map.shape
+                signed = torch.cat((torch.eye(P), -torch.eye(P)), dim=1).repeat(1, -(-N // (2 * P)))
+                feature_map.copy_(signed[:, :N].expand_as(feature_map))
         for proj, bias, A_log in self._directions():
             nn.init.zeros_(proj.weight)
             bias.copy_(dt_bias)
@@ -120,9 +123,9 @@ class FlexMA(nn.Module):
             nn.init.zeros_(self.D)
 
     @property
-    def state_rows(self) -> int:
-        """The second last size of the scan's state: channels of X, the normaliser's included."""
-        return self.head_dim + (_ADDED if self.config.normalizer else 0)
+    def state_size(self) -> tuple[int, int]:
+        """Channels of X, the normaliser's included, and of B: a head's state."""
+        return self.head_dim + (_ADDED if self.config.normalizer else 0), self.config.feature_dim or self.head_dim
 
     def _directions(self) -> list[tuple[nn.Linear, Tensor, Tensor]]:
         forward = (self.dt_proj, self.dt_bias, self.A_log)

@@ -272,7 +272,7 @@ class LocalSwin(nn.Module):
                 before = None if before is None else take(before, order)
             y, mass = causal_window_attention(
                 rule, q, k, v, valid, window, self.softmax_scale, keys, values, filled, sinks, before,
-                _chunks_with_text(layout, chunk_size(window), order, q.device),
+                _chunks_with_text(layout, chunk_size(window), order, valid),
             )  # fmt: skip
             if order is not None:
                 back = order.argsort(1)
@@ -307,17 +307,17 @@ class LocalSwin(nn.Module):
         return inside, rest, near.beyond * real
 
 
-def _chunks_with_text(
-    layout: TokenLayout | None, size: int, order: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Chunks of `size` tokens, in `order`, that hold text; None for all: where it is not known on the host which."""
+def _chunks_with_text(layout: TokenLayout | None, size: int, order: Tensor | None, valid: Tensor) -> Tensor | None:
+    """Chunks of `size` tokens, in `order`, that hold text; None for all: where it is not known on the host which.
+
+    valid (B, L) bool: which tokens, in order, are not padding."""
     if layout is None or torch.compiler.is_compiling():
         return None
     if order is None:
-        return layout.text_chunks(size, device)
-    if device.type != "cpu":
+        return layout.text_chunks(size, valid.device)
+    if valid.device.type != "cpu":
         return None
-    text = take(~layout.visual_mask(), order)
+    text = take(~layout.visual_mask(), order) & valid
     return F.pad(text, (0, -text.shape[1] % size)).view(-1, size).any(1).nonzero()[:, 0]
 
 

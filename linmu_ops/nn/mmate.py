@@ -196,7 +196,7 @@ class MMATE(nn.Module):
         config, state = self.config, MMATEState()
         if self.flex is not None:
             flex = self.flex
-            shape = (batch_size, flex.num_heads, flex.state_rows, flex.head_dim)
+            shape = (batch_size, flex.num_heads, *flex.state_size)
             state = state._replace(ssm=torch.zeros(shape, dtype=accumulate_dtype(dtype), device=device))
             if flex.conv is not None:
                 taps = (batch_size, config.conv_width - 1, sum(flex.sizes))

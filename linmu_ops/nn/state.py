@@ -12,7 +12,8 @@ class MMATEState(NamedTuple):
     """Decode state of one `MMATE` layer. Fields are None where the option they serve is off.
 
     Attributes:
-        ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan; with a normaliser of P + 8.
+        ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan; with a normaliser of P + 8,
+            with `feature_dim` of that N.
         conv: (B, K - 1, channels). The last inputs of the convolution, oldest first.
         keys, values: (B, w, G, P). The last w tokens of `text_window`, oldest first, keys rotated.
         filled: (B, w) bool. Which of them are tokens.

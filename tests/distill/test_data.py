@@ -201,6 +201,18 @@ def test_tokenizer_survives_a_round_trip(tmp_path):
     ]
 
 
+def test_videos_of_a_batch_can_have_one_length(processor):
+    options = {"needle": {"frames": (4, 8), "batch_frames": 20}}
+    stream = TaskStream(processor, {"needle": 1}, 4, seed=1, options=options)
+    lengths = set()
+    for step in range(12):
+        frames = [len(sample.frames) for sample in stream.samples(step)]
+        assert set(frames) == {frames[0]} and len(frames) == min(4, round(20 / frames[0]))
+        assert bool((stream[step]["attention_mask"].sum(1) > stream[step]["attention_mask"].shape[1] - 10).all())
+        lengths.add(frames[0])
+    assert len(lengths) > 2
+
+
 def test_stream_gives_the_same_batch_whenever_asked(processor):
     stream = TaskStream(processor, {"read": 1, "video": 2, "needle": 1}, 2, seed=3, options=SMALL)
     batches = [stream[i] for i in range(6)]

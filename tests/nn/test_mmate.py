@@ -30,6 +30,10 @@ OPTIONS = {
     "relu2": dict(feature_map="relu2"),
     "hedgehog": dict(feature_map="hedgehog", head_norm=True),
     "hedgehog_separate": dict(feature_map="hedgehog", head_norm=True, reverse_projections="separate"),
+    "wide": dict(feature_map="hedgehog", feature_dim=11, head_norm=True),
+    "wide_exact": dict(
+        feature_map="hedgehog", feature_dim=16, normalizer=True, mix="softmax", causal_windows=True, text_window=3
+    ),
     "head_norm": dict(head_norm=True),
     "skip": dict(skip=True),
     "no_shift": dict(shift_alternate=False),
@@ -382,6 +386,7 @@ def test_initial_decay():
         (dict(norm="batch"), "MMATEConfig: norm must be one of none, rms, layer, got 'batch'"),
         (dict(initial_decay=1.0), r"MMATEConfig: initial_decay must be in \(0, 1\), got 1.0"),
         (dict(feature_map="hedgehog"), 'head_norm must be on with feature_map="hedgehog" and without normalizer'),
+        (dict(feature_dim=8), 'feature_dim must be 0 with a feature_map other than "hedgehog", got 8'),
         (dict(normalizer=True), "normalizer must be off without a feature_map, and with skip, got True"),
         (dict(conv_width=1), "MMATEConfig: conv_width must be 0, or 2 to 8, got 1"),
         (dict(window=(4, 4)), r"MMATEConfig: window must be three sizes >= 1, got \(4, 4\)"),
