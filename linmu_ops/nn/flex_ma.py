@@ -66,7 +66,7 @@ class FlexMA(nn.Module):
         self.b_norm = qk_norm(P) if qk_norm else nn.Identity()
         self.scale = nn.Parameter(torch.empty(H))
         learned = config.feature_map == "hedgehog"
-        N = config.feature_dim or P
+        N = self.state_size[1]
         self.b_map = nn.Parameter(torch.empty(G, P, N)) if learned else None
         self.c_map = nn.Parameter(torch.empty(H, P, N)) if learned else None
         self.dt_proj = nn.Linear(dim, H, bias=False)
