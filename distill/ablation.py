@@ -241,9 +241,13 @@ class Results:
 @functools.cache
 def provenance() -> dict[str, Any]:
     """Commit, versions, and what was run on."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
-        told = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        told = [*git, "describe", "--always", "--exclude=*"]
         commit = subprocess.run(told, capture_output=True, text=True, check=True).stdout.strip()
+        # A table's own results do not change what the next ones are made by.
+        changed = [*git, "diff", "--quiet", "HEAD", "--", ":!bench/results", ":!bench/reports"]
+        commit += "-dirty" if subprocess.run(changed).returncode else ""
     except (OSError, subprocess.CalledProcessError):
         commit = os.environ.get("LINMU_COMMIT", "unknown")
     versions = {name: version(name) for name in ("torch", "transformers")}

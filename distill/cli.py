@@ -16,6 +16,7 @@ except ImportError as e:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(no_args_is_help=True, help="Measure ops and models against their peers and the machine's roofs.")
 app.add_typer(bench, name="bench")
+OPTION_HELP = 'name=value of MMATEConfig, e.g. "text_window=16"; "preset=paper" to start from the paper\'s.'
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -39,7 +40,10 @@ def convert(
     teacher: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the hub.")],
     out: Annotated[Path, typer.Argument(help="Folder to save the linear model in.")],
     keep_attention: Annotated[list[int] | None, typer.Option(help="A layer that stays quadratic; repeatable.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help='name=value of MMATEConfig, e.g. "text_window=16".')] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help=OPTION_HELP),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
 ) -> None:
     """Make a model linear, untrained; prints where each tensor comes from."""

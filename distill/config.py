@@ -1,14 +1,26 @@
 """The TOML file of a distillation run. Unknown keys are errors; every error names its key."""
 
+import dataclasses
 import hashlib
 import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from distill.stages import STAGES, Stage
+from distill.stages import RECIPES, STAGES, Stage
+from linmu_models.config import parse_mmate
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -177,7 +189,7 @@ class StageConfig(_Table):
     losses: dict[Literal["hidden", "token", "sequence", "supervised"], Weight] | None = None
     block_input: Literal["student", "teacher"] = "student"
     """`teacher`: each block is given what the teacher's attention was given, not what the layers below it made. Not
-    with L_seq, whose rows the teacher has not seen, nor with gradient checkpointing, which runs a layer twice."""
+    with L_seq, whose rows the teacher has not seen."""
     freeze: list[str] = []
     """Regular expressions: trainable parameters with such a name stay frozen in this stage."""
     data: DataConfig | None = None
@@ -192,9 +204,12 @@ class Config(_Table):
     """Results go to `output/name`."""
     seed: int = 0
     teacher: TeacherConfig
-    student: dict[str, Any] = {}
-    """Options of the M-MATE block: the fields of `linmu_ops.nn.MMATEConfig`; and `keep_attention`, a list of decoder
-    layers that stay quadratic, negative ones counted from the end."""
+    recipe: Literal["exact", "paper"] = "exact"
+    """Where all other options start: what the tables in `bench/reports` chose, or the paper's; see `RECIPES`."""
+    student: dict[str, Any] = Field({}, validate_default=True)
+    """Options of the M-MATE block that differ from the recipe's: the fields of `linmu_ops.nn.MMATEConfig`; and
+    `keep_attention`, a list of decoder layers that stay quadratic, negative ones counted from the end. Once read, it
+    holds every option, so that a run is not gone on with when the library's have changed."""
     data: DataConfig = TaskData()
     losses: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -212,19 +227,39 @@ class Config(_Table):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With more than one process: a whole student in each, or FSDP2, a part in each."""
     gradient_checkpointing: bool = False
+    """In stages whose blocks are given the student's inputs: it runs a layer twice, the second time without the
+    teacher's."""
     threads: Positive | None = None
     """CPU threads; None: torch's choice."""
     stage1: StageConfig = StageConfig()
     stage2: StageConfig = StageConfig()
     stage3: StageConfig = StageConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_recipe(cls, values: Any) -> Any:
+        recipe = values.get("recipe", "exact") if isinstance(values, dict) else None
+        for name, start in RECIPES.get(recipe, {}).items() if isinstance(recipe, str) else ():
+            given = values.get(name, {})
+            if isinstance(start, dict) and isinstance(given, dict):
+                values = {**values, name: {**start, **given}}
+            else:
+                values = {name: start, **values}
+        return values
+
+    @field_validator("student")
+    @classmethod
+    def _write_out_student(cls, student: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        options = {"preset": info.data.get("recipe", "exact"), **student}
+        kept = {"keep_attention": options.pop("keep_attention")} if "keep_attention" in options else {}
+        return {**dataclasses.asdict(parse_mmate(options)), **kept}
+
     @model_validator(mode="after")
     def _check_block_input(self) -> "Config":
         for number in (1, 2, 3):
             stage = self.stage(number)
-            if stage.block_input == "teacher" and ("sequence" in stage.losses or self.gradient_checkpointing):
-                cause = "gradient_checkpointing" if self.gradient_checkpointing else "the loss `sequence`"
-                raise ValueError(f"stage{number}.block_input must be 'student' with {cause}, got 'teacher'")
+            if stage.block_input == "teacher" and "sequence" in stage.losses:
+                raise ValueError(f"stage{number}.block_input must be 'student' with the loss `sequence`, got 'teacher'")
         return self
 
     @model_validator(mode="after")
@@ -269,6 +304,7 @@ class Config(_Table):
             changes.learning_rate or row.learning_rate,
             row.steps if changes.steps is None else changes.steps,
             changes.block_input,
+            tuple(changes.freeze),
         )
 
     def has_lora(self, number: int) -> bool:
@@ -288,7 +324,7 @@ class Config(_Table):
         train = self.overrides(number).train
         facts = {
             **self.model_dump(include={"seed", "student", "losses", "optimizer", "mixed_precision"}, mode="json"),
-            "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, self.overrides(number).freeze],
+            "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, stage.freeze],
             "block_input": stage.block_input,
             "data": self.stage_data(number).model_dump(mode="json", exclude={"workers"}),
             "lora": self.lora.model_dump(mode="json") if self.has_lora(number) else None,

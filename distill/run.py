@@ -172,7 +172,7 @@ class Run:
         student = self.student_after(number - 1, lora=config.has_lora(number))
         _, start = handoff.load_result(self.folder, 0, self.teacher_hash, config)
         set_local_swin(student.blocks.values(), stage.local_swin)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and stage.block_input == "student":
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
         source = build_source(
             config.stage_data(number), config.teacher.path, self.teacher, self.tokenizer, config.seed * 4 + number,
@@ -190,7 +190,7 @@ class Run:
             student.model,
             Teacher(self.teacher, start["layers"], scales),
             source,
-            trainable_parameters(student.model, student.blocks, stage, config.overrides(number).freeze),
+            trainable_parameters(student.model, student.blocks, stage),
             handoff.stage_folder(self.folder, number),
             self.accelerator,
             transcripts,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 LOSSES = ("hidden", "token", "sequence", "supervised")
 
@@ -23,6 +24,8 @@ class Stage:
     block_input: str = "student"
     """What the blocks are given: the `student`'s own hidden states, as in the paper, or the `teacher`'s, so that each
     block learns from right inputs before the ones below it are right."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions: trainable parameters with such a name stay as they are in this stage."""
 
 
 _IMITATE = {"hidden": 0.5, "token": 0.5}
@@ -35,3 +38,18 @@ STAGES = (
     Stage(3, "M-MATE + LoRA on FFNs", ("flex", "swin", "lora"), True,  _ANSWER,  2e-5, 25_000),
 )
 # fmt: on
+
+_BLOCKS = {"block_input": "teacher", "losses": {"hidden": 1.0}}
+_OUTPUT, _WINDOW = r"flex\.o_proj", r"swin\.[qkv]_proj"
+RECIPES: dict[str, dict[str, Any]] = {
+    # What is exact from the start stays so; each block learns by itself what it lacks, and then all of them together.
+    "exact": {
+        "calibrate_step_sizes": True,
+        "losses": {"hidden_average": "read"},
+        "stage1": _BLOCKS | {"freeze": [_OUTPUT]},
+        "stage2": _BLOCKS | {"freeze": [_OUTPUT, _WINDOW]},
+        "stage3": {"freeze": [_OUTPUT, _WINDOW]},
+    },
+    "paper": {},
+}
+"""Options of a run that go with a preset of the block of the same name, and what they are where a file does not say."""

@@ -16,6 +16,7 @@ from distill.stages import Stage
 from distill.teacher import Batch, model_inputs
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
+from linmu_ops.nn import MMATE
 
 # Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
 _SWIN = re.compile(r"(swin|mix)")
@@ -38,15 +39,16 @@ def set_local_swin(blocks: Iterable[nn.Module], on: bool) -> None:
         block.swin_enabled = block.swin is not None and (on or block.config.mix == "softmax")
 
 
-def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module], stage: Stage,
-                         freeze: Sequence[str] = ()) -> dict[str, nn.Parameter]:  # fmt: skip
+def trainable_parameters(
+    student: PreTrainedModel, blocks: dict[int, nn.Module], stage: Stage
+) -> dict[str, nn.Parameter]:
     """Name -> parameter that a stage trains.
 
     Without L_hid, nothing depends on what the last decoder layer makes of visual tokens: its parts that act on these
     alone stay as they are.
 
     Raises:
-        ValueError: a pattern in `freeze` matches no parameter of the stage.
+        ValueError: a pattern in `stage.freeze` matches no parameter of the stage.
     """
     last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
@@ -64,13 +66,25 @@ def trainable_parameters(student: PreTrainedModel, blocks: dict[int, nn.Module],
         kind = "lora" if ".lora_" in name else kinds.get(id(parameter))
         if kind in stage.trainable and id(parameter) not in unreached:
             chosen[name] = parameter
-    for pattern in freeze:
+    for pattern in stage.freeze:
         hit = [name for name in chosen if re.search(pattern, name)]
         if not hit:
             raise ValueError(f"stage{stage.number}.freeze: {pattern!r} matches no trainable parameter")
         for name in hit:
             del chosen[name]
     return chosen
+
+
+def beyond_windows(student: nn.Module) -> set[str]:
+    """Names of parameters that act only where something lies beyond a token's window: of scans that are mixed with the
+    window as softmax would."""
+    return {
+        f"{path}.{name}"
+        for path, block in student.named_modules()
+        if isinstance(block, MMATE) and block.config.mix == "softmax"
+        for name, _ in block.named_parameters()
+        if name.startswith(("flex.", "mix_rest."))
+    }
 
 
 def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +33,7 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
-from distill.student import hidden_kinds, record_reading
+from distill.student import beyond_windows, hidden_kinds, record_reading
 from distill.teacher import (
     Batch,
     Source,
@@ -42,6 +43,7 @@ from distill.teacher import (
     predicts_targets,
 )
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
+from linmu_ops import LinmuWarning
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
@@ -266,6 +268,7 @@ class StageTrainer:
             parameter.requires_grad_(id(parameter) in trainable)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.checkpoints.keep)
         self._moved: set[str] = set()
+        self._may_rest = beyond_windows(self.student) & set(self.trainable)
         self._live_steps = 0
         self._seconds = 0.0
 
@@ -310,9 +313,15 @@ class StageTrainer:
                     raise Interrupted(
                         f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume"
                     )
-        never = sorted(set(self.trainable) - self._moved)
-        if never and self.stage.steps > 1:  # LoRA's A gets none in the first step.
-            raise TrainingError(f"stage {self.stage.number}: no step gave a gradient to {_list(never)}")
+        never = set(self.trainable) - self._moved
+        broken, resting = sorted(never - self._may_rest), sorted(never & self._may_rest)
+        if broken and self.stage.steps > 1:  # LoRA's A gets none in the first step.
+            raise TrainingError(f"stage {self.stage.number}: no step gave a gradient to {_list(broken)}")
+        if resting:
+            warnings.warn(
+                f"stage {self.stage.number}: nothing that was looked at lay beyond the windows, so that these learnt "
+                f"nothing: {_list(resting)}", LinmuWarning, stacklevel=2,
+            )  # fmt: skip
         self.student.eval()
         names = [name for name in (*self.stage.losses, "supervised", "loss") if name in recent[-1]] if recent else []
         return {name: sum(r[name] for r in recent) / len(recent) for name in names}
@@ -419,7 +428,7 @@ class StageTrainer:
             raise TrainingError(self._where(step, f"trainable, but no gradient reaches {_list(missing)}"))
         seen = self.accelerator.reduce(torch.stack(counts), "sum").tolist()
         self._moved.update(name for name, count in zip(names, seen, strict=True) if count)
-        still = sorted(set(self.trainable) - self._moved)
+        still = sorted(set(self.trainable) - self._moved - self._may_rest)
         if still and self._live_steps + 1 >= ZERO_GRADIENT_STEPS:
             raise TrainingError(self._where(step, f"the gradient has been 0 in every step for {_list(still)}"))
 

@@ -8,7 +8,7 @@
 Importing this package makes saved LinMU models known to transformers' Auto classes.
 """
 
-from linmu_ops.nn import MMATEConfig
+from linmu_ops.nn import EXACT, PAPER, MMATEConfig
 
 from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
 from . import families as _families  # noqa: F401  registers
@@ -28,6 +28,8 @@ def families() -> list[str]:
 
 
 __all__ = [
+    "EXACT",
+    "PAPER",
     "LinmuAttention",
     "LinmuCacheLayer",
     "LinmuInputs",

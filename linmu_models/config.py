@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from linmu_ops.nn import MMATEConfig
+from linmu_ops.nn.config import PRESETS
 
 FORMAT = 1
 
@@ -31,13 +32,22 @@ def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) 
     return {"format": FORMAT, "mmate": dataclasses.asdict(mmate), "keep_attention": sorted({i % layers for i in kept})}
 
 
-def parse_mmate(options: dict[str, Any]) -> MMATEConfig:
-    """`MMATEConfig` of a (JSON) dict: lists become tuples; ValueError for an unknown option."""
+def parse_mmate(options: Mapping[str, Any]) -> MMATEConfig:
+    """`MMATEConfig` of a (JSON) dict of options that differ from those of `preset`, "exact" where it is not given.
+
+    Raises:
+        ValueError: an unknown preset or option.
+    """
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    preset = changes.pop("preset", "exact")
+    if preset not in PRESETS:
+        raise ValueError(f"linmu: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     known = {f.name for f in dataclasses.fields(MMATEConfig)}
-    unknown = sorted(set(options) - known)
+    unknown = sorted(set(changes) - known)
     if unknown:
-        raise ValueError(f"linmu: M-MATE options must be among {', '.join(sorted(known))}, got {', '.join(unknown)}")
-    return MMATEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        names = ", ".join(["preset", *sorted(known)])
+        raise ValueError(f"linmu: M-MATE options must be among {names}, got {', '.join(unknown)}")
+    return dataclasses.replace(PRESETS[preset], **changes)
 
 
 def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig, frozenset[int]]:
@@ -54,4 +64,5 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig, frozenset[int]]:
         )
     if field.get("format", FORMAT) > FORMAT:
         raise ValueError(f"linmu: the model's format must be <= {FORMAT}, got {field['format']}; update linmu")
-    return parse_mmate(field.get("mmate", {})), frozenset(field.get("keep_attention", ()))
+    # What an older version did not know is off in the paper's block.
+    return parse_mmate({"preset": "paper", **field.get("mmate", {})}), frozenset(field.get("keep_attention", ()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linmu_ops import LinmuWarning
-from linmu_ops.nn import MMATEConfig
+from linmu_ops.nn import EXACT, MMATEConfig
 
 from .calibrate import calibrate
 from .config import linmu_field, parse_mmate
@@ -23,7 +23,7 @@ from .report import TensorRow, TransferReport
 
 def convert(
     teacher: PreTrainedModel,
-    config: MMATEConfig | dict[str, Any] | None = None,
+    config: MMATEConfig | Mapping[str, Any] = EXACT,
     keep_attention: Iterable[int] = (),
     *,
     calibration: Iterable[Mapping[str, Any]] = (),
@@ -37,7 +37,9 @@ def convert(
     Args:
         teacher: a loaded `...ForConditionalGeneration` (or `...ForCausalLM`) of one of `linmu_models.families()`, of
             any floating dtype, on any device or device map, or on the meta device.
-        config: options of the block; a dict gives some of them.
+        config: options of the block. `EXACT`, what conversion fares best with (`bench/reports`); `PAPER`, the block of
+            the paper; or a dict of options that differ from `EXACT`'s, or from those of its `"preset"`:
+            `{"window": (4, 8, 8)}`, `{"preset": "paper", "window": (4, 8, 8)}`.
         keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
             the end.
         calibration: a few batches of inputs, as keywords of the teacher's forward. If given, each block's output is
@@ -55,7 +57,7 @@ def convert(
             device. TypeError: not such a model.
     """
     family = _family(teacher)
-    options = config if isinstance(config, MMATEConfig) else parse_mmate(config or {})
+    options = config if isinstance(config, MMATEConfig) else parse_mmate(config)
     options = dataclasses.replace(options, **family.forced_options)
     if getattr(teacher.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         warnings.warn("convert: attn_logit_softcapping is left out of the blocks", LinmuWarning, stacklevel=2)

@@ -6,13 +6,15 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, CompileConfig, GenerationMixin, TextStreamer
+
+from linmu_ops.nn import EXACT, MMATEConfig
 
 from .cache import cache_bytes
 from .chat import ChatProcessor
@@ -32,7 +34,7 @@ PROCESSOR_FILES = (
 def convert_folder(
     teacher: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    config: dict[str, Any] | None = None,
+    config: MMATEConfig | Mapping[str, Any] = EXACT,
     keep_attention: Iterable[int] = (),
     dtype: str = "auto",
 ) -> TransferReport:
@@ -56,7 +58,7 @@ def convert_folder(
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
-    options = parse_mmate(config or {})
+    options = config if isinstance(config, MMATEConfig) else parse_mmate(config)  # before the weights are read
     student = convert(auto_class(saved).from_pretrained(folder, dtype=dtype), options, keep_attention)
     student.save_pretrained(out)
     for pattern in PROCESSOR_FILES:

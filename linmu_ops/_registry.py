@@ -40,7 +40,7 @@ _libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("linmu", "linmu_re
 
 
 class LinmuWarning(UserWarning):
-    """Something works, but not as fast as it could."""
+    """Something works, but not as well or as fast as it could."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ STARTED = "started"
 KINDS = {"prefill": "time to first token", "decode": "decode"}
 
 
-def results_file(device: str, shape: str, layers: int | None) -> Path:
+def results_file(device: str, shape: str, layers: int | None, block: str = "exact") -> Path:
     name = shape if layers is None else f"{shape}-{layers}-layers"
+    name += "" if block == "exact" else f"-{block}"
     return ops_report.HERE / "results" / device / "models" / f"{name}.jsonl"
 
 
@@ -102,9 +103,10 @@ def _about(row: Row) -> str:
             f"{row['student_parameters'] / 1e9:.2f} G."
         )
     return (
-        f"{row['layers']} decoder layers, random weights, {row['threads']} threads, commit {row['commit']}"
-        f"{', modified' if row['dirty'] else ''}.{sizes} *x plain* and *x strongest*: how many times "
-        "faster than the teacher in transformers as users run it, and than the fastest way to run it. Slower is marked."
+        f"{row['layers']} decoder layers, random weights, blocks: {row['block']}, {row['threads']} threads, "
+        f"commit {row['commit']}{', modified' if row['dirty'] else ''}.{sizes} *x plain* and *x strongest*: how many "
+        "times faster than the teacher in transformers as users run it, and than the fastest way to run it. Slower is "
+        "marked."
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from bench import measure as ops_measure
 from bench import report as ops_report
 from bench import timing
+from linmu_ops.nn.config import PRESETS
 
 from . import report
 from .measure import Row, Task, measure
@@ -21,7 +22,7 @@ from .shapes import SHAPES, build, parameters
 from .variants import Prefill, variants
 
 # Identity of a measurement: rows that agree in these are the same one.
-KEY = ("shape", "layers", "dtype", "kind", "part", "tokens", "batch", "device", "threads", "commit")
+KEY = ("shape", "layers", "block", "dtype", "kind", "part", "tokens", "batch", "device", "threads", "commit")
 
 
 def tokens(text: str) -> int:
@@ -34,6 +35,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="0.5b", help="sizes of the model (default 0.5b)")
     add("--layers", type=int, help="decoder layers; the shape's own if left out")
+    add("--block", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks (default exact)")
     add("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
     add("--prefill", nargs="*", type=tokens, metavar="TOKENS", help="prompt lengths, e.g. 1k 16k (default 1k to 256k)")
     add("--decode", nargs="*", type=tokens, metavar="TOKENS", help="tokens behind a decoded one (default 1k to 256k)")
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     timing.keep_memory()
-    target = args.save or report.results_file(args.device, args.shape, args.layers)
+    target = args.save or report.results_file(args.device, args.shape, args.layers, args.block)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         target.unlink(missing_ok=True)
@@ -80,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
 def _measure_all(args: argparse.Namespace, dtype: str, target: Path) -> None:
     shape = SHAPES[args.shape].with_layers(args.layers)
     place = ops_measure.where(args.device)
-    common: Row = dict(shape=args.shape, layers=shape.text["num_hidden_layers"], dtype=dtype) | place
+    layers = shape.text["num_hidden_layers"]
+    common: Row = dict(shape=args.shape, layers=layers, block=args.block, dtype=dtype) | place
     done = {_key(row): row for row in report.read_rows(target)}
     models: tuple[Any, Any] | None = None
     prefills: dict[str, Prefill] = {}
@@ -98,7 +101,7 @@ def _measure_all(args: argparse.Namespace, dtype: str, target: Path) -> None:
                 continue
             if models is None:
                 _say("weights")
-                models = build(shape, getattr(torch, dtype), args.device, tower=bool(args.whole))
+                models = build(shape, getattr(torch, dtype), args.device, bool(args.whole), args.block)
                 common |= dict(parameters=parameters(models[0]), student_parameters=parameters(models[1]))
             save([mine | dict(variant="", status=report.STARTED)])
             found = [v for v in variants(*models, args.device) if not (args.plain and v.compiled)]

@@ -68,8 +68,12 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, dtype: torch.dtype, device: str, tower: bool = True) -> tuple[Any, Any]:
-    """(teacher, student) of random weights that share everything but the blocks; without `tower`, a small tower."""
+def build(shape: Shape, dtype: torch.dtype, device: str, tower: bool = True, block: str = "exact") -> tuple[Any, Any]:
+    """(teacher, student) of random weights that share everything but the blocks; without `tower`, a small tower.
+
+    Args:
+        block: the preset of the student's blocks.
+    """
     text, vision = shape.text, shape.vision
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -93,7 +97,7 @@ def build(shape: Shape, dtype: torch.dtype, device: str, tower: bool = True) -> 
         torch.set_default_dtype(before)
     teacher = teacher.eval().requires_grad_(False)
     teacher.set_attn_implementation("sdpa")
-    student = linmu_models.convert(teacher, share_frozen=True).requires_grad_(False)
+    student = linmu_models.convert(teacher, {"preset": block}, share_frozen=True).requires_grad_(False)
     return teacher, student
 
 

@@ -8,7 +8,7 @@ GridAttention   an MMATE that takes the place of a vision transformer's attentio
 
 from __future__ import annotations
 
-from .config import MMATEConfig
+from .config import EXACT, PAPER, MMATEConfig
 from .flex_ma import FlexMA
 from .grid_attention import GridAttention
 from .local_swin import LocalSwin
@@ -16,4 +16,14 @@ from .mmate import MMATE
 from .state import MMATEState
 from .transfer import TransferRow
 
-__all__ = ["MMATE", "FlexMA", "GridAttention", "LocalSwin", "MMATEConfig", "MMATEState", "TransferRow"]
+__all__ = [
+    "EXACT",
+    "MMATE",
+    "PAPER",
+    "FlexMA",
+    "GridAttention",
+    "LocalSwin",
+    "MMATEConfig",
+    "MMATEState",
+    "TransferRow",
+]

@@ -15,7 +15,7 @@ from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ..token_layout import TokenLayout
 from ._inputs import Rotary, apply_rotary, check_inputs, ridge
-from .config import DEFAULTS, MMATEConfig
+from .config import PAPER, MMATEConfig
 from .conv import CausalConv1d
 from .state import MMATEState, continue_state
 
@@ -49,7 +49,7 @@ class FlexMA(nn.Module):
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
-        config: MMATEConfig = DEFAULTS,
+        config: MMATEConfig = PAPER,
     ) -> None:
         super().__init__()
         self.dim, self.num_heads = dim, num_heads

@@ -23,7 +23,7 @@ from ._inputs import (
     real_tokens_first,
     take,
 )
-from .config import DEFAULTS, MMATEConfig
+from .config import PAPER, MMATEConfig
 from .state import MMATEState, continue_state
 from .text_window import Rule, Sinks, attend, attend_with_mass, causal_window_attention, chunk_size
 
@@ -65,7 +65,7 @@ class LocalSwin(nn.Module):
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
         project: bool = True,
-        config: MMATEConfig = DEFAULTS,
+        config: MMATEConfig = PAPER,
     ) -> None:
         """project: apply an output projection; without, `forward` gives `Near` in the place of the output."""
         super().__init__()

@@ -15,7 +15,7 @@ from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
 from . import transfer
 from ._inputs import Rotary, check_inputs, prepare_layout, ridge
-from .config import DEFAULTS, MMATEConfig
+from .config import PAPER, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
 from .state import MMATEState, continue_state
@@ -66,7 +66,7 @@ class MMATE(nn.Module):
         out_bias: bool = False,
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
-        config: MMATEConfig = DEFAULTS,
+        config: MMATEConfig = PAPER,
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -53,7 +53,7 @@ def test_every_shape_has_a_configuration():
 
 
 def test_compiled_and_plain_are_equal_and_decode_needs_no_prefill(models, tmp_path, capsys):
-    rows = run_main(tmp_path, "--layers", "1", "--prefill", "512", "--decode", "300")
+    rows = run_main(tmp_path, "--layers", "1", "--block", "paper", "--prefill", "512", "--decode", "300")
     assert [r["status"] for r in rows] == ["ok"] * 8
     assert {r["variant"] for r in rows} == {v.name for v in variants(*models, "cpu")}
     students = [r for r in rows if r["student"]]

@@ -20,6 +20,7 @@ from linmu_models.config import parse_mmate
 SHIPPED = Path(__file__).parents[2] / "distill/configs/ablations"
 BASE = """
 name = "base"
+recipe = "paper"
 output = "{output}"
 calibration_batches = 1
 teacher = {{path = "{teacher}", max_new_tokens = 3}}

@@ -7,6 +7,7 @@ import pytest
 from distill.config import ConfigError, load_config, parse_config
 from distill.stages import STAGES
 from linmu_models.config import parse_mmate
+from linmu_ops.nn import EXACT, PAPER
 
 MINIMAL = {"name": "x", "teacher": {"path": "t"}}
 CONFIGS = sorted((Path(__file__).parents[2] / "distill/configs").glob("*.toml"))
@@ -20,14 +21,16 @@ def test_shipped_configs_are_valid(path):
     assert [config.stage(i).number for i in (1, 2, 3)] == [1, 2, 3]
 
 
-def test_the_7b_config_is_the_papers():
+def test_the_7b_config_trains_as_long_as_the_paper():
     config = load_config(next(path for path in CONFIGS if path.stem == "qwen2_5_vl_7b"))
-    assert tuple(config.stage(i) for i in (1, 2, 3)) == STAGES
+    for row in STAGES:
+        stage = config.stage(row.number)
+        assert (stage.steps, stage.learning_rate, stage.trainable) == (row.steps, row.learning_rate, row.trainable)
     assert [sorted(config.stage_data(i).sets) for i in (1, 3)] == [
         ["llava_video", "onevision"],
         ["activitynet_qa", "llava_video", "onevision"],
     ]
-    assert (config.lora.rank, config.parallel, config.mixed_precision) == (8, "fsdp", "bf16")
+    assert (config.lora.rank, config.parallel, config.mixed_precision) == (8, "ddp", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,9 @@ def test_the_7b_config_is_the_papers():
             "f: stage3.block_input must be 'student' with the loss",
         ),
         ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
+        ({"recipe": "none"}, "f: recipe: "),
+        ({"student": {"wibble": 1}}, "f: student"),
+        ({"student": {"swin": False}}, "f: student"),
         (
             {"calibrate": False, "calibrate_step_sizes": True},
             "f: calibrate_step_sizes must be false where calibrate is false",
@@ -87,7 +93,22 @@ def test_overrides():
     )
     stage = config.stage(2)
     assert (stage.steps, stage.learning_rate, stage.losses) == (7, 1e-3, {"token": 1.0})
-    assert config.stage(1) == STAGES[0]
+    assert (stage.block_input, stage.freeze) == ("teacher", (r"flex\.o_proj", r"swin\.[qkv]_proj"))
+    assert parse_config({**MINIMAL, "recipe": "paper"}).stage(1) == STAGES[0]
+
+
+def test_recipes():
+    exact, paper = parse_config(MINIMAL), parse_config({**MINIMAL, "recipe": "paper"})
+    assert [parse_mmate(c.student) for c in (exact, paper)] == [EXACT, PAPER]
+    assert tuple(paper.stage(i) for i in (1, 2, 3)) == STAGES
+    assert not paper.calibrate_step_sizes and paper.losses.hidden_average == "tokens"
+    assert exact.calibrate_step_sizes and exact.losses.hidden_average == "read"
+    assert [(s.block_input, dict(s.losses)) for s in map(exact.stage, (1, 2))] == [("teacher", {"hidden": 1.0})] * 2
+    assert exact.stage(3).losses == STAGES[2].losses and exact.stage(3).block_input == "student"
+    changed = parse_config({**MINIMAL, "losses": {"temperature": 2.0}, "stage1": {"steps": 3, "freeze": []}})
+    assert (changed.losses.temperature, changed.losses.hidden_average) == (2.0, "read")
+    assert (changed.stage(1).steps, changed.stage(1).freeze, changed.stage(1).block_input) == (3, (), "teacher")
+    assert parse_config(changed.model_dump()) == changed
 
 
 def test_samples_of_each_group():

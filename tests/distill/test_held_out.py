@@ -63,14 +63,14 @@ def test_measures_are_those_of_plain_logits(folder):
     assert same["agreement"] == 1 and same["kl"] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("student", [{"text_window": 8}, {"swin": False}], ids=["window", "scan"])
-def test_a_language_model_is_distilled(folder, tmp_path, student):
+@pytest.mark.parametrize("recipe, student", [("exact", {"text_window": 8}), ("paper", {"swin": False})])
+def test_a_language_model_is_distilled(folder, tmp_path, recipe, student):
     def sets(name):
         return {"max_tokens": 128, "text_length": 64, "sets": {"t": {"format": "text", "files": [str(folder / name)]}}}
 
     config = parse_config(
         {
-            "name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
+            "name": "r", "recipe": recipe, "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
             "student": {"reverse": False, **student}, "data": sets("train.txt"), "calibration_batches": 1,
             "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "held_out_batches": 2, "speed_lengths": [16],
                            "speed_new_tokens": 2},

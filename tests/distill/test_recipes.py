@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 from distill import handoff
 from distill.config import ConfigError, parse_config
 from distill.run import Run, distill
+from linmu_ops import LinmuWarning
 
 NO_SPEED = {"groups": ["where"], "samples": 2, "speed_lengths": []}
 
@@ -54,16 +55,14 @@ def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
 
 
 def test_exact_near_and_learnt_far(teacher, tmp_path):
-    """The demo's way: what makes the windows exact stays, the scan and its share learn, and Local-Swin is never off."""
+    """The default: what makes the windows exact stays, the scan and its share learn, and Local-Swin is never off."""
     frozen = [r"flex\.o_proj", r"swin\.[qkv]_proj"]
-    blocks = {"steps": 2, "learning_rate": 1e-2, "block_input": "teacher", "losses": {"hidden": 1}}
     config = parse_config(
         run_values(
-            tmp_path, teacher, evaluation=NO_SPEED, calibrate_step_sizes=True,
+            tmp_path, teacher, recipe="exact", evaluation=NO_SPEED,
             data={"batch_size": 2, "turns": 2, "mixture": {"video": 1}},
-            student={"mix": "softmax", "causal_windows": True, "text_window": 4, "sink_tokens": 2, "window": [2, 2, 2]},
-            stage1={**blocks, "freeze": frozen[:1]}, stage2={**blocks, "freeze": frozen},
-            stage3={"steps": 2, "learning_rate": 1e-2, "freeze": frozen},
+            student={"text_window": 4, "sink_tokens": 2, "window": [2, 2, 2], "image_window": [1, 2, 2]},
+            **{f"stage{i}": {"steps": 2, "learning_rate": 1e-2} for i in (1, 2, 3)},
         )
     )  # fmt: skip
     distill(config)
@@ -102,6 +101,14 @@ def test_blocks_alone_without_lora(teacher, tmp_path):
     assert (config.folder / "student/config.json").exists()
 
 
+def test_within_the_windows_nothing_is_learnt_and_that_is_said(teacher, tmp_path):
+    config = parse_config(run_values(tmp_path, teacher, recipe="exact", evaluation=NO_SPEED))
+    with pytest.warns(LinmuWarning, match=r"stage 1: nothing that was looked at lay beyond the windows.*\.layers\.0\."):
+        distill(config)
+    told = [json.loads(line) for line in (config.folder / "stage1/metrics.jsonl").read_text().splitlines()]
+    assert all(record["hidden"] < 1e-6 for record in told)
+
+
 def test_nothing_trained_is_the_calibrated_start(teacher, tmp_path):
     config = parse_config(run_values(tmp_path, teacher, evaluation=NO_SPEED,
                                      **{f"stage{i}": {"steps": 0} for i in (1, 2, 3)}))  # fmt: skip
@@ -112,7 +119,7 @@ def test_nothing_trained_is_the_calibrated_start(teacher, tmp_path):
 
 
 def test_a_recipe_that_ends_without_local_swin_is_refused():
-    values = {"name": "x", "teacher": {"path": "t"}, "stage2": {"steps": 0}, "stage3": {"steps": 0}}
+    values = {"name": "x", "recipe": "paper", "teacher": {"path": "t"}, "stage2": {"steps": 0}, "stage3": {"steps": 0}}
     with pytest.raises(ConfigError, match=r"student\.swin must be false where only stage 1 has steps"):
         parse_config(values)
     assert parse_config({**values, "student": {"swin": False}}).stage(2).steps == 0

@@ -170,7 +170,8 @@ def config(folder, output, **changes):
         "videos": {"format": "llava_video", "files": [str(folder / "videos.json")], "folder": str(folder)},
     }
     values = {
-        "name": "r", "output": str(output), "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
+        "name": "r", "recipe": "paper", "output": str(output),
+        "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
         "data": {"sets": sets, "max_tokens": 200, "window": 8, "frames": 4},
         "evaluation": {"samples": 0, "speed_lengths": []},
         "calibration_batches": 1, "checkpoints": {"every": 2}, "threads": 1,

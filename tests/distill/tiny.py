@@ -159,6 +159,7 @@ def student_model(teacher, inside=True, seed=1):
 def tiny_config(tmp_path, **changes) -> Config:
     values = {
         "name": "tiny",
+        "recipe": "paper",
         "output": str(tmp_path),
         "teacher": {"path": "none", "max_new_tokens": 6},
         "checkpoints": {"every": 4, "keep": 2},
@@ -181,7 +182,7 @@ def stage_trainer(config, number, accelerator=None, *, teacher=None, student=Non
     set_local_swin(blocks.values(), stage.local_swin)
     if "lora" in stage.trainable:
         add_lora(student, config.lora, config.seed)
-    trainable = trainable_parameters(student, blocks, stage, config.overrides(number).freeze)
+    trainable = trainable_parameters(student, blocks, stage)
     source = Source()
     cache = AnswerCache(config.folder / "answers.sqlite", "tiny")
     transcripts = Transcripts(teacher, Tokenizer(), source, cache, config.teacher.max_new_tokens)

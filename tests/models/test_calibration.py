@@ -39,7 +39,7 @@ def test_blocks_take_the_size_of_attention(family, norm):
     teacher = tiny.teacher(family)
     kinds = ("text", "text") if tiny.example(family) is None else ("images", "image")
     batches = [tiny.left_padded([tiny.example(family, kind) for kind in kinds]), tiny.example(family, kinds[1])]
-    options = dict(norm=norm, swin=norm != "none")  # Without a norm, only y_flex is scaled.
+    options = dict(preset="paper", norm=norm, swin=norm != "none")  # Without a norm, only y_flex is scaled.
     student = linmu_models.convert(teacher, options, keep_attention=[1], calibration=iter(batches))
     ours, theirs = attention_outputs(student, batches)[0], attention_outputs(teacher, batches)[0]
     if norm == "none" and (bias := attention_modules(teacher)[0].o_proj.bias) is not None:
@@ -120,7 +120,7 @@ def test_starts_nearer_to_the_teacher():
 
     def loss(**options):
         # Without the demo's norm of heads, which gives a block some size of output from the start.
-        plain = {name: config.student[name] for name in ("initial_decay", "window")}
+        plain = {"preset": "paper", **{name: config.student[name] for name in ("initial_decay", "window")}}
         found = attention_outputs(linmu_models.convert(teacher, plain, **options), tests)
         pairs = zip(found, expected, strict=True)
         return sum(((ours - theirs).square().sum() / theirs.square().sum()).item() for ours, theirs in pairs)
@@ -131,7 +131,8 @@ def test_starts_nearer_to_the_teacher():
 def test_half_precision_and_errors():
     teacher = tiny.BUILDERS["qwen2"]().to(torch.bfloat16)
     batch = tiny.example("qwen2", "text")
-    student = linmu_models.convert(teacher, {"swin": False}, calibration=[{**batch, "labels": batch["input_ids"]}])
+    options, batches = {"preset": "paper", "swin": False}, [{**batch, "labels": batch["input_ids"]}]
+    student = linmu_models.convert(teacher, options, calibration=batches)
     with torch.no_grad():
         assert torch.isfinite(student(**batch).logits).all()
     with torch.device("meta"):

@@ -30,7 +30,7 @@ def same(a, b):
 
 def test_reports_every_tensor(tmp_path):
     teacher = tiny.teacher("qwen2_5_vl")
-    student = linmu_models.convert(teacher, keep_attention=[-1])
+    student = linmu_models.convert(teacher, linmu_models.PAPER, keep_attention=[-1])
     report = student.linmu_report
     assert (report.linear_layers, report.kept_layers) == ([0, 1], [2])
     theirs, mine = dict(teacher.named_parameters()), dict(student.named_parameters())
@@ -98,12 +98,16 @@ def test_ties_embeddings_as_the_teacher_does():
 
 def test_options():
     teacher = tiny.teacher("qwen2_5_vl")
-    student = linmu_models.convert(teacher, {"window": [4, 2, 2], "conv_width": 3, "norm": "rms"})
+    changes = {"window": [4, 2, 2], "conv_width": 3, "norm": "rms"}
+    student = linmu_models.convert(teacher, changes)
     block = student.get_decoder().layers[1].self_attn
     assert isinstance(block, linmu_models.LinmuAttention) and block.layer_idx == 1
-    assert block.config == dataclasses.replace(linmu_models.MMATEConfig(), window=(4, 2, 2), conv_width=3, norm="rms")
+    wanted = dataclasses.replace(linmu_models.EXACT, window=(4, 2, 2), conv_width=3, norm="rms")
+    assert block.config == wanted
     assert student.config.linmu["mmate"]["window"] == (4, 2, 2)
     assert isinstance(student, tiny.hf.Qwen2_5_VLForConditionalGeneration)
+    papers = linmu_models.convert(teacher, {"preset": "paper", **changes}).get_decoder().layers[1].self_attn.config
+    assert papers == linmu_models.MMATEConfig(window=(4, 2, 2), conv_width=3, norm="rms")
     assert linmu_models.convert(tiny.teacher("glm4v")).config.linmu["mmate"]["rotary_interleaved"]
 
 
@@ -114,18 +118,20 @@ def test_warns_of_what_it_leaves_out():
         linmu_models.convert(teacher)
 
 
+@pytest.mark.parametrize("options", [tiny.NARROW, {"preset": "paper"}], ids=["exact", "paper"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
-def test_half_precision(family):
+def test_half_precision(family, options):
     teacher = copy.deepcopy(tiny.teacher(family)).to(torch.bfloat16)
-    student = linmu_models.convert(teacher)
+    student = linmu_models.convert(teacher, options)
     inputs = tiny.example(family)
     with torch.no_grad():
         logits = student(**inputs).logits
-        wide = linmu_models.convert(tiny.teacher(family))(**inputs).logits
+        wide = linmu_models.convert(tiny.teacher(family), options)(**inputs).logits
     assert logits.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(logits.float(), wide, dim=-1).min() > 0.98
     kept = {n.rpartition(".")[2] for n, p in student.named_parameters() if p.dtype == torch.float32}
-    assert {"A_log", "dt_bias", "reverse_A_log", "gate", "scale", "mix"} <= kept
+    assert {"A_log", "dt_bias", "reverse_A_log", "gate", "scale"} <= kept
+    assert ("mix" in kept) == ("preset" in options)
     assert student.get_decoder().layers[0].self_attn.flex.c_proj.weight.dtype == torch.bfloat16
 
 
@@ -169,14 +175,17 @@ def test_parts_offloaded_to_disk(tmp_path):
         linmu_models.convert(load(tmp_path / "teacher"))
 
 
+EVERYTHING = dict(
+    preset="paper", conv_width=3, z_gate=True, head_norm=True, skip=True, norm="layer", text_window=4, gate="token",
+    mix="token", reverse_projections="separate", relative_bias=True, image_window=None, window=(2, 2, 2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [tiny.NARROW, EVERYTHING], ids=["exact", "everything"])
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm"])
-def test_offloaded_whole(family, to, tmp_path):
+def test_offloaded_whole(family, to, options, tmp_path):
     """Every module with a parameter of its own, under every option, is called as a module: accelerate brings it in."""
-    options = dict(
-        conv_width=3, z_gate=True, head_norm=True, skip=True, norm="layer", text_window=4, gate="token", mix="token",
-        reverse_projections="separate", relative_bias=True, image_window=None, window=(2, 2, 2),
-    )  # fmt: skip
     student, inputs = linmu_models.convert(tiny.teacher(family), options), tiny.example(family, "images")
     greedy = dict(max_new_tokens=3, do_sample=False)
     with torch.no_grad():
@@ -191,7 +200,7 @@ def test_offloaded_whole(family, to, tmp_path):
 
 
 def test_configuration_alone_builds_the_model():
-    config = linmu_models.convert(tiny.teacher("qwen2_5_vl"), {"z_gate": True}, keep_attention=[1]).config
+    config = linmu_models.convert(tiny.teacher("qwen2_5_vl"), {"initial_scale": 3.0}, keep_attention=[1]).config
     torch.manual_seed(0)
     fresh = tiny.hf.AutoModelForImageTextToText.from_config(copy.deepcopy(config))
     blocks = [layer.self_attn for layer in fresh.get_decoder().layers]
@@ -239,6 +248,8 @@ def test_refuses_what_it_cannot_convert():
         linmu_models.convert(bert)
     with pytest.raises(ValueError, match=r"options must be among .*, got wibble"):
         linmu_models.convert(teacher, {"wibble": 1})
+    with pytest.raises(ValueError, match="preset must be one of exact, paper, got 'none'"):
+        linmu_models.convert(teacher, {"preset": "none"})
     with pytest.raises(ValueError, match=r"keep_attention must hold layers in \[-3, 3\), got 3"):
         linmu_models.convert(teacher, keep_attention=[3])
     config = linmu_models.convert(teacher).config

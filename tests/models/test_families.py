@@ -139,7 +139,9 @@ def test_every_way_of_decoding(family):
     model, text = student(family), tiny.example(family, "text")
     rows = text if family not in VISUAL else tiny.left_padded([tiny.example(family, k) for k in ("images", "image")])
     greedy = dict(max_new_tokens=3, do_sample=False)
-    ways = [(rows, dict(max_new_tokens=3, do_sample=True)), (rows, dict(greedy, num_beams=2)), (text, greedy)]
+    # transformers mixes up a row's several images when it repeats them for GLM4V's beams: the teacher's, too.
+    beamed = tiny.example(family, "image") if family == "glm4v" else rows
+    ways = [(rows, dict(max_new_tokens=3, do_sample=True)), (beamed, dict(greedy, num_beams=2)), (text, greedy)]
     for inputs, how in ways:
         outs = []
         for use_cache in (True, False):

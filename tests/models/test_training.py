@@ -22,9 +22,12 @@ def grads(model, inputs):
     return out.loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+PAPERS = {"preset": "paper", "conv_width": 3, "z_gate": True, "head_norm": True, "skip": True, "norm": "layer"}
+
+
+@pytest.mark.parametrize("options", [tiny.NARROW, PAPERS], ids=["exact", "paper"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "gemma3"])
-def test_gradients_reach_every_part_of_a_block(family):
-    options = {"conv_width": 3, "z_gate": True, "head_norm": True, "skip": True, "norm": "layer"}
+def test_gradients_reach_every_part_of_a_block(family, options):
     model = linmu_models.convert(tiny.teacher(family), options)
     _, found = grads(model, tiny.example(family, "images"))
     blocks = [n for n, _ in model.get_decoder().named_parameters() if ".self_attn." in n]
@@ -40,7 +43,7 @@ def test_gradients_reach_every_part_of_a_block(family):
     "family, reentrant", [*((f, False) for f in tiny.BUILDERS), ("qwen2_5_vl", True), ("llava_next", True)]
 )
 def test_gradient_checkpointing_changes_nothing(family, reentrant):
-    model = linmu_models.convert(tiny.teacher(family), keep_attention=[1])
+    model = linmu_models.convert(tiny.teacher(family), tiny.NARROW, keep_attention=[1])
     inputs = tiny.example(family, "images") or tiny.example(family, "text")
     model.train()
     loss, expected = grads(model, inputs)
@@ -54,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
 
 @pytest.mark.parametrize("family", list(tiny.BUILDERS))
 def test_adapters_train_and_merge(family, tmp_path):
-    model = linmu_models.convert(tiny.teacher(family))
+    model = linmu_models.convert(tiny.teacher(family), tiny.NARROW)
     inputs = tiny.example(family, "images") or tiny.example(family, "text")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=MLPS))
