@@ -60,6 +60,13 @@ class TaskData(_Table):
     """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`; and `batch_frames`, see
     `distill.data.TaskStream`."""
 
+    @model_validator(mode="after")
+    def _check_batch_frames(self) -> "TaskData":
+        for group, options in self.options.items():
+            if "batch_frames" in options and len(options.get("frames", ())) != 2:
+                raise ValueError(f"options.{group}.frames must be [least, most] beside batch_frames, got none")
+        return self
+
 
 class SetConfig(_Table):
     """One data set in its published format; see "Data sets" in `distill/README.md`."""

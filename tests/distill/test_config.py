@@ -48,6 +48,10 @@ def test_the_7b_config_trains_as_long_as_the_paper():
         ),
         ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
         ({"recipe": "none"}, "f: recipe: "),
+        (
+            {"data": {"options": {"needle": {"batch_frames": 9}}}},
+            "f: data: options.needle.frames must be [least, most] beside batch_frames",
+        ),
         ({"student": {"wibble": 1}}, "f: student"),
         ({"student": {"swin": False}}, "f: student"),
         (
