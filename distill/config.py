@@ -272,7 +272,7 @@ class Config(_Table):
     @model_validator(mode="after")
     def _check_skipped(self) -> "Config":
         trained = [number for number in (1, 2, 3) if self.stage(number).steps]
-        if trained == [1] and self.student.get("swin", True):
+        if trained == [1] and self.student["swin"] and self.student["mix"] != "softmax":
             raise ValueError("student.swin must be false where only stage 1 has steps: it trains without Local-Swin")
         return self
 

@@ -221,7 +221,7 @@ def write_report(
         f"# {config.name}: {config.teacher.path} made linear",
         "",
         _INTRODUCTION,
-        *([_EXACT.format(**{"text_window": 0, **config.student})] if config.student.get("mix") == "softmax" else []),
+        *([_EXACT.format(**config.student)] if config.student["mix"] == "softmax" else []),
         "## What was converted",
         "",
         _conversion(folder),

@@ -123,6 +123,7 @@ def test_a_recipe_that_ends_without_local_swin_is_refused():
     with pytest.raises(ConfigError, match=r"student\.swin must be false where only stage 1 has steps"):
         parse_config(values)
     assert parse_config({**values, "student": {"swin": False}}).stage(2).steps == 0
+    assert parse_config({**values, "recipe": "exact"}).stage(2).steps == 0  # its windows are never off
 
 
 def test_fingerprints_follow_the_recipe():
