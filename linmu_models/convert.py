@@ -39,7 +39,8 @@ def convert(
             any floating dtype, on any device or device map, or on the meta device.
         config: options of the block. `EXACT`, what conversion fares best with (`bench/reports`); `PAPER`, the block of
             the paper; or a dict of options that differ from `EXACT`'s, or from those of its `"preset"`:
-            `{"window": (4, 8, 8)}`, `{"preset": "paper", "window": (4, 8, 8)}`.
+            `{"window": (4, 8, 8)}`, `{"preset": "paper", "window": (4, 8, 8)}`. A family's `forced_options` (which
+            channels rotate together; no causal windows where a teacher's image tokens see each other) are put over it.
         keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
             the end.
         calibration: a few batches of inputs, as keywords of the teacher's forward. If given, each block's output is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from linmu_models.modeling import LinmuModel, register
@@ -18,3 +20,4 @@ class LinmuGemma3Config(Gemma3Config):
 class LinmuGemma3ForConditionalGeneration(SquarePlaceholders, LinmuModel, Gemma3ForConditionalGeneration):
     config_class = LinmuGemma3Config
     config: LinmuGemma3Config
+    forced_options: ClassVar = {"causal_windows": False}  # tokens of an image see each other

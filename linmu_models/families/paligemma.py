@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from linmu_models.modeling import LinmuModel, register
@@ -18,3 +20,4 @@ class LinmuPaliGemmaConfig(PaliGemmaConfig):
 class LinmuPaliGemmaForConditionalGeneration(SquarePlaceholders, LinmuModel, PaliGemmaForConditionalGeneration):
     config_class = LinmuPaliGemmaConfig
     config: LinmuPaliGemmaConfig
+    forced_options: ClassVar = {"causal_windows": False}  # tokens of an image see each other

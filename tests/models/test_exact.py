@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -30,3 +32,20 @@ def test_logits_are_the_teachers(family):
             real = batch["attention_mask"].bool()
             ours, theirs = (model(**batch).logits[real] for model in (student, teacher))
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_an_image_whose_tokens_see_each_other_has_no_causal_windows(family):
+    teacher, batch = tiny.teacher(family), tiny.example(family, "image")
+    student = linmu_models.convert(teacher)
+    assert not student.linmu_layers()[0].self_attn.config.causal_windows
+
+    def distance():
+        with torch.no_grad():
+            return (student(**batch).logits - teacher(**batch).logits).square().mean()
+
+    nearer = distance()
+    for layer in student.linmu_layers():
+        swin = layer.self_attn.swin
+        swin.config = dataclasses.replace(swin.config, causal_windows=True)
+    assert nearer < 0.5 * distance()
