@@ -40,10 +40,7 @@ def convert(
     teacher: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the hub.")],
     out: Annotated[Path, typer.Argument(help="Folder to save the linear model in.")],
     keep_attention: Annotated[list[int] | None, typer.Option(help="A layer that stays quadratic; repeatable.")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(help=OPTION_HELP),
-    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
 ) -> None:
     """Make a model linear, untrained; prints where each tensor comes from."""

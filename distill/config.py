@@ -63,8 +63,9 @@ class TaskData(_Table):
     @model_validator(mode="after")
     def _check_batch_frames(self) -> "TaskData":
         for group, options in self.options.items():
-            if "batch_frames" in options and len(options.get("frames", ())) != 2:
-                raise ValueError(f"options.{group}.frames must be [least, most] beside batch_frames, got none")
+            frames = options.get("frames")
+            if "batch_frames" in options and not (isinstance(frames, list | tuple) and len(frames) == 2):
+                raise ValueError(f"options.{group}.frames must be [least, most] beside batch_frames, got {frames}")
         return self
 
 
@@ -244,14 +245,11 @@ class Config(_Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _start_from_recipe(cls, values: Any) -> Any:
-        recipe = values.get("recipe", "exact") if isinstance(values, dict) else None
-        for name, start in RECIPES.get(recipe, {}).items() if isinstance(recipe, str) else ():
-            given = values.get(name, {})
-            if isinstance(start, dict) and isinstance(given, dict):
-                values = {**values, name: {**start, **given}}
-            else:
-                values = {name: start, **values}
+    def _start_from_recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, start in RECIPES.get(str(values.get("recipe", "exact")), {}).items():
+            given = values.get(name, start)
+            tables = isinstance(start, dict) and isinstance(given, dict)
+            values = {**values, name: {**start, **given} if tables else given}
         return values
 
     @field_validator("student")

@@ -268,7 +268,7 @@ class StageTrainer:
             parameter.requires_grad_(id(parameter) in trainable)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.checkpoints.keep)
         self._moved: set[str] = set()
-        self._may_rest = beyond_windows(self.student) & set(self.trainable)
+        self._may_rest = beyond_windows(self.student)
         self._live_steps = 0
         self._seconds = 0.0
 

@@ -32,12 +32,14 @@ def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) 
     return {"format": FORMAT, "mmate": dataclasses.asdict(mmate), "keep_attention": sorted({i % layers for i in kept})}
 
 
-def parse_mmate(options: Mapping[str, Any]) -> MMATEConfig:
-    """`MMATEConfig` of a (JSON) dict of options that differ from those of `preset`, "exact" where it is not given.
+def parse_mmate(options: MMATEConfig | Mapping[str, Any]) -> MMATEConfig:
+    """`options`, or of a (JSON) dict of those that differ from the ones of `preset`, "exact" where it is not given.
 
     Raises:
         ValueError: an unknown preset or option.
     """
+    if isinstance(options, MMATEConfig):
+        return options
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     preset = changes.pop("preset", "exact")
     if preset not in PRESETS:

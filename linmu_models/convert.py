@@ -58,8 +58,7 @@ def convert(
             device. TypeError: not such a model.
     """
     family = _family(teacher)
-    options = config if isinstance(config, MMATEConfig) else parse_mmate(config)
-    options = dataclasses.replace(options, **family.forced_options)
+    options = dataclasses.replace(parse_mmate(config), **family.forced_options)
     if getattr(teacher.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         warnings.warn("convert: attn_logit_softcapping is left out of the blocks", LinmuWarning, stacklevel=2)
     with torch.device("meta"):

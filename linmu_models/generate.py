@@ -58,7 +58,7 @@ def convert_folder(
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
-    options = config if isinstance(config, MMATEConfig) else parse_mmate(config)  # before the weights are read
+    options = parse_mmate(config)  # before the weights are read
     student = convert(auto_class(saved).from_pretrained(folder, dtype=dtype), options, keep_attention)
     student.save_pretrained(out)
     for pattern in PROCESSOR_FILES:
