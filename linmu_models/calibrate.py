@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from linmu_ops import TokenLayout
 
@@ -31,18 +32,14 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
         batches: keywords of the teacher's forward; `labels` are left out.
         step_sizes: before that, fit each block's step sizes to the attention that tokens get from text (see
             `FlexMA.fit_step_sizes`), so that from the start it remembers what the teacher looks at; and in all other
-            fits, let a token count half by what text reads of it in later layers. Attention is computed in full for
-            this, one layer in a run of the teacher: keep the batches short.
+            fits, let a token count half by what text reads of it in later layers. The attention of text is computed in
+            full for this, in one more run of the teacher, a few hundred rows at a time.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     layouts = [student.build_layout(inputs) for inputs in batches]
     every = list(zip(attention_modules(student), attention_modules(teacher), strict=True))
     linear = {i: pair for i, pair in enumerate(every) if isinstance(pair[0], LinmuAttention)}
-    for block, attention in linear.values() if step_sizes else ():
-        if block.flex is not None:
-            found = [_read_by_text(teacher, attention, *pair) for pair in zip(batches, layouts, strict=True)]
-            block.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    reading = [_read_later_by_text(teacher, *pair) for pair in zip(batches, layouts, strict=True) if step_sizes]
+    looks = [_looks_of_text(teacher, *pair) for pair in zip(batches, layouts, strict=True) if step_sizes]
     for start in range(0, len(linear), _TOGETHER):
         numbers = list(linear)[start : start + _TOGETHER]
         blocks, attentions = zip(*(linear[i] for i in numbers), strict=True)
@@ -55,33 +52,36 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
                 padding = None if mask is None else mask.bool().to(output.device)
                 kept.append((dict(arguments, layout=layout, attention_mask=padding), output))
         for number, block, kept in zip(numbers, blocks, seen, strict=True):
-            block.calibrate(kept, [weights[number] for weights in reading] or None)
+            if looks and block.flex is not None:
+                hidden = [arguments["hidden_states"] for arguments, _ in kept]
+                found = [batch.at_layer(number, states) for batch, states in zip(looks, hidden, strict=True)]
+                block.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+            block.calibrate(kept, [batch.later[number] for batch in looks] or None)
 
 
-def _real_and_text(inputs: Mapping[str, Any], layout: TokenLayout | None) -> tuple[Tensor, Tensor]:
-    """(B, L) bool each: tokens that are not padding; those that are not visual either."""
+@dataclass
+class _Looks:
+    """Where the text of a batch looks."""
+
+    real: Tensor
+    """(B, L) bool: tokens that are not padding."""
+    masses: list[Tensor]
+    """For each layer (B, H, L): the attention that each token gets from its row's text."""
+    later: list[Tensor]
+    """For each layer (B, L): how much text reads of its output in later layers."""
+
+    def at_layer(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, D) and (n, H): of the n tokens that are not padding, the rows of `hidden`, (B, L, D), and how much their
+        row's text looks at each, in units of the row's mean."""
+        real = self.real.to(hidden.device)
+        rows = [row[kept] for row, kept in zip(self.masses[number].mT.to(hidden.device), real, strict=True)]
+        return hidden[real], torch.cat([row / row.mean(0, keepdim=True).clamp(min=1e-20) for row in rows])
+
+
+def _looks_of_text(teacher: Any, inputs: Mapping[str, Any], layout: TokenLayout | None) -> _Looks:
     ids, padded = inputs["input_ids"], inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if padded is None else padded.bool().to(ids.device)
-    return real, real if layout is None else real & ~layout.visual_mask(ids.device)
-
-
-def _read_later_by_text(teacher: Any, inputs: Mapping[str, Any], layout: TokenLayout | None) -> list[Tensor]:
-    """For each layer (B, L): how much text reads of its output in later layers."""
-    text = _real_and_text(inputs, layout)[1]
+    text = real if layout is None else real & ~layout.visual_mask(ids.device)
     with record_mass(teacher, attention_modules(teacher), text) as masses:
         teacher.model(**inputs, use_cache=False)
-    return read_later(masses, text)
-
-
-def _read_by_text(
-    teacher: Any, attention: nn.Module, inputs: Mapping[str, Any], layout: TokenLayout | None
-) -> tuple[Tensor, Tensor]:
-    """(n, D) and (n, H): what `attention` is given at the n tokens that are not padding, and how much of its row's text
-    looks at each, in units of the row's mean."""
-    real, text = _real_and_text(inputs, layout)
-    with record_inputs([attention]) as given, record_mass(teacher, [attention], text) as masses:
-        teacher.model(**inputs, use_cache=False)
-    hidden = given[0]["hidden_states"]
-    real = real.to(hidden.device)
-    rows = [row[kept] for row, kept in zip(masses[0].mT, real, strict=True)]
-    return hidden[real], torch.cat([row / row.mean(0, keepdim=True).clamp(min=1e-20) for row in rows])
+    return _Looks(real, masses, read_later(masses, text))

@@ -13,7 +13,7 @@ from distill.config import load_config
 from distill.sources import build_source
 from distill.teacher import load_teacher, model_inputs
 from linmu_models.attention_mass import record_mass
-from linmu_models.calibrate import _read_by_text
+from linmu_models.calibrate import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_ops.nn import FlexMA
 from linmu_ops.nn.config import MMATEConfig
@@ -77,7 +77,8 @@ def test_step_sizes_are_fitted_in_units_of_the_rows_mean():
     teacher = tiny.teacher("qwen2_5_vl")
     batch = tiny.left_padded([tiny.example("qwen2_5_vl", kind) for kind in ("images", "image")])
     layout = linmu_models.convert(teacher).build_layout(batch)
-    states, mass = _read_by_text(teacher, attention_modules(teacher)[1], batch, layout)
+    hidden = torch.randn(*batch["input_ids"].shape, 8)
+    states, mass = _looks_of_text(teacher, batch, layout).at_layer(1, hidden)
     lengths = batch["attention_mask"].sum(1).tolist()
     assert len(states) == len(mass) == sum(lengths)
     for part in mass.split(lengths):
