@@ -78,7 +78,7 @@ def write(device: str) -> Path:
     lines = [
         f"# Measured on {first['device']}",
         "",
-        "Written by `make bench` from `bench/results`; the method is in `bench/README.md`. Each row of those files "
+        "Written from `bench/results`; the method is in `bench/README.md`. Each row of those files "
         "names its commit, versions and clock.",
         "",
         f"{first['threads']} threads, instruction set {first['isa']}; "
@@ -102,7 +102,9 @@ def _section(op: str, rows: list[Row], page: Path) -> list[str]:
     for row in rows:
         cases[title(row)].append(row)
     for name, group in cases.items():
-        lines += [f"**{name}**  (commit {group[0]['commit']}{', modified' if group[0]['dirty'] else ''})", ""]
+        known = ["commit " + group[0]["commit"], *["modified"] * group[0]["dirty"]]
+        known += [] if group[0]["verified"] else ["the op's tests were not run before"]
+        lines += [f"**{name}**  ({', '.join(known)})", ""]
         lines += [f"Target on an H200: {target}.", ""] if (target := group[0].get("target")) else []
         lines += _markdown(group)
     return lines

@@ -21,6 +21,7 @@ from bench import roofs, timing
 from bench.ops import ssd_scan, ssd_step
 from bench.peers import case
 from linmu_ops import TokenLayout
+from linmu_ops.nn.config import PRESETS
 
 from .inputs import decoder_inputs
 from .run import tokens
@@ -210,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="linmu bench breakdown", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (default 4)")
+    parser.add_argument("--block", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--prefill", nargs="*", type=tokens, default=[4096], metavar="TOKENS")
     parser.add_argument("--decode", nargs="*", type=tokens, default=[4096], metavar="TOKENS")
@@ -222,8 +224,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     timing.keep_memory()
     shape, dtype = SHAPES[args.shape].with_layers(args.layers), getattr(torch, args.dtype)
-    place = ops_measure.where(args.device) | dict(shape=args.shape, layers=args.layers, dtype=args.dtype)
-    models = build(shape, dtype, args.device, tower=False)
+    choice = dict(shape=args.shape, layers=args.layers, block=args.block, dtype=args.dtype)
+    place = ops_measure.where(args.device) | choice
+    models = build(shape, dtype, args.device, tower=False, block=args.block)
     for kind in ("prefill", "decode"):
         for length in getattr(args, kind):
             rows = breakdown(shape, dtype, args.device, kind, length, args.batch, models)

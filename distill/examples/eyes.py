@@ -264,10 +264,7 @@ def train_projector(
         blind: show white pictures.
     """
     projector: nn.Module = model.model.multi_modal_projector.requires_grad_(True)
-    data = RecordData.model_validate(
-        {"sets": {"stamps": {"format": "onevision", "files": [str(files)]}}, "max_samples": batch, "window": 256}
-    )
-    source = build_source(data, str(folder), model, tokenizer, seed=0)
+    source = build_source(_data(files, batch), str(folder), model, tokenizer, seed=0)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, weight_decay=0.01)
     warmup = max(1, steps // 20)
     for step in range(steps):
