@@ -58,5 +58,6 @@ def save(made: Any, target: Path) -> None:
         for spine in axes.spines.values():
             spine.set_color(GREY)
         axes.grid(color=GREY, alpha=0.25)
-    made.savefig(target, transparent=True)
+    with plt.rc_context({"svg.hashsalt": "linmu"}):  # and no date: a plot of the same numbers is the same file
+        made.savefig(target, transparent=True, metadata={"Date": None} if target.suffix == ".svg" else None)
     plt.close(made)

@@ -18,6 +18,7 @@ _STYLE = {
     "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GREY, "grid.alpha": 0.25,
     "font.size": 10, "axes.titlesize": 10, "figure.dpi": 110,
+    "svg.hashsalt": "linmu",
 }  # fmt: skip
 
 
@@ -26,7 +27,8 @@ def _figure(path: Path, columns: int, width: float, height: float) -> Iterator[l
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
         yield list(axes[0])
-        figure.savefig(path)
+        # Without a date and with a fixed salt, a plot of the same numbers is the same file.
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
 
 
