@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._dims import accumulate_dtype
 
@@ -87,7 +88,9 @@ def causal_window_attention(
     # A query sees itself even where it is padding: a row with no key at all would be NaN.
     mask = mask | (behind == 0)
     if before is not None:
-        mask = torch.cat((mask, F.pad(before, (0, 0, 0, pad)).view(batch * chunks, size, -1)[every]), dim=2)
+        # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
+        parts = (mask.byte(), F.pad(before.byte(), (0, 0, 0, pad)).view(batch * chunks, size, -1)[every])
+        mask = torch.cat(parts, dim=2).bool()
     sink_keys, sink_values = (None, None) if sinks is None else (sinks.keys, sinks.values)
     k, v = around(k, keys, sink_keys), around(v, values, sink_values)
     y, mass = rule(q if chosen is None else q[chosen], k, v, mask, scale)
@@ -115,13 +118,57 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
 
 def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same with the log-sum-exp of the scores, in the accumulate dtype."""
-    count, queries, heads, size = q.shape
-    groups = k.shape[2]
-    grouped = q.view(count, queries, groups, -1, size).transpose(1, 2).reshape(count, groups, -1, size)
-    scores = (grouped @ k.permute(0, 2, 3, 1)).to(accumulate_dtype(q.dtype)) * scale
-    scores = scores.view(count, groups, queries, heads // groups, -1)
-    scores = scores.masked_fill(~mask[:, None, :, None], -torch.inf)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if torch.is_grad_enabled():
+        return _AttendWithMass.apply(q, k, v, mask, scale)
+    return _attend_with_mass(q, k, v, mask, scale)
+
+
+def _attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, mask, scale)
     mass = scores.logsumexp(-1)
-    weights = (scores - mass[..., None]).exp().to(v.dtype)
-    y = (weights.flatten(2, 3) @ v.transpose(1, 2)).view(count, groups, queries, -1, size)
-    return y.transpose(1, 2).flatten(2, 3), mass.transpose(1, 2).flatten(2)
+    weights = scores.sub_(mass[..., None]).exp_().to(v.dtype)
+    return _ungrouped(weights.flatten(2, 3) @ v.transpose(1, 2), q), mass.transpose(1, 2).flatten(2)
+
+
+class _AttendWithMass(torch.autograd.Function):
+    """Keeps neither scores nor weights, of which a query has as many as its window has keys."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        y, mass = _attend_with_mass(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, mask, mass)
+        ctx.scale = scale
+        return y, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dmass: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, mass = ctx.saved_tensors
+        groups = k.shape[2]
+        mass, dmass = (t.unflatten(2, (groups, -1)).transpose(1, 2) for t in (mass, dmass))
+        weights = _scores(q, k, mask, ctx.scale).sub_(mass[..., None]).exp_()
+        dy = _grouped(dy, groups)
+        dweights = (dy @ v.permute(0, 2, 3, 1)).to(weights.dtype).view_as(weights)
+        dscores = dweights.mul_(weights)
+        dscores = dscores.addcmul_(weights, (dmass - dscores.sum(-1))[..., None]).to(q.dtype).flatten(2, 3)
+        dq = _ungrouped(dscores @ k.transpose(1, 2), q) * ctx.scale
+        dk = (dscores.mT @ _grouped(q, groups)).transpose(1, 2) * ctx.scale
+        return dq, dk, (weights.to(v.dtype).flatten(2, 3).mT @ dy).transpose(1, 2), None, None
+
+
+def _grouped(t: Tensor, groups: int) -> Tensor:
+    """(N, I, H, P) to (N, G, I H/G, P): the rows that meet the same keys."""
+    return t.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _ungrouped(t: Tensor, q: Tensor) -> Tensor:
+    """(N, G, I H/G, P) to (N, I, H, P), as q is."""
+    return t.unflatten(2, (q.shape[1], -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """(N, G, I, H/G, J), accumulate dtype; -inf where the mask is False."""
+    scores = (_grouped(q, k.shape[2]) @ k.permute(0, 2, 3, 1)).to(accumulate_dtype(q.dtype)).mul_(scale)
+    return scores.unflatten(2, (q.shape[1], -1)).masked_fill_(~mask[:, None, :, None], -torch.inf)

@@ -40,3 +40,64 @@ def test_against_a_dense_mask(length, window, batch):
             assert not y[~made].any()
             if rule is attend_with_mass:
                 torch.testing.assert_close(found[made], mass[made])
+
+
+def _example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, rows, heads, 8, dtype=dtype) for rows, heads in ((3, 6), (7, 2), (7, 2)))
+    return q, k, v, (torch.rand(2, 3, 7) < 0.6) | (torch.arange(7) == 2)
+
+
+def test_gradients_of_attention_and_its_mass():
+    q, k, v, mask = _example(torch.float64)
+    inputs = tuple(t.requires_grad_() for t in (q, k, v))
+    assert torch.autograd.gradcheck(lambda *t: attend_with_mass(*t, mask, 0.3), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_as_good_as_pytorchs(dtype):
+    """Twice the error that the same expression makes in the same dtype, against float64."""
+    *exact, mask = _example(torch.float64)
+    dy, dmass = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6)
+
+    def gradients(rule, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in exact]
+        y, mass = rule(*inputs, mask, 0.3)
+        return torch.autograd.grad((y, mass), inputs, (dy.to(y.dtype), dmass.to(mass.dtype)))
+
+    def plain(q, k, v, mask, scale):
+        k, v = (t.repeat_interleave(3, dim=2) for t in (k, v))
+        scores = torch.einsum("bihp,bjhp->bihj", q, k).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+        return torch.einsum("bihj,bjhp->bihp", scores.softmax(-1).to(v.dtype), v), scores.logsumexp(-1)
+
+    for ours, theirs, true in zip(
+        gradients(attend_with_mass, dtype), gradients(plain, dtype), gradients(plain, torch.float64), strict=True
+    ):
+        bound = 2 * (theirs - true).abs().max() + torch.finfo(dtype).eps * true.abs().max()
+        assert (ours - true).abs().max() <= bound
+
+
+def test_no_scores_are_kept():
+    window, length = 128, 512
+    q, k, v = (torch.randn(1, length, heads, 4, requires_grad=True) for heads in (8, 2, 2))
+    sizes = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        sizes.append(t.numel())
+        return t
+
+    valid = torch.ones(1, length, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        causal_window_attention(attend_with_mass, q, k, v, valid, window, 0.5)
+    assert sizes and max(sizes) < length * window * 8
+
+
+def test_under_autocast_it_computes_in_half_precision():
+    q, k, v, mask = _example(torch.float32)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, mass = attend_with_mass(q, k, v, mask, 0.3)
+    assert y.dtype == torch.bfloat16 and mass.dtype == torch.float32
+    for t, gradient in zip(inputs, torch.autograd.grad(y.float().sum() + mass.sum(), inputs), strict=True):
+        assert gradient.dtype == t.dtype and gradient.isfinite().all()
