@@ -11,7 +11,7 @@ from distill.config import Config
 from distill.figures import accuracy_bars, loss_curves, speed_curves
 from distill.handoff import stage_folder
 from distill.stages import STAGES
-from linmu_models.modeling import auto_class
+from linmu_models.modeling import auto_class, sees_images
 
 LOSS_NAMES = {
     "hidden": "L_hid",
@@ -20,11 +20,18 @@ LOSS_NAMES = {
     "supervised": "L_sup",
 }
 
-_INTRODUCTION = """\
+_VISION_LANGUAGE = """\
 A vision-language model reads an image or a video as hundreds or thousands of *visual tokens* and answers in text. In
 every layer of its decoder each token looks at all tokens before it (*attention*), so work grows with the square of the
 input's length, and while it answers it must keep two vectors of every token in every layer.
+"""
 
+_LANGUAGE = """\
+In every layer of a language model each token looks at all tokens before it (*attention*), so work grows with the square
+of the text's length, and while it writes it must keep two vectors of every token in every layer.
+"""
+
+_INTRODUCTION = """\
 Here each of these attention layers was replaced by a block whose work grows with the length itself (an *M-MATE* block,
 of [LinMU](https://arxiv.org/abs/2601.01322)), with two branches side by side:
 
@@ -220,6 +227,7 @@ def write_report(
     parts = [
         f"# {config.name}: {config.teacher.path} made linear",
         "",
+        _VISION_LANGUAGE if sees_images(teacher.config) else _LANGUAGE,
         _INTRODUCTION,
         *([_EXACT.format(**config.student)] if config.student["mix"] == "softmax" else []),
         "## What was converted",
@@ -257,8 +265,12 @@ def write_report(
         parts += [
             "## How fast it is, and what it must remember",
             "",
-            "One question about a video of growing length, batch 1, without the time of the vision tower (the same for "
-            "both). The teacher keeps keys and values of every token; the student keeps a state of fixed size.",
+            (
+                "One question about a video of growing length, without the time of the vision tower (the same for both)"
+                if sees_images(teacher.config)
+                else "A text of growing length"
+            )
+            + ", batch 1. The teacher keeps keys and values of every token; the student keeps a state of fixed size.",
             "",
             _speed(speed),
             "",
