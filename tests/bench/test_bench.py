@@ -171,7 +171,7 @@ def test_command_writes_rows(monkeypatch, capsys, tmp_path):
 def test_report(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "HERE", tmp_path)
     rows = [
-        row | measure.where("cpu") | dict(case=f"L={n}", sizes=dict(L=n))
+        row | measure.where("cpu") | dict(case=f"L={n}", sizes=dict(L=n), verified=n == 64)
         for n in (64, 128)
         for row in rows_of("causal_conv1d")
     ]
@@ -184,6 +184,7 @@ def test_report(monkeypatch, tmp_path):
         and measure.OURS in page
         and (tmp_path / "reports" / "cpu_causal_conv1d.svg").exists()
     )
+    assert page.count("tests were not run") == 1
 
 
 def test_summary():
