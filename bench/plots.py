@@ -46,7 +46,7 @@ def legend(made: Any) -> None:
 
 
 def save(made: Any, target: Path) -> None:
-    """Write the figure, its text and lines in grey, its background transparent."""
+    """Write the figure as SVG, its text and lines in grey, its background transparent."""
     import matplotlib.pyplot as plt
 
     for text in (text for one in made.legends for text in one.get_texts()):
@@ -59,5 +59,5 @@ def save(made: Any, target: Path) -> None:
             spine.set_color(GREY)
         axes.grid(color=GREY, alpha=0.25)
     with plt.rc_context({"svg.hashsalt": "linmu"}):  # and no date: a plot of the same numbers is the same file
-        made.savefig(target, transparent=True, metadata={"Date": None} if target.suffix == ".svg" else None)
+        made.savefig(target, transparent=True, metadata={"Date": None})
     plt.close(made)

@@ -102,10 +102,11 @@ def _section(op: str, rows: list[Row], page: Path) -> list[str]:
     for row in rows:
         cases[title(row)].append(row)
     for name, group in cases.items():
-        known = ["commit " + group[0]["commit"], *["modified"] * group[0]["dirty"]]
-        known += [] if group[0]["verified"] else ["the op's tests were not run before"]
-        lines += [f"**{name}**  ({', '.join(known)})", ""]
-        lines += [f"Target on an H200: {target}.", ""] if (target := group[0].get("target")) else []
+        first = group[0]
+        modified = ", modified" if first["dirty"] else ""
+        unverified = "" if first["verified"] else ", the op's tests were not run before"
+        lines += [f"**{name}**  (commit {first['commit']}{modified}{unverified})", ""]
+        lines += [f"Target on an H200: {target}.", ""] if (target := first.get("target")) else []
         lines += _markdown(group)
     return lines
 
