@@ -27,8 +27,8 @@ def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) 
     """
     kept = list(keep_attention)
     for index in kept:
-        if not -layers <= index < layers:
-            raise ValueError(f"linmu: keep_attention must hold layers in [-{layers}, {layers}), got {index}")
+        if not isinstance(index, int) or not -layers <= index < layers:
+            raise ValueError(f"linmu: keep_attention must hold layers in [-{layers}, {layers}), got {index!r}")
     return {"format": FORMAT, "mmate": dataclasses.asdict(mmate), "keep_attention": sorted({i % layers for i in kept})}
 
 

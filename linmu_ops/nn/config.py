@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 CHOICES = {
@@ -13,6 +14,19 @@ CHOICES = {
     "norm": ("none", "rms", "layer"),
     "wrap": ("join", "mask"),
 }
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of a field's type; JSON and command lines give others."""
+    if "|" in kind:
+        return any(_is_of(part.strip(), value) for part in kind.split("|"))
+    if kind.startswith("tuple["):
+        parts = kind[len("tuple[") : -1].split(", ")
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is_of, parts, value))
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    types: dict[str, type] = {"int": Integral, "float": Real, "str": str, "None": type(None)}
+    return isinstance(value, types[kind])
 
 
 @dataclass(frozen=True)
@@ -114,11 +128,14 @@ class MMATEConfig:
         for name in ("window", "image_window", "initial_decay"):
             if isinstance(getattr(self, name), list):  # as JSON gives it back
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in fields(self):
+            kind = str(field.type)
+            self._require(field.name, _is_of(kind, getattr(self, field.name)), f"of type {kind}")
         for name, choices in CHOICES.items():
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name in ("initial_gate", "initial_mix"):
             self._require(name, 0 < getattr(self, name) < 1, "in (0, 1)")
-        self._require("initial_decay", all(0 < d < 1 for d in self.decays) and len(self.decays) == 2, "in (0, 1)")
+        self._require("initial_decay", all(0 < d < 1 for d in self.decays), "in (0, 1)")
         self._require("conv_width", self.conv_width == 0 or 2 <= self.conv_width <= 8, "0, or 2 to 8")
         # The softmax hides the size of C, by which y would be calibrated.
         sized = self.head_norm or self.normalizer or self.feature_map != "hedgehog"
@@ -131,7 +148,7 @@ class MMATEConfig:
         self._require("text_window", self.text_window >= 0, ">= 0")
         for name in ("window", "image_window"):
             size = getattr(self, name)
-            self._require(name, size is None or (len(size) == 3 and min(size) >= 1), "three sizes >= 1")
+            self._require(name, size is None or min(size) >= 1, "three sizes >= 1")
         self._require("image_window", not (self.relative_bias and self.image_window), "None where relative_bias is on")
         self._require("swin", self.flex or self.swin, "on where flex is off")
         both = self.flex and self.swin
