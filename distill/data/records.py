@@ -80,6 +80,7 @@ def _turns(messages: Any) -> tuple[tuple[tuple[str, str], ...], str]:
         text = (message.get("value") or message.get("content") or "") if role else ""
         if role is None or not isinstance(text, str):
             raise UnusableError("record with an unknown speaker")
+        text = text.replace(SLOT, "")  # a stray one, of whatever the text was copied from
         if role == "system":
             system = text
         elif role == "user" and question is None:
@@ -103,7 +104,6 @@ def conversation(messages: Any, media: Sequence[Medium]) -> Record:
         UnusableError: no conversation, an empty answer, or not as many placeholders as media.
     """
     turns, system = _turns(messages)
-    turns = tuple((question.replace(SLOT, ""), answer) for question, answer in turns)
     slots = sum(len(_PLACEHOLDER.findall(question)) for question, _ in turns)
     if not slots:
         (question, answer), *rest = turns
@@ -212,10 +212,10 @@ class ActivityNetRecords:
         yield self._questions[shard]
 
     def parse(self, row: Any) -> Record:
-        answer = str(self._answers.get(row.get("question_id"), "")).strip()
+        answer = str(self._answers.get(row.get("question_id"), "")).replace(SLOT, "").strip()
         if not answer:
             raise UnusableError("empty answer")
-        question = (row.get("question") or "").strip()
+        question = (row.get("question") or "").replace(SLOT, "").strip()
         if not question:
             raise UnusableError("empty question")
         name = row.get("video_name") or ""

@@ -42,6 +42,8 @@ class Decoding:
         Raises:
             UnreadableError, UnusableError: a medium is missing or corrupt, or the model cannot take it.
         """
+        if record.media and not processor.takes_media:
+            raise UnusableError("media for a text-only model")
         clips, total = [], 0
         for medium in record.media:
             if medium.is_video:
@@ -55,8 +57,6 @@ class Decoding:
             clips.append(Clip(np.empty((count or 1, 0, 0, 3), np.uint8), None if count is None else self.fps))
             if count and not processor.takes_videos:
                 total -= count - 1
-        if clips and not processor.takes_media:
-            raise UnusableError("media for a text-only model")
         return total + processor.text_tokens(Conversation(record.turns, tuple(clips), record.system))
 
     def __call__(self, record: Record) -> Conversation:
@@ -108,7 +108,8 @@ class SetReader:
                 counts["read"] += 1
                 try:
                     record = self._records.parse(row)
-                    if any(self._processor.reserved.search(text) for turn in record.turns for text in turn):
+                    texts = [record.system, *(text for turn in record.turns for text in turn)]
+                    if any(self._processor.reserved.search(text) for text in texts):
                         raise UnusableError("special token in the text")
                     length = self._decoding.tokens(record, self._processor)
                     if length > self._packing.max_tokens:
@@ -130,7 +131,12 @@ class SetReader:
         return [batches[i] for i in rng.permutation(len(batches))], counts
 
     def read(self, position: tuple[int, int], pool: ThreadPoolExecutor, ahead: int) -> Iterator["Prepared"]:
-        """Batches from a position on, decoded by `pool`, `ahead` of them at a time. Never ends."""
+        """Batches from a position on, decoded by `pool`, `ahead` of them at a time. Never ends.
+
+        Raises:
+            DataError: no record of the set can be used.
+        """
+        useful, lost = position[0], Counter[str]()
         waiting: deque[tuple[list[Future[Conversation]], Counter[str], tuple[int, int]]] = deque()
         upcoming = self._upcoming(position, pool)
         while True:
@@ -144,7 +150,17 @@ class SetReader:
                     samples.append(future.result())
                 except UnreadableError as error:
                     counts[str(error)] += 1
+            if samples:
+                useful, lost = after[0], Counter()
+            else:
+                lost += counts
+            if (after[0] - useful) * self._processes > self._windows:
+                raise DataError(self._useless(lost))
             yield Prepared(samples, counts, after)
+
+    def _useless(self, counts: Counter[str]) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        return f"data.sets.{self.name}: no record can be used ({reasons})"
 
     def _upcoming(
         self, position: tuple[int, int], pool: ThreadPoolExecutor
@@ -157,8 +173,7 @@ class SetReader:
             plan = pool.submit(self.plan, (window + 1) * self._processes + self._rank)
             fruitless = 0 if batches else fruitless + 1
             if fruitless * self._processes >= self._windows:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-                raise DataError(f"data.sets.{self.name}: no record can be used ({reasons})")
+                raise DataError(self._useless(counts))
             for i in range(done, len(batches)):
                 # What planning left out is counted once, with the window's first batch.
                 yield batches[i], counts if not i else Counter(), (window, i + 1)

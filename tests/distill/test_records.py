@@ -141,6 +141,15 @@ def test_media_come_first_where_the_text_names_none():
     assert record.turns == ((f"{SLOT}why?", "so"),) and record.system == "be brief"
 
 
+def test_stray_slots_are_no_media():
+    """Text that was copied from elsewhere has them."""
+    messages = [{"role": "system", "content": f"be{SLOT} brief"}, *media.talk(f"why{SLOT}?", f"so{SLOT}")]
+    record = conversation(messages, [])
+    assert (record.turns, record.system) == ((("why?", "so"),), "be brief")
+    with pytest.raises(UnusableError, match="empty answer"):
+        conversation(media.talk("why?", SLOT), [])
+
+
 def test_images_are_upright_small_enough_and_rgb(tmp_path):
     from PIL import Image as Pillow
 
