@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 bench = typer.Typer(no_args_is_help=True, help="Measure ops and models against their peers and the machine's roofs.")
 app.add_typer(bench, name="bench")
 OPTION_HELP = 'name=value of MMATEConfig, e.g. "text_window=16"; "preset=paper" to start from the paper\'s.'
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -75,7 +76,7 @@ def generate(
     fps: Annotated[float, typer.Option(min=0.001, help="Frames of a second of video.")] = 2.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
 ) -> None:
     """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
@@ -152,12 +153,13 @@ def evaluate(
     group: Annotated[list[str] | None, typer.Option(help="Only this task group; may be repeated.")] = None,
     split: Annotated[str, typer.Option(help="test, or test_font: a font that training never showed.")] = "test",
     seed: int = 2024,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Exact match on the built-in tasks with 95 % intervals, beside the teacher's."""
     from distill.evaluate import EvaluationError, evaluate_folder
 
     try:
-        typer.echo(evaluate_folder(folder, teacher, samples, group, split, seed))
+        typer.echo(evaluate_folder(folder, teacher, samples, group, split, seed, device))
     except EvaluationError as error:
         _stop(error)
 

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from distill.data import GROUPS, SPLITS
 from distill.evaluation import Result, evaluate
 from distill.report import table
@@ -26,9 +28,18 @@ def _find(folder: Path, teacher: str | None) -> tuple[str, str | None]:
 
 
 def evaluate_folder(
-    folder: Path, teacher: str | None, samples: int, groups: list[str] | None, split: str, seed: int
+    folder: Path,
+    teacher: str | None,
+    samples: int,
+    groups: list[str] | None,
+    split: str,
+    seed: int,
+    device: str | None = None,
 ) -> str:
     """A Markdown table: a row for each task group, a column for each model.
+
+    Args:
+        device: "cpu", "cuda", ...; None for a GPU if there is one.
 
     Raises:
         EvaluationError: no model in `folder`, an unknown group or split.
@@ -43,6 +54,7 @@ def evaluate_folder(
     for label, source in (("teacher", teacher), ("model", path)):
         if source is not None:
             model, tokenizer = load_teacher(source, "auto")
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             results[label] = [evaluate(model, tokenizer, name, samples, seed, split=split) for name in names]
     rows = []
     for i, name in enumerate(names):

@@ -83,7 +83,8 @@ class Linmu(lmms):
             pad_token_id=self.tokenizer.pad_token_id,
         )[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(out, skip_special_tokens=True)
-        stops = [s for s in options.get("until", []) if s]
+        until = options.get("until") or []
+        stops = [s for s in ([until] if isinstance(until, str) else until) if s]
         for stop in stops:
             answers = [answer.split(stop)[0] for answer in answers]
         return answers, (out != self.tokenizer.pad_token_id).sum(1).tolist()
