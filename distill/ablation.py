@@ -27,10 +27,9 @@ from distill import handoff, held_out
 from distill.checkpoint import write_atomically
 from distill.config import Config, ConfigError, describe, load_values, parse_config
 from distill.report import read_metrics
-from distill.run import Run, RunError
+from distill.run import TEACHER, Run, RunError
 from distill.stages import STAGES
 
-TEACHER = "teacher"
 _PAGE_SECONDS = 15.0  # many processes do not write a page more often
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
@@ -258,35 +257,37 @@ def provenance() -> dict[str, Any]:
 # -- one run ---------------------------------------------------------------------------------------------------------
 
 
-def score(table: Table, run: Run, label: str, model: PreTrainedModel) -> dict[str, Any]:
-    """Exact match and distance to the teacher on held-out samples, the same for every model; `label` is one of the
-    run's."""
+def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> dict[str, Any]:
+    """Exact match and distance to the teacher on held-out samples, the same for every model: the teacher (None), or
+    what stage `after` of the run left."""
     from distill.data import Processor, generate
-    from distill.evaluation import Result, evaluate
+    from distill.evaluation import evaluate
 
     options, counts = run.config.evaluation, run.config.evaluation.counts(final=True)
 
-    def told(result: Result) -> dict[str, Any]:
+    def told(group: str, samples: int, more: dict[str, Any]) -> dict[str, Any]:
+        with run.accelerator.autocast():
+            result = evaluate(model, run.tokenizer, group, samples, options.seed, **more)
         right = "".join(str(int(hit)) for hit in result.hits)
         return {"n": result.n, "accuracy": result.accuracy, "interval": result.interval, "right": right}
 
     scores: dict[str, Any] = {}
     for group, samples in counts.items():
         more = options.options.get(group, {})
-        scores[group] = told(evaluate(model, run.tokenizer, group, samples, options.seed, **more))
+        scores[group] = told(group, samples, more)
         if table.config.held_out:
             processor = Processor.from_config(run.teacher.config, run.tokenizer)
             chosen = generate(group, table.config.held_out, options.seed, "test", **more)
             size = 2 if group == "needle" else 16
             batches = [processor(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-            scores[group] |= held_out.measure(model, run.teacher, batches, run.config.losses.chunk_size)
+            with run.accelerator.autocast():
+                scores[group] |= held_out.measure(model, run.teacher, batches, run.config.losses.chunk_size)
     if options.held_out is not None:
-        scores["held_out"] = run.measure_held_out(label, model)
+        scores["held_out"] = run.measure_held_out(after, model)
     curves = {
         name: [
-            {"value": value}
-            | told(evaluate(model, run.tokenizer, curve.group, curve.samples, options.seed,
-                            **{**options.options.get(curve.group, {}), curve.option: value}))
+            {"value": value, **told(curve.group, curve.samples, {**options.options.get(curve.group, {}),
+                                                                 curve.option: value})}
             for value in curve.values
         ]
         for name, curve in table.config.curves.items()
@@ -331,7 +332,7 @@ def train_and_score(table: Table, row: Row, seed: int, looks: Sequence[Row]) -> 
         student = run.student_after(last)
         record = {"row": look.name, "seed": seed, "key": table.key(look, seed), "set": row.set, **provenance()}
         record |= {"parameters": sum(p.numel() for block in student.blocks.values() for p in block.parameters())}
-        yield record | _training(run, last) | score(table, run, f"stage {last}", student.model)
+        yield record | _training(run, last) | score(table, run, last, student.model)
 
 
 def _training(run: Run, last: int) -> dict[str, Any]:
@@ -412,7 +413,7 @@ def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) ->
         if mine and (TEACHER, table.teacher_key) not in results.read():
             began, run = time.monotonic(), _start(table.first)
             facts = {"row": TEACHER, "seed": None, "key": table.teacher_key, "teacher": run.teacher_hash}
-            store(facts | provenance() | score(table, run, TEACHER, run.teacher), began)
+            store(facts | provenance() | score(table, run, None, run.teacher), began)
     # What another process is at is come back to: it may have been stopped by then.
     left = [(seed, row) for seed in range(table.config.seeds if seeds is None else seeds) for row in chosen]
     before = len(left) + 1

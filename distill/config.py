@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from distill.data.tasks import GROUPS, check_options
 from distill.stages import RECIPES, STAGES, Stage
 from linmu_models.config import parse_mmate
 
@@ -47,6 +49,11 @@ class TeacherConfig(_Table):
     """Length limit of the teacher's own answers (L_seq)."""
 
 
+def _among_groups(name: str, groups: Iterable[str]) -> None:
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise ValueError(f"{name} must be of the groups {', '.join(GROUPS)}, got {unknown[0]}")
+
+
 class TaskData(_Table):
     """What to train on: the built-in tasks, see `distill/data/README.md`."""
 
@@ -61,8 +68,19 @@ class TaskData(_Table):
     `distill.data.TaskStream`."""
 
     @model_validator(mode="after")
-    def _check_batch_frames(self) -> "TaskData":
+    def _check_groups(self) -> "TaskData":
+        _among_groups("mixture", self.mixture)
+        _among_groups("options", self.options)
+        if isinstance(self.batch_size, dict):
+            _among_groups("batch_size", self.batch_size)
+            if missing := [group for group in self.mixture if group not in self.batch_size]:
+                raise ValueError(f"batch_size must be given for every group of mixture, got none for {missing[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "TaskData":
         for group, options in self.options.items():
+            check_options(group, {name: value for name, value in options.items() if name != "batch_frames"})
             frames = options.get("frames")
             if "batch_frames" in options and not (isinstance(frames, list | tuple) and len(frames) == 2):
                 raise ValueError(f"options.{group}.frames must be [least, most] beside batch_frames, got {frames}")
@@ -179,6 +197,16 @@ class EvaluationConfig(_Table):
     """Data sets that no stage sees: perplexity, agreement with the teacher and distance to it are measured on them."""
     held_out_batches: Positive = 16
 
+    @model_validator(mode="after")
+    def _check_groups(self) -> "EvaluationConfig":
+        _among_groups("groups", self.groups)
+        for name in ("samples", "final_samples", "options"):
+            if isinstance(given := getattr(self, name), dict):
+                _among_groups(name, given)
+        for group, options in self.options.items():
+            check_options(group, options)
+        return self
+
     def counts(self, *, final: bool) -> dict[str, int]:
         """Samples of each group that is evaluated: of the teacher and the finished student, or in between."""
         chosen = self.final_samples if final and self.final_samples is not None else self.samples
@@ -195,6 +223,7 @@ class StageConfig(_Table):
     train: Annotated[list[Literal["flex", "swin", "lora"]], Field(min_length=1)] | None = None
     """Kinds of parameters that are trained, in the place of the table's."""
     losses: dict[Literal["hidden", "token", "sequence", "supervised"], Weight] | None = None
+    """Weight of each loss, in the place of the table's; one that is not named is not used."""
     block_input: Literal["student", "teacher"] = "student"
     """`teacher`: each block is given what the teacher's attention was given, not what the layers below it made. Not
     with L_seq, whose rows the teacher has not seen."""
@@ -247,7 +276,11 @@ class Config(_Table):
     @classmethod
     def _start_from_recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name, start in RECIPES.get(str(values.get("recipe", "exact")), {}).items():
+            if name == "calibrate_step_sizes" and values.get("calibrate") is False:
+                continue
             given = values.get(name, start)
+            if isinstance(given, BaseModel):
+                given = given.model_dump(exclude_unset=True)
             tables = isinstance(start, dict) and isinstance(given, dict)
             values = {**values, name: {**start, **given} if tables else given}
         return values
@@ -255,8 +288,14 @@ class Config(_Table):
     @field_validator("student")
     @classmethod
     def _write_out_student(cls, student: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        options = {"preset": info.data.get("recipe", "exact"), **student}
+        recipe = info.data.get("recipe", "exact")
+        if student.get("preset", recipe) != recipe:
+            raise ValueError(f"preset must be the recipe's, {recipe!r}, got {student['preset']!r}; set recipe")
+        options = {"preset": recipe, **student}
         kept = {"keep_attention": options.pop("keep_attention")} if "keep_attention" in options else {}
+        for layers in kept.values():
+            if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+                raise ValueError(f"keep_attention must be a list of layers, got {layers!r}")
         return {**dataclasses.asdict(parse_mmate(options)), **kept}
 
     @model_validator(mode="after")
@@ -293,6 +332,20 @@ class Config(_Table):
                 raise ValueError(f"data.sets: none of them is for stage {number}")
         return self
 
+    @model_validator(mode="after")
+    def _check_losses(self) -> "Config":
+        for number in (1, 2, 3):
+            stage, data = self.stage(number), self.stage_data(number)
+            if not stage.losses:
+                raise ValueError(f"stage{number}.losses must have a weight over 0, got none")
+            formats = {chosen.format for chosen in data.sets.values()} if isinstance(data, RecordData) else set()
+            if stage.steps and "sequence" in stage.losses and formats == {"text"}:
+                raise ValueError(
+                    f"stage{number}.losses must not have `sequence` where all data is plain text: it asks nothing that "
+                    "the teacher could answer"
+                )
+        return self
+
     def overrides(self, number: int) -> StageConfig:
         """The overrides of stage 1, 2 or 3."""
         return {1: self.stage1, 2: self.stage2, 3: self.stage3}[number]
@@ -324,7 +377,18 @@ class Config(_Table):
         return data.model_copy(update={"sets": {n: s for n, s in data.sets.items() if number in s.stages}})
 
     def fingerprint(self, number: int) -> str:
-        """Hash of everything in this file that the result of stage `number` depends on, stages before it excepted."""
+        """Hash of everything in this file that the result of stage `number` depends on, stages before it excepted.
+
+        0: the calibrated student.
+        """
+        if not number:
+            parts = {"seed", "student", "mixed_precision", "calibrate", "calibrate_step_sizes", "calibration_batches"}
+            start = {
+                **self.model_dump(include=parts, mode="json"),
+                "data": self.stage_data(1).model_dump(mode="json", exclude={"workers"}),
+                "hidden_average": self.losses.hidden_average,
+            }
+            return _hash(start)
         stage = self.stage(number)
         train = self.overrides(number).train
         facts = {
@@ -339,7 +403,11 @@ class Config(_Table):
             **({} if self.calibrate or number != 1 else {"calibrate": False}),
             **({"step_sizes": True} if self.calibrate_step_sizes and number == 1 else {}),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _hash(facts)
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def load_config(path: str | Path) -> Config:

@@ -46,7 +46,7 @@ def save_result(run: Path, number: int, state: dict[str, Tensor], teacher: str, 
         "finished": True,
         "teacher": {"path": config.teacher.path, "sha256": teacher},
         "student": config.student,
-        "config": config.fingerprint(number) if number else config.fingerprint(1),
+        "config": config.fingerprint(number),
         "weights": {"file": _WEIGHTS, "sha256": sha256(folder / _WEIGHTS)},
         **facts,
     }
@@ -57,6 +57,25 @@ def is_finished(run: Path, number: int) -> bool:
     """Whether stage `number` of a run has its result on disk."""
     manifest = _read(stage_folder(run, number))
     return bool(manifest and manifest.get("finished"))
+
+
+def has_settings(run: Path, number: int, config: Config) -> bool:
+    """Whether stage `number` of a run has its result, and that from settings of its own that are those of `config`."""
+    manifest = _read(stage_folder(run, number))
+    return bool(manifest and manifest.get("finished") and manifest["config"] == config.fingerprint(number))
+
+
+def has_begun(run: Path, number: int) -> bool:
+    """Whether stage `number` of a run has its result, or is on its way to it."""
+    return is_finished(run, number) or (stage_folder(run, number) / "checkpoints").exists()
+
+
+def weights_hash(run: Path, number: int) -> str:
+    """The hash of what stage `number` of a run left, as its manifest has it."""
+    manifest = _read(stage_folder(run, number))
+    if manifest is None:
+        raise HandoffError(f"stage {number} is missing in {run}")
+    return str(manifest["weights"]["sha256"])
 
 
 def load_result(
@@ -86,7 +105,7 @@ def load_result(
         )
     if manifest["student"] != json.loads(json.dumps(config.student)):
         raise HandoffError(f"stage {number} in {run} has a student with other options: {manifest['student']}")
-    if same_config and manifest["config"] != config.fingerprint(max(number, 1)):
+    if same_config and manifest["config"] != config.fingerprint(number):
         raise HandoffError(
             f"stage {number} in {run} was run with another configuration; restore it, or choose another name"
         )

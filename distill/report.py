@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from distill.config import Config
 from distill.figures import accuracy_bars, loss_curves, speed_curves
 from distill.handoff import stage_folder
-from distill.stages import STAGES
+from distill.stages import STAGES, Stage
 from linmu_models.modeling import auto_class, sees_images
 
 LOSS_NAMES = {
@@ -126,13 +126,21 @@ def _stages(folder: Path, config: Config) -> str:
         records = read_metrics(stage_folder(folder, stage.number))
         rate = np.median([record["tokens_per_second"] for record in records]) if records else 0
         rows.append(
-            [str(stage.number), stage.title, f"{manifest['trained']:,}", weights, f"{row.learning_rate:g}",
+            [str(stage.number), _trained(row), f"{manifest['trained']:,}", weights, f"{row.learning_rate:g}",
              f"{row.steps:,}", _duration(manifest["seconds"]), f"{rate:,.0f}",
-             f"{max(record['peak_memory_mb'] for record in records):,.0f} MB"]
+             f"{max((record['peak_memory_mb'] for record in records), default=0):,.0f} MB"]
         )  # fmt: skip
     head = ["stage", "trained, all else frozen", "parameters", "loss", "learning rate", "steps", "time", "tokens/s",
             "peak memory"]  # fmt: skip
     return table(head, rows)
+
+
+def _trained(stage: Stage) -> str:
+    """What a stage trained, as far as its options can tell."""
+    parts = {"flex": "Flex-MA", "swin": "Local-Swin", "lora": "LoRA"}
+    told = " + ".join(name for kind, name in parts.items() if kind in stage.trainable)
+    frozen = ", ".join(f"`{pattern}`" for pattern in stage.freeze).replace("|", r"\|")  # it stands in a table
+    return f"{told}, without {frozen}" if frozen else told
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -1,8 +1,8 @@
 """A whole run: convert, calibrate, three stages, evaluation after each, report. Any part of it can be gone on with."""
 
 import dataclasses
+import hashlib
 import json
-import shutil
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 import linmu_models
 from distill import handoff, held_out
@@ -35,14 +34,10 @@ from distill.student import (
 )
 from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, share_vision_features
 from distill.train import StageTrainer, Teacher
+from linmu_models.generate import copy_processor
+from linmu_models.modeling import IN_FLOAT32, sees_images
 
-_PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TEACHER = "teacher"
 
 
 class RunError(RuntimeError):
@@ -115,20 +110,42 @@ class Run:
     def is_finished(self, number: int) -> bool:
         """Whether a stage has its result, as the main process finds it: what a process that lags behind finds may be
         newer, and processes that go different ways wait for each other for ever."""
-        found = [handoff.is_finished(self.folder, number)]
-        broadcast_object_list(found)
-        return found[0]
+        return self._agreed(handoff.is_finished(self.folder, number))
+
+    def _agreed(self, found: bool) -> bool:
+        agreed = [found]
+        broadcast_object_list(agreed)
+        return agreed[0]
+
+    def check_stages(self) -> None:
+        """Find out what the options cannot do with this teacher before hours have gone by.
+
+        Raises:
+            RunError: no layer would be replaced, or a part of the block would never be used.
+            ConfigError: a stage has nothing to train, or freezes what is not there.
+        """
+        options = self.config.student
+        if not sees_images(self.teacher.config):
+            for name, idle in (("reverse", True), ("swin", not options["text_window"])):
+                if options[name] and idle:
+                    raise RunError(f"student.{name} must be false: {self.config.teacher.path} is text only, got true")
+        student = self.fresh_student(lora=self.config.has_lora(len(STAGES)))
+        if not student.blocks:
+            raise RunError("the student has no M-MATE block: every layer keeps its attention")
+        for row in STAGES:
+            if (stage := self.config.stage(row.number)).steps:
+                trainable_parameters(student.model, student.blocks, stage)
 
     def prepare(self) -> None:
-        """Convert and calibrate: "stage 0"."""
-        if self.is_finished(0):
-            handoff.load_result(self.folder, 0, self.teacher_hash, self.config)
+        """Convert and calibrate: "stage 0". One from other settings is made anew where no stage has begun with it."""
+        stale = not handoff.has_settings(self.folder, 0, self.config) and not handoff.has_begun(self.folder, 1)
+        if self.is_finished(0) and not self._agreed(stale):
+            handoff.load_result(self.folder, 0, self.teacher_hash, self.config, same_config=True)
             return
+        self.check_stages()
         if self.accelerator.is_main_process:
             began = time.perf_counter()
             student = self.fresh_student()
-            if not student.blocks:
-                raise RunError("the student has no M-MATE block: every layer keeps its attention")
             self.folder.mkdir(parents=True, exist_ok=True)
             student.model.linmu_report.save(self.folder / "transfer.json")
             data, path = self.config.stage_data(1), self.config.teacher.path
@@ -196,7 +213,7 @@ class Run:
             transcripts,
         )
         means = trainer.run()
-        counts = trainer.counts()
+        counts, unfinished = trainer.counts(), trainer.unfinished()
         for name, found in (counts or {}).items():
             told = ", ".join(f"{count} {what}" for what, count in found.items())
             self.accelerator.print(f"stage {number}  data set {name}: {told}")
@@ -206,39 +223,53 @@ class Run:
                 self.folder, number, state, self.teacher_hash, config,
                 title=stage.title, steps=stage.steps, learning_rate=stage.learning_rate, losses=dict(stage.losses),
                 trained=sum(p.numel() for p in trainer.trainable.values()), means=means, seconds=trainer.seconds,
-                unfinished_answers=0 if transcripts is None else transcripts.unfinished, data=counts,
+                unfinished_answers=unfinished, data=counts,
             )  # fmt: skip
             trainer.store.clear()
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
 
-    def evaluate(self, label: str, model: PreTrainedModel, counts: dict[str, int]) -> None:
-        """Exact match of a model on held-out samples, kept under `label` in `evaluation.json`."""
+    def _measured(self, after: int | None, **options: Any) -> str:
+        """Hash of what a measurement of the teacher (None), or of what stage `after` left, depends on."""
+        weights = self.teacher_hash if after is None else handoff.weights_hash(self.folder, after)
+        facts = json.dumps([self.teacher_hash, weights, options], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def evaluate(self, after: int | None, model: PreTrainedModel, counts: dict[str, int]) -> None:
+        """Exact match of the teacher (None), or of what stage `after` left, on held-out samples; kept in
+        `evaluation.json`."""
         from distill.evaluation import evaluate
 
-        path, options = self.folder / "evaluation.json", self.config.evaluation
+        label, path, options = _label(after), self.folder / "evaluation.json", self.config.evaluation
         table = json.loads(path.read_text()) if path.exists() else {}
         known = table.setdefault(label, {})
         for group, samples in counts.items():
-            if known.get(group, {}).get("n") == samples:
-                continue
             more = options.options.get(group, {})
+            of = self._measured(after, n=samples, seed=options.seed, options=more)
+            if known.get(group, {}).get("of") == of:
+                continue
             with self.accelerator.autocast():
                 result = evaluate(model, self.tokenizer, group, samples, options.seed, **more)
             known[group] = {
-                "n": result.n, "correct": result.correct, "accuracy": result.accuracy, "interval": result.interval,
-                "right": "".join(str(int(hit)) for hit in result.hits), "seconds": result.seconds,
-                "by_question": result.by_question,
+                "of": of, "n": result.n, "correct": result.correct, "accuracy": result.accuracy,
+                "interval": result.interval, "right": "".join(str(int(hit)) for hit in result.hits),
+                "seconds": result.seconds, "by_question": result.by_question,
             }  # fmt: skip
             write_atomically(path, json.dumps(table, indent=1))
             self.accelerator.print(f"{label:<8} {result}")
 
-    def measure_held_out(self, label: str, model: PreTrainedModel) -> dict[str, Any] | None:
-        """Perplexity and agreement on held-out data, if any, kept under `label` in `held_out.json`."""
-        options, path = self.config.evaluation, self.folder / "held_out.json"
+    def measure_held_out(self, after: int | None, model: PreTrainedModel) -> dict[str, Any] | None:
+        """Perplexity and agreement on held-out data, if any, of the teacher (None), or of what stage `after` left; kept
+        in `held_out.json`."""
+        options, label, path = self.config.evaluation, _label(after), self.folder / "held_out.json"
+        if options.held_out is None:
+            return None
         table = json.loads(path.read_text()) if path.exists() else {}
-        if options.held_out is None or label in table:
-            return table.get(label)
+        data = options.held_out.model_dump(mode="json", exclude={"workers"})
+        of = self._measured(after, data=data, batches=options.held_out_batches, seed=options.seed)
+        known = table.get(label, {})
+        if known.pop("of", None) == of:
+            return known
         if self._held_out is None:
             source = build_source(
                 options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, options.seed
@@ -246,7 +277,7 @@ class Run:
             self._held_out = [source.processor(source.samples(i)) for i in range(options.held_out_batches)]
         with self.accelerator.autocast():
             found = held_out.measure(model, self.teacher, self._held_out, self.config.losses.chunk_size)
-        table[label] = found
+        table[label] = {"of": of, **found}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(table, indent=1))
         self.accelerator.print(
@@ -263,13 +294,13 @@ class Run:
         counts = options.counts(final=number == len(STAGES))
         if self.accelerator.is_main_process:
             if not number and (of_teacher := options.counts(final=True)):
-                self.evaluate("teacher", self.teacher, of_teacher)
+                self.evaluate(None, self.teacher, of_teacher)
             if not number:
-                self.measure_held_out("teacher", self.teacher)
+                self.measure_held_out(None, self.teacher)
             if counts or options.held_out is not None:
-                label, student = f"stage {number}" if number else "initial", self.student_after(number).model
-                self.evaluate(label, student, counts)
-                self.measure_held_out(label, student)
+                student = self.student_after(number).model
+                self.evaluate(number, student, counts)
+                self.measure_held_out(number, student)
         self.accelerator.wait_for_everyone()
 
     def export(self) -> Path:
@@ -280,18 +311,10 @@ class Run:
             model = student.model if student.lora is None else merge_lora(student.lora)
             for block in student.blocks.values():
                 for name, parameter in block.named_parameters():
-                    if name.rpartition(".")[2] not in model._keep_in_fp32_modules_strict:
+                    if not IN_FLOAT32.search(f"self_attn.{name}"):
                         parameter.data = parameter.data.to(self.teacher.dtype)
             model.save_pretrained(target)
-            self.tokenizer.save_pretrained(target)
-            # The processor is copied as files: some can only be loaded where torchvision is.
-            for name in _PROCESSOR_FILES:
-                found = cached_file(
-                    self.config.teacher.path, name, _raise_exceptions_for_missing_entries=False,
-                    _raise_exceptions_for_connection_errors=False,
-                )  # fmt: skip
-                if found is not None:
-                    shutil.copy(found, target / name)
+            copy_processor(self.config.teacher.path, target)
         self.accelerator.wait_for_everyone()
         return target
 
@@ -305,11 +328,19 @@ class Run:
 
         student, _ = load_teacher(str(folder), self.config.teacher.dtype)
         student.to(self.accelerator.device)
-        speed = self.folder / "speed.json"
-        if self.config.evaluation.speed_lengths and not speed.exists():
-            rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, self.config.evaluation)
-            write_atomically(speed, json.dumps(rows, indent=1))
+        path, options = self.folder / "speed.json", self.config.evaluation
+        if options.speed_lengths:
+            of = self._measured(len(STAGES), lengths=options.speed_lengths, new_tokens=options.speed_new_tokens)
+            known = json.loads(path.read_text()) if path.exists() else []
+            if not known or known[0].get("of") != of:
+                rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, options)
+                write_atomically(path, json.dumps([{"of": of, **row} for row in rows], indent=1))
         return write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
+
+
+def _label(after: int | None) -> str:
+    """The name of a row of measurements."""
+    return TEACHER if after is None else f"stage {after}" if after else "initial"
 
 
 def distill(config: Config, stage: int | None = None, resume: bool = False) -> Path | None:
@@ -323,9 +354,7 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
         raise RunError(f"--stage must be 1 to {len(STAGES)}, got {stage}")
     wanted = [row.number for row in STAGES] if stage is None else [stage]
     for number in wanted:
-        folder = handoff.stage_folder(config.folder, number)
-        begun = handoff.is_finished(config.folder, number) or (folder / "checkpoints").exists()
-        if begun and not resume:
+        if handoff.has_begun(config.folder, number) and not resume:
             raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another name")
     run = Run(config)
     if wanted[0] == 1:

@@ -40,7 +40,7 @@ STAGES = (
 # fmt: on
 
 _BLOCKS = {"block_input": "teacher", "losses": {"hidden": 1.0}}
-_OUTPUT, _WINDOW = r"flex\.o_proj", r"swin\.[qkv]_proj"
+_OUTPUT, _WINDOW = RECIPE_FREEZES = r"flex\.o_proj", r"swin\.[qkv]_"
 RECIPES: dict[str, dict[str, Any]] = {
     # What is exact from the start stays so; each block learns by itself what it lacks, and then all of them together.
     "exact": {

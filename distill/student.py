@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.config import LoraConfig
+from distill.config import ConfigError, LoraConfig
 from distill.losses import kept_positions, num_weighed
 from distill.parallel import gathered
-from distill.stages import Stage
+from distill.stages import RECIPE_FREEZES, Stage
 from distill.teacher import Batch, model_inputs
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
@@ -48,7 +48,8 @@ def trainable_parameters(
     alone stay as they are.
 
     Raises:
-        ValueError: a pattern in `stage.freeze` matches no parameter of the stage.
+        ConfigError: a pattern in `stage.freeze` matches no parameter of the stage, or nothing is left to train. The
+            recipes' own patterns may match nothing: a block may be without the part.
     """
     last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
@@ -68,11 +69,30 @@ def trainable_parameters(
             chosen[name] = parameter
     for pattern in stage.freeze:
         hit = [name for name in chosen if re.search(pattern, name)]
-        if not hit:
-            raise ValueError(f"stage{stage.number}.freeze: {pattern!r} matches no trainable parameter")
+        if not hit and pattern not in RECIPE_FREEZES:
+            raise ConfigError(f"stage{stage.number}.freeze: {pattern!r} matches no trainable parameter")
         for name in hit:
             del chosen[name]
+    if not chosen:
+        raise ConfigError(f"stage{stage.number} trains nothing: it has no trainable parameter")
     return chosen
+
+
+def reach_all(blocks: Iterable[nn.Module]) -> None:
+    """Let a block's output depend on all that it trains also where there are no visual tokens, if only by nothing.
+
+    What acts on these alone then has a gradient of 0 and not none, which DDP and FSDP2 would wait for in vain.
+    """
+
+    def add_nothing(block: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> Any:
+        linmu = kwargs.get("linmu")
+        trained = [p for p in block.parameters() if p.requires_grad]
+        if linmu is None or linmu.layout is not None or not trained or not torch.is_grad_enabled():
+            return out
+        return out[0] + sum(0 * p.sum() for p in trained), *out[1:]
+
+    for block in blocks:
+        block.register_forward_hook(add_nothing, with_kwargs=True)
 
 
 def beyond_windows(student: nn.Module) -> set[str]:
@@ -91,7 +111,7 @@ def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
     """Put low-rank updates on linear layers of the decoder, in place; returns peft's handle for `merge_lora`.
 
     Raises:
-        ValueError: `config.target` matches nothing in the decoder.
+        ConfigError: `config.target` matches nothing in the decoder.
     """
     from peft import LoraConfig as PeftConfig
     from peft.tuners.lora import LoraModel
@@ -104,7 +124,7 @@ def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
         if isinstance(module, nn.Linear) and re.fullmatch(config.target, name)
     ]
     if not targets:
-        raise ValueError(f"lora.target: {config.target!r} matches no linear layer of the decoder")
+        raise ConfigError(f"lora.target: {config.target!r} matches no linear layer of the decoder")
     # A list of full names would be matched by suffix, and a vision tower has layers of the same names.
     pattern = "|".join(re.escape(name) for name in targets)
     torch.manual_seed(seed)

@@ -49,11 +49,7 @@ def convert_folder(
     Raises:
         ValueError: not a family that can be converted, or an unknown option. OSError: no such model.
     """
-    folder = Path(teacher)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(teacher)))
+    folder = _local(teacher)
     saved = AutoConfig.from_pretrained(folder)
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -61,10 +57,26 @@ def convert_folder(
     options = parse_mmate(config)  # before the weights are read
     student = convert(auto_class(saved).from_pretrained(folder, dtype=dtype), options, keep_attention)
     student.save_pretrained(out)
+    copy_processor(folder, out)
+    return student.linmu_report
+
+
+def copy_processor(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Copy the processor and the tokenizer of a saved model, or of one on the hub, as they are: some processors can
+    only be loaded where torchvision is."""
+    folder = _local(model, PROCESSOR_FILES)
     for pattern in PROCESSOR_FILES:
         for file in folder.glob(pattern):
             shutil.copy2(file, Path(out) / file.name)
-    return student.linmu_report
+
+
+def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
+    """The folder of a model, fetched from the hub where it is a name; all files, or those that match `patterns`."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 
 def load(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import ConfigError, load_config, parse_config
+from distill.config import Config, ConfigError, LossConfig, StageConfig, load_config, parse_config
 from distill.stages import STAGES
 from linmu_models.config import parse_mmate
 from linmu_ops.nn import EXACT, PAPER
@@ -53,6 +53,24 @@ def test_the_7b_config_trains_as_long_as_the_paper():
             "f: data: options.needle.frames must be [least, most] beside batch_frames",
         ),
         ({"student": {"wibble": 1}}, "f: student"),
+        ({"student": {"swin": "no"}}, "f: student: MMATEConfig: swin must be of type bool, got 'no'"),
+        ({"student": {"preset": "paper"}}, "f: student: preset must be the recipe's, 'exact', got 'paper'; set recipe"),
+        ({"student": {"keep_attention": 3}}, "f: student: keep_attention must be a list of layers, got 3"),
+        ({"data": {"mixture": {"reed": 1}}}, "f: data: mixture must be of the groups read, line, "),
+        (
+            {"data": {"mixture": {"read": 1, "line": 1}, "batch_size": {"line": 2}}},
+            "f: data: batch_size must be given for every group of mixture, got none for read",
+        ),
+        ({"data": {"options": {"needle": {"frame": 4}}}}, "f: data: options.needle must be of frames, got frame"),
+        ({"data": {"options": {"video": {"frames": 4}}}}, "f: data: options.video must be left out, got frames"),
+        ({"evaluation": {"samples": {"reed": 2}}}, "f: evaluation: samples must be of the groups"),
+        ({"evaluation": {"groups": ["reed"]}}, "f: evaluation: groups must be of the groups"),
+        ({"evaluation": {"options": {"needle": {"frame": 4}}}}, "f: evaluation: options.needle must be of frames"),
+        ({"stage2": {"losses": {"hidden": 0}}}, "f: stage2.losses must have a weight over 0, got none"),
+        (
+            {"data": {"sets": {"a": {"format": "text", "files": ["x"]}}}},
+            "f: stage3.losses must not have `sequence` where all data is plain text",
+        ),
         ({"student": {"swin": False}}, "f: student"),
         (
             {"calibrate": False, "calibrate_step_sizes": True},
@@ -97,7 +115,7 @@ def test_overrides():
     )
     stage = config.stage(2)
     assert (stage.steps, stage.learning_rate, stage.losses) == (7, 1e-3, {"token": 1.0})
-    assert (stage.block_input, stage.freeze) == ("teacher", (r"flex\.o_proj", r"swin\.[qkv]_proj"))
+    assert (stage.block_input, stage.freeze) == ("teacher", (r"flex\.o_proj", r"swin\.[qkv]_"))
     assert parse_config({**MINIMAL, "recipe": "paper"}).stage(1) == STAGES[0]
 
 
@@ -113,6 +131,19 @@ def test_recipes():
     assert (changed.losses.temperature, changed.losses.hidden_average) == (2.0, "read")
     assert (changed.stage(1).steps, changed.stage(1).freeze, changed.stage(1).block_input) == (3, (), "teacher")
     assert parse_config(changed.model_dump()) == changed
+    # Tables as objects are as those of a file.
+    objects = Config(**MINIMAL, stage1=StageConfig(steps=3, freeze=[]), losses=LossConfig(temperature=2.0))
+    assert objects == changed
+    assert not parse_config({**MINIMAL, "calibrate": False}).calibrate_step_sizes
+
+
+def test_the_start_has_a_fingerprint_of_its_own():
+    plain = parse_config(MINIMAL)
+    for change in ({"calibration_batches": 2}, {"seed": 1}, {"losses": {"hidden_average": "tokens"}},
+                   {"stage1": {"data": {"batch_size": 3}}}, {"calibrate_step_sizes": False}):  # fmt: skip
+        assert parse_config({**MINIMAL, **change}).fingerprint(0) != plain.fingerprint(0)
+    for change in ({"stage1": {"steps": 3}}, {"losses": {"temperature": 2.0}}, {"evaluation": {"samples": 1}}):
+        assert parse_config({**MINIMAL, **change}).fingerprint(0) == plain.fingerprint(0)
 
 
 def test_samples_of_each_group():

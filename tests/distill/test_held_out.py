@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from distill.config import parse_config
 from distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
 from distill.held_out import measure
-from distill.run import distill
+from distill.run import RunError, distill
 from linmu_models.chat import ChatProcessor, Conversation
 
 PAGE = """<html><body><div id="banner"><span class="text">Get it</span></div><div class="section">
@@ -61,6 +61,16 @@ def test_measures_are_those_of_plain_logits(folder):
     assert 0 < found["agreement"] < 1
     same = measure(teacher, teacher, [batch])
     assert same["agreement"] == 1 and same["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_a_language_model_has_no_use_for_is_refused(folder, tmp_path):
+    data = {"sets": {"t": {"format": "text", "files": [str(folder / "train.txt")]}}}
+    values = {"name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")}, "data": data,
+              "stage3": {"losses": {"token": 1}}}  # fmt: skip
+    with pytest.raises(RunError, match=r"student.reverse must be false: .* is text only, got true"):
+        distill(parse_config(values))
+    with pytest.raises(RunError, match=r"student\.swin must be false"):
+        distill(parse_config({**values, "recipe": "paper", "student": {"reverse": False}}))
 
 
 @pytest.mark.parametrize("recipe, student", [("exact", {"text_window": 8}), ("paper", {"swin": False})])

@@ -51,12 +51,12 @@ def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
     ours = run.student_after(3).model
     with torch.no_grad():
         torch.testing.assert_close(saved(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    assert "| 3 | M-MATE + LoRA" in (config.folder / "report.md").read_text()
+    assert "| 3 | LoRA | " in (config.folder / "report.md").read_text()
 
 
 def test_exact_near_and_learnt_far(teacher, tmp_path):
     """The default: what makes the windows exact stays, the scan and its share learn, and Local-Swin is never off."""
-    frozen = [r"flex\.o_proj", r"swin\.[qkv]_proj"]
+    frozen = [r"flex\.o_proj", r"swin\.[qkv]_"]
     config = parse_config(
         run_values(
             tmp_path, teacher, recipe="exact", evaluation=NO_SPEED,
@@ -124,6 +124,21 @@ def test_a_recipe_that_ends_without_local_swin_is_refused():
         parse_config(values)
     assert parse_config({**values, "student": {"swin": False}}).stage(2).steps == 0
     assert parse_config({**values, "recipe": "exact"}).stage(2).steps == 0  # its windows are never off
+
+
+def test_a_recipes_patterns_may_match_nothing_others_may_not(teacher, tmp_path):
+    """And what cannot work is found before the first stage, not after it."""
+    values = run_values(tmp_path, teacher, recipe="exact", student={"text_window": 4, "window": [2, 2, 2]})
+    Run(parse_config({**values, "stage3": {"steps": 2, "train": ["lora"]}})).check_stages()
+    run = Run(parse_config({**values, "stage3": {"steps": 2, "freeze": ["nonsense"]}}))
+    with pytest.raises(ConfigError, match=r"stage3\.freeze: 'nonsense' matches no trainable parameter"):
+        run.prepare()
+    assert not (run.folder / "stage0").exists()
+    alone = {**values, "recipe": "paper", "student": {"swin": False}, "stage2": {"steps": 2, "train": ["swin"]}}
+    with pytest.raises(ConfigError, match="stage2 trains nothing: it has no trainable parameter"):
+        Run(parse_config(alone)).prepare()
+    with pytest.raises(ConfigError, match=r"lora\.target: 'x' matches no linear layer"):
+        Run(parse_config({**values, "lora": {"target": "x"}})).prepare()
 
 
 def test_fingerprints_follow_the_recipe():

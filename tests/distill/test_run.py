@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_run import run_values, save_teacher
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from distill.student import what_is_read
 from distill.teacher import model_inputs
 from distill.train import Objective, Teacher, assemble
 from linmu_models.hooks import attention_modules, record_outputs
+from linmu_models.modeling import IN_FLOAT32
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,9 @@ def test_report_tells_the_whole_story(finished):
     assert all((finished.folder / picture).stat().st_size > 500 for picture in pictures)
     assert "| task | teacher | initial | stage 1 | stage 2 | stage 3 | student / teacher |" in text
     assert "2 of 2 attention layers" in text
+    assert re.findall(r"^\| (\d \| [^|]*) \|", text, re.MULTILINE) == [
+        "1 | Flex-MA", "2 | Flex-MA + Local-Swin", "3 | Flex-MA + Local-Swin + LoRA"
+    ]  # fmt: skip
     results = json.loads((finished.folder / "evaluation.json").read_text())
     assert list(results) == ["teacher", "initial", "stage 1", "stage 2", "stage 3"]
     speed = json.loads((finished.folder / "speed.json").read_text())
@@ -121,6 +126,38 @@ def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_
         Run(parse_config({**values, "student": {"initial_mix": 0.7}})).student_after(1)
     with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
         distill(parse_config({**values, "stage1": {"steps": 3}}), resume=True)
+
+
+def test_a_start_from_other_settings_is_made_anew_or_refused(teacher, tmp_path):
+    values = run_values(tmp_path, teacher)
+    made = []
+    for change in ({}, {"calibration_batches": 2}, {"calibration_batches": 2, "stage1": {"steps": 3}}):
+        run = Run(parse_config({**values, **change}))
+        run.prepare()
+        made.append((run.folder / "stage0/manifest.json").read_text())
+    assert made[0] != made[1] == made[2]
+    run.train(1)
+    with pytest.raises(HandoffError, match=r"stage 0 in .* was run with another configuration"):
+        Run(parse_config({**values, "stage1": {"steps": 3}})).prepare()
+
+
+def test_measurements_are_of_what_they_say(teacher, tmp_path):
+    """What is known of other questions, or of a stage as it was before, is measured again; what is known is not."""
+    values = run_values(tmp_path, teacher, evaluation={"groups": ["where"], "samples": 2, "speed_lengths": []})
+
+    def measure(stage=0, **evaluation):
+        run = Run(parse_config({**values, "evaluation": {**values["evaluation"], **evaluation}}))
+        run.prepare()
+        run.evaluate_stage(stage)
+        return json.loads((run.folder / "evaluation.json").read_text())
+
+    first = measure()
+    assert measure() == first
+    other = measure(seed=7)
+    assert all(other[label]["where"]["of"] != first[label]["where"]["of"] for label in ("teacher", "initial"))
+    values["calibration_batches"] = 2
+    third = measure(seed=7)
+    assert third["teacher"] == other["teacher"] and third["initial"]["where"]["of"] != other["initial"]["where"]["of"]
 
 
 def test_a_damaged_result_is_refused(teacher, tmp_path):
@@ -227,7 +264,9 @@ def test_command_line(finished, teacher, tmp_path):
     path.write_text(f'name = "r"\noutput = "{finished.output}"\n[teacher]\npath = "{teacher}"\n')
     done = runner.invoke(app, ["distill", str(path)])
     assert done.exit_code == 1 and "go on with --resume" in done.output
-    done = runner.invoke(app, ["evaluate", str(finished.folder), "--samples", "2", "--group", "where"])
+    done = runner.invoke(
+        app, ["evaluate", str(finished.folder), "--samples", "2", "--group", "where", "--device", "cpu"]
+    )
     assert done.exit_code == 0, done.output
     assert "| where | " in done.output and "model / teacher" in done.output
     done = runner.invoke(app, ["evaluate", str(tmp_path)])
@@ -244,6 +283,11 @@ def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     student = AutoModelForImageTextToText.from_pretrained(config.folder / "student", dtype="auto")
     assert student.get_decoder().layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    # What decays and step sizes need of precision is not lost on the way to disk.
+    for name, tensor in load_file(config.folder / "student/model.safetensors").items():
+        assert tensor.dtype == (torch.float32 if IN_FLOAT32.search(name) else torch.bfloat16), name
+        if name.endswith(("A_log", "dt_bias")):
+            assert torch.equal(tensor, state[name])
     with pytest.raises(RunError, match="bfloat16 teacher needs mixed_precision"):
         distill(parse_config({**values, "name": "s", "mixed_precision": "no"}))
 
