@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
+from linmu_models.chat import IGNORE
 
 Head = Callable[[Tensor], Tensor]
 

@@ -24,8 +24,9 @@ Batch = dict[str, Tensor]
 class Source(Protocol):
     """Training data: batch `step` is a function of `step` alone, or the source is a `Stream`.
 
-    A sample is a dataclass with `turns`, a tuple of (question, answer). `processor(samples)` makes what the model
-    takes, padded on the right, and `labels`: -100 outside the answers; each answer ends with the end-of-sequence token.
+    A sample is a dataclass with `turns`, a tuple of (question, answer); the question of plain text is empty.
+    `processor(samples)` makes what the model takes, padded on the right, and `labels`: -100 outside the answers; each
+    answer ends with the end-of-sequence token.
     """
 
     processor: Callable[[Sequence[Any]], Batch]

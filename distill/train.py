@@ -33,7 +33,7 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
-from distill.student import beyond_windows, hidden_kinds, record_reading
+from distill.student import beyond_windows, hidden_kinds, reach_all, record_reading
 from distill.teacher import (
     Batch,
     Source,
@@ -48,6 +48,7 @@ from linmu_ops import LinmuWarning
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
 ZERO_GRADIENT_STEPS = 10
+_RECENT = 50  # steps whose mean stands for the end of a stage
 
 
 class TrainingError(RuntimeError):
@@ -183,7 +184,9 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
     if "sequence" in stage.losses:
         # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
         same = predicts_targets(states, teacher.model.lm_head, kept, rows, config.losses.chunk_size)
-        others = [sample for sample, equal in zip(samples, same.tolist(), strict=True) if not equal]
+        # Plain text asks nothing that could be answered.
+        asked = [any(question for question, _ in sample.turns) for sample in samples]
+        others = [s for s, asks, equal in zip(samples, asked, same.tolist(), strict=True) if asks and not equal]
         if others and (own := transcripts(others)):
             batch = to_device(source.processor([*samples, *own]))
     labels = batch["labels"]
@@ -259,13 +262,10 @@ class StageTrainer:
     store: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.trainable:
-            raise TrainingError(f"stage {self.stage.number} trains nothing: it has no trainable parameter")
-        if not self.stage.losses:
-            raise TrainingError(f"stage {self.stage.number} trains nothing: all its losses have weight 0")
         trainable = {id(p) for p in self.trainable.values()}
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in trainable)
+        reach_all(attention_modules(self.student)[i] for i in self.teacher.layers)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.checkpoints.keep)
         self._moved: set[str] = set()
         self._may_rest = beyond_windows(self.student)
@@ -295,12 +295,12 @@ class StageTrainer:
         before = checksums(frozen)
         step = self._restore(optimizer)
         progress = Progress(self.stage, step, self.folder, self.accelerator.is_main_process)
-        recent: list[dict[str, float]] = []
         with caught_signals() as signals, progress, self._log(step) as log:
+            recent = self._last_records()
             while step < self.stage.steps:
                 record = self._step(objective, optimizer, step)
                 step += 1
-                recent = [*recent[-49:], record]
+                recent = [*recent, record][-_RECENT:]
                 log(record)
                 progress.update(record)
                 if self.on_step is not None:
@@ -309,7 +309,7 @@ class StageTrainer:
                 if stop or step % self.config.checkpoints.every == 0 or step == self.stage.steps:
                     self._check_frozen(frozen, before, step)
                     self._save(step, optimizer)
-                if stop and step < self.stage.steps:
+                if stop:
                     raise Interrupted(
                         f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume"
                     )
@@ -410,7 +410,8 @@ class StageTrainer:
         if math.isfinite(value):
             nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm, foreach=False)
         elif self.accelerator.scaler is None:  # With one, an overflow is expected now and then, and skipped.
-            bad = [n for n, p in self.trainable.items() if not bool(torch.isfinite(local_part(p.grad)).all())]
+            grads = {n: local_part(p.grad) for n, p in self.trainable.items() if p.grad is not None}
+            bad = [n for n, grad in grads.items() if not bool(torch.isfinite(grad).all())]
             raise TrainingError(self._where(step, f"the gradient's norm is {value}; it is not finite in {_list(bad)}"))
         return value
 
@@ -454,10 +455,15 @@ class StageTrainer:
         every = self._of_all(self.source.counts)
         return {name: dict(sum((counts[name] for counts in every), Counter())) for name in every[0]}
 
+    def unfinished(self) -> int:
+        """Samples that all processes left out of L_seq, because the teacher's answer did not end in time."""
+        return 0 if self.transcripts is None else sum(self._of_all(self.transcripts.unfinished))
+
     def _save(self, step: int, optimizer: Any) -> None:
         weights = gathered(self.trainable)
         moments = gathered(getattr(optimizer, "optimizer", optimizer).state_dict())
         data = self._of_all(self.source.state_dict()) if isinstance(self.source, Stream) else None
+        unfinished = self.unfinished()
         if self.accelerator.is_main_process:
             self.store.save(
                 step,
@@ -468,7 +474,8 @@ class StageTrainer:
                         "step": step,
                         "seconds": self._seconds,
                         "moved": sorted(self._moved),
-                        "unfinished": 0 if self.transcripts is None else self.transcripts.unfinished,
+                        "live_steps": self._live_steps,
+                        "unfinished": unfinished,
                         "fingerprint": self.config.fingerprint(self.stage.number),
                         "random": random_states(),
                         "data": data,
@@ -505,9 +512,16 @@ class StageTrainer:
         if progress["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self._moved, self._seconds = set(progress["moved"]), progress["seconds"]
-        if self.transcripts is not None:
+        self._live_steps = progress["live_steps"]
+        if self.transcripts is not None and self.accelerator.is_main_process:
             self.transcripts.unfinished = progress["unfinished"]
         return step
+
+    def _last_records(self) -> list[dict[str, float]]:
+        """What the main process has logged of the last steps, over all attempts."""
+        if not self.accelerator.is_main_process:
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()[-_RECENT:]]
 
     @contextmanager
     def _log(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:

@@ -9,9 +9,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from distill.data.tasks import Sample, generate
+from linmu_models.chat import IGNORE
 
 Batch = dict[str, torch.Tensor]
-IGNORE = -100
 
 
 @dataclass(frozen=True)

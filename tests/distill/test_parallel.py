@@ -19,8 +19,8 @@ def curve(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in NOISE} for line in lines]
 
 
-def run_two(config, number):
-    """The stage in two processes, joined as `accelerate launch` joins them; their exit statuses."""
+def in_two(work):
+    """`work(rank)` in two processes, joined as `accelerate launch` joins them; their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,16 +34,25 @@ def run_two(config, number):
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
                 )  # fmt: skip
-                trainer = tiny.stage_trainer(config, number)
-                assert trainer.accelerator.num_processes == 2
-                trainer.run()
-                blocks = {i: layer.self_attn for i, layer in enumerate(trainer.student.get_decoder().layers)}
-                torch.save(own_state(trainer.student, blocks), config.folder / f"state{rank}.pt")
+                work(rank)
                 status = 0
             finally:
                 os._exit(status)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def run_two(config, number):
+    """A stage in two processes; their exit statuses."""
+
+    def work(rank):
+        trainer = tiny.stage_trainer(config, number)
+        assert trainer.accelerator.num_processes == 2
+        trainer.run()
+        blocks = {i: layer.self_attn for i, layer in enumerate(trainer.student.get_decoder().layers)}
+        torch.save(own_state(trainer.student, blocks), config.folder / f"state{rank}.pt")
+
+    return in_two(work)
 
 
 @pytest.mark.parametrize("parallel, number", [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)])

@@ -9,6 +9,7 @@ from collections import Counter
 import media
 import pytest
 import torch
+from test_parallel import in_two
 from test_records import onevision
 from test_train import curve
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
@@ -25,6 +26,7 @@ from distill.run import Run, distill
 from distill.teacher import AnswerCache, Stream
 from distill.train import Interrupted, StageTrainer, TrainingError
 from linmu_models.chat import ChatProcessor
+from linmu_models.media import UnreadableError
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,34 @@ def test_nothing_usable_is_an_error(folder, processor, tmp_path):
         data.samples(0)
     with pytest.raises(DataError, match="has 1 pieces, fewer than the 2 processes"):
         reader(tmp_path, processor, "bad", processes=2)
+
+
+def test_nothing_that_can_be_decoded_is_an_error(folder, processor, monkeypatch):
+    """Headers may be whole where the rest is not; then reading must not go on for ever."""
+
+    def unreadable(self, record):
+        raise UnreadableError("image corrupt")
+
+    monkeypatch.setattr(Decoding, "__call__", unreadable)
+    data = RecordStream(processor, [reader(folder, processor)], [1], 0)
+    with pytest.raises(DataError, match=r"no record can be used \(\d+ read, \d+ image corrupt\)"):
+        data.samples(0)
+    data.close()
+
+
+def test_pictures_for_a_language_model_are_counted(folder, tmp_path):
+    tokens = media.tokenizer("")
+    text_only = ChatProcessor(tokens, "llama")
+    onevision(tmp_path / "both.parquet", {"a": media.png(0), "b": None})
+    batches, counts = reader(tmp_path, text_only, "both").plan(0)
+    assert counts == {"read": 2, "media for a text-only model": 1} and sum(map(len, batches)) == 1
+
+
+def test_special_tokens_in_a_system_prompt_are_left_out(processor, tmp_path):
+    talk = [{"from": "system", "value": "<|end|>"}, *media.talk("why?", "so")]
+    media.write_json(tmp_path / "t.json", [{"conversations": talk}, {"conversations": media.talk("why?", "so")}])
+    found = SetReader("t", JsonRecords([str(tmp_path / "t.json")], None), processor, Decoding(), Packing(window=2), 0)
+    assert found.plan(0)[1] == {"read": 2, "special token in the text": 1}
 
 
 def test_batches_are_full_and_of_like_lengths(folder, processor):
@@ -192,6 +222,41 @@ def test_a_run_on_data_sets(whole):
     counts = manifest["data"]
     assert set(counts) == {"pictures", "videos"}
     assert counts["pictures"]["image corrupt"] > 0 and counts["pictures"]["used"] > 5
+
+
+def beside_text(folder, output, **changes):
+    (output / "t.txt").write_text("\n\n".join(f"Number {i} is {i * i}." for i in range(60)))
+    sets = {
+        "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")]},
+        "text": {"format": "text", "files": [str(output / "t.txt")]},
+    }
+    data = {"sets": sets, "max_tokens": 200, "window": 8, "text_length": 32}
+    return config(folder, output, data=data, **{f"stage{i}": {"steps": 8} for i in (1, 2, 3)}, **changes)
+
+
+@pytest.mark.parametrize("recipe, student", [("paper", {}), ("exact", {"text_window": 4, "window": [1, 1, 1]})])
+def test_text_beside_pictures(folder, tmp_path, recipe, student):
+    """Batches of text alone give nothing to what acts on visual tokens, and have no question for the teacher."""
+    mixed = beside_text(folder, tmp_path, recipe=recipe, student=student)
+    distill(mixed)
+    for number in (1, 2, 3):
+        counts = json.loads((stage_folder(mixed.folder, number) / "manifest.json").read_text())["data"]
+        assert counts["pictures"]["used"] > 0 and counts["text"]["used"] > 0
+    assert 0.0 in [record["sequence"] for record in curve(stage_folder(mixed.folder, 3))]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_process_may_have_text_where_the_other_has_pictures(folder, tmp_path, parallel):
+    two = beside_text(folder, tmp_path, parallel=parallel)
+
+    def work(rank):
+        run = Run(two)
+        run.prepare()
+        for number in (1, 2, 3):
+            run.train(number)
+
+    assert in_two(work) == [0, 0]
+    assert len(curve(stage_folder(two.folder, 3))) == 8
 
 
 def stop_at(monkeypatch, number, step):
