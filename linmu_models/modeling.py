@@ -209,7 +209,11 @@ class LinmuModel:
     def block_inputs(self, inputs: Mapping[str, Any], length: int, *, visual: bool = True) -> LinmuInputs:
         """What every M-MATE block of a call is given beside its hidden states: their layout and padding."""
         layout = self.build_layout(inputs) if visual else None
-        return LinmuInputs(layout, _padding(inputs.get("linmu_padding", inputs.get("attention_mask")), length))
+        padding = _padding(inputs.get("linmu_padding", inputs.get("attention_mask")), length)
+        # Elsewhere to ask would be to wait.
+        if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():
+            padding = None
+        return LinmuInputs(layout, padding)
 
     @property
     def is_linear(self) -> bool:

@@ -25,7 +25,16 @@ from ._inputs import (
 )
 from .config import PAPER, MMATEConfig
 from .state import MMATEState, continue_state
-from .text_window import Rule, Sinks, attend, attend_with_mass, causal_window_attention, chunk_size
+from .text_window import (
+    Rule,
+    Sinks,
+    as_ring,
+    attend,
+    attend_with_mass,
+    causal_window_attention,
+    chunk_size,
+    from_ring,
+)
 
 _QUERIES = 256  # of which the scores against a whole row are held at a time
 
@@ -154,8 +163,13 @@ class LocalSwin(nn.Module):
         if not self.config.text_window:
             return visual, MMATEState()
         q, k = self._turned(q, k, rotary)
+        if layout is None and self._is_step(z, state):
+            assert state is not None
+            y, _, _, new = self._step(q, k, v, attention_mask, state, attend)
+            return y, new
+        seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
         order = None if attention_mask is None else real_tokens_first(attention_mask)
-        text, _, new = self._text(q, k, v, attention_mask, order, state, return_state, layout, attend)
+        text, _, new = self._text(q, k, v, attention_mask, order, seen, state, return_state, layout, attend)
         if visual is None or layout is None:
             return text, new
         return torch.where(layout.visual_mask(z.device)[..., None, None], visual, text), new
@@ -171,6 +185,10 @@ class LocalSwin(nn.Module):
     ) -> tuple[Near, MMATEState]:
         q, k, v = self._projected(z)
         turned_q, turned_k = self._turned(q, k, rotary)
+        if layout is None and self._is_step(z, state):
+            assert state is not None
+            y, mass, beyond, new = self._step(turned_q, turned_k, v, attention_mask, state, attend_with_mass)
+            return Near(y, mass, beyond), new
         visual = None if layout is None else layout.visual_mask(z.device)
         seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
         real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
@@ -180,8 +198,9 @@ class LocalSwin(nn.Module):
         text_window = self.config.text_window
         before = None if sinks is None else sinks.at_least(text_window, index)
         y, mass, new = self._text(
-            turned_q, turned_k, v, attention_mask, order, state, return_state, layout, attend_with_mass, sinks, before
-        )
+            turned_q, turned_k, v, attention_mask, order, seen, state, return_state, layout, attend_with_mass, sinks,
+            before,
+        )  # fmt: skip
         count = (index + 1).clamp(max=text_window)
         if before is not None:
             count = count + before.sum(-1)
@@ -197,8 +216,6 @@ class LocalSwin(nn.Module):
             count = torch.where(visual, inside_count, count)
         if return_state:
             new = new._replace(seen=seen + real.sum(1))
-            if sinks is not None:
-                new = new._replace(sink_keys=sinks.keys, sink_values=sinks.values, sinks=sinks.there)
         return Near(y, mass, (index + 1 - count).clamp(min=0)), new
 
     def _sinks(
@@ -216,11 +233,8 @@ class LocalSwin(nn.Module):
         if not n:
             return None
         at = torch.arange(n, device=k.device) - seen[:, None]
-        keys, values, there = (None, None, None) if state is None else (state.sink_keys, state.sink_values, state.sinks)
-        if k.shape[1] == 1 and keys is not None and values is not None and there is not None and visual is None:
-            here = (at == 0) & real  # fewer calls, of which a step consists
-            slot = here[..., None, None]
-            return Sinks(torch.where(slot, k, keys), torch.where(slot, v, values), there | here)
+        keys, values, there = (None, None, None) if state is None else (state.keys, state.values, state.sinks)
+        keys, values = (None if t is None else t[:, :, :n].transpose(1, 2) for t in (keys, values))
         text = torch.ones_like(real) if visual is None else ~visual
         came = first_tokens(text, there, at, order) & (at < real.sum(1, keepdim=True))
         return Sinks(first_tokens(k, keys, at, order), first_tokens(v, values, at, order), came)
@@ -232,6 +246,7 @@ class LocalSwin(nn.Module):
         v: Tensor,
         real: Tensor | None,
         order: Tensor | None,
+        seen: Tensor,
         state: MMATEState | None,
         return_state: bool,
         layout: TokenLayout | None,
@@ -249,35 +264,80 @@ class LocalSwin(nn.Module):
                 q.new_full((batch, length, heads), -torch.inf, dtype=accumulate_dtype(q.dtype)),
                 MMATEState(),
             )
-        keys, values, filled = (None, None, None) if state is None else (state.keys, state.values, state.filled)
         valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if real is None else real
+        keys = values = filled = None
+        if state is not None and state.keys is not None and state.values is not None:
+            keys, values = (from_ring(ring[:, :, -window:], seen) for ring in (state.keys, state.values))
+            filled = torch.arange(window, device=q.device) >= window - seen[:, None]
         new = MMATEState()
         if return_state:
-            new = MMATEState(
-                keys=last_tokens(k, keys, window, real, order),
-                values=last_tokens(v, values, window, real, order),
-                filled=last_tokens(valid, filled, window, real, order),
-            )
-        if length == 1 and new.keys is not None and new.values is not None and new.filled is not None:
-            # As above: padding sees the newest key.
-            mask = torch.cat((new.filled[:, :-1], torch.ones_like(valid)), dim=1)[:, None]
-            k, v = new.keys, new.values
-            if sinks is not None and before is not None:
-                k, v = torch.cat((k, sinks.keys), dim=1), torch.cat((v, sinks.values), dim=1)
-                mask = torch.cat((mask, before), dim=2)
-            y, mass = rule(q, k, v, mask, self.softmax_scale)
-        else:
-            if order is not None:
-                q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
-                before = None if before is None else take(before, order)
-            y, mass = causal_window_attention(
-                rule, q, k, v, valid, window, self.softmax_scale, keys, values, filled, sinks, before,
-                _chunks_with_text(layout, chunk_size(window), order, valid),
-            )  # fmt: skip
-            if order is not None:
-                back = order.argsort(1)
-                y, mass = take(y, back), take(mass, back)
+            total = seen + valid.sum(1)
+            rings = [as_ring(last_tokens(*both, window, real, order), total) for both in ((k, keys), (v, values))]
+            if sinks is not None:
+                first = (sinks.keys.transpose(1, 2), sinks.values.transpose(1, 2))
+                rings = [torch.cat(both, dim=2) for both in zip(first, rings, strict=True)]
+            new = MMATEState(keys=rings[0], values=rings[1], sinks=None if sinks is None else sinks.there, seen=total)
+        if order is not None:
+            q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
+            before = None if before is None else take(before, order)
+        # Of more than there are, most would be empty places. A graph serves all lengths.
+        reach = min(window, length) if keys is None and not torch.compiler.is_compiling() else window
+        y, mass = causal_window_attention(
+            rule, q, k, v, valid, reach, self.softmax_scale, keys, values, filled, sinks, before,
+            _chunks_with_text(layout, chunk_size(reach), order, valid),
+        )  # fmt: skip
+        if order is not None:
+            back = order.argsort(1)
+            y, mass = take(y, back), take(mass, back)
         return y, mass, new
+
+    def _is_step(self, z: Tensor, state: MMATEState | None) -> bool:
+        """Whether this is one token after others, of which text_window keeps some."""
+        return z.shape[1] == 1 and state is not None and state.keys is not None and state.seen is not None
+
+    def _step(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MMATEState, rule: Rule
+    ) -> tuple[Tensor, Tensor, Tensor, MMATEState]:
+        """`_text` of one token of text: y, mass, how many tokens lie beyond its window (B, 1), the new state, whose
+        keys and values are the old one's, written to in place, where gradients are off."""
+        keys, values, seen = state.keys, state.values, state.seen
+        assert keys is not None and values is not None and seen is not None
+        window, groups = self.config.text_window, k.shape[2]
+        first = keys.shape[2] - window
+        total = seen + 1 if real is None else seen + real[:, 0]
+        newest = seen % window
+        places = first + newest[:, None]
+        if first:
+            places = torch.cat((places, torch.where(seen < first, seen, places[:, 0])[:, None]), dim=1)
+        at = places[:, None, :, None].expand(-1, groups, -1, self.head_dim)
+
+        def written(old: Tensor, new: Tensor) -> Tensor:
+            new = new.to(old.dtype).transpose(1, 2).expand(at.shape)
+            if real is not None:
+                new = torch.where(real[..., None, None], new, old.gather(2, at))
+            return old.scatter(2, at, new) if torch.is_grad_enabled() else old.scatter_(2, at, new)
+
+        keys, values = written(keys, k), written(values, v)
+        slot = torch.arange(window, device=q.device)
+        # Padding, too, sees a key: a row with none would be NaN.
+        mask = (slot < total[:, None]) | (slot == newest[:, None])
+        beyond, sinks = (total - window)[:, None].clamp(min=0), state.sinks
+        if sinks is not None:
+            place = torch.arange(first, device=q.device)
+            came = (place == seen[:, None]) if real is None else (place == seen[:, None]) & real
+            sinks = sinks | came
+            before = sinks & (place < (total - window)[:, None])
+            # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
+            mask = torch.cat((before.byte(), mask.byte()), dim=1).bool()
+            beyond = beyond - before.sum(1, keepdim=True)
+        near_keys, near_values = keys, values
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The rest is empty, in every row.
+            kept = first + min(int(seen.max()) + 1, window)
+            near_keys, near_values, mask = keys[:, :, :kept], values[:, :, :kept], mask[:, :kept]
+        near_keys, near_values = (t.to(q.dtype).transpose(1, 2) for t in (near_keys, near_values))
+        y, mass = rule(q, near_keys, near_values, mask[:, None], self.softmax_scale)
+        return y, mass, beyond, MMATEState(keys=keys, values=values, sinks=sinks, seen=total)
 
     @torch.no_grad()
     def mass_beyond(

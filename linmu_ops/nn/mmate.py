@@ -202,21 +202,15 @@ class MMATE(nn.Module):
                 taps = (batch_size, config.conv_width - 1, sum(flex.sizes))
                 state = state._replace(conv=torch.zeros(taps, dtype=dtype, device=device))
         if self.swin is not None and config.text_window:
-            last = (batch_size, config.text_window, self.swin.num_kv_heads, self.swin.head_dim)
-            state = state._replace(
-                keys=torch.zeros(last, dtype=dtype, device=device),
-                values=torch.zeros(last, dtype=dtype, device=device),
-                filled=torch.zeros(last[:2], dtype=torch.bool, device=device),
-            )
-        if self.swin is not None and self.mix_rest is not None:
-            state = state._replace(seen=torch.zeros(batch_size, dtype=torch.int64, device=device))
+            kept = config.sink_tokens + config.text_window
+            shape = (batch_size, self.swin.num_kv_heads, kept, self.swin.head_dim)
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            state = state._replace(keys=keys, values=values)
             if config.sink_tokens:
-                first = (batch_size, config.sink_tokens, self.swin.num_kv_heads, self.swin.head_dim)
-                state = state._replace(
-                    sink_keys=torch.zeros(first, dtype=dtype, device=device),
-                    sink_values=torch.zeros(first, dtype=dtype, device=device),
-                    sinks=torch.zeros(first[:2], dtype=torch.bool, device=device),
-                )
+                sinks = torch.zeros(batch_size, config.sink_tokens, dtype=torch.bool, device=device)
+                state = state._replace(sinks=sinks)
+        if self.swin is not None and (self.mix_rest is not None or config.text_window):
+            state = state._replace(seen=torch.zeros(batch_size, dtype=torch.int64, device=device))
         return state
 
     @classmethod

@@ -15,20 +15,16 @@ class MMATEState(NamedTuple):
         ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan; with a normaliser of P + 8,
             with `feature_dim` of that N.
         conv: (B, K - 1, channels). The last inputs of the convolution, oldest first.
-        keys, values: (B, w, G, P). The last w tokens of `text_window`, oldest first, keys rotated.
-        filled: (B, w) bool. Which of them are tokens.
-        sink_keys, sink_values: (B, s, G, P). The first s tokens of the row, keys rotated.
-        sinks: (B, s) bool. Which of them are text, and have come.
-        seen: (B,) int64. Tokens so far, with `mix="softmax"`.
+        keys, values: (B, G, s + w, P), keys rotated. The first s tokens of the row, then the last w of `text_window`,
+            token i at s + i % w, so that a step writes one place and moves nothing.
+        sinks: (B, s) bool. Which of the first s are text, and have come.
+        seen: (B,) int64. Tokens so far, with `text_window` or `mix="softmax"`.
     """
 
     ssm: Tensor | None = None
     conv: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
-    filled: Tensor | None = None
-    sink_keys: Tensor | None = None
-    sink_values: Tensor | None = None
     sinks: Tensor | None = None
     seen: Tensor | None = None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._dims import accumulate_dtype
+from ._inputs import take
 
 # queries (N, I, H, P), keys and values (N, J, G, P), mask (N, I, J) bool, scale -> (N, I, H, P), (N, I, H)
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -43,6 +44,18 @@ class Sinks(NamedTuple):
         weights = (scores - total[..., None]).exp().to(y.dtype).unflatten(2, (groups, -1))
         added = torch.einsum("blgrs,bsgp->blgrp", weights, self.values).flatten(2, 3)
         return (mass - total).exp().to(y.dtype)[..., None] * y + added, total
+
+
+def as_ring(last: Tensor, seen: Tensor) -> Tensor:
+    """(B, G, w, P), token i of a row at i % w, of its last w tokens (B, w, G, P), oldest first, after `seen` (B,)."""
+    at = (torch.arange(last.shape[1], device=last.device) - seen[:, None]) % last.shape[1]
+    return take(last, at).transpose(1, 2).contiguous()
+
+
+def from_ring(ring: Tensor, seen: Tensor) -> Tensor:
+    """(B, w, G, P), the other way round; the first of them are of no token where fewer than w were seen."""
+    ring = ring.transpose(1, 2)
+    return take(ring, (torch.arange(ring.shape[1], device=ring.device) + seen[:, None]) % ring.shape[1])
 
 
 def causal_window_attention(
@@ -127,9 +140,11 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
 def _attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, mask, scale)
-    mass = scores.logsumexp(-1)
-    weights = scores.sub_(mass[..., None]).exp_().to(v.dtype)
-    return _ungrouped(weights.flatten(2, 3) @ v.transpose(1, 2), q), mass.transpose(1, 2).flatten(2)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    y = (weights.to(v.dtype).flatten(2, 3) @ v.transpose(1, 2)).div_(total.flatten(2, 3))
+    return _ungrouped(y, q), (top + total.log())[..., 0].transpose(1, 2).flatten(2)
 
 
 class _AttendWithMass(torch.autograd.Function):
