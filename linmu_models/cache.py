@@ -64,6 +64,15 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                     mine.copy_(new)
         self.is_initialized = True
 
+    def writable_state(self) -> MMATEState | None:
+        """The state, which a step may write to: a copy where it was made in inference mode, which is over."""
+        made = next((t for t in self.state or () if t is not None), None)
+        if self.is_static or torch.compiler.is_compiling() or made is None or not made.is_inference():
+            return self.state
+        if not torch.is_inference_mode_enabled():
+            self.state = MMATEState(*(None if t is None else t.clone() for t in self.state or ()))
+        return self.state
+
     def get_seq_length(self) -> int | Tensor:
         return self.cumulative_length if self.is_initialized else 0
 
@@ -143,7 +152,8 @@ def linear_layer(cache: Cache, layer_idx: int, beside_attention: bool = False) -
     layer = cache.layers[layer_idx]
     if isinstance(layer, LinmuCacheLayer):
         return layer
-    if layer.is_initialized:
+    # One that is initialised early, as before a prefill in chunks, is empty.
+    if layer.is_initialized and (torch.compiler.is_compiling() or int(layer.get_seq_length()) > 0):
         raise ValueError(f"linmu: layer {layer_idx} of the cache must be new or linear, got keys and values")
     static = isinstance(layer, StaticLayer)
     length = None

@@ -212,7 +212,14 @@ class ChatProcessor:
         """What `generate` takes to answer one question about media, which come before the words.
 
         Without a chat template, a model is given the media and the words as they are.
+
+        Raises:
+            ValueError: the words hold the model's token for an image or a video.
         """
+        question = question.replace(SLOT, "").replace(_MARK, "")
+        for token in filter(None, map(self._token, ("image", "video"))):
+            if token in question:
+                raise ValueError(f"the words must not hold {token!r}, which stands for pixels")
         if self._speaker is not None:
             batch = self([Conversation(((SLOT * len(media) + question, None),), tuple(media))])
         elif any(clip.is_video for clip in media):

@@ -167,7 +167,7 @@ def generate_text(
         len(new),
         first - began,
         (len(new) - 1) / (last - first) if len(new) > 1 else None,
-        cache_bytes(out.past_key_values),
+        0 if out.past_key_values is None else cache_bytes(out.past_key_values),
     )
 
 

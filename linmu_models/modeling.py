@@ -128,7 +128,7 @@ class LinmuAttention(MMATE):
             layout=linmu.layout,
             position_embeddings=position_embeddings,
             attention_mask=padding,
-            state=layer.state,
+            state=layer.writable_state(),
             return_state=True,
         )
         layer.advance(state, hidden_states.shape[1])
@@ -262,6 +262,16 @@ class LinmuModel:
         for encoded in (out.get("mm_encoder_outputs") or {}).values():
             encoded.linmu_sizes = dropped
         return out
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
+                 **kwargs: Any) -> Any:  # fmt: skip
+        # transformers would cut the features of an image, and lose the grids that travel with them.
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("mm_encoder_outputs"):
+            raise ValueError(
+                "linmu: prefill_chunk_size must be None for a prompt with images or videos, which no chunk may split, "
+                f"got {generation_config.prefill_chunk_size}"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self,

@@ -331,6 +331,13 @@ def _within_limits(op: str, impl: str, like: torch.Tensor, args: tuple[Any, ...]
     return "reference"
 
 
+def mark_written(state: torch.Tensor) -> None:
+    """Before an op that writes to `state`: let autograd know, as of PyTorch's own, lest a backward pass reads what is no
+    longer what it saved."""
+    if not torch.compiler.is_compiling() and not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+
+
 def call(op: str, like: torch.Tensor, *args: Any) -> Any:
     """Run `op` through the implementation that serves tensors like `like`."""
     device = like.device.type

@@ -52,6 +52,7 @@ def causal_conv1d_step(
         )
     acc = accumulate_dtype(x.dtype)
     bias = None if bias is None else bias.to(acc)
+    _registry.mark_written(state)
     return _registry.call("causal_conv1d_step", x, state, x, weight.to(acc), bias, silu)
 
 

@@ -71,6 +71,7 @@ def ssd_step(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, dt, A, B, C, D, dt_bias)):
         raise RuntimeError("ssd_step: has no gradient; run it under torch.no_grad(), or use ssd_scan with L = 1")
     small = [None if t is None else t.to(acc) for t in (dt, A, D, dt_bias)]
+    _registry.mark_written(state)
     return _registry.call("ssd_step", x, state, x, small[0], small[1], B, C, small[2], small[3], dt_softplus)
 
 

@@ -37,11 +37,15 @@ class CausalConv1d(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, L, channels), order (B, L) int32, state (B, K - 1, channels) -> y, new state (or None)."""
         if x.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
-            before = None if attention_mask is None else state.clone()
-            y = causal_conv1d_step(state, x[:, 0], self.weight, self.bias)[:, None]
-            if attention_mask is not None and before is not None:
-                state.copy_(torch.where(expand_as(attention_mask, state), state, before))
+            # Of its own where it may not be written to as it is: under an autocast that began or ended in between, or
+            # in a row of padding.
+            new = state.clone() if attention_mask is not None else state
+            new = new.to(x.dtype)
+            y = causal_conv1d_step(new, x[:, 0], self.weight, self.bias)[:, None]
+            if new is not state:
+                state.copy_(new if attention_mask is None else torch.where(expand_as(attention_mask, new), new, state))
             return y, state
+        state = None if state is None else state.to(x.dtype)
         if attention_mask is None:
             out = causal_conv1d(
                 x, self.weight, self.bias, token_order=order, initial_state=state, return_final_state=return_state

@@ -24,7 +24,7 @@ from ._inputs import (
     take,
 )
 from .config import PAPER, MMATEConfig
-from .state import MMATEState, continue_state
+from .state import MMATEState, check_state, continue_state
 from .text_window import (
     Rule,
     Sinks,
@@ -114,6 +114,8 @@ class LocalSwin(nn.Module):
         layout = check_inputs(
             "LocalSwin", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
         )
+        if state is not None:
+            check_state("LocalSwin", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
         keep = return_state or state is not None
         out: Tensor | Near
         if self.o_proj is None:
@@ -234,7 +236,7 @@ class LocalSwin(nn.Module):
             return None
         at = torch.arange(n, device=k.device) - seen[:, None]
         keys, values, there = (None, None, None) if state is None else (state.keys, state.values, state.sinks)
-        keys, values = (None if t is None else t[:, :, :n].transpose(1, 2) for t in (keys, values))
+        keys, values = (None if t is None else t[:, :, :n].transpose(1, 2).to(k.dtype) for t in (keys, values))
         text = torch.ones_like(real) if visual is None else ~visual
         came = first_tokens(text, there, at, order) & (at < real.sum(1, keepdim=True))
         return Sinks(first_tokens(k, keys, at, order), first_tokens(v, values, at, order), came)
@@ -267,7 +269,7 @@ class LocalSwin(nn.Module):
         valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if real is None else real
         keys = values = filled = None
         if state is not None and state.keys is not None and state.values is not None:
-            keys, values = (from_ring(ring[:, :, -window:], seen) for ring in (state.keys, state.values))
+            keys, values = (from_ring(ring[:, :, -window:], seen).to(k.dtype) for ring in (state.keys, state.values))
             filled = torch.arange(window, device=q.device) >= window - seen[:, None]
         new = MMATEState()
         if return_state:
@@ -312,10 +314,15 @@ class LocalSwin(nn.Module):
         at = places[:, None, :, None].expand(-1, groups, -1, self.head_dim)
 
         def written(old: Tensor, new: Tensor) -> Tensor:
-            new = new.to(old.dtype).transpose(1, 2).expand(at.shape)
+            new = new.to(old.dtype).transpose(1, 2)
+            if torch.is_grad_enabled():
+                # A place that is scattered to twice, with the same key, would be given its gradient twice.
+                hit = (torch.arange(old.shape[2], device=old.device) == places[..., None]).any(1)
+                return torch.where((hit if real is None else hit & real)[:, None, :, None], new, old)
+            new = new.expand(at.shape)
             if real is not None:
                 new = torch.where(real[..., None, None], new, old.gather(2, at))
-            return old.scatter(2, at, new) if torch.is_grad_enabled() else old.scatter_(2, at, new)
+            return old.scatter_(2, at, new)
 
         keys, values = written(keys, k), written(values, v)
         slot = torch.arange(window, device=q.device)

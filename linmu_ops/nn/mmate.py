@@ -18,7 +18,7 @@ from ._inputs import Rotary, check_inputs, prepare_layout, ridge
 from .config import PAPER, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
-from .state import MMATEState, continue_state
+from .state import MMATEState, check_state, continue_state
 
 _SPAN = 8.0
 
@@ -141,6 +141,8 @@ class MMATE(nn.Module):
         layout = check_inputs(
             "MMATE", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
         )
+        if state is not None:
+            check_state("MMATE", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
         keep = return_state or state is not None
         a = b = None
         flex_state = swin_state = MMATEState()
@@ -191,7 +193,8 @@ class MMATE(nn.Module):
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MMATEState:
         """The state before the first token: zeros. dtype of the hidden states; the parameters' if None."""
-        like = self.norm.weight if self.norm.weight is not None else next(self.parameters())
+        # Some other parameters are float32 in a half precision model.
+        like = (self.flex or self.swin).get_parameter("o_proj.weight")  # type: ignore[union-attr]
         dtype, device = dtype or like.dtype, device or like.device
         config, state = self.config, MMATEState()
         if self.flex is not None:

@@ -44,6 +44,20 @@ class MMATEState(NamedTuple):
         return self
 
 
+def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
+    """Before anything of a state is written, find out whether it is of this module and of so many rows.
+
+    kept: tokens whose keys it has, if it has any.
+    """
+    for name, tensor in zip(state._fields, state, strict=True):
+        if tensor is not None and tensor.shape[0] != batch:
+            raise ValueError(f"{op}: state.{name} must have B={batch} rows, got {tensor.shape[0]}")
+    if state.keys is not None and state.keys.shape[2] != kept:
+        raise ValueError(
+            f"{op}: state.keys must be of sink_tokens + text_window = {kept} tokens, got {state.keys.shape[2]}"
+        )
+
+
 def continue_state(state: MMATEState | None, new: MMATEState) -> MMATEState:
     """What a call leaves behind: with gradients off, the state it was given, overwritten in place."""
     return new if state is None or torch.is_grad_enabled() else state.copy_(new)

@@ -267,6 +267,13 @@ def test_videos_are_images_to_a_model_without_them(llava, video):
     assert int((batch["input_ids"] == llava.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 3 * 4
 
 
+def test_words_that_are_no_words(qwen):
+    ids = [qwen.ask(question)["input_ids"].tolist() for question in ("why?", f"w{SLOT}h\ue000y?")]
+    assert ids[0] == ids[1]
+    with pytest.raises(ValueError, match=r"must not hold '<\|image_pad\|>', which stands for pixels"):
+        qwen.ask("why <|image_pad|>?")
+
+
 @pytest.mark.parametrize("make", ["qwen", "llava"])
 def test_linmu_generate_answers_about_a_video_file(make, tmp_path, video):
     """From the command line; the frames of a model without videos are images."""

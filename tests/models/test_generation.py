@@ -103,6 +103,29 @@ def test_a_chat_may_bring_a_second_image():
     torch.testing.assert_close(rest, whole[:, -rest.shape[1] :], rtol=1e-4, atol=1e-4)
 
 
+def test_prefill_in_chunks():
+    """As transformers offers it; an image may not be split, and would not be seen as one."""
+    model = student("qwen2_5_vl")
+    ids = torch.tensor([tiny.text_ids(11)])
+    greedy = dict(max_new_tokens=4, do_sample=False)
+    whole = model.generate(ids, **greedy)
+    for how in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, **greedy, **how, prefill_chunk_size=3), whole)
+    with pytest.raises(ValueError, match="prefill_chunk_size must be None for a prompt with images"):
+        model.generate(**tiny.example("qwen2_5_vl", "image"), **greedy, prefill_chunk_size=3)
+
+
+def test_a_prompt_that_was_read_in_inference_mode():
+    model = student("qwen2")
+    first = tiny.example("qwen2", "text")
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(**first, past_key_values=cache, use_cache=True)
+    ids = torch.cat((first["input_ids"], torch.tensor([tiny.text_ids(3)])), dim=1)
+    greedy = dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(ids, **greedy, past_key_values=cache), model.generate(ids, **greedy))
+
+
 def test_an_image_in_two_calls_is_an_error():
     inputs = tiny.thw_batch([(2, 3)], [], 14, False)
     part = {**inputs, "input_ids": inputs["input_ids"][:, :7]}

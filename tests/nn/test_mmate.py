@@ -212,16 +212,70 @@ def test_cached_is_uncached(name, grad):
         assert [t.data_ptr() for t in state if t is not None] == addresses
 
 
-def test_gradients_flow_through_the_state():
-    block = build(**OPTIONS["conv"], text_window=3)
-    z, (cos, sin), _ = prompt(1)
+@pytest.mark.parametrize("cuts", [[9], [3, 5], range(1, 25)], ids=["chunks", "short", "steps"])
+@pytest.mark.parametrize("name", ["conv", "text_window", "normalizer_exact", "exact_conv"])
+def test_gradients_flow_through_the_state(name, cuts):
+    block = build(**OPTIONS[name])
+    z, rotary, _ = prompt(1)
     z.requires_grad_()
-    whole = block(z, position_embeddings=(cos, sin))
+    whole = block(z, position_embeddings=rotary)
     (grad,) = torch.autograd.grad(whole.square().sum(), z)
-    a, state = block(z[:, :9], position_embeddings=(cos[:, :9], sin[:, :9]), return_state=True)
-    b = block(z[:, 9:], position_embeddings=(cos[:, 9:], sin[:, 9:]), state=state)
-    (chunked,) = torch.autograd.grad(torch.cat((a, b), 1).square().sum(), z)
+    cuts = [cut for cut in cuts if cut < z.shape[1]]
+    state, out = None, []
+    for piece, *turn in zip(pieces(z, cuts), *(pieces(t, cuts) for t in rotary), strict=True):
+        y, state = block(piece, position_embeddings=tuple(turn), state=state, return_state=True)
+        out.append(y)
+    (chunked,) = torch.autograd.grad(torch.cat(out, 1).square().sum(), z)
     torch.testing.assert_close(chunked, grad)
+
+
+@pytest.mark.parametrize("name", ["default", "conv"])
+def test_a_backward_pass_does_not_read_a_state_that_was_overwritten(name):
+    block = build(**OPTIONS[name])
+    z, rotary, _ = prompt(1)
+    step = dict(position_embeddings=tuple(t[:, :1] for t in rotary))
+    with torch.no_grad():
+        _, state = block(z, position_embeddings=rotary, return_state=True)
+    out = block(z[:, :1], **step, state=state)
+    with torch.no_grad():
+        block(z[:, :1], **step, state=state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_state_of_something_else_is_refused_untouched():
+    block = build(**OPTIONS["normalizer_exact"]).requires_grad_(False)
+    z, rotary, _ = prompt(1)
+    step = dict(position_embeddings=tuple(t[:, :1] for t in rotary))
+    for state, line in (
+        (block.init_state(2), "MMATE: state.ssm must have B=1 rows, got 2"),
+        (build(**{**OPTIONS["normalizer_exact"], "text_window": 4}).init_state(1), "state.keys must be of .* 5 tokens"),
+    ):
+        before = [t.clone() for t in state if t is not None]
+        with torch.no_grad(), pytest.raises(ValueError, match=line):
+            block(z[:, :1], **step, state=state)
+        assert all(torch.equal(a, b) for a, b in zip((t for t in state if t is not None), before, strict=True))
+
+
+def test_the_first_state_is_of_the_weights_precision():
+    """Though some parameters of a half precision block are float32; and autocast may begin with a state at hand."""
+    block = build(**OPTIONS["exact_conv"], dtype=torch.float32).requires_grad_(False)
+    z, rotary, _ = prompt(1)
+    z, turn = z.float(), tuple(t.float() for t in rotary)
+    whole = block(z, position_embeddings=turn)
+    for first, second in ((False, True), (True, False)):
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16, enabled=first):
+                cut = tuple(t[:, :9] for t in turn)
+                _, state = block(z[:, :9], position_embeddings=cut, state=block.init_state(1), return_state=True)
+            for i in range(9, z.shape[1]):
+                with torch.autocast("cpu", torch.bfloat16, enabled=second):
+                    out = block(z[:, i : i + 1], position_embeddings=tuple(t[:, i : i + 1] for t in turn), state=state)
+        torch.testing.assert_close(out.float()[:, 0], whole[:, -1], rtol=0.1, atol=0.1 * float(whole.abs().max()))
+    half = block.bfloat16()
+    half.norm.float()
+    state = half.init_state(1)
+    assert state.keys.dtype == state.conv.dtype == torch.bfloat16 and state.ssm.dtype == torch.float32
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
