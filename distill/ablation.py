@@ -323,6 +323,8 @@ def _start(config: Config) -> Run:
 def train_and_score(table: Table, row: Row, seed: int, looks: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Train one run from wherever it stopped; the records of `looks`, which are the row or looks at its stages."""
     run = _start(_claim(table, row, seed))
+    if not run.is_finished(len(STAGES)):
+        run.check_stages()
     run.prepare()
     for stage in STAGES:
         if not run.is_finished(stage.number):

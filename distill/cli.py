@@ -48,6 +48,7 @@ def convert(
     import json
 
     from rich.console import Console
+    from safetensors import SafetensorError
 
     from linmu_models.generate import convert_folder
 
@@ -62,7 +63,7 @@ def convert(
         with Console(stderr=True).status(f"making {teacher} linear"):
             report = convert_folder(teacher, out, options, keep_attention or (), dtype)
         typer.echo(report)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         _stop(error)
 
 
@@ -81,6 +82,7 @@ def generate(
 ) -> None:
     """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
     from rich.console import Console
+    from safetensors import SafetensorError
 
     from distill.progress import peak_memory
     from linmu_models.generate import generate_text, load
@@ -94,7 +96,7 @@ def generate(
             *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
             stream=lambda text: typer.echo(text, nl=False), **sampling,
         )  # fmt: skip
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         _stop(error)
     typer.echo()
     rate = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.1f} tokens/s"
@@ -131,7 +133,7 @@ def distill(
         from distill.train import Interrupted, TrainingError
     except ConfigError as error:
         _stop(error)
-    from distill.data.stream import DataError
+    from distill.data.records import DataError
 
     try:
         report = run_table(config, row or (), seeds) if settings is None else run(settings, stage, resume)
@@ -152,15 +154,17 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task group.")] = 200,
     group: Annotated[list[str] | None, typer.Option(help="Only this task group; may be repeated.")] = None,
     split: Annotated[str, typer.Option(help="test, or test_font: a font that training never showed.")] = "test",
-    seed: int = 2024,
+    seed: Annotated[int, typer.Option(min=0)] = 2024,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Exact match on the built-in tasks with 95 % intervals, beside the teacher's."""
+    from safetensors import SafetensorError
+
     from distill.evaluate import EvaluationError, evaluate_folder
 
     try:
         typer.echo(evaluate_folder(folder, teacher, samples, group, split, seed, device))
-    except EvaluationError as error:
+    except (EvaluationError, OSError, ValueError, SafetensorError) as error:
         _stop(error)
 
 

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -24,9 +26,21 @@ from distill.data.tasks import GROUPS, check_options
 from distill.stages import RECIPES, STAGES, Stage
 from linmu_models.config import parse_mmate
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
+
+
+def _regular(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, got {text!r}: {error}") from error
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_regular)]
 
 
 class ConfigError(ValueError):
@@ -57,7 +71,13 @@ def _among_groups(name: str, groups: Iterable[str]) -> None:
 class TaskData(_Table):
     """What to train on: the built-in tasks, see `distill/data/README.md`."""
 
-    mixture: dict[str, Annotated[float, Field(gt=0)]] = {"read": 1, "line": 1, "where": 1, "video": 1, "needle": 1}
+    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {
+        "read": 1,
+        "line": 1,
+        "where": 1,
+        "video": 1,
+        "needle": 1,
+    }
     """How often each task group is drawn."""
     batch_size: Positive | dict[str, Positive] = 16
     """Samples in a batch, for all groups or for each."""
@@ -81,6 +101,9 @@ class TaskData(_Table):
     def _check_options(self) -> "TaskData":
         for group, options in self.options.items():
             check_options(group, {name: value for name, value in options.items() if name != "batch_frames"})
+            total = options.get("batch_frames", 1)
+            if type(total) is not int or total < 1:
+                raise ValueError(f"options.{group}.batch_frames must be a number of frames, got {total!r}")
             frames = options.get("frames")
             if "batch_frames" in options and not (isinstance(frames, list | tuple) and len(frames) == 2):
                 raise ValueError(f"options.{group}.frames must be [least, most] beside batch_frames, got {frames}")
@@ -154,8 +177,8 @@ class OptimizerConfig(_Table):
     """AdamW with a linear warm-up and half a cosine."""
 
     weight_decay: Weight = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    warmup: Share = 0.03
     """Share of the steps in which the learning rate rises."""
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
     """The last learning rate, as a share of the highest."""
@@ -168,7 +191,7 @@ class LoraConfig(_Table):
 
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
-    target: str = r".*layers\.\d+\.mlp\.(gate|up|down)_proj"
+    target: Pattern = r".*layers\.\d+\.mlp\.(gate|up|down)_proj"
     """Regular expression over the names of the language model's modules; the vision tower is never touched."""
 
 
@@ -188,7 +211,7 @@ class EvaluationConfig(_Table):
     """Samples of each group, for all groups or for each; 0 turns evaluation off."""
     final_samples: Count | dict[str, Count] | None = None
     """Samples for the teacher and the final student, when other than `samples`."""
-    seed: int = 2024
+    seed: Count = 2024
     options: dict[str, dict[str, Any]] = {}
     speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
     """Visual tokens at which time to first token, decode speed and cache size are measured; empty: not at all."""
@@ -227,7 +250,7 @@ class StageConfig(_Table):
     block_input: Literal["student", "teacher"] = "student"
     """`teacher`: each block is given what the teacher's attention was given, not what the layers below it made. Not
     with L_seq, whose rows the teacher has not seen."""
-    freeze: list[str] = []
+    freeze: list[Pattern] = []
     """Regular expressions: trainable parameters with such a name stay frozen in this stage."""
     data: DataConfig | None = None
     """Other data in this stage."""
@@ -236,10 +259,10 @@ class StageConfig(_Table):
 class Config(_Table):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[\w-][\w.-]*$")
     output: str = "runs"
     """Results go to `output/name`."""
-    seed: int = 0
+    seed: Count = 0
     teacher: TeacherConfig
     recipe: Literal["exact", "paper"] = "exact"
     """Where all other options start: what the tables in `bench/reports` chose, or the paper's; see `RECIPES`."""
@@ -399,6 +422,7 @@ class Config(_Table):
             "lora": self.lora.model_dump(mode="json") if self.has_lora(number) else None,
             "calibration": self.calibration_batches if number == 1 else None,
             "batches": self.gradient_accumulation,
+            "max_new_tokens": self.teacher.max_new_tokens if "sequence" in stage.losses else None,
             **({} if train is None else {"train": train}),
             **({} if self.calibrate or number != 1 else {"calibrate": False}),
             **({"step_sizes": True} if self.calibrate_step_sizes and number == 1 else {}),
@@ -429,7 +453,7 @@ def load_values(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

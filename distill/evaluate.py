@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import torch
-
 from distill.data import GROUPS, SPLITS
 from distill.evaluation import Result, evaluate
 from distill.report import table
+from distill.sources import UNFIT, fits_tasks
 from distill.teacher import load_teacher
+from linmu_models.generate import find_device
 
 
 class EvaluationError(RuntimeError):
@@ -49,12 +49,15 @@ def evaluate_folder(
     if split not in SPLITS:
         raise EvaluationError(f"--split must be among {', '.join(SPLITS)}, got {split}")
     path, teacher = _find(folder, teacher)
+    where = find_device(device)
     results: dict[str, list[Result]] = {}
     names = groups or list(GROUPS)
     for label, source in (("teacher", teacher), ("model", path)):
         if source is not None:
             model, tokenizer = load_teacher(source, "auto")
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if not fits_tasks(model, tokenizer):
+                raise EvaluationError(f"{source} cannot be shown the built-in tasks: {UNFIT}")
+            model.to(where)
             results[label] = [evaluate(model, tokenizer, name, samples, seed, split=split) for name in names]
     rows = []
     for i, name in enumerate(names):

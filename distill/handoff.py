@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +38,10 @@ def save_result(run: Path, number: int, state: dict[str, Tensor], teacher: str, 
     folder = stage_folder(run, number)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{_WEIGHTS}.partial"
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, partial)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, partial)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(folder / _WEIGHTS)
@@ -57,12 +61,6 @@ def is_finished(run: Path, number: int) -> bool:
     """Whether stage `number` of a run has its result on disk."""
     manifest = _read(stage_folder(run, number))
     return bool(manifest and manifest.get("finished"))
-
-
-def has_settings(run: Path, number: int, config: Config) -> bool:
-    """Whether stage `number` of a run has its result, and that from settings of its own that are those of `config`."""
-    manifest = _read(stage_folder(run, number))
-    return bool(manifest and manifest.get("finished") and manifest["config"] == config.fingerprint(number))
 
 
 def has_begun(run: Path, number: int) -> bool:
@@ -111,5 +109,5 @@ def load_result(
         )
     path = folder / manifest["weights"]["file"]
     if not path.exists() or sha256(path) != manifest["weights"]["sha256"]:
-        raise HandoffError(f"{path} is damaged: it does not match its hash; {command}")
+        raise HandoffError(f"{path} is damaged: it does not match its hash; delete {folder}, then {command}")
     return load_file(path), manifest

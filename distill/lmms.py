@@ -16,6 +16,7 @@ from lmms_eval.utils import Collator
 from transformers import AutoProcessor
 
 from distill.teacher import load_teacher
+from linmu_models.chat import end_tokens
 
 
 class Linmu(lmms):
@@ -79,7 +80,7 @@ class Linmu(lmms):
             temperature=heat if heat > 0 else None,
             top_p=options.get("top_p") if heat > 0 else None,
             num_beams=options.get("num_beams", 1),
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=sorted(end_tokens(self.model.generation_config, self.tokenizer)),
             pad_token_id=self.tokenizer.pad_token_id,
         )[:, inputs["input_ids"].shape[1] :]
         answers = self.processor.batch_decode(out, skip_special_tokens=True)

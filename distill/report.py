@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from distill.config import Config
 from distill.figures import accuracy_bars, loss_curves, speed_curves
 from distill.handoff import stage_folder
+from distill.sources import fits_tasks
 from distill.stages import STAGES, Stage
 from linmu_models.modeling import auto_class, sees_images
 
@@ -155,7 +156,7 @@ def _accuracy(results: dict[str, dict[str, Any]], groups: list[str]) -> str:
     rows = []
     for group in groups:
         cells = [_cell(results[label].get(group)) for label in labels]
-        teacher, last = results["teacher"].get(group), results[labels[-1]].get(group)
+        teacher, last = (results.get(label, {}).get(group) for label in ("teacher", f"stage {len(STAGES)}"))
         share = f"{last['accuracy'] / teacher['accuracy']:.1%}" if teacher and last and teacher["accuracy"] else "-"
         rows.append([f"*{group}*", *cells, f"**{share}**"])
     return table(["task", *labels, "student / teacher"], rows)
@@ -275,7 +276,7 @@ def write_report(
             "",
             (
                 "One question about a video of growing length, without the time of the vision tower (the same for both)"
-                if sees_images(teacher.config)
+                if fits_tasks(teacher, tokenizer)
                 else "A text of growing length"
             )
             + ", batch 1. The teacher keeps keys and values of every token; the student keeps a state of fixed size.",
@@ -287,7 +288,7 @@ def write_report(
         ]
     if groups:
         parts += ["## Three questions", "", _examples(folder, config, teacher, student, tokenizer)]
-    if held_out := _read(folder / "held_out.json"):
+    if config.evaluation.held_out is not None and (held_out := _read(folder / "held_out.json")):
         parts += [
             "## How well it predicts",
             "",

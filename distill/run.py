@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 import linmu_models
 from distill import handoff, held_out
-from distill.checkpoint import write_atomically
-from distill.config import Config
-from distill.sources import build_source
+from distill.checkpoint import CheckpointStore, write_atomically
+from distill.config import Config, ConfigError, TaskData
+from distill.sources import UNFIT, build_source, fits_tasks
 from distill.stages import STAGES
 from distill.student import (
     add_lora,
@@ -61,7 +62,7 @@ class Run:
         """Load the teacher.
 
         Raises:
-            RunError: a teacher in half precision without mixed precision.
+            RunError: a teacher in half precision without mixed precision, or one that cannot be loaded.
         """
         if config.teacher.dtype != "float32" and config.mixed_precision == "no":
             raise RunError(
@@ -74,7 +75,10 @@ class Run:
             mixed_precision=config.mixed_precision, kwargs_handlers=[patience]
         )
         self.config, self.folder = config, config.folder
-        self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.teacher.dtype)
+        try:
+            self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.teacher.dtype)
+        except (ValueError, SafetensorError) as error:
+            raise RunError(f"teacher.path: {config.teacher.path} cannot be loaded: {error}") from error
         self.teacher.to(self.accelerator.device)
         self.teacher_hash = fingerprint(self.teacher)
         self._held_out: list[Batch] | None = None
@@ -121,28 +125,47 @@ class Run:
         """Find out what the options cannot do with this teacher before hours have gone by.
 
         Raises:
-            RunError: no layer would be replaced, or a part of the block would never be used.
+            RunError: no layer would be replaced, a part of the block would never be used, or the built-in tasks are
+                asked of a teacher that cannot be shown them.
             ConfigError: a stage has nothing to train, or freezes what is not there.
         """
+        counts = {**self.config.evaluation.counts(final=False), **self.config.evaluation.counts(final=True)}
+        tasks = [i for i in (1, 2, 3) if isinstance(self.config.stage_data(i), TaskData) and self.config.stage(i).steps]
+        if (counts or tasks) and not fits_tasks(self.teacher, self.tokenizer):
+            wanted = "data.sets must be given" if tasks else "evaluation.samples must be 0"
+            raise RunError(f"{wanted}: {self.config.teacher.path} cannot be shown the built-in tasks; {UNFIT}")
         options = self.config.student
         if not sees_images(self.teacher.config):
             for name, idle in (("reverse", True), ("swin", not options["text_window"])):
                 if options[name] and idle:
                     raise RunError(f"student.{name} must be false: {self.config.teacher.path} is text only, got true")
-        student = self.fresh_student(lora=self.config.has_lora(len(STAGES)))
+        try:
+            student = self.fresh_student(lora=self.config.has_lora(len(STAGES)))
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise RunError(str(error)) from error
         if not student.blocks:
             raise RunError("the student has no M-MATE block: every layer keeps its attention")
         for row in STAGES:
             if (stage := self.config.stage(row.number)).steps:
                 trainable_parameters(student.model, student.blocks, stage)
 
-    def prepare(self) -> None:
-        """Convert and calibrate: "stage 0". One from other settings is made anew where no stage has begun with it."""
-        stale = not handoff.has_settings(self.folder, 0, self.config) and not handoff.has_begun(self.folder, 1)
-        if self.is_finished(0) and not self._agreed(stale):
+    def _has_start(self) -> bool:
+        if not handoff.is_finished(self.folder, 0):
+            return False
+        try:
             handoff.load_result(self.folder, 0, self.teacher_hash, self.config, same_config=True)
+        except handoff.HandoffError:
+            if handoff.has_begun(self.folder, 1):
+                raise
+            return False
+        return True
+
+    def prepare(self) -> None:
+        """Convert and calibrate: "stage 0"; anew if it is damaged or of other settings and no stage has begun."""
+        if self._agreed(self.accelerator.is_main_process and self._has_start()):
             return
-        self.check_stages()
         if self.accelerator.is_main_process:
             began = time.perf_counter()
             student = self.fresh_student()
@@ -217,6 +240,11 @@ class Run:
         for name, found in (counts or {}).items():
             told = ", ".join(f"{count} {what}" for what, count in found.items())
             self.accelerator.print(f"stage {number}  data set {name}: {told}")
+        if unfinished:
+            self.accelerator.print(
+                f"stage {number}  L_seq left out {unfinished} samples: the teacher's answer had no end within "
+                f"teacher.max_new_tokens = {config.teacher.max_new_tokens}"
+            )
         state = own_state(student.model, student.blocks)
         if self.accelerator.is_main_process:
             handoff.save_result(
@@ -255,7 +283,7 @@ class Run:
                 "interval": result.interval, "right": "".join(str(int(hit)) for hit in result.hits),
                 "seconds": result.seconds, "by_question": result.by_question,
             }  # fmt: skip
-            write_atomically(path, json.dumps(table, indent=1))
+            write_atomically(path, json.dumps(_in_order(table), indent=1))
             self.accelerator.print(f"{label:<8} {result}")
 
     def measure_held_out(self, after: int | None, model: PreTrainedModel) -> dict[str, Any] | None:
@@ -265,21 +293,24 @@ class Run:
         if options.held_out is None:
             return None
         table = json.loads(path.read_text()) if path.exists() else {}
-        data = options.held_out.model_dump(mode="json", exclude={"workers"})
-        of = self._measured(after, data=data, batches=options.held_out_batches, seed=options.seed)
-        known = table.get(label, {})
-        if known.pop("of", None) == of:
-            return known
         if self._held_out is None:
             source = build_source(
                 options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, options.seed
             )
-            self._held_out = [source.processor(source.samples(i)) for i in range(options.held_out_batches)]
+            self._held_out = [source.processor(samples) for samples in source.once(options.held_out_batches)]
+        digest = hashlib.sha256()
+        for batch in self._held_out:
+            for value in batch.values():
+                digest.update(value.contiguous().numpy().tobytes())
+        of = self._measured(after, data=digest.hexdigest())
+        known = table.get(label, {})
+        if known.pop("of", None) == of:
+            return known
         with self.accelerator.autocast():
             found = held_out.measure(model, self.teacher, self._held_out, self.config.losses.chunk_size)
         table[label] = {"of": of, **found}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(table, indent=1))
+        write_atomically(path, json.dumps(_in_order(table), indent=1))
         self.accelerator.print(
             f"{label:<8} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
             f"same next token {found['agreement']:.1%}  n={found['tokens']}"
@@ -313,7 +344,10 @@ class Run:
                 for name, parameter in block.named_parameters():
                     if not IN_FLOAT32.search(f"self_attn.{name}"):
                         parameter.data = parameter.data.to(self.teacher.dtype)
-            model.save_pretrained(target)
+            try:
+                model.save_pretrained(target)
+            except SafetensorError as error:
+                raise OSError(f"{target} could not be written: {error}") from error
             copy_processor(self.config.teacher.path, target)
         self.accelerator.wait_for_everyone()
         return target
@@ -343,6 +377,12 @@ def _label(after: int | None) -> str:
     return TEACHER if after is None else f"stage {after}" if after else "initial"
 
 
+def _in_order(table: dict[str, Any]) -> dict[str, Any]:
+    """Measurements in the order of a run, whichever was made first."""
+    labels = [_label(after) for after in (None, *range(len(STAGES) + 1))]
+    return {label: table[label] for label in labels if label in table}
+
+
 def distill(config: Config, stage: int | None = None, resume: bool = False) -> Path | None:
     """Run all stages, or one, and return the path of the report when the last one is done.
 
@@ -357,12 +397,18 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
         if handoff.has_begun(config.folder, number) and not resume:
             raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another name")
     run = Run(config)
+    if not all(run.is_finished(number) for number in wanted):
+        run.check_stages()
     if wanted[0] == 1:
         run.prepare()
         run.evaluate_stage(0)
+    for number in reversed(range(wanted[0])):
+        handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
     for number in wanted:
         if run.is_finished(number):
             handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
+            if run.accelerator.is_main_process:  # what a kill at its very end has left
+                CheckpointStore(handoff.stage_folder(config.folder, number) / "checkpoints").clear()
         else:
             run.train(number)
         run.evaluate_stage(number)

@@ -7,6 +7,19 @@ from transformers import PreTrainedModel
 from distill.config import RecordData, SetConfig, TaskData
 from distill.teacher import Source
 
+UNFIT = "they need a vision-language model laid out as Qwen2.5-VL, whose tokens divide frames of 64 x 128 pixels"
+
+
+def fits_tasks(model: PreTrainedModel, tokenizer: Any) -> bool:
+    """Whether the built-in tasks can be shown to a model."""
+    from distill.data import Processor, generate
+
+    try:
+        Processor.from_config(model.config, tokenizer)(generate("needle", 1, 0, frames=(2, 2)))
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
+
 
 def build_source(
     data: TaskData | RecordData, path: str, teacher: PreTrainedModel, tokenizer: Any, seed: int,
@@ -31,10 +44,13 @@ def build_source(
 
 
 def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -> Source:
+    from distill.data.records import DataError
     from distill.data.stream import Decoding, Packing, RecordStream, SetReader
     from linmu_models.chat import ChatProcessor
 
     processor = ChatProcessor.load(path)
+    if not processor.speaks and any(chosen.format != "text" for chosen in data.sets.values()):
+        raise DataError(f"{path} has no chat template for conversations: put a chat_template.jinja there")
     decoding = Decoding(data.frames, data.fps, data.image_pixels, data.frame_pixels)
     packing = Packing(data.max_tokens, data.max_samples, data.window)
     readers = []

@@ -7,14 +7,16 @@ import torch
 from transformers import PreTrainedModel
 
 from distill.config import EvaluationConfig
+from distill.sources import fits_tasks
 from linmu_models.cache import cache_bytes
-from linmu_models.modeling import sees_images
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
-    """A video of about `length` visual tokens and a question; for a text-only model, so many tokens of no meaning."""
-    if not sees_images(model.config):
-        ids = torch.randint(len(tokenizer), (1, length), generator=torch.Generator().manual_seed(0))
+    """A video of about `length` visual tokens and a question; for a model that cannot be shown one of the built-in
+    tasks' videos, so many tokens of text of no meaning."""
+    if not fits_tasks(model, tokenizer):
+        words = torch.tensor(tokenizer.encode("of no meaning ", add_special_tokens=False))
+        ids = words.repeat(-(-length // len(words)))[None, :length]
         return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
     from distill.data import Processor, generate
 

@@ -51,6 +51,9 @@ def trainable_parameters(
         ConfigError: a pattern in `stage.freeze` matches no parameter of the stage, or nothing is left to train. The
             recipes' own patterns may match nothing: a block may be without the part.
     """
+    windows_off = not stage.local_swin and any(block.config.mix != "softmax" for block in blocks.values())
+    if "swin" in stage.trainable and windows_off:
+        raise ConfigError(f"stage{stage.number}.train must be without 'swin': Local-Swin is off in this stage")
     last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
     unreached: set[int] = set()

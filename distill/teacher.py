@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from distill.losses import IGNORE, Head, Kept
+from linmu_models.chat import end_tokens
 from linmu_models.modeling import auto_class
 
 Batch = dict[str, Tensor]
@@ -193,7 +194,7 @@ def own_answers(
 ) -> list[list[str | None]]:
     """y~ = Decode(f_T, x) of Eq. 8: greedy answers to every turn, each with the model's earlier answers before it.
 
-    None where no end-of-sequence token came within `max_new_tokens`, and for the turns after it.
+    None where no token that ends an answer came within `max_new_tokens`, and for the turns after it.
     """
     answers: list[list[str | None]] = [[] for _ in samples]
     for turn in range(max(len(sample.turns) for sample in samples)):
@@ -211,15 +212,14 @@ def own_answers(
         ]
         batch = prompts(source.processor(so_far), tokenizer.pad_token_id)
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        start = batch["input_ids"].shape[1]
+        start, ends = batch["input_ids"].shape[1], end_tokens(model.generation_config, tokenizer)
         out = model.generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
         )  # fmt: skip
         for i, row in zip(asked, out[:, start:].tolist(), strict=True):
-            ended = tokenizer.eos_token_id in row
-            said = row[: row.index(tokenizer.eos_token_id)] if ended else []
-            answers[i].append(tokenizer.decode(said, skip_special_tokens=True) if ended else None)
+            end = next((at for at, token in enumerate(row) if token in ends), None)
+            answers[i].append(None if end is None else tokenizer.decode(row[:end], skip_special_tokens=True))
     return [given + [None] * (len(s.turns) - len(given)) for given, s in zip(answers, samples, strict=True)]
 
 

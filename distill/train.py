@@ -430,6 +430,8 @@ class StageTrainer:
         seen = self.accelerator.reduce(torch.stack(counts), "sum").tolist()
         self._moved.update(name for name, count in zip(names, seen, strict=True) if count)
         still = sorted(set(self.trainable) - self._moved - self._may_rest)
+        if not self._moved and not self._may_rest and step + 1 >= 10 * ZERO_GRADIENT_STEPS:
+            raise TrainingError(self._where(step, "no step has given a gradient to anything"))
         if still and self._live_steps + 1 >= ZERO_GRADIENT_STEPS:
             raise TrainingError(self._where(step, f"the gradient has been 0 in every step for {_list(still)}"))
 

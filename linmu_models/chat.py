@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from .media import Clip
 from .modeling import sees_images
@@ -46,21 +46,28 @@ class Conversation:
         return len(self.turns) == 1 and not self.turns[0][0] and not self.media
 
 
+def end_tokens(generation_config: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: of a chat often others than the tokenizer's end of sequence."""
+    named = getattr(generation_config, "eos_token_id", None)
+    return frozenset([tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]) - {None}
+
+
 class _Segments:
     """A tokenizer for marked text: answers are tokenized apart, as they are when generated, and labelled.
 
     It takes a tokenizer's place inside a processor, which expands its image tokens and knows nothing of this.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
+        self._tokenizer, self._ends = tokenizer, ends
         self.labels: list[list[int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def encode_row(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids and labels of one marked text; each answer ends with the end-of-sequence token."""
+        """Ids and labels of one marked text; each answer ends with what the template writes after it, where that ends a
+        generation, else with the end-of-sequence token."""
         end = self._tokenizer.eos_token_id
         ids: list[int] = []
         labels: list[int] = []
@@ -68,10 +75,10 @@ class _Segments:
         for i, part in enumerate(text.split(_MARK)):
             found = self._tokenizer.encode(part, add_special_tokens=False)
             target = list(found) if i % 2 else [IGNORE] * len(found)
-            if after_answer and not (found and found[0] == end):
+            if after_answer and not (found and found[0] in self._ends):
                 found, target = [end, *found], [IGNORE, *target]
             if after_answer:
-                target[0] = end
+                target[0] = found[0]
             ids, labels, after_answer = ids + found, labels + target, bool(i % 2)
         return ids, labels
 
@@ -103,12 +110,14 @@ class ChatProcessor:
     processor: Any = None
     """The teacher's own processor; None for text-only models and those whose tensors are made here."""
     image_processor: Any = None
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a generation, beside the tokenizer's end of sequence."""
     _segments: _Segments = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._segments = _Segments(self.tokenizer)
+        self._segments = _Segments(self.tokenizer, self.ends | {self.tokenizer.eos_token_id})
         if self.processor is not None:
             self.processor.tokenizer = self._segments
         self._image_tokens = functools.lru_cache(maxsize=4096)(self._count_image_tokens)
@@ -119,12 +128,16 @@ class ChatProcessor:
         config = AutoConfig.from_pretrained(folder)
         kind = config.model_type.removeprefix("linmu_")
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            ends = end_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+        except OSError:  # it has none
+            ends = end_tokens(None, tokenizer)
         if not sees_images(config):
-            return cls(tokenizer, kind)
+            return cls(tokenizer, kind, ends=ends)
         if kind in _GRIDS:
-            return cls(tokenizer, kind, image_processor=AutoImageProcessor.from_pretrained(folder))
+            return cls(tokenizer, kind, image_processor=AutoImageProcessor.from_pretrained(folder), ends=ends)
         processor = AutoProcessor.from_pretrained(folder)
-        return cls(tokenizer, kind, processor, processor.image_processor)
+        return cls(tokenizer, kind, processor, processor.image_processor, ends)
 
     # -- what it can do ------------------------------------------------------------------------------------------
 
@@ -132,6 +145,11 @@ class ChatProcessor:
     def takes_media(self) -> bool:
         """Whether the model sees images."""
         return self.image_processor is not None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it has a chat template."""
+        return self._speaker is not None
 
     @property
     def takes_videos(self) -> bool:

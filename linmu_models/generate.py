@@ -50,6 +50,9 @@ def convert_folder(
         ValueError: not a family that can be converted, or an unknown option. OSError: no such model.
     """
     folder = _local(teacher)
+    if Path(out).resolve() == folder.resolve():
+        raise ValueError(f"convert: out must be another folder than the teacher's, got {out}")
+    _check_dtype(dtype)
     saved = AutoConfig.from_pretrained(folder)
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -83,10 +86,28 @@ def load(
     folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
 ) -> tuple[GenerationMixin, ChatProcessor]:
     """A saved model, linear or not, on `device`, and what prepares its inputs."""
+    _check_dtype(dtype)
+    where = find_device(device)
     auto = auto_class(AutoConfig.from_pretrained(folder))
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = auto.from_pretrained(folder, dtype=dtype).to(where).eval()
     return model, ChatProcessor.load(folder)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or another of torch, got {dtype}")
+
+
+def find_device(device: str | None) -> torch.device:
+    """The device of that name; where there is none, a GPU if there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that is there, got {device}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +167,8 @@ def generate_text(
     Raises:
         ValueError: beams; a picture or video that cannot be read, or one for a model that takes none.
     """
+    if not prompt and not images and not videos:
+        raise ValueError("generate: prompt must not be empty")
     media = []
     for path, read in [*((p, read_image) for p in images), *((p, partial(read_video, frames=frames, fps=fps))
                                                              for p in videos)]:  # fmt: skip

@@ -332,8 +332,7 @@ def _within_limits(op: str, impl: str, like: torch.Tensor, args: tuple[Any, ...]
 
 
 def mark_written(state: torch.Tensor) -> None:
-    """Before an op that writes to `state`: let autograd know, as of PyTorch's own, lest a backward pass reads what is no
-    longer what it saved."""
+    """Before an op that writes to `state`: let autograd know, as of PyTorch's own, lest a backward pass reads it."""
     if not torch.compiler.is_compiling() and not state.is_inference():
         torch.autograd.graph.increment_version(state)
 

@@ -4,6 +4,7 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,10 @@ from linmu_models.media import Source
 _PLACEHOLDER = re.compile(r"<image>|<video>")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _VIDEO_FILES = ("mp4", "mkv", "webm")
+
+
+class DataError(RuntimeError):
+    """There is no data to train on; the text says where none was found."""
 
 
 class UnusableError(ValueError):
@@ -68,6 +73,26 @@ def find_files(patterns: Sequence[str]) -> list[str]:
             raise FileNotFoundError(f"no file matches {pattern}")
         found.update(matches)
     return sorted(found)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Where a file as a whole cannot be read, say which."""
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (DatasetGenerationError, ArrowException, ValueError, StopIteration) as error:
+        raise DataError(f"{file}: {error.__cause__ or error}") from error
+
+
+def _check_begin(file: str) -> None:
+    """JSON that begins with something else than an object can take the whole process with it (datasets 5.2)."""
+    with Path(file).open(encoding="utf-8") as opened:
+        begin = opened.read(1 << 16).lstrip()
+    if not begin.removeprefix("[").lstrip().startswith("{"):
+        raise ValueError(f"must be objects, or a list of them, got {begin[:20]!r}")
 
 
 def _turns(messages: Any) -> tuple[tuple[tuple[str, str], ...], str]:
@@ -127,7 +152,7 @@ def _media(value: Any, folder: Path | None, is_video: bool) -> Iterator[Medium]:
             source = item.get("bytes") or item.get("path")
         if isinstance(source, str) and folder is not None:
             source = folder / source
-        if not source:
+        if not source or not isinstance(source, (str, bytes, Path)):
             raise UnusableError("video missing" if is_video else "image missing")
         yield Medium(source, is_video)
 
@@ -155,10 +180,17 @@ class ParquetRecords(_Conversations):
 
         files = find_files(patterns)
         self.folder = None if folder is None else Path(folder)
+        counts = []
+        for file in files:
+            with _naming(file):
+                facts = pyarrow.parquet.read_metadata(file)
+                counts += [facts.row_group(i).num_rows for i in range(facts.num_row_groups)]
+        if not any(counts):
+            raise DataError(f"{', '.join(files)}: no rows")
         stream = load_dataset("parquet", data_files=files, split="train", streaming=True)
         self._stream = stream.decode(False).reshard()
         self.shards = self._stream.num_shards
-        self.rows_per_shard = max(1, pyarrow.parquet.read_metadata(files[0]).row_group(0).num_rows)
+        self.rows_per_shard = max(1, counts[0])
 
     def rows(self, shard: int) -> Iterator[Any]:
         # All of it at once: a reader that is left in the middle keeps its threads.
@@ -178,7 +210,9 @@ class JsonRecords(_Conversations):
         keep = {"conversations", "messages", "image", "images", "video", "videos"}
         parts = []
         for file in find_files(patterns):
-            part = load_dataset("json", data_files=[file], split="train")
+            with _naming(file):
+                _check_begin(file)
+                part = load_dataset("json", data_files=[file], split="train")
             parts.append(part.remove_columns([name for name in part.column_names if name not in keep]))
         alike = all(part.features == parts[0].features for part in parts)
         self._parts = [concatenate_datasets(parts)] if alike else parts
@@ -200,7 +234,12 @@ class ActivityNetRecords:
         questions: list[Any] = []
         self._answers: dict[str, str] = {}
         for file in find_files(patterns):
-            for row in json.loads(Path(file).read_text()):
+            with _naming(file):
+                _check_begin(file)
+                rows = json.loads(Path(file).read_text())
+            for row in rows:
+                if not isinstance(row, dict):
+                    raise DataError(f"{file}: must be a list of objects, got {row!r} among them")
                 if "question" in row:
                     questions.append(row)
                 else:
@@ -233,7 +272,9 @@ class TextRecords:
     def __init__(self, patterns: Sequence[str], tokenizer: Any, max_length: int) -> None:
         self._pieces: list[str] = []
         for file in find_files(patterns):
-            self._pieces += list(_pieces(Path(file).read_text(encoding="utf-8"), tokenizer, max_length))
+            with _naming(file):
+                text = Path(file).read_text(encoding="utf-8")
+            self._pieces += list(_pieces(text, tokenizer, max_length))
         self.shards = len(self._pieces)
 
     def rows(self, shard: int) -> Iterator[Any]:

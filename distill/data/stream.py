@@ -15,13 +15,9 @@ from zlib import crc32
 
 import numpy as np
 
-from distill.data.records import Record, Records, UnusableError
+from distill.data.records import DataError, Record, Records, UnusableError
 from linmu_models.chat import ChatProcessor, Conversation
 from linmu_models.media import Clip, UnreadableError, fit, image_size, read_image, read_video, video_facts
-
-
-class DataError(RuntimeError):
-    """There is no data to train on; the text says where none was found."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,11 @@ class SetReader:
         epoch, number = divmod(window, self._windows)
         order = np.random.default_rng([crc32(self.name.encode()), self._seed, epoch]).permutation(self._records.shards)
         return np.array_split(order, self._windows)[number]
+
+    def repeats(self, position: tuple[int, int]) -> bool:
+        """Whether what was read up to a position has records that had been read before."""
+        window, done = position
+        return done > 0 and window * self._processes + self._rank >= self._windows
 
     def plan(self, window: int) -> tuple[list[list[Record]], Counter[str]]:
         """The batches of a window, undecoded, and how many records were read and left out, by reason."""
@@ -224,6 +225,15 @@ class RecordStream:
             if prepared.samples:
                 self.counts[name]["used"] += len(prepared.samples)
                 return prepared.samples
+
+    def once(self, most: int) -> Iterator[list[Conversation]]:
+        """The first batches, `most` of them, or fewer: until a set has been read through."""
+        for index in range(most):
+            samples = self.samples(index)
+            if any(reader.repeats(self._positions[name]) for name, reader in self._readers.items()):
+                break
+            yield samples
+        self.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where each set is, and what has been counted."""

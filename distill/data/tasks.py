@@ -240,6 +240,10 @@ def check_options(group: str, options: Mapping[str, object]) -> None:
     if unknown := [name for name in options if name not in known]:
         told = f"must be of {', '.join(known)}" if known else "must be left out"
         raise ValueError(f"options.{group} {told}, got {unknown[0]}")
+    try:
+        generate(group, 1, 0, **options)
+    except (IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"options.{group} do not serve, got {dict(options)}: {error}") from error
 
 
 def generate(

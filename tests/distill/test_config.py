@@ -42,6 +42,18 @@ def test_the_7b_config_trains_as_long_as_the_paper():
         ({"stage2": {"learning_rate": -1.0}}, "f: stage2.learning_rate: Input should be greater than 0"),
         ({"stage2": {"losses": {"hiden": 1.0}}}, "f: stage2.losses.hiden"),
         ({"name": "a/b"}, "f: name: "),
+        ({"name": ".."}, "f: name: "),
+        ({"seed": -1}, "f: seed: "),
+        ({"stage1": {"steps": True}}, "f: stage1.steps: "),
+        ({"stage2": {"freeze": ["("]}}, "f: stage2.freeze.0: must be a regular expression, got '('"),
+        ({"lora": {"target": "("}}, "f: lora.target: must be a regular expression"),
+        ({"optimizer": {"betas": [0.9, 1.5]}}, "f: optimizer.betas.1: "),
+        ({"data": {"mixture": {}}}, "f: data.mixture: "),
+        ({"data": {"options": {"needle": {"frames": 8}}}}, "f: data: options.needle do not serve, got {'frames': 8}"),
+        (
+            {"data": {"options": {"needle": {"frames": [8, 32], "batch_frames": -3}}}},
+            "f: data: options.needle.batch_frames must be a number of frames, got -3",
+        ),
         (
             {"stage3": {"block_input": "teacher"}},
             "f: stage3.block_input must be 'student' with the loss",

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from distill.config import parse_config
 from distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
 from distill.held_out import measure
-from distill.run import RunError, distill
+from distill.run import Run, RunError, distill
 from linmu_models.chat import ChatProcessor, Conversation
 
 PAGE = """<html><body><div id="banner"><span class="text">Get it</span></div><div class="section">
@@ -66,11 +66,41 @@ def test_measures_are_those_of_plain_logits(folder):
 def test_what_a_language_model_has_no_use_for_is_refused(folder, tmp_path):
     data = {"sets": {"t": {"format": "text", "files": [str(folder / "train.txt")]}}}
     values = {"name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")}, "data": data,
-              "stage3": {"losses": {"token": 1}}}  # fmt: skip
+              "evaluation": {"samples": 0}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
     with pytest.raises(RunError, match=r"student.reverse must be false: .* is text only, got true"):
         distill(parse_config(values))
     with pytest.raises(RunError, match=r"student\.swin must be false"):
         distill(parse_config({**values, "recipe": "paper", "student": {"reverse": False}}))
+
+
+def test_held_out_text_counts_once(folder, tmp_path):
+    """However many batches are asked for; and other text in the same file is measured anew."""
+    (tmp_path / "t.txt").write_text("Number 1 is 1.")
+    sets = {"sets": {"t": {"format": "text", "files": [str(tmp_path / "t.txt")]}}}
+    run = Run(
+        parse_config(
+            {
+                "name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")}, "data": sets,
+                "student": {"reverse": False}, "stage3": {"losses": {"token": 1}},
+                "evaluation": {"samples": 0, "held_out": {**sets, "text_length": 99}, "held_out_batches": 8},
+            }
+        )
+    )  # fmt: skip
+    first = run.measure_held_out(None, run.teacher)
+    assert first["tokens"] == len("Number 1 is 1.") - 1
+    assert Run(run.config).measure_held_out(None, run.teacher) == first
+    (tmp_path / "t.txt").write_text("Number 2 is 4.")
+    assert Run(run.config).measure_held_out(None, run.teacher) != first
+
+
+def test_built_in_tasks_are_for_models_that_can_be_shown_them(folder, tmp_path):
+    data = {"sets": {"t": {"format": "text", "files": [str(folder / "train.txt")]}}}
+    values = {"name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
+              "student": {"reverse": False}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
+    with pytest.raises(RunError, match=r"data.sets must be given: .* cannot be shown the built-in tasks"):
+        distill(parse_config(values))
+    with pytest.raises(RunError, match=r"evaluation\.samples must be 0: "):
+        distill(parse_config({**values, "data": data}))
 
 
 @pytest.mark.parametrize("recipe, student", [("exact", {"text_window": 8}), ("paper", {"swin": False})])

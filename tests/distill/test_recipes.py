@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from distill import handoff
 from distill.config import ConfigError, parse_config
-from distill.run import Run, distill
+from distill.run import Run, RunError, distill
 from linmu_ops import LinmuWarning
 
 NO_SPEED = {"groups": ["where"], "samples": 2, "speed_lengths": []}
@@ -132,13 +132,20 @@ def test_a_recipes_patterns_may_match_nothing_others_may_not(teacher, tmp_path):
     Run(parse_config({**values, "stage3": {"steps": 2, "train": ["lora"]}})).check_stages()
     run = Run(parse_config({**values, "stage3": {"steps": 2, "freeze": ["nonsense"]}}))
     with pytest.raises(ConfigError, match=r"stage3\.freeze: 'nonsense' matches no trainable parameter"):
-        run.prepare()
+        run.check_stages()
+    with pytest.raises(ConfigError, match=r"stage3\.freeze"):  # before anything is made
+        distill(run.config)
     assert not (run.folder / "stage0").exists()
     alone = {**values, "recipe": "paper", "student": {"swin": False}, "stage2": {"steps": 2, "train": ["swin"]}}
     with pytest.raises(ConfigError, match="stage2 trains nothing: it has no trainable parameter"):
-        Run(parse_config(alone)).prepare()
+        Run(parse_config(alone)).check_stages()
     with pytest.raises(ConfigError, match=r"lora\.target: 'x' matches no linear layer"):
-        Run(parse_config({**values, "lora": {"target": "x"}})).prepare()
+        Run(parse_config({**values, "lora": {"target": "x"}})).check_stages()
+    paper = {**values, "recipe": "paper", "student": {}}
+    with pytest.raises(ConfigError, match=r"stage1.train must be without 'swin': Local-Swin is off"):
+        Run(parse_config({**paper, "stage1": {"steps": 2, "train": ["swin"]}})).check_stages()
+    with pytest.raises(RunError, match=r"keep_attention must hold layers in \[-2, 2\), got 99"):
+        Run(parse_config({**paper, "student": {"keep_attention": [99]}})).check_stages()
 
 
 def test_fingerprints_follow_the_recipe():

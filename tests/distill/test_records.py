@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.data.records import (
     ActivityNetRecords,
+    DataError,
     JsonRecords,
     Medium,
     ParquetRecords,
@@ -20,7 +21,7 @@ from distill.data.records import (
     UnusableError,
     conversation,
 )
-from linmu_models.chat import SLOT, ChatProcessor, Conversation, grid_patches
+from linmu_models.chat import SLOT, ChatProcessor, Conversation, end_tokens, grid_patches
 from linmu_models.media import UnreadableError, fit, image_size, read_image, read_video, video_facts
 
 ONEVISION = Features(
@@ -265,6 +266,43 @@ def test_videos_are_images_to_a_model_without_them(llava, video):
     batch = llava([Conversation(((f"{SLOT}what?", "a"),), (read_video(video, 3, 1.0),))])
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     assert int((batch["input_ids"] == llava.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 3 * 4
+
+
+@pytest.mark.parametrize("content", ["[null, {}]", "[3]", "[]", "", '[{"conversations": [', "{'a': 1}"])
+def test_files_that_are_no_records_are_named(tmp_path, content):
+    """One of these takes the process with it where it reaches `datasets`."""
+    (tmp_path / "a.json").write_text(content)
+    for records in (JsonRecords, ActivityNetRecords):
+        with pytest.raises(DataError, match=r"a\.json: "):
+            records([str(tmp_path / "a.json")], None)
+    (tmp_path / "a.parquet").write_text(content)
+    with pytest.raises(DataError, match=r"a\.parquet: "):
+        ParquetRecords([str(tmp_path / "a.parquet")], None)
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match=r"a\.txt: .*utf-8"):
+        TextRecords([str(tmp_path / "a.txt")], None, 9)
+
+
+def test_a_medium_that_is_none_is_counted(tmp_path):
+    media.write_json(tmp_path / "a.json", [{"conversations": media.talk("why?", "so"), "image": 3}])
+    records = JsonRecords([str(tmp_path / "a.json")], None)
+    with pytest.raises(UnusableError, match="image missing"):
+        every(records)
+
+
+def test_an_answer_ends_as_the_chat_does():
+    """Where the template ends a turn with a token that ends a generation, and the tokenizer's own end is another."""
+    tokens = media.tokenizer("")
+    tokens.eos_token = "<|vision_end|>"
+    end, turn = (tokens.convert_tokens_to_ids(t) for t in ("<|vision_end|>", "<|end|>"))
+    talk = [Conversation((("why?", "so"),))]
+    for ends, last in ((frozenset(), end), (frozenset([turn]), turn)):
+        batch = ChatProcessor(tokens, "llama", ends=ends)(talk)
+        said = batch["labels"][batch["labels"] != -100].tolist()
+        assert said == [*tokens.encode("so", add_special_tokens=False), last]
+        assert batch["input_ids"][0].tolist().count(end) == (last == end)
+    assert end_tokens(GenerationConfig(eos_token_id=[turn, 7]), tokens) == {end, turn, 7}
+    assert end_tokens(GenerationConfig(), tokens) == {end}
 
 
 def test_words_that_are_no_words(qwen):

@@ -3,15 +3,17 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_run import run_values, save_teacher
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from distill import handoff
@@ -20,7 +22,7 @@ from distill.cli import app
 from distill.config import parse_config
 from distill.handoff import HandoffError
 from distill.losses import kept_positions
-from distill.report import read_metrics
+from distill.report import read_metrics, write_report
 from distill.run import Run, RunError, distill
 from distill.sources import build_source
 from distill.student import what_is_read
@@ -137,8 +139,58 @@ def test_a_start_from_other_settings_is_made_anew_or_refused(teacher, tmp_path):
         made.append((run.folder / "stage0/manifest.json").read_text())
     assert made[0] != made[1] == made[2]
     run.train(1)
+    changed = parse_config({**values, "stage1": {"steps": 3}})
     with pytest.raises(HandoffError, match=r"stage 0 in .* was run with another configuration"):
-        Run(parse_config({**values, "stage1": {"steps": 3}})).prepare()
+        Run(changed).prepare()
+    with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
+        distill(changed, stage=2)
+
+
+def test_a_damaged_start_is_made_anew(teacher, tmp_path):
+    run = Run(parse_config(run_values(tmp_path, teacher)))
+    run.prepare()
+    path = run.folder / "stage0/weights.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    run.prepare()
+    assert path.read_bytes() == whole
+
+
+def test_a_stage_refuses_one_before_it_of_another_configuration(teacher, tmp_path):
+    values = run_values(tmp_path, teacher, evaluation={"samples": 0, "speed_lengths": []})
+    distill(parse_config(values), stage=1)
+    with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
+        distill(parse_config({**values, "stage1": {"steps": 7}}), stage=2)
+
+
+def test_the_report_is_of_the_finished_student(finished, tmp_path):
+    """In whatever order things were measured; and only of what the configuration asks for."""
+    folder = tmp_path / "r"
+    shutil.copytree(finished.folder, folder)
+    row = {"n": 4, "correct": 4, "accuracy": 1.0, "interval": [0.5, 1.0]}
+    table = {
+        "teacher": {"where": row},
+        "stage 3": {"where": {**row, "accuracy": 0.0, "interval": [0.0, 0.5]}},
+        "initial": {"where": row},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(table))
+    (folder / "held_out.json").write_text("{}")
+    run = Run(finished)
+    text = write_report(folder, finished, run.teacher, run.student_after(3).model, run.tokenizer).read_text()
+    assert "| **0.0%** |" in text and "How well it predicts" not in text
+    run.evaluate_stage(3)
+    assert list(json.loads((finished.folder / "evaluation.json").read_text())) == [
+        "teacher", "initial", "stage 1", "stage 2", "stage 3"
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_line(finished, monkeypatch):
+    def full(*args):
+        raise SafetensorError("I/O error: File too large")
+
+    monkeypatch.setattr(handoff, "save_file", full)
+    with pytest.raises(OSError, match="stage1 could not be written: I/O error"):
+        handoff.save_result(finished.folder, 1, {}, "t", finished)
 
 
 def test_measurements_are_of_what_they_say(teacher, tmp_path):
@@ -271,6 +323,20 @@ def test_command_line(finished, teacher, tmp_path):
     assert "| where | " in done.output and "model / teacher" in done.output
     done = runner.invoke(app, ["evaluate", str(tmp_path)])
     assert done.exit_code == 1 and "holds no model" in done.output
+    for wrong, line in (
+        (["--device", "nothing"], "device must be one that is there"),
+        (["--teacher", "none"], "linmu: "),
+    ):
+        done = runner.invoke(app, ["evaluate", str(finished.folder), "--samples", "1", *wrong])
+        assert done.exit_code == 1 and line in done.output and isinstance(done.exception, SystemExit)
+    for command, line in (
+        (["convert", teacher, teacher], "out must be another folder than the teacher's"),
+        (["convert", teacher, str(tmp_path / "o"), "--dtype", "float33"], "dtype must be auto, float32"),
+        (["generate", teacher, "--prompt", ""], "prompt must not be empty"),
+    ):
+        done = runner.invoke(app, command)
+        assert done.exit_code == 1 and line in done.output and isinstance(done.exception, SystemExit)
+    assert AutoConfig.from_pretrained(teacher).model_type == "qwen2_5_vl"
 
 
 def test_low_precision_teachers_train_in_float32(teacher, tmp_path):

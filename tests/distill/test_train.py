@@ -233,6 +233,14 @@ def test_a_gradient_that_stays_zero_is_an_error(tmp_path):
         trainer.run()
 
 
+def test_a_stage_in_which_nothing_gets_a_gradient_does_not_run_to_its_end(tmp_path):
+    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path, stage1={"steps": 1000}), 1)
+    for p in trainer.trainable.values():
+        p.register_hook(torch.zeros_like)
+    with pytest.raises(TrainingError, match="step 100: no step has given a gradient to anything"):
+        trainer.run()
+
+
 def test_a_stage_that_trains_nothing_is_an_error(tmp_path):
     config = tiny.tiny_config(tmp_path, stage1={"steps": 2, "freeze": [".*"]})
     with pytest.raises(ConfigError, match="stage1 trains nothing"):
