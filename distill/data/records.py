@@ -89,7 +89,7 @@ def _naming(file: str) -> Iterator[None]:
 
 def _check_begin(file: str) -> None:
     """JSON that begins with something else than an object can take the whole process with it (datasets 5.2)."""
-    with Path(file).open(encoding="utf-8") as opened:
+    with Path(file).open(encoding="utf-8-sig") as opened:
         begin = opened.read(1 << 16).lstrip()
     if not begin.removeprefix("[").lstrip().startswith("{"):
         raise ValueError(f"must be objects, or a list of them, got {begin[:20]!r}")

@@ -212,7 +212,8 @@ def config(folder, output, **changes):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    done = config(folder, tmp_path_factory.mktemp("whole"))
+    speed = {"samples": 0, "speed_lengths": [16], "speed_new_tokens": 2}
+    done = config(folder, tmp_path_factory.mktemp("whole"), evaluation=speed)
     distill(done)
     return done
 
@@ -222,6 +223,10 @@ def test_a_run_on_data_sets(whole):
     counts = manifest["data"]
     assert set(counts) == {"pictures", "videos"}
     assert counts["pictures"]["image corrupt"] > 0 and counts["pictures"]["used"] > 5
+    # This teacher cannot be shown the built-in tasks' videos: its speed is that of text.
+    speed = json.loads((whole.folder / "speed.json").read_text())
+    assert [(row["model"], row["tokens"]) for row in speed] == [("teacher", 16), ("student", 16)]
+    assert "A text of growing length" in (whole.folder / "report.md").read_text()
 
 
 def beside_text(folder, output, **changes):
