@@ -4,7 +4,6 @@ A table goes on where it stopped: what is in its results, or in those of a table
 that was cut short is resumed.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -13,7 +12,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +22,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from distill import handoff, held_out
-from distill.checkpoint import write_atomically
+from distill.checkpoint import locked, write_atomically
 from distill.config import Config, ConfigError, describe, load_values, parse_config
 from distill.report import read_metrics
 from distill.run import TEACHER, Run, RunError
@@ -192,22 +190,6 @@ def _hash(facts: Any) -> str:
 
 
 # -- results ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a folder, at most until the process ends; without `wait`, yields whether it was free."""
-    path.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(folder)
 
 
 class Results:

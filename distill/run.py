@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 import linmu_models
 from distill import handoff, held_out
-from distill.checkpoint import CheckpointStore, write_atomically
+from distill.checkpoint import CheckpointStore, locked, write_atomically
 from distill.config import Config, ConfigError, TaskData
 from distill.sources import UNFIT, build_source, fits_tasks
 from distill.stages import STAGES
@@ -387,7 +388,7 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
     """Run all stages, or one, and return the path of the report when the last one is done.
 
     Raises:
-        RunError: the folder holds a run and `resume` is False.
+        RunError: the folder holds a run and `resume` is False, or another process is at work in it.
         HandoffError, TrainingError, Interrupted: see there.
     """
     if stage is not None and not 1 <= stage <= len(STAGES):
@@ -397,6 +398,14 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
         if handoff.has_begun(config.folder, number) and not resume:
             raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another name")
     run = Run(config)
+    with locked(config.folder, wait=False) if run.accelerator.is_main_process else nullcontext(True) as mine:
+        if not mine:
+            raise RunError(f"another process is at work in {config.folder}")
+        return _run(run, wanted)
+
+
+def _run(run: Run, wanted: list[int]) -> Path | None:
+    config = run.config
     if not all(run.is_finished(number) for number in wanted):
         run.check_stages()
     if wanted[0] == 1:

@@ -8,8 +8,9 @@ import pytest
 from small_run import save_teacher
 from typer.testing import CliRunner
 
-from distill.ablation import Table, locked, merged, run_table
+from distill.ablation import Table, merged, run_table
 from distill.ablation_report import accuracy, difference
+from distill.checkpoint import locked
 from distill.cli import app
 from distill.config import ConfigError
 from distill.evaluation import wilson_interval

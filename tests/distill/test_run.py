@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from distill import handoff
-from distill.checkpoint import CheckpointStore
+from distill.checkpoint import CheckpointStore, locked
 from distill.cli import app
 from distill.config import parse_config
 from distill.handoff import HandoffError
@@ -106,6 +106,12 @@ def test_a_finished_run_is_not_run_again(finished):
     before = (finished.folder / "stage3/manifest.json").read_text()
     assert distill(finished, resume=True) == finished.folder / "report.md"
     assert (finished.folder / "stage3/manifest.json").read_text() == before
+
+
+def test_a_run_is_one_process_at_a_time(teacher, tmp_path):
+    config = parse_config(run_values(tmp_path, teacher))
+    with locked(config.folder), pytest.raises(RunError, match="another process is at work in "):
+        distill(config)
 
 
 def test_a_stage_refuses_a_missing_or_unfinished_one_before_it(teacher, tmp_path):
