@@ -5,7 +5,6 @@ that was cut short is resumed.
 """
 
 import functools
-import hashlib
 import json
 import os
 import platform
@@ -23,13 +22,12 @@ from transformers import PreTrainedModel
 
 from distill import handoff, held_out
 from distill.checkpoint import locked, write_atomically
-from distill.config import Config, ConfigError, describe, load_values, parse_config
+from distill.config import Config, ConfigError, Name, describe, hash_of, load_values, parse_config
 from distill.report import read_metrics
 from distill.run import TEACHER, Run, RunError
 from distill.stages import STAGES
 
 _PAGE_SECONDS = 15.0  # many processes do not write a page more often
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 
 class _Strict(BaseModel):
@@ -177,16 +175,12 @@ class Table:
         config = self.run_config(row if row.of is None else self.row(row.of), seed)
         ignored = {"name", "output", "threads", "checkpoints", "evaluation"}
         facts = {"run": config.model_dump(mode="json", exclude=ignored), "after": row.after, **self.scoring(config)}
-        return _hash(facts)
+        return hash_of(facts)[:16]
 
     @property
     def teacher_key(self) -> str:
         """As `key`, of the teacher's scores."""
-        return _hash(self.scoring(self.first))
-
-
-def _hash(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_of(self.scoring(self.first))[:16]
 
 
 # -- results ---------------------------------------------------------------------------------------------------------

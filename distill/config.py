@@ -30,6 +30,9 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
+Mixture = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+# Of a folder, which must not be the one above.
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 
 
 def _regular(text: str) -> str:
@@ -71,13 +74,7 @@ def _among_groups(name: str, groups: Iterable[str]) -> None:
 class TaskData(_Table):
     """What to train on: the built-in tasks, see `distill/data/README.md`."""
 
-    mixture: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {
-        "read": 1,
-        "line": 1,
-        "where": 1,
-        "video": 1,
-        "needle": 1,
-    }
+    mixture: Mixture = {"read": 1, "line": 1, "where": 1, "video": 1, "needle": 1}
     """How often each task group is drawn."""
     batch_size: Positive | dict[str, Positive] = 16
     """Samples in a batch, for all groups or for each."""
@@ -259,7 +256,7 @@ class StageConfig(_Table):
 class Config(_Table):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[\w-][\w.-]*$")
+    name: Name
     output: str = "runs"
     """Results go to `output/name`."""
     seed: Count = 0
@@ -315,10 +312,10 @@ class Config(_Table):
         if student.get("preset", recipe) != recipe:
             raise ValueError(f"preset must be the recipe's, {recipe!r}, got {student['preset']!r}; set recipe")
         options = {"preset": recipe, **student}
+        layers = options.get("keep_attention", [])
+        if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
+            raise ValueError(f"keep_attention must be a list of layers, got {layers!r}")
         kept = {"keep_attention": options.pop("keep_attention")} if "keep_attention" in options else {}
-        for layers in kept.values():
-            if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
-                raise ValueError(f"keep_attention must be a list of layers, got {layers!r}")
         return {**dataclasses.asdict(parse_mmate(options)), **kept}
 
     @model_validator(mode="after")
@@ -411,7 +408,7 @@ class Config(_Table):
                 "data": self.stage_data(1).model_dump(mode="json", exclude={"workers"}),
                 "hidden_average": self.losses.hidden_average,
             }
-            return _hash(start)
+            return hash_of(start)
         stage = self.stage(number)
         train = self.overrides(number).train
         facts = {
@@ -427,10 +424,11 @@ class Config(_Table):
             **({} if self.calibrate or number != 1 else {"calibrate": False}),
             **({"step_sizes": True} if self.calibrate_step_sizes and number == 1 else {}),
         }
-        return _hash(facts)
+        return hash_of(facts)
 
 
-def _hash(facts: dict[str, Any]) -> str:
+def hash_of(facts: Any) -> str:
+    """SHA-256 of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import linmu_models
 from distill import handoff, held_out
 from distill.checkpoint import CheckpointStore, locked, write_atomically
-from distill.config import Config, ConfigError, TaskData
+from distill.config import Config, ConfigError, TaskData, hash_of
 from distill.sources import UNFIT, build_source, fits_tasks
 from distill.stages import STAGES
 from distill.student import (
@@ -261,8 +261,7 @@ class Run:
     def _measured(self, after: int | None, **options: Any) -> str:
         """Hash of what a measurement of the teacher (None), or of what stage `after` left, depends on."""
         weights = self.teacher_hash if after is None else handoff.weights_hash(self.folder, after)
-        facts = json.dumps([self.teacher_hash, weights, options], sort_keys=True)
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+        return hash_of([self.teacher_hash, weights, options])[:16]
 
     def evaluate(self, after: int | None, model: PreTrainedModel, counts: dict[str, int]) -> None:
         """Exact match of the teacher (None), or of what stage `after` left, on held-out samples; kept in
@@ -406,13 +405,14 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
 
 def _run(run: Run, wanted: list[int]) -> Path | None:
     config = run.config
+    if wanted[0] > 1:
+        for number in reversed(range(wanted[0])):
+            handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
     if not all(run.is_finished(number) for number in wanted):
         run.check_stages()
     if wanted[0] == 1:
         run.prepare()
         run.evaluate_stage(0)
-    for number in reversed(range(wanted[0])):
-        handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
     for number in wanted:
         if run.is_finished(number):
             handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)

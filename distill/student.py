@@ -89,10 +89,9 @@ def reach_all(blocks: Iterable[nn.Module]) -> None:
 
     def add_nothing(block: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> Any:
         linmu = kwargs.get("linmu")
-        trained = [p for p in block.parameters() if p.requires_grad]
-        if linmu is None or linmu.layout is not None or not trained or not torch.is_grad_enabled():
+        if linmu is None or linmu.layout is not None or not torch.is_grad_enabled():
             return out
-        return out[0] + sum(0 * p.sum() for p in trained), *out[1:]
+        return out[0] + sum(0 * p.sum() for p in block.parameters() if p.requires_grad), *out[1:]
 
     for block in blocks:
         block.register_forward_hook(add_nothing, with_kwargs=True)

@@ -27,7 +27,7 @@ class Source(Protocol):
 
     A sample is a dataclass with `turns`, a tuple of (question, answer); the question of plain text is empty.
     `processor(samples)` makes what the model takes, padded on the right, and `labels`: -100 outside the answers; each
-    answer ends with the end-of-sequence token.
+    answer has the token that ends it.
     """
 
     processor: Callable[[Sequence[Any]], Batch]

@@ -129,9 +129,10 @@ class ChatProcessor:
         kind = config.model_type.removeprefix("linmu_")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         try:
-            ends = end_tokens(GenerationConfig.from_pretrained(folder), tokenizer)
+            generation = GenerationConfig.from_pretrained(folder)
         except OSError:  # it has none
-            ends = end_tokens(None, tokenizer)
+            generation = None
+        ends = end_tokens(generation, tokenizer)
         if not sees_images(config):
             return cls(tokenizer, kind, ends=ends)
         if kind in _GRIDS:
@@ -206,8 +207,8 @@ class ChatProcessor:
         """A batch, padded on the right.
 
         Returns:
-            What the model takes, and `labels` `(B, L)` int64: the tokens of the answers, each with an end-of-sequence
-            token after it, and -100 elsewhere.
+            What the model takes, and `labels` `(B, L)` int64: the tokens of the answers, each with the token after it
+            that ends it, and -100 elsewhere.
 
         Raises:
             ValueError: media for a model without eyes, or a conversation for one without a chat template.

@@ -165,11 +165,10 @@ class LocalSwin(nn.Module):
         if not self.config.text_window:
             return visual, MMATEState()
         q, k = self._turned(q, k, rotary)
-        if layout is None and self._is_step(z, state):
-            assert state is not None
-            y, _, _, new = self._step(q, k, v, attention_mask, state, attend)
+        if (last := self._before_step(z, layout, state)) is not None:
+            y, _, _, new = self._step(q, k, v, attention_mask, last, attend)
             return y, new
-        seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
+        seen = _seen(z, state)
         order = None if attention_mask is None else real_tokens_first(attention_mask)
         text, _, new = self._text(q, k, v, attention_mask, order, seen, state, return_state, layout, attend)
         if visual is None or layout is None:
@@ -187,12 +186,11 @@ class LocalSwin(nn.Module):
     ) -> tuple[Near, MMATEState]:
         q, k, v = self._projected(z)
         turned_q, turned_k = self._turned(q, k, rotary)
-        if layout is None and self._is_step(z, state):
-            assert state is not None
-            y, mass, beyond, new = self._step(turned_q, turned_k, v, attention_mask, state, attend_with_mass)
+        if (last := self._before_step(z, layout, state)) is not None:
+            y, mass, beyond, new = self._step(turned_q, turned_k, v, attention_mask, last, attend_with_mass)
             return Near(y, mass, beyond), new
         visual = None if layout is None else layout.visual_mask(z.device)
-        seen = z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
+        seen = _seen(z, state)
         real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its row, padding not counted
         order = None if attention_mask is None else real_tokens_first(attention_mask)
@@ -216,8 +214,6 @@ class LocalSwin(nn.Module):
             y = torch.where(visual[..., None, None], inside, y)
             mass = torch.where(visual[..., None], inside_mass, mass)
             count = torch.where(visual, inside_count, count)
-        if return_state:
-            new = new._replace(seen=seen + real.sum(1))
         return Near(y, mass, (index + 1 - count).clamp(min=0)), new
 
     def _sinks(
@@ -260,25 +256,22 @@ class LocalSwin(nn.Module):
         sinks that lie `before` these. Anything at visual tokens."""
         window = self.config.text_window
         batch, length, heads = q.shape[:3]
-        if not window:
-            return (
-                torch.zeros_like(q),
-                q.new_full((batch, length, heads), -torch.inf, dtype=accumulate_dtype(q.dtype)),
-                MMATEState(),
-            )
         valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if real is None else real
+        new = MMATEState(seen=seen + valid.sum(1)) if return_state else MMATEState()
+        if not window:
+            nothing = q.new_full((batch, length, heads), -torch.inf, dtype=accumulate_dtype(q.dtype))
+            return torch.zeros_like(q), nothing, new
         keys = values = filled = None
         if state is not None and state.keys is not None and state.values is not None:
             keys, values = (from_ring(ring[:, :, -window:], seen).to(k.dtype) for ring in (state.keys, state.values))
             filled = torch.arange(window, device=q.device) >= window - seen[:, None]
-        new = MMATEState()
-        if return_state:
-            total = seen + valid.sum(1)
-            rings = [as_ring(last_tokens(*both, window, real, order), total) for both in ((k, keys), (v, values))]
+        if new.seen is not None:
+            rings = [as_ring(last_tokens(*both, window, real, order), new.seen) for both in ((k, keys), (v, values))]
             if sinks is not None:
                 first = (sinks.keys.transpose(1, 2), sinks.values.transpose(1, 2))
                 rings = [torch.cat(both, dim=2) for both in zip(first, rings, strict=True)]
-            new = MMATEState(keys=rings[0], values=rings[1], sinks=None if sinks is None else sinks.there, seen=total)
+            there = None if sinks is None else sinks.there
+            new = new._replace(keys=rings[0], values=rings[1], sinks=there)
         if order is not None:
             q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
             before = None if before is None else take(before, order)
@@ -293,9 +286,9 @@ class LocalSwin(nn.Module):
             y, mass = take(y, back), take(mass, back)
         return y, mass, new
 
-    def _is_step(self, z: Tensor, state: MMATEState | None) -> bool:
-        """Whether this is one token after others, of which text_window keeps some."""
-        return z.shape[1] == 1 and state is not None and state.keys is not None and state.seen is not None
+    def _before_step(self, z: Tensor, layout: TokenLayout | None, state: MMATEState | None) -> MMATEState | None:
+        """The state, where this is one token of text after others, of which text_window keeps some."""
+        return state if layout is None and z.shape[1] == 1 and state is not None and state.keys is not None else None
 
     def _step(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MMATEState, rule: Rule
@@ -372,6 +365,11 @@ class LocalSwin(nn.Module):
         inside = near.mass.double()
         rest = (1 - (inside - every).exp()).clamp(min=0).log() + every
         return inside, rest, near.beyond * real
+
+
+def _seen(z: Tensor, state: MMATEState | None) -> Tensor:
+    """(B,) int64: tokens of each row before z (B, L, D)."""
+    return z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
 
 
 def _chunks_with_text(layout: TokenLayout | None, size: int, order: Tensor | None, valid: Tensor) -> Tensor | None:
