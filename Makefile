@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
-.PHONY: setup build test asan env demo lint clean FORCE
+.PHONY: setup build test test-all asan env demo lint clean FORCE
 
 .venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,7 +20,11 @@ setup: .venv/ready build
 build: .venv/ready
 	$(BIN)/python setup.py -q build_ext --inplace
 
+# One draw of each sweep, and one GPU architecture; all of them with test-all.
 test: setup
+	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not sweep"
+
+test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --durations=10
 
 # The libraries under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
