@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,17 @@ def end_tokens(generation_config: GenerationConfig | None, tokenizer: Any) -> fr
     """Tokens that end an answer: of a chat often others than the tokenizer's end of sequence."""
     named = getattr(generation_config, "eos_token_id", None)
     return frozenset([tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]) - {None}
+
+
+def to_model(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """A processor's tensors on the model's device, pixels in its dtype. Other numbers keep theirs: bfloat16 has no
+    room for the seconds that position ids are made of."""
+    return {
+        name: value.to(model.device, model.dtype)
+        if name.startswith("pixel_values") and value.is_floating_point()
+        else value.to(model.device)
+        for name, value in inputs.items()
+    }
 
 
 class _Segments:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, CompileConfig, GenerationMixin, TextStreame
 from linmu_ops.nn import EXACT, MMATEConfig
 
 from .cache import cache_bytes
-from .chat import ChatProcessor
+from .chat import ChatProcessor, to_model
 from .config import parse_mmate
 from .convert import convert
 from .media import UnreadableError, read_image, read_video
@@ -27,8 +27,10 @@ from .report import TransferReport
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.
 PROCESSOR_FILES = (
     "*processor_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "*.model",
+    "normalizer.json", "tekken.json", "audio_tokenizer*", "chat_template*", "additional_chat_templates/*", "*.model",
+    "*.spm", "*.tiktoken", "bpe.codes", "tokenization*.py", "processing*.py", "*_processing*.py",
 )  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def convert_folder(
@@ -44,7 +46,7 @@ def convert_folder(
         teacher: folder of a saved model, or its name on the hub.
         out: folder to make.
         config, keep_attention: as in `convert`.
-        dtype: "auto" (as saved), or a torch dtype such as "bfloat16".
+        dtype: "auto" (as saved), or one of `DTYPES`.
 
     Raises:
         ValueError: not a family that can be converted, or an unknown option. OSError: no such model.
@@ -68,9 +70,10 @@ def copy_processor(model: str | os.PathLike[str], out: str | os.PathLike[str]) -
     """Copy the processor and the tokenizer of a saved model, or of one on the hub, as they are: some processors can
     only be loaded where torchvision is."""
     folder = _local(model, PROCESSOR_FILES)
-    for pattern in PROCESSOR_FILES:
-        for file in folder.glob(pattern):
-            shutil.copy2(file, Path(out) / file.name)
+    for file in {file for pattern in PROCESSOR_FILES for file in folder.glob(pattern) if file.is_file()}:
+        copied = Path(out) / file.relative_to(folder)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(file, copied)
 
 
 def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
@@ -94,8 +97,8 @@ def load(
 
 
 def _check_dtype(dtype: str) -> None:
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or another of torch, got {dtype}")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
 
 
 def find_device(device: str | None) -> torch.device:
@@ -169,6 +172,10 @@ def generate_text(
     """
     if not prompt and not images and not videos:
         raise ValueError("generate: prompt must not be empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"generate: prompt must be UTF-8, got {prompt!r}") from error
     media = []
     for path, read in [*((p, read_image) for p in images), *((p, partial(read_video, frames=frames, fps=fps))
                                                              for p in videos)]:  # fmt: skip
@@ -176,10 +183,7 @@ def generate_text(
             media.append(read(path))
         except UnreadableError as error:
             raise ValueError(f"generate: {os.fspath(path)}: {error}") from error
-    inputs = {name: value.to(model.device) for name, value in processor.ask(prompt, media).items()}
-    for name, value in inputs.items():
-        if value.is_floating_point():
-            inputs[name] = value.to(model.dtype)
+    inputs = to_model(processor.ask(prompt, media), model)
     clock, prompt_tokens = _Clock(processor.tokenizer, stream), inputs["input_ids"].shape[1]
     out = model.generate(**inputs, **options, streamer=clock, return_dict_in_generate=True)
     began, first, last = clock.times

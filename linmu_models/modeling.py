@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.masking_utils import create_masks_for_generate as create_attention_masks
@@ -135,7 +136,49 @@ class LinmuAttention(MMATE):
         return out, None
 
 
-class LinmuModel:
+class HoldsBlocks:
+    """Mixed into a transformers class some part of which has M-MATE blocks: how these begin, and in which dtype."""
+
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {IN_FLOAT32.pattern}
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # The inner models, which initialise their own parts, know linear maps but not a block's other parameters.
+        blocks = [m for m in self.modules() if isinstance(m, LinmuAttention)]  # type: ignore[attr-defined]
+        new = [b for b in blocks if not getattr(b, "_is_hf_initialized", False)]
+        super().initialize_weights()  # type: ignore[misc]
+        for block in new:
+            if all(getattr(p, "_is_hf_initialized", False) for p in block.parameters()):
+                continue
+            with _loaded_put_aside(block):
+                block.reset_new_parameters()
+
+
+@contextlib.contextmanager
+def _loaded_put_aside(block: nn.Module) -> Iterator[None]:
+    """While the context is open, copies stand in for a block's loaded parameters: a quantised one cannot be written to,
+    nor read as a matrix."""
+    loaded = [
+        (module, name, p)
+        for module in block.modules()
+        for name, p in module._parameters.items()
+        if p is not None and getattr(p, "_is_hf_initialized", False)
+    ]
+    for module, name, p in loaded:
+        plain = type(p) is nn.Parameter and type(p.data) is Tensor and p.is_floating_point()
+        shape = p.shape
+        if not plain and isinstance(module, nn.Linear) and name == "weight":
+            shape = torch.Size((module.out_features, module.in_features))
+        copy_ = p.detach().clone() if plain else torch.empty(shape, device=p.device)
+        module._parameters[name] = nn.Parameter(copy_, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, p in loaded:
+            module._parameters[name] = p
+
+
+class LinmuModel(HoldsBlocks):
     """Mixed into a transformers class, before it in the bases; a family adds where its visual tokens are.
 
     Attributes:
@@ -145,7 +188,6 @@ class LinmuModel:
     """
 
     _is_stateful = True
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {IN_FLOAT32.pattern}
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     # What the teacher's rotary embedding forces on the options.
     forced_options: ClassVar[Mapping[str, Any]] = {}
@@ -161,10 +203,15 @@ class LinmuModel:
         for index, layer in enumerate(self.linmu_layers()):
             if index not in kept:
                 layer.self_attn = LinmuAttention(layer.self_attn, options, index)
-        for module in {self.model, self.get_decoder()}:
+        for module in {self.inner_model, self.get_decoder()}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()
         self.post_init()
+
+    @property
+    def inner_model(self) -> nn.Module:
+        """The part that is given ids and pixels, and whose keywords `placeholders` reads."""
+        return self.model
 
     def linmu_layers(self) -> Iterable[nn.Module]:
         """The decoder layers; each has its attention, or the M-MATE block in its place, as `self_attn`."""
@@ -199,17 +246,31 @@ class LinmuModel:
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if tokens is None:
             return None  # the model's own error says it better
+        asked = (getattr(m.config, "output_attentions", False) for m in (module, self.get_decoder()))
+        if given.get("output_attentions") or any(asked):
+            raise ValueError("linmu: output_attentions must be False: a block has no weights to show, got True")
         length = tokens.shape[1]
+        caches = [given[name] for name in ("cache", "past_key_values") if given.get(name) is not None]
+        if any(not isinstance(cache, Cache) for cache in caches):
+            names = ", ".join(type(cache).__name__ for cache in caches)
+            raise TypeError(f"linmu: cache must be a transformers Cache, such as DynamicCache, got {names}")
         # A single token after others is text; its image, if any, is in the cache.
-        decoding = length == 1 and any(given.get(name) is not None for name in ("cache", "past_key_values"))
-        linmu = self.block_inputs(given, length, visual=not decoding and module is self.model)
+        decoding = length == 1 and bool(caches)
+        linmu = self.block_inputs(given, length, visual=not decoding and module is self.inner_model)
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
         return args, {**kwargs, "linmu": linmu}
 
     def block_inputs(self, inputs: Mapping[str, Any], length: int, *, visual: bool = True) -> LinmuInputs:
         """What every M-MATE block of a call is given beside its hidden states: their layout and padding."""
         layout = self.build_layout(inputs) if visual else None
-        padding = _padding(inputs.get("linmu_padding", inputs.get("attention_mask")), length)
+        mask = inputs.get("linmu_padding", inputs.get("attention_mask"))
+        if mask is not None and not _is_padding(mask):
+            got = f"a {type(mask).__name__}" if not isinstance(mask, Tensor) else f"{mask.ndim} dimensions"
+            raise ValueError(
+                "linmu: attention_mask must be (B, L), 0 at padding: a block has no other mask, and sees every earlier "
+                f"token of its row, got {got}"
+            )
+        padding = None if mask is None else mask[:, -length:].bool()
         # Elsewhere to ask would be to wait.
         if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():
             padding = None
@@ -231,18 +292,6 @@ class LinmuModel:
         """As in transformers; speaks of the vision tower and of the layers that keep attention."""
         super().set_attn_implementation(*args, **kwargs)
         self._name_attention()
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        # The inner models, which initialise their own parts, know linear maps but not a block's other parameters.
-        blocks = [m for m in self.modules() if isinstance(m, LinmuAttention)]
-        new = [b for b in blocks if not getattr(b, "_is_hf_initialized", False)]
-        super().initialize_weights()
-        for block in new:
-            loaded = [(p, p.clone()) for p in block.parameters() if getattr(p, "_is_hf_initialized", False)]
-            block.reset_new_parameters()
-            for parameter, value in loaded:
-                parameter.copy_(value)
 
     def create_masks_for_generate(
         self, *, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -283,11 +332,8 @@ class LinmuModel:
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        if (
-            attention_mask is not None
-            and attention_mask.ndim == 2
-            and _padding(inputs.get("attention_mask"), 1) is None
-        ):
+        given = inputs.get("attention_mask")
+        if _is_padding(attention_mask) and not _is_padding(given):
             # The mask of a static cache: attention's layers read it, padding can no longer be read from it.
             tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             inputs["linmu_padding"] = _last_of_mask(attention_mask, tokens.shape[1])
@@ -311,17 +357,18 @@ def _forward_names(module_class: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
-def _padding(mask: Any, length: int) -> Tensor | None:
-    if mask is None or isinstance(mask, dict) or mask.ndim != 2:
-        return None
-    return mask[:, -length:].bool()
+def _is_padding(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2
 
 
 def write_remote_code(folder: Path, config_class: type, model_class: type) -> None:
     """Make the saved model in `folder` loadable with `trust_remote_code=True`."""
     (folder / REMOTE_CODE).write_text(
-        f'"""Needs the package linmu."""\n\nfrom {model_class.__module__} import '
-        f"{config_class.__name__}, {model_class.__name__}\n\n"
+        # Within a try, as transformers asks for every other import under the name of its module, not of its package.
+        f'"""Needs the package linmu."""\n\ntry:\n    from {model_class.__module__} import '
+        f"{config_class.__name__}, {model_class.__name__}\nexcept ModuleNotFoundError as error:\n"
+        "    hint = \"pip install 'linmu[models]'\"\n"
+        '    raise ImportError(f"this model needs the package linmu ({error}): {hint}") from error\n\n'
         f'__all__ = ["{config_class.__name__}", "{model_class.__name__}"]\n'
     )
     path = folder / "config.json"
@@ -339,9 +386,9 @@ FAMILIES: dict[str, type[LinmuModel]] = {}
 
 def register(model_class: type[Any]) -> type[Any]:
     """Make a family known: to `convert` by its teacher's model type, to transformers' Auto classes by its own."""
+    from .auto import register_auto
+
     config_class = model_class.config_class
-    teacher_type = config_class.model_type.removeprefix("linmu_")
-    FAMILIES[teacher_type] = model_class
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AUTO_CLASSES[model_class.auto_class].register(config_class, model_class, exist_ok=True)
+    FAMILIES[config_class.model_type.removeprefix("linmu_")] = model_class
+    register_auto(model_class)
     return model_class

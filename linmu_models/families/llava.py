@@ -27,4 +27,4 @@ class LinmuLlavaForConditionalGeneration(SquarePlaceholders, LinmuModel, LlavaFo
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         if inputs.get("image_sizes") is not None:
             return placeholders_by_size(self, inputs, self.config.vision_config.patch_size)
-        return super().placeholders(inputs)
+        return SquarePlaceholders.placeholders(self, inputs)

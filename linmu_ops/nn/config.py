@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +15,9 @@ CHOICES = {
     "norm": ("none", "rms", "layer"),
     "wrap": ("join", "mask"),
 }
+# Beyond any sequence and any head: what is larger is a slip, and would end in the words of an allocator.
+LONGEST = 2**20
+WIDEST = 4096
 
 
 def _is_of(kind: str, value: Any) -> bool:
@@ -140,20 +144,23 @@ class MMATEConfig:
         # The softmax hides the size of C, by which y would be calibrated.
         sized = self.head_norm or self.normalizer or self.feature_map != "hedgehog"
         self._require("head_norm", sized, 'on with feature_map="hedgehog" and without normalizer')
-        self._require("feature_dim", self.feature_dim >= 0, ">= 0")
+        self._require("feature_dim", 0 <= self.feature_dim <= WIDEST, f"in [0, {WIDEST}]")
         mapped = self.feature_dim == 0 or self.feature_map == "hedgehog"
         self._require("feature_dim", mapped, '0 with a feature_map other than "hedgehog"')
         positive = not self.normalizer or (self.feature_map != "none" and not self.skip)
         self._require("normalizer", positive, "off without a feature_map, and with skip")
-        self._require("text_window", self.text_window >= 0, ">= 0")
+        self._require("text_window", 0 <= self.text_window <= LONGEST, f"in [0, {LONGEST}]")
         for name in ("window", "image_window"):
             size = getattr(self, name)
-            self._require(name, size is None or min(size) >= 1, "three sizes >= 1")
+            fits = size is None or (min(size) >= 1 and max(size) <= LONGEST)
+            self._require(name, fits, f"three sizes in [1, {LONGEST}]")
         self._require("image_window", not (self.relative_bias and self.image_window), "None where relative_bias is on")
         self._require("swin", self.flex or self.swin, "on where flex is off")
         both = self.flex and self.swin
         self._require("mix", both or self.mix != "softmax", 'other than "softmax" where a branch is off')
-        self._require("sink_tokens", self.sink_tokens >= 0, ">= 0")
+        self._require("sink_tokens", 0 <= self.sink_tokens <= LONGEST, f"in [0, {LONGEST}]")
+        self._require("initial_scale", isfinite(self.initial_scale), "finite")
+        self._require("norm_eps", 0 <= self.norm_eps < 1, "in [0, 1)")
         sinks = self.sink_tokens == 0 or (self.mix == "softmax" and self.text_window > 0)
         self._require("sink_tokens", sinks, '0 without mix="softmax" and text_window')
 
@@ -170,7 +177,9 @@ class MMATEConfig:
 
 
 PAPER = MMATEConfig()
-"""The block of the paper."""
+"""The structure of the paper's block, not its letter. The paper has a LayerNorm after the mix, g and lambda per token,
+and B and C of the reverse scan's own; here there is no norm, g is per head, lambda one number, and the scans share B
+and C. All heads start with a memory of 67 tokens, C . B with a learned scale of 3."""
 
 EXACT = MMATEConfig(
     mix="softmax",

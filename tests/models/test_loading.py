@@ -1,0 +1,216 @@
+"""What a student is loaded from: weights that must not be touched, quantised or elsewhere, and a configuration that
+may hold anything."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import linmu_models
+from linmu_models import MMATEConfig
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    linmu_models.convert(tiny.teacher("qwen2"), tiny.NARROW).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logits(folder):
+    with torch.no_grad():
+        return hf.AutoModelForCausalLM.from_pretrained(folder)(**tiny.example("qwen2", "text")).logits
+
+
+class ReadOnly(torch.Tensor):
+    """Packed weights: no operation of theirs is implemented, as of a quantised tensor."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ in ("__get__", "detach"):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise NotImplementedError(function)
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse_projections": "separate", "conv_width": 3, "mix": "scalar"}])
+def test_what_is_loaded_is_never_written_to(options):
+    """Of a block that is loaded in part, the rest begins as it does in a new one."""
+    preset = {"preset": "paper"} if "mix" in options else {}
+    student = linmu_models.convert(tiny.teacher("qwen2"), {**preset, **options})
+    block = student.model.layers[0].self_attn
+    missing = {"flex.dt_bias", "flex.gate", "flex.scale"}
+    begun = {name: p.detach().clone() for name, p in block.named_parameters() if name in missing}
+    assert begun.keys() == missing
+    kept = {}
+    for name, parameter in student.named_parameters():
+        parameter._is_hf_initialized = not any(name == f"model.layers.0.self_attn.{m}" for m in missing)
+        if not parameter._is_hf_initialized:
+            nn.init.constant_(parameter, 7.0)
+        elif name.endswith("o_proj.weight"):
+            module = student.get_submodule(name.rpartition(".")[0])
+            packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+            packed.data = packed.data.as_subclass(ReadOnly)
+            packed._is_hf_initialized = True
+            module._parameters["weight"] = packed
+        kept[name] = student.get_parameter(name)
+    values = {n: p.detach().clone() for n, p in kept.items() if p.is_floating_point()}
+    for module in student.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    student.initialize_weights()
+    assert all(student.get_parameter(name) is parameter for name, parameter in kept.items())
+    for name, value in values.items():
+        short = name.removeprefix("model.layers.0.self_attn.")
+        expected = begun.get(short, value) if name.startswith("model.layers.0.self_attn.") else value
+        assert torch.equal(student.get_parameter(name), expected), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"device_map": "auto"}, {"device_map": "cpu"}, {"low_cpu_mem_usage": True}, {"low_cpu_mem_usage": False}],
+    ids=str,
+)
+def test_ways_of_loading(folder, logits, options):
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.no_grad():
+        assert torch.equal(model(**tiny.example("qwen2", "text")).logits, logits)
+
+
+def test_parts_on_disk(folder, logits, tmp_path):
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
+             "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=where, offload_folder=tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(**tiny.example("qwen2", "text")).logits, logits)
+
+
+def test_on_the_meta_device(folder):
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.from_pretrained(folder))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_torchao(folder, logits):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    options = {"device_map": "cpu", "quantization_config": hf.TorchAoConfig(Int8WeightOnlyConfig())}
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, **options)
+    assert type(model.model.layers[0].self_attn.flex.o_proj.weight.data) is not torch.Tensor
+    with torch.no_grad():
+        error = (model(**tiny.example("qwen2", "text")).logits - logits).norm() / logits.norm()
+    assert error < 0.05
+
+
+def test_bitsandbytes(folder, logits):
+    pytest.importorskip("bitsandbytes")
+    options = {"device_map": "cpu", "quantization_config": hf.BitsAndBytesConfig(load_in_8bit=True)}
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, **options)
+    with torch.no_grad():
+        error = (model(**tiny.example("qwen2", "text")).logits - logits).norm() / logits.norm()
+    assert error < 0.1
+
+
+def load_with(folder, tmp_path, linmu):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "linmu": linmu}))
+    return hf.AutoModelForCausalLM.from_config(hf.AutoConfig.from_pretrained(tmp_path))
+
+
+WRONG = [
+    ("exact", "linmu must be a dict, got 'exact'"),
+    ([1], r"linmu must be a dict, got \[1\]"),
+    (7, "linmu must be a dict, got 7"),
+    ({}, "linmu must be set"),
+    ({"format": "1"}, "format must be a number >= 1, got '1'"),
+    ({"format": 0}, "format must be a number >= 1, got 0"),
+    ({"format": True}, "format must be a number >= 1, got True"),
+    ({"format": 99}, "format must be <= 1, got 99; update linmu"),
+    ({"mmate": {}, "wibble": 1}, "fields must be among format, mmate, keep_attention, got wibble"),
+    ({"mmate": "paper"}, "mmate must be a dict of options, got 'paper'"),
+    ({"mmate": None}, "mmate must be a dict of options, got None"),
+    ({"mmate": {"wibble": 1}}, "options must be among .* got wibble"),
+    ({"mmate": {"preset": []}}, r"preset must be one of exact, paper, got \(\)"),
+    ({"mmate": {"text_window": 10**12}}, r"text_window must be in \[0, 1048576\], got 1000000000000"),
+    ({"mmate": {"text_window": -1}}, "text_window must be in .* got -1"),
+    ({"mmate": {"text_window": "4"}}, "text_window must be of type int, got '4'"),
+    ({"mmate": {"sink_tokens": 10**12, "mix": "softmax", "text_window": 4}}, "sink_tokens must be in "),
+    ({"mmate": {"window": [10**12, 1, 1]}}, "window must be three sizes in"),
+    ({"mmate": {"window": [4, 4]}}, "window must be of type"),
+    ({"mmate": {"window": None}}, "window must be of type"),
+    ({"mmate": {"image_window": [0, 1, 1]}}, "image_window must be three sizes in"),
+    ({"mmate": {"feature_dim": 10**12, "feature_map": "hedgehog", "head_norm": True}}, r"feature_dim must be in \[0, "),
+    ({"mmate": {"initial_scale": float("nan")}}, "initial_scale must be finite, got nan"),
+    ({"mmate": {"norm_eps": -1.0}}, "norm_eps must be in"),
+    ({"mmate": {"norm_eps": float("inf")}}, "norm_eps must be in"),
+    ({"mmate": {"initial_decay": [0.5]}}, "initial_decay must be of type"),
+    ({"keep_attention": [99]}, r"keep_attention must be a list of layers in \[0, 3\), got 99"),
+    ({"keep_attention": [-1]}, "keep_attention must be a list of layers"),
+    ({"keep_attention": ["1"]}, "keep_attention must be a list of layers .* got '1'"),
+    ({"keep_attention": [True]}, "keep_attention must be a list of layers .* got True"),
+    ({"keep_attention": [1.0]}, "keep_attention must be a list of layers .* got 1.0"),
+    ({"keep_attention": "all"}, "keep_attention must be a list of layers .* got 'all'"),
+    ({"keep_attention": 1}, "keep_attention must be a list of layers .* got 1"),
+    ({"keep_attention": None}, "keep_attention must be a list of layers .* got None"),
+    ({"keep_attention": {"1": 2}}, "keep_attention must be a list of layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("linmu, says", WRONG, ids=lambda x: json.dumps(x)[:50])
+def test_a_wrong_configuration_is_one_line(folder, tmp_path, linmu, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        load_with(folder, tmp_path, linmu)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("linmu, says", [w for w in WRONG if isinstance(w[0], dict) and w[0] and "mmate" in w[0]
+                                         and "wibble" not in w[0]], ids=lambda x: json.dumps(x)[:50])  # fmt: skip
+def test_convert_refuses_the_same_options(linmu, says):
+    options = linmu["mmate"]
+    options = {"preset": "paper", **options} if isinstance(options, dict) else options
+    with pytest.raises(ValueError) as caught:
+        linmu_models.convert(tiny.teacher("qwen2"), options)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kept", [[99], [-4], ["1"], [True], [1.0], "all", 1, None, {"1": 2}])
+def test_convert_refuses_the_same_layers(kept):
+    with pytest.raises(ValueError, match="keep_attention must be a list of layers in \\[-3, 3\\), got"):
+        linmu_models.convert(tiny.teacher("qwen2"), keep_attention=kept)
+
+
+def test_any_record_loads_or_is_one_line(folder, tmp_path):
+    """Whatever stands in one field of a saved record, or in the place of it."""
+    rng = random.Random(0)
+    good = json.loads((folder / "config.json").read_text())["linmu"]
+    values = [None, True, False, 0, 1, -1, 2**31, 2**63, 0.5, -0.5, float("nan"), float("inf"), "", "1", "softmax",
+              "é", [], [1], [1, 2, 3], ["a"], [[1]], {}, {"a": 1}]  # fmt: skip
+    config, said = hf.AutoConfig.from_pretrained(folder), []
+    for _ in range(400):
+        record = json.loads(json.dumps(good))
+        inside = rng.random() < 0.8
+        target = record["mmate"] if inside else record
+        target[rng.choice([*target, "other"])] = rng.choice(values)
+        config.linmu = record
+        try:
+            with torch.device("meta"):
+                hf.AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert all(len(s.splitlines()) == 1 and s.startswith(("linmu: ", "MMATEConfig: ")) for s in said)
+
+
+def test_a_saved_record_holds_every_option(folder):
+    good = json.loads((folder / "config.json").read_text())["linmu"]
+    assert MMATEConfig(**good["mmate"]) == linmu_models.config.parse_mmate({**tiny.NARROW})
