@@ -20,18 +20,21 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("csrc/cuda", "csrc/linmu", "csrc/torch", "tests/cuda")
 
 
-def build(target: str, **options: str) -> tuple[Path, str]:
-    """The library `target` and its build log, made anew only when a source, an option or torch has changed."""
+def build(target: str, place: str | None = None, **options: str) -> tuple[Path, str]:
+    """The library `target` and its build log, made anew only when a source, an option or torch has changed.
+
+    It is built in build/`place` (by default its name).
+    """
     files = sorted(
         f for d in SOURCES for f in (ROOT / d).iterdir() if f.suffix in (".h", ".cpp", ".cu", ".cuh", ".txt")
     )
     digest = hashlib.sha256(repr((sorted(options.items()), torch.__version__, _registry.schema_hash())).encode())
     for file in (ROOT / "CMakeLists.txt", *files):
         digest.update(file.name.encode() + file.read_bytes())
-    folder = ROOT / "build" / target
+    folder = ROOT / "build" / (place or target)
     library, log, stamp = folder / f"lib{target}.so", folder / "log.txt", folder / "stamp.txt"
     folder.parent.mkdir(exist_ok=True)
-    with (folder.parent / f"{target}.lock").open("w") as lock:  # one of several test processes builds
+    with folder.with_suffix(".lock").open("w") as lock:  # one of several test processes builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists() or stamp.read_text() != digest.hexdigest():
             if "LINMU_CUDA" in options:  # all of the compiler's report is wanted
