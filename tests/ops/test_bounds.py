@@ -1,0 +1,178 @@
+"""The tolerance rule itself: no right kernel fails it however often it is drawn, and every wrong one does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+
+import pytest
+import test_branch_mix_norm
+import test_causal_conv1d
+import test_ssd_scan
+import test_window_attention
+import torch
+
+import linmu_ops
+from linmu_ops import _registry
+from linmu_ops._testing import Judge, results_of
+
+FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
+LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
+HALF = [torch.bfloat16, torch.float16]
+
+
+def draw_ssd_scan(r: random.Random):
+    options = ["D", "dt_bias", "dt_softplus", "seq_idx", "token_order", "initial_state", "return_final_state",
+               "chunk_size", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_mask", "reverse_seq_idx",
+               "gate"]  # fmt: skip
+    groups = [r.choice([1, 2, 3, 6]) for _ in range(3)]
+    case = (r.randint(1, 2), r.randint(1, 50), 6, *groups, r.randint(1, 20), r.randint(1, 20))
+    share = r.choice([0.0, 0.3, 0.7])
+    chosen = {o for o in options if r.random() < share}
+    dtype = r.choice([torch.float32] * 6 + HALF)
+    i = test_ssd_scan.make_inputs(case, dtype, r.choice(test_ssd_scan.DIRECTIONS), chosen, r.randrange(10**9))
+    return i, test_ssd_scan.used(i)
+
+
+def draw_window_attention(r: random.Random):
+    quick = [k for k in test_window_attention.CASES if "several" not in k and "-blocks" not in k]
+    case = test_window_attention.CASES[r.choice(quick)]
+    i = test_window_attention.make_inputs(case, r.choice([torch.float32, *HALF]), r.randrange(10**9))
+    return i, ["q", "k", "v", *(["bias"] if "bias" in i else [])]
+
+
+def draw_causal_conv1d(r: random.Random):
+    torch.manual_seed(r.randrange(10**9))
+    case = (r.randint(1, 2), r.randint(1, 40), r.randint(1, 40), r.randint(1, 6))
+    dtype = r.choice([torch.float32, *HALF])
+    i = test_causal_conv1d.make_inputs(case, dtype, r.random() < 0.5, r.choice([None, "silu"]))
+    return i, test_causal_conv1d.wrt(i)
+
+
+def draw_branch_mix_norm(r: random.Random):
+    torch.manual_seed(r.randrange(10**9))
+    case, norm = (r.randint(1, 3), r.randint(1, 20), r.randint(4, 70)), r.choice(test_branch_mix_norm.NORMS)
+    mix, dtype = r.choice(test_branch_mix_norm.MIXES), r.choice([torch.float32, *HALF])
+    i = test_branch_mix_norm.make_inputs(case, dtype, norm, mix, r.random() < 0.5) | dict(eps=1e-3)
+    return i, test_branch_mix_norm.wrt(i)
+
+
+OPS = {
+    "branch_mix_norm": (draw_branch_mix_norm, test_branch_mix_norm.by_reference),
+    "causal_conv1d": (draw_causal_conv1d, test_causal_conv1d.by_reference),
+    "ssd_scan": (draw_ssd_scan, test_ssd_scan.by_reference),
+    "window_attention": (draw_window_attention, test_window_attention.by_reference),
+}
+
+
+def serve(connection, op):
+    """In a process of its own, whose kernels are of another instruction set."""
+    torch.set_num_threads(1)
+    connection.send(_registry.binaries()["cpu"].info["isa"])
+    draw, _ = OPS[op]
+    for seed, weights in iter(connection.recv, None):
+        inputs, wrt = draw(random.Random(seed))
+        connection.send(results_of(getattr(linmu_ops, op), inputs, wrt, lambda _, w=weights: w))
+
+
+@pytest.fixture
+def instruction_sets(monkeypatch):
+    """instruction_sets(op): one connection per instruction set of this processor."""
+    started = []
+    context = multiprocessing.get_context("spawn")
+    binary = _registry.binaries()["cpu"]
+    if not binary.loaded:
+        pytest.skip(f"{binary.file}: {binary.error}")
+
+    def start(op):
+        best = LEVELS.index(binary.info["isa"])
+        for isa in LEVELS[min(best, 1) : best + 1]:
+            monkeypatch.setenv("LINMU_CPU_ISA", isa)
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, op), daemon=True)
+            process.start()
+            there.close()
+            started.append((process, here))
+            assert here.recv() == isa
+        return {isa: here for isa, (_, here) in zip(LEVELS[min(best, 1) :], started, strict=False)}
+
+    yield start
+    for process, here in started:
+        here.send(None)
+        process.join()
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("op", OPS)
+def test_no_draw_fails(op, instruction_sets):
+    draw, by_reference = OPS[op]
+    connections = instruction_sets(op)
+    failed = []
+    for seed in range(FIRST, LAST):
+        inputs, wrt = draw(random.Random(seed))
+        judge = Judge(by_reference, inputs, wrt)
+        for connection in connections.values():
+            connection.send((seed, judge.weights))
+        for isa, connection in connections.items():
+            try:
+                judge(connection.recv())
+            except AssertionError as e:
+                failed.append(f"draw {seed}, {isa}: {e}")
+    assert not failed, "\n".join(failed)
+
+
+def failures(judge, results):
+    """The names of the results that the judge rejects, each judged alone."""
+    rejected = []
+    for i, name in enumerate(judge.names):
+        others = [*judge.base[:i], results[i], *judge.base[i + 1 :]]
+        try:
+            judge(others)
+        except AssertionError:
+            rejected.append(name)
+    return rejected
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("op", OPS)
+def test_results_that_are_off_fail(op, seed):
+    """Every output and gradient by itself, off by a factor of 1 + 1e-4."""
+    draw, by_reference = OPS[op]
+    inputs, wrt = next(d for d in (draw(random.Random(100 * seed + k)) for k in range(100)) if is_float32(d[0]))
+    judge = Judge(by_reference, inputs, wrt)
+    right = results_of(getattr(linmu_ops, op), inputs, wrt, lambda _: judge.weights)
+    judge(right)
+    wrong = [r * (1 + 1e-4) for r in right]
+    assert failures(judge, wrong) == [n for n, e in zip(judge.names, judge.exact, strict=True) if e.abs().sum() > 0]
+
+
+def is_float32(inputs):
+    return all(v.dtype == torch.float32 for v in inputs.values() if torch.is_tensor(v) and v.is_floating_point())
+
+
+def one_token(name, inputs, at):
+    changed = inputs[name].clone()
+    changed[:, at] = 0
+    return {**inputs, name: changed}
+
+
+MISTAKES = {
+    "a token left out at a chunk's edge": lambda i: one_token("x", i, 32),
+    "a step left out at a chunk's edge": lambda i: one_token("dt", i, 31),
+    "an input rounded to bfloat16": lambda i: {**i, "C": i["C"].bfloat16().float()},
+    "a decay of another head": lambda i: {**i, "A": i["A"].flip(0)},
+    "a decay off by 1e-4": lambda i: {**i, "A": i["A"] * (1 + 1e-4)},
+}
+
+
+@pytest.mark.parametrize("direction", test_ssd_scan.DIRECTIONS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_scans_with_a_mistake_fail(mistake, direction):
+    inputs = test_ssd_scan.make_inputs((1, 70, 4, 2, 2, 4, 8, 12), direction=direction) | dict(chunk_size=32)
+    wrt = test_ssd_scan.used(inputs)
+    judge = Judge(test_ssd_scan.by_reference, inputs, wrt)
+    rejected = failures(judge, results_of(linmu_ops.ssd_scan, MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
+    # What does not depend on what was changed is right: D has no part here, C's own gradient none in C, x's none in x.
+    free = {"an input rounded to bfloat16": ["C"], "a token left out at a chunk's edge": ["x"]}.get(mistake, [])
+    assert rejected == [n for n in judge.names if n not in [f"gradient of {k}" for k in free]]
