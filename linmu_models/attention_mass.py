@@ -47,7 +47,7 @@ def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking:
     mass = query.new_zeros(key.shape[:3], dtype=torch.float32)
     for row in range(len(query)):
         for queries in asking[row].nonzero()[:, 0].split(_QUERIES_AT_ONCE):
-            logits = (query[row][:, queries] @ key[row].mT).float() * scale
+            logits = query[row][:, queries].float() @ key[row].float().mT * scale
             if mask is None:
                 seen = torch.arange(key.shape[2], device=key.device) <= queries[:, None]
             else:

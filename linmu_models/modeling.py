@@ -46,7 +46,7 @@ def auto_class(config: PreTrainedConfig) -> type[Any]:
 
 # The few parameters per head or channel that stay float32 in a half-precision model: decay and step sizes need it.
 IN_FLOAT32 = re.compile(
-    r"self_attn\.(mix|norm\.weight|norm\.bias|flex\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm|D))$"
+    r"self_attn\.(mix|mix_rest\.bias|norm\.weight|norm\.bias|flex\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm|D))$"
 )
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.

@@ -106,6 +106,23 @@ def _grid_layout(grid: tuple[int, ...], num_text: int, batch_size: int) -> Token
     return TokenLayout(blocks, list(range(size)) * batch_size, batch_size, size + num_text)
 
 
+def without_padding(
+    hidden_states: Tensor, rotary: Rotary | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Rotary | None]:
+    """Both, 0 at padding: what is there, NaN or Inf, must not reach a real token through a product with 0."""
+    if attention_mask is None:
+        return hidden_states, rotary
+    padding = ~attention_mask[..., None]
+    if rotary is not None:
+        rotary = (rotary[0].masked_fill(padding, 0), rotary[1].masked_fill(padding, 0))
+    return hidden_states.masked_fill(padding, 0), rotary
+
+
+def split_heads(t: Tensor, head_dim: int) -> Tensor:
+    """(..., heads P) to (..., heads, P); the number is not left to PyTorch, which cannot find it of no tokens."""
+    return t.unflatten(-1, (t.shape[-1] // head_dim, head_dim))
+
+
 def apply_rotary(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
     """Rotate the first R channels of x (B, L, heads, P) by cos, sin (B or 1, L, R)."""
     if rotary is None:
@@ -136,7 +153,7 @@ def last_tokens(
     """
     if before is None:
         before = t.new_zeros(t.shape[0], n, *t.shape[2:])
-    if attention_mask is None or order is None:
+    if attention_mask is None or order is None or not t.shape[1]:
         return torch.cat((before, t[:, max(t.shape[1] - n, 0) :]), dim=1)[:, -n:]
     index = attention_mask.sum(1, keepdim=True) + torch.arange(n, device=t.device) - n  # < 0: in `before`
     new = take(t, order.gather(1, index.clamp(min=0)))
@@ -158,6 +175,8 @@ def first_tokens(t: Tensor, before: Tensor | None, index: Tensor, order: Tensor 
     index: (B, n) int64, the place in t of token i among those that are not padding; < 0: in `before`. What lies past
     the end of t is left to the caller. order: as in `last_tokens`.
     """
+    if not t.shape[1]:
+        return t.new_zeros(*index.shape, *t.shape[2:]) if before is None else before
     at = index.clamp(0, t.shape[1] - 1)
     new = take(t, at if order is None else order.gather(1, at))
     return new if before is None else torch.where(expand_as(index >= 0, new), new, before)

@@ -14,7 +14,7 @@ from .._dims import accumulate_dtype
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ..token_layout import TokenLayout
-from ._inputs import Rotary, apply_rotary, check_inputs, ridge
+from ._inputs import Rotary, apply_rotary, check_inputs, ridge, split_heads, without_padding
 from .config import PAPER, MMATEConfig
 from .conv import CausalConv1d
 from .state import MMATEState, continue_state
@@ -179,6 +179,7 @@ class FlexMA(nn.Module):
             normaliser, plus the log of this.
         """
         layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None)
+        hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
         keep = return_state or state is not None
         y, log_total, new = self._scan(hidden_states, layout, position_embeddings, attention_mask, state, keep)
         if self.z_proj is not None:
@@ -205,7 +206,7 @@ class FlexMA(nn.Module):
         (B, L, H). One token without gradients updates `state` in place; else a new state is made, an empty one without
         `return_state`."""
         config, device, acc = self.config, z.device, accumulate_dtype(z.dtype)
-        (batch, length, _), P = z.shape, self.head_dim
+        length, P = z.shape[1], self.head_dim
         order = layout.scan_order(self.layer_idx, device) if layout is not None and config.major_scan else None
         parts = [self.x_proj(z), self.b_proj(z), self.c_proj(z)]
         if self.reverse_b_proj is not None and self.reverse_c_proj is not None:
@@ -215,7 +216,7 @@ class FlexMA(nn.Module):
             before = None if state is None else state.conv
             mixed, conv_state = self.conv(torch.cat(parts, dim=-1), order, attention_mask, before, return_state)
             parts = list(mixed.split(self.sizes, dim=-1))
-        x, B, C, *reverse = (t.view(batch, length, -1, P) for t in parts)
+        x, B, C, *reverse = (split_heads(t, P) for t in parts)
         B, C = self._position(B, C, rotary)
         if reverse:
             reverse = list(self._position(reverse[0], reverse[1], rotary))
@@ -260,7 +261,8 @@ class FlexMA(nn.Module):
         **ignored: object,
     ) -> Tensor:
         """With the normaliser: the log of the sum of the weights in its mean, (B, L, H). Arguments as `forward`."""
-        _, total, _ = self._scan(hidden_states, layout, position_embeddings, attention_mask, None, False)
+        z, rotary = without_padding(hidden_states, position_embeddings, attention_mask)
+        _, total, _ = self._scan(z, layout, rotary, attention_mask, None, False)
         assert total is not None
         return total
 
@@ -269,17 +271,22 @@ class FlexMA(nn.Module):
         rotary = rotary if self.config.rotary else None
         dtype, interleaved = B.dtype, self.config.rotary_interleaved
         B, C = self.b_norm(B).to(dtype), self.c_norm(C).to(dtype)
-        C = C * (self.scale * self.softmax_scale).to(dtype)[:, None]
         B, C = apply_rotary(B, rotary, interleaved), apply_rotary(C, rotary, interleaved)
+        scale = (self.scale.to(accumulate_dtype(dtype)) * self.softmax_scale)[:, None]
         if self.b_map is not None and self.c_map is not None:
-            B, C = _mapped(B, self.b_map), _mapped(C, self.c_map)
+            B, C = _mapped(B, self.b_map), _mapped(C, self.c_map) * scale
             return B.softmax(-1).to(dtype), C.softmax(-1).to(dtype)
+        C = (C * scale).to(dtype)
         return (B.relu().square(), C.relu().square()) if self.config.feature_map == "relu2" else (B, C)
 
 
 def _mapped(t: Tensor, weight: Tensor) -> Tensor:
-    """t (B, L, H, P) @ weight (H, P, N); einsum makes three times as many calls of it, which a step feels."""
-    return torch.bmm(t.flatten(0, 1).transpose(0, 1), weight).transpose(0, 1).unflatten(0, t.shape[:2])
+    """t (B, L, H, P) @ weight (H, P, N), in the accumulate dtype: 16 bits cannot hold what a softmax compares. einsum
+    makes three times as many calls of it, which a step feels."""
+    acc = accumulate_dtype(t.dtype)
+    with torch.autocast(t.device.type, enabled=False):
+        mapped = torch.bmm(t.to(acc).flatten(0, 1).transpose(0, 1), weight.to(acc))
+    return mapped.transpose(0, 1).unflatten(0, t.shape[:2])
 
 
 def _step_size(raw: Tensor, attention_mask: Tensor | None) -> Tensor:

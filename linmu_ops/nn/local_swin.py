@@ -21,7 +21,9 @@ from ._inputs import (
     first_tokens,
     last_tokens,
     real_tokens_first,
+    split_heads,
     take,
+    without_padding,
 )
 from .config import PAPER, MMATEConfig
 from .state import MMATEState, check_state, continue_state
@@ -116,6 +118,7 @@ class LocalSwin(nn.Module):
         )
         if state is not None:
             check_state("LocalSwin", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
+        hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
         keep = return_state or state is not None
         out: Tensor | Near
         if self.o_proj is None:
@@ -129,7 +132,7 @@ class LocalSwin(nn.Module):
         return (out, new) if return_state else out
 
     def _projected(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (p(z).unflatten(2, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split_heads(p(z), self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
     def _windows(
@@ -352,6 +355,7 @@ class LocalSwin(nn.Module):
         """What causal attention gives to the tokens outside the window: the logs of the mass of the scores inside and
         outside, (B, L, H), and the number of tokens outside, (B, L) int64. Quadratic in time; arguments as
         `forward`."""
+        hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
         near, _ = self._near(hidden_states, layout, position_embeddings, attention_mask, None, False)
         q, k, _ = self._projected(hidden_states)
         q, k = self._turned(q, k, position_embeddings)

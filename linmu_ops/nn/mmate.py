@@ -14,7 +14,7 @@ from .._dims import accumulate_dtype
 from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
 from . import transfer
-from ._inputs import Rotary, check_inputs, prepare_layout, ridge
+from ._inputs import Rotary, check_inputs, prepare_layout, ridge, without_padding
 from .config import PAPER, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
@@ -84,7 +84,7 @@ class MMATE(nn.Module):
         self.swin = LocalSwin(*shape, **options, project=not softmax) if config.swin else None
         self.flex_enabled, self.swin_enabled = config.flex, config.swin
         self.windows = None if self.swin is None else self.swin.windows
-        self.mix_rest = nn.Linear(dim, num_heads) if softmax else None
+        self.mix_rest = WideLinear(dim, num_heads) if softmax else None
         if not softmax and self.flex is not None and self.swin is not None:
             self.mix = nn.Parameter(torch.empty(dim if config.mix == "channel" else 1))
             self.mix_proj = nn.Linear(dim, 1, bias=False) if config.mix == "token" else None
@@ -124,7 +124,8 @@ class MMATE(nn.Module):
             layout: where the visual tokens of these L tokens are; no visual token if None.
             grid: (T, H, W) with T*H*W = L: every token is visual, in t, y, x order. Instead of layout.
             position_embeddings: (cos, sin), each (B or 1, L, R), R <= head size, of these L tokens.
-            attention_mask: (B, L) bool, False at padding, which may lie anywhere among text. No other token sees it.
+            attention_mask: (B, L) bool, False at padding, which may lie anywhere among text. No other token sees it,
+                whatever its hidden states and position embeddings hold.
             state: what an earlier call left. With gradients off, it is updated in place (its tensors keep their
                 addresses); with gradients on, it is left as it is.
             return_state: also return the state after these tokens.
@@ -143,6 +144,7 @@ class MMATE(nn.Module):
         )
         if state is not None:
             check_state("MMATE", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
+        hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
         keep = return_state or state is not None
         a = b = None
         flex_state = swin_state = MMATEState()
@@ -291,6 +293,16 @@ class MMATE(nn.Module):
         weight, bias = ridge(z, target, 0.5 / len(z) + 0.5 * weigh / weigh.sum().clamp(min=1e-20))
         self.mix_rest.weight.copy_(weight.T)
         self.mix_rest.bias.copy_(bias)
+
+
+class WideLinear(nn.Linear):
+    """A linear map whose output is in the accumulate dtype, also under autocast: it is compared with scores, whose
+    common part 16 bits cannot hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        acc = accumulate_dtype(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))
 
 
 class BranchNorm(nn.Module):

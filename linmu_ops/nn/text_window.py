@@ -36,14 +36,29 @@ class Sinks(NamedTuple):
 
     def join(self, q: Tensor, y: Tensor, mass: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Add them to attention y (B, L, H, P), whose scores have the log-sum-exp `mass` (B, L, H), of queries q."""
-        groups = self.keys.shape[2]
-        grouped = q.unflatten(2, (groups, -1))  # (B, L, G, H / G, P)
-        scores = torch.einsum("blgrp,bsgp->blgrs", grouped, self.keys).flatten(2, 3).to(mass.dtype) * scale
-        scores = scores.masked_fill(~self.at_least(1, index)[:, :, None], -torch.inf)
-        total = torch.cat((mass[..., None], scores), dim=-1).logsumexp(-1)
-        weights = (scores - total[..., None]).exp().to(y.dtype).unflatten(2, (groups, -1))
-        added = torch.einsum("blgrs,bsgp->blgrp", weights, self.values).flatten(2, 3)
-        return (mass - total).exp().to(y.dtype)[..., None] * y + added, total
+        groups, seen = self.keys.shape[2], self.at_least(1, index)
+        keys, values, broken = finite(self.keys, self.values)
+        with torch.autocast(q.device.type, enabled=False):
+            grouped = q.to(mass.dtype).unflatten(2, (groups, q.shape[2] // groups))  # (B, L, G, H / G, P)
+            scores = torch.einsum("blgrp,bsgp->blgrs", grouped, keys.to(mass.dtype)).flatten(2, 3) * scale
+            scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
+            total = torch.cat((mass[..., None], scores), dim=-1).logsumexp(-1)
+            weights = (scores - total[..., None]).exp().unflatten(2, (groups, q.shape[2] // groups))
+            added = torch.einsum("blgrs,bsgp->blgrp", weights, values.to(mass.dtype)).flatten(2, 3)
+            joined = ((mass - total).exp()[..., None] * y.to(mass.dtype) + added).to(y.dtype)
+        poisoned = (seen & broken.bool()[:, None]).any(-1)
+        return joined.masked_fill(poisoned[..., None, None], torch.nan), total
+
+
+def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (B, n, G, P), 0 at a token with one that is not finite, and which those are, (B, n) uint8.
+
+    A mask does not keep NaN and Inf from the tokens that do not see them, for a weight of 0 times NaN is NaN.
+    """
+    broken = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)
+    at = broken[..., None, None]
+    # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
+    return k.masked_fill(at, 0), v.masked_fill(at, 0), broken.byte()
 
 
 def as_ring(last: Tensor, seen: Tensor) -> Tensor:
@@ -81,6 +96,8 @@ def causal_window_attention(
     after row, the others give 0.
     """
     batch, length, heads, _ = q.shape
+    if not batch * length:
+        return torch.zeros_like(q), q.new_zeros(batch, length, heads, dtype=accumulate_dtype(q.dtype))
     size = chunk_size(window)
     chunks, reach = -(-length // size), -(-window // size) * size
     pad = chunks * size - length
@@ -104,9 +121,12 @@ def causal_window_attention(
         # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
         parts = (mask.byte(), F.pad(before.byte(), (0, 0, 0, pad)).view(batch * chunks, size, -1)[every])
         mask = torch.cat(parts, dim=2).bool()
-    sink_keys, sink_values = (None, None) if sinks is None else (sinks.keys, sinks.values)
-    k, v = around(k, keys, sink_keys), around(v, values, sink_values)
+    own, earlier = finite(k, v), None if keys is None or values is None else finite(keys, values)
+    first_ones = None if sinks is None else finite(sinks.keys, sinks.values)
+    k, v, broken = (around(t, *(None if o is None else o[i] for o in (earlier, first_ones))) for i, t in enumerate(own))
     y, mass = rule(q if chosen is None else q[chosen], k, v, mask, scale)
+    poisoned = (mask & broken.bool()[:, None]).any(-1)[..., None]
+    y, mass = y.masked_fill(poisoned[..., None], torch.nan), mass.masked_fill(poisoned, torch.nan)
     if chosen is not None:
         y, mass = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, mass))
     # Not a view: kernels differ in the strides of what they return.
@@ -143,7 +163,7 @@ def _attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
-    y = (weights.to(v.dtype).flatten(2, 3) @ v.transpose(1, 2)).div_(total.flatten(2, 3))
+    y = _product(weights.to(v.dtype).flatten(2, 3), v.transpose(1, 2)).div_(total.flatten(2, 3)).to(v.dtype)
     return _ungrouped(y, q), (top + total.log())[..., 0].transpose(1, 2).flatten(2)
 
 
@@ -162,20 +182,21 @@ class _AttendWithMass(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dmass: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, mass = ctx.saved_tensors
         groups = k.shape[2]
-        mass, dmass = (t.unflatten(2, (groups, -1)).transpose(1, 2) for t in (mass, dmass))
+        mass, dmass = (t.unflatten(2, (groups, t.shape[2] // groups)).transpose(1, 2) for t in (mass, dmass))
         weights = _scores(q, k, mask, ctx.scale).sub_(mass[..., None]).exp_()
         dy = _grouped(dy, groups)
-        dweights = (dy @ v.permute(0, 2, 3, 1)).to(weights.dtype).view_as(weights)
+        dweights = _product(dy, v.permute(0, 2, 3, 1)).view_as(weights)
         dscores = dweights.mul_(weights)
         dscores = dscores.addcmul_(weights, (dmass - dscores.sum(-1))[..., None]).to(q.dtype).flatten(2, 3)
-        dq = _ungrouped(dscores @ k.transpose(1, 2), q) * ctx.scale
-        dk = (dscores.mT @ _grouped(q, groups)).transpose(1, 2) * ctx.scale
-        return dq, dk, (weights.to(v.dtype).flatten(2, 3).mT @ dy).transpose(1, 2), None, None
+        dq = _ungrouped(_product(dscores, k.transpose(1, 2)) * ctx.scale, q)
+        dk = _product(dscores.mT, _grouped(q, groups)).transpose(1, 2) * ctx.scale
+        dv = _product(weights.to(v.dtype).flatten(2, 3).mT, dy).transpose(1, 2)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _grouped(t: Tensor, groups: int) -> Tensor:
     """(N, I, H, P) to (N, G, I H/G, P): the rows that meet the same keys."""
-    return t.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
+    return t.unflatten(2, (groups, t.shape[2] // groups)).transpose(1, 2).flatten(2, 3)
 
 
 def _ungrouped(t: Tensor, q: Tensor) -> Tensor:
@@ -183,7 +204,18 @@ def _ungrouped(t: Tensor, q: Tensor) -> Tensor:
     return t.unflatten(2, (q.shape[1], -1)).transpose(1, 2).flatten(2, 3)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit matrices, not rounded to their dtype: in the accumulate dtype. Has no gradient."""
+    acc = accumulate_dtype(a.dtype)
+    if a.dtype == acc:
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        if a.device.type == "cuda" and not torch.compiler.is_compiling():
+            return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=acc).unflatten(0, a.shape[:2])
+        return a.to(acc) @ b.to(acc)
+
+
 def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     """(N, G, I, H/G, J), accumulate dtype; -inf where the mask is False."""
-    scores = (_grouped(q, k.shape[2]) @ k.permute(0, 2, 3, 1)).to(accumulate_dtype(q.dtype)).mul_(scale)
+    scores = _product(_grouped(q, k.shape[2]), k.permute(0, 2, 3, 1)).mul_(scale)
     return scores.unflatten(2, (q.shape[1], -1)).masked_fill_(~mask[:, None, :, None], -torch.inf)
