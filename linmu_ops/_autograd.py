@@ -12,23 +12,32 @@ from torch import Tensor
 def gradients(
     f: Callable[..., Any], inputs: Sequence[Any], wrt: Sequence[int], grad_outputs: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Contiguous gradients of `f(*inputs)` with respect to `inputs[i] for i in wrt`; empty where an input is None."""
-    values = list(inputs)
-    with torch.enable_grad():
-        for i in wrt:
-            values[i] = None if inputs[i] is None else inputs[i].detach().requires_grad_()
-        out = f(*values)
-        outputs = out if isinstance(out, tuple) else (out,)
-        given = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
-        leaves = [values[i] for i in wrt if values[i] is not None]
-        found = iter(torch.autograd.grad([o for o, _ in given], leaves, [g for _, g in given], allow_unused=True))
-    grads = []
-    for i in wrt:
-        grad = None if inputs[i] is None else next(found)
-        if grad is None:
-            grad = inputs[wrt[0]].new_empty(0) if inputs[i] is None else torch.zeros_like(inputs[i])
-        grads.append(grad.contiguous())
-    return grads
+    """Contiguous gradients of `f(*inputs)` with respect to `inputs[i] for i in wrt`; empty where an input is None.
+
+    Under a transform of torch.func they can be differentiated again.
+    """
+    at = [i for i in wrt if inputs[i] is not None]
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for i, value in zip(at, values, strict=True):
+            full[i] = value
+        out = f(*full)
+        out = out if isinstance(out, tuple) else (out,)
+        return tuple(o for o, g in zip(out, grad_outputs, strict=True) if g is not None)
+
+    given = tuple(g for g in grad_outputs if g is not None)
+    if torch._C._are_functorch_transforms_active():
+        _, pull = torch.func.vjp(outputs, *(inputs[i] for i in at))[:2]
+        found = iter(pull(given))
+    else:
+        # Not so here: PyTorch 2.13 crashes where a kernel that a dispatch mode called begins a transform.
+        with torch.enable_grad():
+            leaves = [inputs[i].detach().requires_grad_() for i in at]
+            made = [(o, g) for o, g in zip(outputs(*leaves), given, strict=True) if o.requires_grad]
+            grads = torch.autograd.grad([o for o, _ in made], leaves, [g for _, g in made], allow_unused=True)
+        found = iter(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True))
+    return [inputs[wrt[0]].new_empty(0) if inputs[i] is None else next(found).contiguous() for i in wrt]
 
 
 def fakes(inputs: Sequence[Any], wrt: Sequence[int]) -> list[Tensor]:

@@ -17,14 +17,16 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import _native
+from . import _flops, _native, _transforms
 
 NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "reference": "linmu_reference"}
 # Order of preference per device.
@@ -89,7 +91,7 @@ OPS: dict[str, Op] = {}
 _binaries: dict[str, _native.Binary] = {}
 # (op, device type, is it float64) -> implementation, fixed once binaries are loaded
 _default: dict[tuple[str, str, bool], str] = {}
-_forced: dict[str, str] = {}
+_transformed: dict[Any, _transforms.Transformed] = {}  # by the op of a namespace
 _warned: set[Any] = set()
 
 
@@ -128,14 +130,27 @@ def define_in(ns: str, lib: torch.library.Library, op: Op) -> None:
         kernel = functools.partial(_run_triton, op.name, entry) if ns == "linmu_triton" else _exact(reference)
         lib.impl(entry, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{ns}::{entry}", fake, lib=lib)
-    if op.autograd:
-        setup_context, backward = op.autograd
-        bwd_op = getattr(getattr(torch.ops, ns), f"{op.name}_bwd").default
+        _flops.register(ns, entry)
+    packets = getattr(torch.ops, ns)
+    kernel = getattr(packets, op.name).default
+    report = None if ns == "linmu_reference" else _warn_of_transform
+    if not op.autograd:
+        _transformed[kernel] = _transforms.Transformed(op.name, kernel, _exact(op.entries[0][2]), report=report)
+        return
+    setup_context, backward = op.autograd
+    bwd_op = getattr(packets, f"{op.name}_bwd").default
+    references = (_exact(reference) for _, _, reference, _ in op.entries)
+    transformed = _transforms.Transformed(
+        op.name, kernel, next(references), bwd_op, next(references), setup_context, backward, report
+    )
+    _transformed[kernel] = transformed
 
-        def formula(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, bwd_op, *grads)
+    def formula(ctx: Any, *grads: Any) -> Any:
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or _transforms.active()):
+            return backward(ctx, transformed.bwd, *grads)
+        return backward(ctx, bwd_op, *grads)
 
-        torch.library.register_autograd(f"{ns}::{op.name}", formula, setup_context=setup_context, lib=lib)
+    torch.library.register_autograd(f"{ns}::{op.name}", formula, setup_context=setup_context, lib=lib)
 
 
 def _exact(reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -180,35 +195,78 @@ def load_binaries() -> None:
                 serves = next(i for i in order if why_not(op, i, device, dtype) is None)
                 _default[op, device, dtype == torch.float64] = serves
     for item in filter(None, os.environ.get("LINMU_IMPL", "").split(",")):
-        force(item)
+        _everywhere.update(_wanted(item))
 
 
 def binaries() -> dict[str, _native.Binary]:
     return dict(_binaries)
 
 
-def force(item: str) -> None:
-    """Force `"op:impl"` (or `"*:impl"`). Raises ValueError for an unknown op or implementation."""
+def _wanted(item: str) -> dict[str, str]:
+    """What `"op:impl"` (or `"*:impl"`) forces. Raises ValueError for an unknown op or implementation."""
     name, _, impl = item.strip().partition(":")
     if name != "*" and name not in OPS:
         raise ValueError(f"LINMU_IMPL: op must be * or one of {', '.join(sorted(OPS))}, got {name!r}")
     if impl not in NAMESPACE:
         raise ValueError(f"LINMU_IMPL: implementation must be one of {', '.join(NAMESPACE)}, got {impl!r}")
-    for op in OPS if name == "*" else (name,):
-        _forced[op] = impl
+    return dict.fromkeys(OPS if name == "*" else (name,), impl)
+
+
+class _Use:
+    """What one `use_impl` forces, until it is over."""
+
+    def __init__(self, impls: dict[str, str]) -> None:
+        self.impls, self.over = impls, False
+
+
+_everywhere: dict[str, str] = {}  # by LINMU_IMPL
+# By `use_impl`, the last one first. Entries and not a merged table: blocks need not end in the order they began.
+_uses: ContextVar[tuple[_Use, ...]] = ContextVar("linmu_ops.use_impl", default=())
+
+
+class _Traced(threading.local):
+    """What is forced in this thread, for the compiler, which cannot look into a ContextVar."""
+
+    def __init__(self) -> None:
+        self.forced: dict[str, str] = dict(_everywhere)
+
+
+_traced = _Traced()
+
+
+def forced(op: str) -> str | None:
+    """The implementation that is forced here and now."""
+    if torch.compiler.is_dynamo_compiling():
+        return _traced.forced.get(op)
+    for use in reversed(_uses.get()):
+        if not use.over and op in use.impls:
+            return use.impls[op]
+    return _everywhere.get(op)
+
+
+def _forced_changed() -> None:
+    _traced.forced = {op: impl for op in OPS if (impl := forced(op)) is not None}
 
 
 @contextlib.contextmanager
 def use_impl(*items: str) -> Iterator[None]:
-    """Force implementations within a block: `with use_impl("ssd_scan:reference"): ...`. Raises if one cannot serve."""
-    before = dict(_forced)
+    """Force implementations within a block: `with use_impl("ssd_scan:reference"): ...`. Raises if one cannot serve.
+
+    Holds in this thread (or task) alone, in the tasks it starts, and over LINMU_IMPL; of nested blocks the inner one
+    holds. Blocks may end in any order.
+    """
+    use = _Use({op: impl for item in items for op, impl in _wanted(item).items()})
+    _uses.set((*_uses.get(), use))
+    _forced_changed()
     try:
-        for item in items:
-            force(item)
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        here = _uses.get()
+        if use in here:
+            _uses.set(tuple(other for other in here if other is not use))
+        else:
+            use.over = True  # ends in another context than it began in, as an abandoned generator may
+        _forced_changed()
 
 
 @functools.cache
@@ -292,8 +350,9 @@ def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named:
         like = tensors[0] if tensors else None
         return why_not(op, impl, where, dtype) or _beyond(op, impl, like, arguments)
 
-    chosen = _forced.get(op) or _automatic(op, where, dtype)
-    if op not in _forced and reason(chosen):
+    wanted = forced(op)
+    chosen = wanted or _automatic(op, where, dtype)
+    if wanted is None and reason(chosen):
         chosen = next(i for i in PREFERENCE.get(where, ("reference",)) if reason(i) is None)
     return [Choice(impl, reason(impl), impl == chosen) for impl in NAMESPACE]
 
@@ -313,6 +372,11 @@ def _warn_of_reference(op: str, device: str) -> None:
 def _warn_of_inexact(op: str, impl: str, device: str) -> None:
     if device == "cuda" and (op, impl) in INEXACT and not torch.compiler.is_compiling():
         warn_once(("inexact", op, impl), f"linmu_ops.{op}: {impl} may be less exact than cuda: {INEXACT[op, impl]}")
+
+
+def _warn_of_transform(op: str, what: str) -> None:
+    slow = "makes one call per sample" if what == "vmap" else "runs the slow reference"
+    warn_once((op, what), f"linmu_ops.{op}: {what} {slow}", 8)
 
 
 def _within_limits(op: str, impl: str, like: torch.Tensor, args: tuple[Any, ...]) -> str:
@@ -340,7 +404,7 @@ def mark_written(state: torch.Tensor) -> None:
 def call(op: str, like: torch.Tensor, *args: Any) -> Any:
     """Run `op` through the implementation that serves tensors like `like`."""
     device = like.device.type
-    impl = _forced.get(op)
+    impl = forced(op)
     if impl is None:
         impl = _automatic(op, device, like.dtype)
         if impl == "reference" and device != "meta":
@@ -355,14 +419,6 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
             raise RuntimeError(f"{op}: implementation {impl!r} is forced but cannot serve: {reason}")
     _warn_of_inexact(op, impl, device)
     kernel = getattr(getattr(torch.ops, NAMESPACE[impl]), op).default
-    if torch.compiler.is_compiling():
-        return kernel(*args)
-    try:
-        return kernel(*args)
-    except RuntimeError as e:
-        # Kernels check values (positions, permutations) that Python does not look at; same words, same type.
-        # The C++ check puts its place in front: "function, file:line, op: ...".
-        _, found, words = str(e).split("\n", 1)[0].partition(f"{op}: ")
-        if found:
-            raise ValueError(found + words) from None
-        raise
+    if not torch.compiler.is_dynamo_compiling() and _transforms.active():
+        return _transformed[kernel](*args)
+    return kernel(*args)

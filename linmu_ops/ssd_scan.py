@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
 from .reference.ssd_scan import ssd_scan as reference
 
@@ -175,25 +175,9 @@ def _bwd_fake(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> li
 
 
 def _bwd_reference(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
-    given = dict(zip(ARGUMENTS, args[:-1], strict=True))
-    with torch.enable_grad():
-        leaves = {n: given[n].detach().requires_grad_() for n in DIFFERENTIABLE if given[n] is not None}
-        values: list[Any] = [*{**given, **leaves}.values(), grad_final_state is not None, args[-1]]
-        y, state = reference(*values)
-        outputs = [(o, g) for o, g in ((y, grad_y), (state, grad_final_state)) if g is not None and o.requires_grad]
-        found = torch.autograd.grad(
-            [o for o, _ in outputs], list(leaves.values()), [g for _, g in outputs], allow_unused=True
-        )
-    by_name = dict(zip(leaves, found, strict=True))
-    empty = given["x"].new_empty(0)
-    return [
-        empty.clone()
-        if given[n] is None
-        else torch.zeros_like(leaves[n])
-        if by_name[n] is None
-        else by_name[n].contiguous()
-        for n in DIFFERENTIABLE
-    ]
+    inputs = (*args[:-1], grad_final_state is not None, args[-1])
+    wrt = [ARGUMENTS.index(name) for name in DIFFERENTIABLE]
+    return _autograd.gradients(reference, inputs, wrt, (grad_y, grad_final_state))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

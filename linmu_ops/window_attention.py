@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
 from .reference.window_attention import window_attention as reference
 from .token_layout import WRAPS, TokenLayout
@@ -182,20 +182,9 @@ def _bwd_reference(
     tokens: Tensor, offsets: Tensor, coords: Tensor | None, window: list[int], scale: float, bias: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, interleaved: bool, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        table = None if bias is None else bias.detach().requires_grad_()
-        outputs = reference(
-            leaves[0], leaves[1], leaves[2], tokens, offsets, coords, window, scale, table, cos, sin, interleaved,
-            causal,
-        )  # fmt: skip
-        wrt = leaves if table is None else [*leaves, table]
-        given = 1 if grad_lse is None else 2
-        grads = torch.autograd.grad(outputs[:given], wrt, (grad_out, grad_lse)[:given], allow_unused=True)
-    found = [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(grads, wrt, strict=True)]
-    if table is None:
-        found.append(q.new_empty(0, dtype=accumulate_dtype(q.dtype)))
-    return found[0], found[1], found[2], found[3]
+    inputs = (q, k, v, tokens, offsets, coords, window, scale, bias, cos, sin, interleaved, causal)
+    dq, dk, dv, dbias = _autograd.gradients(reference, inputs, (0, 1, 2, 8), (grad_out, grad_lse))
+    return dq, dk, dv, q.new_empty(0, dtype=accumulate_dtype(q.dtype)) if bias is None else dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

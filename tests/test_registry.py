@@ -63,7 +63,7 @@ def test_explain_says_what_is_missing(without_binary):
 def test_unknown_names(items, message):
     with pytest.raises(ValueError, match=message), linmu_ops.use_impl(*items):
         pass
-    assert not _registry._forced
+    assert not _registry._uses.get()
 
 
 def test_explain_unknown_op():

@@ -17,8 +17,8 @@ constexpr int64_t kSharedSm80 = 163 * 1024, kSharedSm90 = 227 * 1024;
 
 inline void check_shared(const char* op, int64_t bytes, int64_t limit) {
   if (bytes > limit)
-    throw std::runtime_error(std::string(op) + ": needs " + std::to_string(bytes) +
-                             " bytes of shared memory per block on CUDA, got " + std::to_string(limit));
+    throw std::invalid_argument(std::string(op) + ": needs " + std::to_string(bytes) +
+                                " bytes of shared memory per block on CUDA, got " + std::to_string(limit));
 }
 
 // IEEE half precision as it lies in memory; linmu::f16 is the host compiler's type.
@@ -161,7 +161,7 @@ void dispatch_cuda(const char* op, DType dtype, F&& f) {
     case DType::f32: return f(static_cast<float*>(nullptr));
     case DType::bf16: return f(static_cast<bf16*>(nullptr));
     case DType::f16: return f(static_cast<half16*>(nullptr));
-    case DType::f64: throw std::runtime_error(std::string(op) + ": the CUDA kernels take no float64");
+    case DType::f64: throw std::invalid_argument(std::string(op) + ": the CUDA kernels take no float64");
   }
 }
 

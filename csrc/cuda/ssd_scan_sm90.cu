@@ -170,7 +170,7 @@ void group_output(const ScanPlan& s, const Output& o, const CudaContext& context
   tiles.widen();
   const int64_t items = p.batch * p.heads * s.chunks;
   if (items == 0) return;
-  if (items > INT32_MAX) throw std::runtime_error("ssd_scan: B * H * chunks must be below 2^31 on CUDA");
+  if (items > INT32_MAX) throw std::invalid_argument("ssd_scan: B * H * chunks must be below 2^31 on CUDA");
   const dim3 blocks = blocks_of(std::min(items, multiprocessors()));
   Maps maps{};
   const bool bulk = describe_all(s, o, maps);

@@ -95,7 +95,7 @@ void with_head_dim(int64_t P, F&& f) {
   if (P <= 64) return f(integral_constant<int, 64>{});
   if (P <= 128) return f(integral_constant<int, 128>{});
   if (P <= 256) return f(integral_constant<int, 256>{});
-  throw std::runtime_error("window_attention: the CUDA kernels take at most P=256, got P=" + std::to_string(P));
+  throw std::invalid_argument("window_attention: the CUDA kernels take at most P=256, got P=" + std::to_string(P));
 }
 
 // Writes zeros where no window writes: in out, or, for the gradients, in dq, dk and dv. Every element is `size` bytes.

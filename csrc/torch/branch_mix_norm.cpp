@@ -32,8 +32,8 @@ struct Inputs {
     d("mask", mask, "B L", ScalarType::Bool);
     d("weight", weight, "D", acc);
     d("bias", bias, "D", acc);
-    STD_TORCH_CHECK(norm == "layer" || norm == "rms" || norm == "none",
-                    "branch_mix_norm: norm must be one of layer, rms, none, got '", norm, "'");
+    LINMU_CHECK(norm == "layer" || norm == "rms" || norm == "none",
+                "branch_mix_norm: norm must be one of layer, rms, none, got '", norm, "'");
     p.norm = norm == "layer" ? Norm::layer : norm == "rms" ? Norm::rms : Norm::none;
     p.rows = d["B"] * d["L"], p.dim = d["D"], p.eps = eps;
     p.a = a.const_data_ptr(), p.b = b.const_data_ptr(), p.mix = mix.const_data_ptr();

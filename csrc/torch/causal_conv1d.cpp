@@ -28,7 +28,7 @@ struct Inputs {
     d("x", x, "B L D", x.scalar_type());
     d("weight", weight, "D K", acc);
     d("bias", bias, "D", acc);
-    STD_TORCH_CHECK(d["K"] >= 1 && d["K"] <= 8, "causal_conv1d: weight must have 1 <= K <= 8, got K=", d["K"]);
+    LINMU_CHECK(d["K"] >= 1 && d["K"] <= 8, "causal_conv1d: weight must have 1 <= K <= 8, got K=", d["K"]);
     d("seq_idx", seq_idx, "B L", ScalarType::Int);
     d("token_order", token_order, "B L", ScalarType::Int);
     d.bind("K-1", d["K"] - 1);

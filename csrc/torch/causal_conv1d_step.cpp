@@ -17,10 +17,10 @@ Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& we
   d("x", x, "B D", type);
   d("weight", weight, "D K", acc);
   d("bias", bias, "D", acc);
-  STD_TORCH_CHECK(d["K"] >= 1 && d["K"] <= 8, "causal_conv1d_step: weight must have 1 <= K <= 8, got K=", d["K"]);
+  LINMU_CHECK(d["K"] >= 1 && d["K"] <= 8, "causal_conv1d_step: weight must have 1 <= K <= 8, got K=", d["K"]);
   d.bind("K-1", d["K"] - 1);
   d("state", state, "B K-1 D", type);
-  STD_TORCH_CHECK(state.is_contiguous(), "causal_conv1d_step: state must be contiguous");
+  LINMU_CHECK(state.is_contiguous(), "causal_conv1d_step: state must be contiguous");
 
   p.batch = d["B"], p.dim = d["D"], p.width = d["K"], p.silu = silu;
   const Tensor x_ = contiguous(x), weight_ = contiguous(weight);

@@ -8,6 +8,7 @@
 #include <map>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,20 @@ namespace linmu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
+
+// A fault of the caller: Python sees a ValueError of these words alone. Every other exception, as of a device, stays
+// what it is, a RuntimeError.
+template <class... Words>
+[[noreturn]] inline void refuse(const Words&... words) {
+  std::ostringstream out;
+  (out << ... << words);
+  throw std::invalid_argument(out.str());
+}
+
+#define LINMU_CHECK(condition, ...)                 \
+  do {                                              \
+    if (!(condition)) ::linmu::refuse(__VA_ARGS__); \
+  } while (false)
 
 inline std::string shape_text(const Tensor& t) {
   std::ostringstream out;
@@ -59,10 +74,10 @@ class Dims {
       const auto at = sizes_.find(names[i]);
       bad = at != sizes_.end() && at->second != t.size(static_cast<int64_t>(i));
     }
-    STD_TORCH_CHECK(!bad, op_, ": ", name, " must be ", want(names), ", got shape ", shape_text(t));
+    LINMU_CHECK(!bad, op_, ": ", name, " must be ", want(names), ", got shape ", shape_text(t));
     for (size_t i = 0; i < names.size(); ++i) sizes_[names[i]] = t.size(static_cast<int64_t>(i));
-    STD_TORCH_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ", dtype_name(dtype), ", got ",
-                    dtype_name(t.scalar_type()));
+    LINMU_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ", dtype_name(dtype), ", got ",
+                dtype_name(t.scalar_type()));
   }
   void operator()(const char* name, const OptTensor& t, const char* axes, ScalarType dtype) {
     if (t.has_value()) (*this)(name, *t, axes, dtype);
@@ -70,7 +85,7 @@ class Dims {
 
   void divides(const char* name, const char* part, const char* whole) const {
     const int64_t p = sizes_.at(part), w = sizes_.at(whole);
-    STD_TORCH_CHECK(p > 0 && w % p == 0, op_, ": ", name, "'s ", part, "=", p, " must divide ", whole, "=", w);
+    LINMU_CHECK(p > 0 && w % p == 0, op_, ": ", name, "'s ", part, "=", p, " must divide ", whole, "=", w);
   }
 
  private:
@@ -91,14 +106,12 @@ class Dims {
 inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
-    case ScalarType::Double:
-      STD_TORCH_CHECK(kTakesFloat64, op, ": the CUDA kernels take no float64");
-      return DType::f64;
+    case ScalarType::Double: LINMU_CHECK(kTakesFloat64, op, ": the CUDA kernels take no float64"); return DType::f64;
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32 or float64 or bfloat16 or float16, got ",
-                      dtype_name(t.scalar_type()));
+      LINMU_CHECK(false, op, ": ", name, " must be float32 or float64 or bfloat16 or float16, got ",
+                  dtype_name(t.scalar_type()));
   }
 }
 
@@ -122,8 +135,8 @@ inline void check_token_order(const char* op, const OptTensor& token_order) {
   for (int64_t b = 0; b < batch; ++b) {
     seen.assign(length, false);
     for (int64_t t = 0; t < length; ++t, ++at) {
-      STD_TORCH_CHECK(*at >= 0 && *at < length && !seen[*at], op,
-                      ": token_order must hold every position 0..L-1 once per row");
+      LINMU_CHECK(*at >= 0 && *at < length && !seen[*at], op,
+                  ": token_order must hold every position 0..L-1 once per row");
       seen[*at] = true;
     }
   }

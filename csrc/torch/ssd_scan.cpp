@@ -57,12 +57,12 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   d("seq_idx", seq_idx, "B L", ScalarType::Int);
   d("token_order", token_order, "B L", ScalarType::Int);
   d("initial_state", initial_state, "B H P N", acc);
-  STD_TORCH_CHECK(d["H"] > 0, "ssd_scan: dt must have at least one head, got H=0");
+  LINMU_CHECK(d["H"] > 0, "ssd_scan: dt must have at least one head, got H=0");
   d.divides("x", "Gx", "H");
   d.divides("B", "Gb", "H");
   d.divides("C", "Gc", "H");
   const bool known = direction == "forward" || direction == "reverse" || direction == "both";
-  STD_TORCH_CHECK(known, "ssd_scan: direction must be one of forward, reverse, both, got '", direction, "'");
+  LINMU_CHECK(known, "ssd_scan: direction must be one of forward, reverse, both, got '", direction, "'");
 
   p.batch = d["B"], p.length = d["L"], p.heads = d["H"], p.head_dim = d["P"], p.state_dim = d["N"];
   p.groups_x = d["Gx"], p.groups_b = d["Gb"], p.groups_c = d["Gc"];

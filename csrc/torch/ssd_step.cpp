@@ -25,7 +25,7 @@ Tensor ssd_step(const Tensor& state, const Tensor& x, const Tensor& dt, const Te
   d.divides("x", "Gx", "H");
   d.divides("B", "Gb", "H");
   d.divides("C", "Gc", "H");
-  STD_TORCH_CHECK(state.is_contiguous(), "ssd_step: state must be contiguous");
+  LINMU_CHECK(state.is_contiguous(), "ssd_step: state must be contiguous");
 
   p.batch = d["B"], p.heads = d["H"], p.head_dim = d["P"], p.state_dim = d["N"];
   p.groups_x = d["Gx"], p.groups_b = d["Gb"], p.groups_c = d["Gc"];

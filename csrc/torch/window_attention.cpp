@@ -31,32 +31,32 @@ struct Table {
     p.tokens = static_cast<const int32_t*>(tokens.const_data_ptr());
     p.offsets = static_cast<const int32_t*>(offsets.const_data_ptr());
     p.coords = static_cast<const int32_t*>(pointer(coords));
-    STD_TORCH_CHECK(!bias_size || coords.has_value(), kOp, ": bias needs coords");
+    LINMU_CHECK(!bias_size || coords.has_value(), kOp, ": bias needs coords");
     if (!kValuesAreReadable) {
-      STD_TORCH_CHECK(num_offsets > 0, kOp, ": offsets must start with 0, got an empty tensor");
+      LINMU_CHECK(num_offsets > 0, kOp, ": offsets must start with 0, got an empty tensor");
       p.max_tokens = window[0] * window[1] * window[2];
       return;
     }
     covered.resize(static_cast<size_t>(num_tokens));
-    STD_TORCH_CHECK(num_offsets > 0 && p.offsets[0] == 0, kOp, ": offsets must start with 0, got ",
-                    num_offsets > 0 ? std::to_string(p.offsets[0]) : "an empty tensor");
+    LINMU_CHECK(num_offsets > 0 && p.offsets[0] == 0, kOp, ": offsets must start with 0, got ",
+                num_offsets > 0 ? std::to_string(p.offsets[0]) : "an empty tensor");
     for (int64_t w = 0; w < p.num_windows; ++w) {
       const int64_t size = static_cast<int64_t>(p.offsets[w + 1]) - p.offsets[w];
-      STD_TORCH_CHECK(size >= 0, kOp, ": offsets must not decrease, got ", p.offsets[w + 1], " after ", p.offsets[w]);
+      LINMU_CHECK(size >= 0, kOp, ": offsets must not decrease, got ", p.offsets[w + 1], " after ", p.offsets[w]);
       p.max_tokens = std::max(p.max_tokens, size);
     }
-    STD_TORCH_CHECK(p.offsets[p.num_windows] == num_visual, kOp, ": offsets must end with ", num_visual,
-                    ", the number of tokens, got ", p.offsets[p.num_windows]);
+    LINMU_CHECK(p.offsets[p.num_windows] == num_visual, kOp, ": offsets must end with ", num_visual,
+                ", the number of tokens, got ", p.offsets[p.num_windows]);
     for (int64_t i = 0; i < num_visual; ++i) {
       const int64_t t = p.tokens[i];
-      STD_TORCH_CHECK(t >= 0 && t < num_tokens, kOp, ": tokens must be in 0..", num_tokens - 1, ", got ", t);
-      STD_TORCH_CHECK(!covered[t], kOp, ": tokens must hold each token at most once, got ", t, " twice");
+      LINMU_CHECK(t >= 0 && t < num_tokens, kOp, ": tokens must be in 0..", num_tokens - 1, ", got ", t);
+      LINMU_CHECK(!covered[t], kOp, ": tokens must hold each token at most once, got ", t, " twice");
       covered[t] = 1;
     }
     p.covered = num_visual == num_tokens ? nullptr : covered.data();
     for (int64_t i = 0; bias_size && i < num_visual; ++i)
-      STD_TORCH_CHECK(p.coords[i] >= 0 && p.coords[i] <= (bias_size - 1) / 2, kOp, ": coords must be in 0..",
-                      (bias_size - 1) / 2, ", got ", p.coords[i]);
+      LINMU_CHECK(p.coords[i] >= 0 && p.coords[i] <= (bias_size - 1) / 2, kOp, ": coords must be in 0..",
+                  (bias_size - 1) / 2, ", got ", p.coords[i]);
   }
 };
 
@@ -87,24 +87,24 @@ struct Inputs {
     d("offsets", offsets, "W", ScalarType::Int);
     d("coords", coords, "V", ScalarType::Int);
     p.batch = d["B"], p.length = d["L"], p.heads = d["H"], p.groups = d["G"], p.head_dim = d["P"];
-    STD_TORCH_CHECK(p.batch * p.length <= INT32_MAX, kOp, ": q must have at most ", INT32_MAX, " tokens, got ",
-                    p.batch * p.length);
-    STD_TORCH_CHECK(window.size() == 3 && window[0] > 0 && window[1] > 0 && window[2] > 0, kOp,
-                    ": window must be three positive sizes, got ", window.size());
+    LINMU_CHECK(p.batch * p.length <= INT32_MAX, kOp, ": q must have at most ", INT32_MAX, " tokens, got ",
+                p.batch * p.length);
+    LINMU_CHECK(window.size() == 3 && window[0] > 0 && window[1] > 0 && window[2] > 0, kOp,
+                ": window must be three positive sizes, got ", window.size());
     if (bias.has_value()) {
       d("bias", bias, "H T Y X", acc);
-      STD_TORCH_CHECK(d["T"] == 2 * window[0] - 1 && d["Y"] == 2 * window[1] - 1 && d["X"] == 2 * window[2] - 1, kOp,
-                      ": bias must be (H, 2wt-1, 2wh-1, 2ww-1) with (wt, wh, ww)=(", window[0], ", ", window[1], ", ",
-                      window[2], "), got shape ", shape_text(*bias));
+      LINMU_CHECK(d["T"] == 2 * window[0] - 1 && d["Y"] == 2 * window[1] - 1 && d["X"] == 2 * window[2] - 1, kOp,
+                  ": bias must be (H, 2wt-1, 2wh-1, 2ww-1) with (wt, wh, ww)=(", window[0], ", ", window[1], ", ",
+                  window[2], "), got shape ", shape_text(*bias));
       p.bias_size = d["T"] * d["Y"] * d["X"];
     }
-    STD_TORCH_CHECK(cos.has_value() == sin.has_value(), kOp, ": cos and sin must be given together");
+    LINMU_CHECK(cos.has_value() == sin.has_value(), kOp, ": cos and sin must be given together");
     if (cos.has_value()) {
       d("cos", cos, cos->dim() == 3 && cos->size(0) == 1 ? "1 L R" : "B L R", acc);
       d("sin", sin, cos->size(0) == 1 ? "1 L R" : "B L R", acc);
       p.rotary_dim = d["R"], p.rotary_batch = cos->size(0) == p.batch;
-      STD_TORCH_CHECK(p.rotary_dim % 2 == 0 && p.rotary_dim <= p.head_dim, kOp,
-                      ": cos must have an even R of at most P=", p.head_dim, ", got R=", p.rotary_dim);
+      LINMU_CHECK(p.rotary_dim % 2 == 0 && p.rotary_dim <= p.head_dim, kOp,
+                  ": cos must have an even R of at most P=", p.head_dim, ", got R=", p.rotary_dim);
     }
     table.emplace(tokens, offsets, coords, p.batch * p.length, p.bias_size, window, p);
     p.q = rows(q), p.k = rows(k), p.v = rows(v);

@@ -14,7 +14,7 @@ def visiting_order(op: str, token_order: Tensor | None, like: Tensor) -> tuple[T
         return in_place, in_place
     order = token_order.long()
     if not torch.equal(order.sort(1).values, in_place):
-        raise RuntimeError(f"{op}: token_order must hold every position 0..L-1 once per row")
+        raise ValueError(f"{op}: token_order must hold every position 0..L-1 once per row")
     return order, order.argsort(1)
 
 

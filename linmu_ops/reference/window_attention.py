@@ -25,7 +25,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def _check(tokens: Tensor, offsets: Tensor, coords: Tensor | None, num_tokens: int, centre: int | None) -> None:
     def require(ok: bool, what: str) -> None:
         if not ok:
-            raise RuntimeError(f"window_attention: {what}")
+            raise ValueError(f"window_attention: {what}")
 
     ends = offsets.tolist()
     require(bool(ends) and ends[0] == 0, "offsets must start with 0")

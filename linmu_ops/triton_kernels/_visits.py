@@ -21,7 +21,7 @@ def checked_order(op: str, token_order: Tensor | None) -> Tensor | None:
     if order.device.type != "cpu":
         return order.clamp(0, max(order.shape[1] - 1, 0))
     if not bool((order.sort(1).values == torch.arange(order.shape[1], device=order.device)).all()):
-        raise RuntimeError(f"{op}: token_order must hold every position 0..L-1 once per row")
+        raise ValueError(f"{op}: token_order must hold every position 0..L-1 once per row")
     return order
 
 

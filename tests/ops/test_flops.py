@@ -1,0 +1,64 @@
+"""PyTorch's counter counts an op's own matrix products, forward and backward, whatever implementation serves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import linmu_ops
+from linmu_ops import _registry
+from linmu_ops._testing import small_inputs
+
+# Of the small cases, by hand: forward; the backward's follow.
+COUNTS = {
+    "branch_mix_norm": (0, 0),
+    "causal_conv1d": (2 * (2 * 19 * 24) * 4, 2),
+    "causal_conv1d_step": (2 * (2 * 24) * 4, None),
+    "ssd_scan": (2 * 4 * (2 * 37 * 8) * 8 * 12, 2),  # both directions
+    "ssd_step": (4 * (2 * 8) * 8 * 12, None),
+    # Grid (3, 5, 6), windows of (2, 3, 4): 2 + 1 by 3 + 2 by 4 + 2 tokens, in two rows.
+    "window_attention": (4 * 4 * 16 * 2 * (2**2 + 1) * (3**2 + 2**2) * (4**2 + 2**2), 2.5),
+}
+
+
+def counted(run):
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("op", sorted(_registry.OPS))
+def test_count(op, impl):
+    forward, times = COUNTS[op]
+    inputs = small_inputs(op)
+    with linmu_ops.use_impl(f"{op}:{impl}"):
+        assert counted(lambda: getattr(linmu_ops, op)(**inputs)) == forward
+        if times is None:
+            return
+        next(iter(inputs.values())).requires_grad_()
+        out = getattr(linmu_ops, op)(**inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        assert counted(lambda: out.sum().backward()) == forward * times
+
+
+def test_every_op_of_every_namespace_has_a_formula():
+    from torch.utils.flop_counter import flop_registry
+
+    for op in _registry.OPS.values():
+        for namespace in _registry._libraries:
+            for entry, *_ in op.entries:
+                assert getattr(getattr(torch.ops, namespace), entry) in flop_registry
+
+
+def test_counter_imported_later_knows_them_and_earlier_too():
+    imports = ["import linmu_ops", "from torch.utils.flop_counter import flop_registry"]
+    for lines in (imports, imports[::-1]):
+        code = "; ".join(["import torch", *lines, "print(torch.ops.linmu.ssd_scan_bwd in flop_registry)"])
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+        assert done.stdout == "True\n", done.stderr
