@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..causal_conv1d import causal_conv1d
 from ..causal_conv1d_step import causal_conv1d_step
 from ._inputs import expand_as, last_tokens, real_tokens_first
+from .state import written_in_place
 
 
 class CausalConv1d(nn.Module):
@@ -36,7 +37,7 @@ class CausalConv1d(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, L, channels), order (B, L) int32, state (B, K - 1, channels) -> y, new state (or None)."""
-        if x.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+        if x.shape[1] == 1 and state is not None and written_in_place():
             # Of its own where it may not be written to as it is: under an autocast that began or ended in between, or
             # in a row of padding.
             new = state.clone() if attention_mask is not None else state

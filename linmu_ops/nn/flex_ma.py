@@ -17,7 +17,7 @@ from ..token_layout import TokenLayout
 from ._inputs import Rotary, apply_rotary, check_inputs, ridge, split_heads, without_padding
 from .config import PAPER, MMATEConfig
 from .conv import CausalConv1d
-from .state import MMATEState, continue_state
+from .state import MMATEState, continue_state, written_in_place
 
 _STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
 # Channels that the normaliser adds to X: a one, and zeros so that rows of 16-bit numbers stay aligned to 16 bytes.
@@ -225,7 +225,7 @@ class FlexMA(nn.Module):
         dt, A = _step_size(self.dt_proj(z), attention_mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         ssm = None if state is None else state.ssm
-        if length == 1 and layout is None and ssm is not None and not torch.is_grad_enabled():
+        if length == 1 and layout is None and ssm is not None and written_in_place():
             y = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)[:, None]
         else:
             if layout is not None and config.reverse:

@@ -26,7 +26,7 @@ from ._inputs import (
     without_padding,
 )
 from .config import PAPER, MMATEConfig
-from .state import MMATEState, check_state, continue_state
+from .state import MMATEState, check_state, continue_state, written_in_place
 from .text_window import (
     Rule,
     Sinks,
@@ -297,7 +297,7 @@ class LocalSwin(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, state: MMATEState, rule: Rule
     ) -> tuple[Tensor, Tensor, Tensor, MMATEState]:
         """`_text` of one token of text: y, mass, how many tokens lie beyond its window (B, 1), the new state, whose
-        keys and values are the old one's, written to in place, where gradients are off."""
+        keys and values are the old one's where `written_in_place`."""
         keys, values, seen = state.keys, state.values, state.seen
         assert keys is not None and values is not None and seen is not None
         window, groups = self.config.text_window, k.shape[2]
@@ -311,7 +311,7 @@ class LocalSwin(nn.Module):
 
         def written(old: Tensor, new: Tensor) -> Tensor:
             new = new.to(old.dtype).transpose(1, 2)
-            if torch.is_grad_enabled():
+            if not written_in_place():
                 # A place that is scattered to twice, with the same key, would be given its gradient twice.
                 hit = (torch.arange(old.shape[2], device=old.device) == places[..., None]).any(1)
                 return torch.where((hit if real is None else hit & real)[:, None, :, None], new, old)

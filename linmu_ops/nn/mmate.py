@@ -126,8 +126,8 @@ class MMATE(nn.Module):
             position_embeddings: (cos, sin), each (B or 1, L, R), R <= head size, of these L tokens.
             attention_mask: (B, L) bool, False at padding, which may lie anywhere among text. No other token sees it,
                 whatever its hidden states and position embeddings hold.
-            state: what an earlier call left. With gradients off, it is updated in place (its tensors keep their
-                addresses); with gradients on, it is left as it is.
+            state: what an earlier call left. Under `torch.no_grad` or inference mode it is updated in place (its
+                tensors keep their addresses). With gradients on, and inside a checkpoint, it is left as it is.
             return_state: also return the state after these tokens.
 
         Returns:

@@ -58,6 +58,17 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
         )
 
 
+def written_in_place() -> bool:
+    """Whether a state that is given is overwritten: gradients are off, and it was the caller who put them off.
+
+    Autograd puts them off as well, for the forward of a `torch.autograd.Function`: of a reentrant checkpoint, which will
+    run that forward once more, from the same state. There forward-mode AD is off too, as under no_grad it is not.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return not torch.is_grad_enabled()
+    return torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()
+
+
 def continue_state(state: MMATEState | None, new: MMATEState) -> MMATEState:
-    """What a call leaves behind: with gradients off, the state it was given, overwritten in place."""
-    return new if state is None or torch.is_grad_enabled() else state.copy_(new)
+    """What a call leaves behind: the state it was given, overwritten, or a new one; see `written_in_place`."""
+    return state.copy_(new) if state is not None and written_in_place() else new
