@@ -23,6 +23,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATE, MMATEConfig
+from linmu_ops.nn.state import in_checkpoint
 
 from .cache import linear_layer
 from .config import read_linmu
@@ -123,6 +124,10 @@ class LinmuAttention(MMATE):
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding
             )
             return out, None
+        if in_checkpoint():
+            raise RuntimeError(
+                "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"
+            )
         layer = linear_layer(cache, self.layer_idx, self.beside_attention)
         out, state = super().forward(
             hidden_states,

@@ -56,7 +56,7 @@ class Transformed:
         torch.library.register_vmap(kernel._name, per_sample)
         if bwd_kernel is None or bwd_reference is None or setup_context is None or formula is None:
             return
-        bwd = _second(self, bwd_kernel, bwd_reference)
+        gradient, bwd = formula, _second(self, bwd_kernel, bwd_reference)
 
         call_bwd = self.bwd = bwd.apply
 
@@ -72,7 +72,7 @@ class Transformed:
 
             @staticmethod
             def backward(ctx: Any, *grads: Any) -> Any:
-                return formula(ctx, call_bwd, *grads)
+                return gradient(ctx, call_bwd, *grads)
 
             @staticmethod
             def vmap(info: Any, dims: Any, *args: Any) -> Any:

@@ -58,15 +58,22 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
         )
 
 
-def written_in_place() -> bool:
-    """Whether a state that is given is overwritten: gradients are off, and it was the caller who put them off.
+def _in_function() -> bool:
+    """Whether this is the forward of a `torch.autograd.Function`, as that of a reentrant checkpoint.
 
-    Autograd puts them off as well, for the forward of a `torch.autograd.Function`: of a reentrant checkpoint, which will
-    run that forward once more, from the same state. There forward-mode AD is off too, as under no_grad it is not.
+    Autograd turns gradients off there, and forward-mode AD, which no_grad leaves on.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return not torch.is_grad_enabled()
-    return torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled()
+    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+
+
+def in_checkpoint() -> bool:
+    """Whether this forward may be one of two: under a reentrant checkpoint, or run again during a backward pass."""
+    return not torch.compiler.is_compiling() and (_in_function() or torch._C._current_graph_task_id() != -1)
+
+
+def written_in_place() -> bool:
+    """Whether a state that is given is overwritten: gradients are off, and it was the caller who put them off."""
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or not _in_function())
 
 
 def continue_state(state: MMATEState | None, new: MMATEState) -> MMATEState:

@@ -7,6 +7,8 @@ import copy
 import peft
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 import linmu_models
 
@@ -53,6 +55,20 @@ def test_gradient_checkpointing_changes_nothing(family, reentrant):
     assert loss == again and expected.keys() == found.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_cache_inside_a_checkpoint_is_refused(reentrant):
+    """The layer's second run would start from what its first had added."""
+    model = linmu_models.convert(tiny.teacher("qwen2"), tiny.NARROW)
+    hidden = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+    block, cache = model.model.layers[0].self_attn, DynamicCache(config=model.config)
+
+    def train():
+        checkpoint(lambda h: block(h, cache=cache)[0], hidden, use_reentrant=reentrant).sum().backward()
+
+    with pytest.raises(RuntimeError, match="cache must be None inside a checkpoint"):
+        train()
 
 
 @pytest.mark.parametrize("family", list(tiny.BUILDERS))
