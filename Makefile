@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
-.PHONY: setup build test test-all asan env demo lint clean FORCE
+.PHONY: setup build test test-all fuzz asan env demo lint clean FORCE
 
 .venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +26,11 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -q -n 2 --durations=10
+
+# Random cases of ops and blocks without a fixed seed, by the kernels of every instruction set.
+SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 # The libraries under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 ASAN_PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(lib)))

@@ -1,0 +1,209 @@
+"""Random blocks: MMATE with any options against its definition, in pieces, token by token, and in padded batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import reject
+from hypothesis import strategies as st
+
+from linmu_ops import MMATE, MMATEConfig, TokenLayout
+from linmu_ops.nn.config import CHOICES
+
+from .tensors import seeds
+
+WINDOWS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)).map(list)
+# Values of options that are neither a switch nor a choice; those of an option that is not there any more are not used.
+VALUES: dict[str, st.SearchStrategy[Any]] = dict(
+    feature_dim=st.sampled_from((4, 8, 11)), initial_gate=st.sampled_from((0.1, 0.9)),
+    initial_decay=st.sampled_from((0.5, 0.9999, (0.9, 0.999))), initial_scale=st.sampled_from((0.5, 8.0)),
+    conv_width=st.integers(2, 8), window=WINDOWS, image_window=st.none() | WINDOWS, text_window=st.integers(1, 9),
+    sink_tokens=st.integers(1, 5), initial_mix=st.sampled_from((0.2, 0.9)), norm_eps=st.just(1e-5),
+)  # fmt: skip
+KNOWN = {f.name for f in dataclasses.fields(MMATEConfig)}
+SWITCHES = [f.name for f in dataclasses.fields(MMATEConfig) if isinstance(f.default, bool)]
+options = st.fixed_dictionaries({}, optional={
+    **{k: st.just(not getattr(MMATEConfig(), k)) for k in SWITCHES},
+    **{k: st.sampled_from(v) for k, v in CHOICES.items()}, **{k: v for k, v in VALUES.items() if k in KNOWN},
+})  # fmt: skip
+# Of a row: [text before, gaps, sizes] of each block, then text.
+rows = st.tuples(
+    st.lists(
+        st.tuples(st.integers(0, 5), st.integers(0, 2), st.tuples(*[st.integers(1, 3)] * 3).map(list)).map(list),
+        max_size=2,
+    ),
+    st.integers(1, 6),
+).map(list)  # fmt: skip
+cases = st.fixed_dictionaries(dict(
+    seed=seeds, options=options, layer_idx=st.integers(0, 5),
+    heads=st.sampled_from(([1, 1], [2, 1], [2, 2], [4, 2])), head_dim=st.sampled_from((2, 4, 6)),
+    rotary=st.integers(0, 3), qk_norm=st.booleans(), bias=st.booleans(), rows=st.lists(rows, min_size=1, max_size=3),
+))  # fmt: skip
+DIM = 10
+
+
+@functools.cache
+def definition() -> Any:
+    path = Path(__file__).parents[1] / "nn" / "definition.py"
+    spec = importlib.util.spec_from_file_location("definition", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(case: dict[str, Any]) -> MMATE:
+    """A block in float64, every parameter moved off its neutral start."""
+    try:
+        config = MMATEConfig(**dict(window=(2, 2, 2), image_window=(1, 2, 3)) | case["options"])
+    except ValueError:
+        reject()
+    torch.manual_seed(case["seed"])
+    H, G = case["heads"]
+    norm = functools.partial(torch.nn.RMSNorm, eps=1e-6) if case["qk_norm"] else None
+    block = MMATE(
+        DIM, H, G, case["head_dim"], layer_idx=case["layer_idx"], qkv_bias=case["bias"], out_bias=case["bias"],
+        qk_norm=norm, config=config,
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return block.double()
+
+
+def blocks_of(row: list[Any], generator: torch.Generator) -> tuple[list[Any], int]:
+    """[(sizes, positions)] and the length of a row; text lies within a block where it has gaps."""
+    found, at = [], 0
+    for before, gaps, sizes in row[0]:
+        at += before
+        n = math.prod(sizes)
+        slots = torch.randperm(n + gaps, generator=generator)[:n].sort().values + at
+        found.append((tuple(sizes), slots.tolist()))
+        at += n + gaps
+    return found, at + row[1]
+
+
+def layout_of(blocks: list[list[Any]], length: int) -> TokenLayout:
+    table = [(i, *sizes) for i, many in enumerate(blocks) for sizes, _ in many]
+    return TokenLayout(table, [p for many in blocks for _, at in many for p in at], len(blocks), length)
+
+
+class Prompt:
+    """Hidden states, rotary embeddings and blocks of each row of the case, of its own length."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        g = self.generator = torch.Generator().manual_seed(case["seed"])
+        self.blocks, self.z, self.turns = [], [], []
+        R = min(case["rotary"], case["head_dim"] // 2)
+        for row in case["rows"]:
+            blocks, length = blocks_of(row, g)
+            self.blocks.append(blocks)
+            self.z.append(torch.randn(length, DIM, generator=g, dtype=torch.float64))
+            angle = torch.randn(length, R, generator=g, dtype=torch.float64)
+            if case["options"].get("rotary_interleaved"):
+                angle = angle.repeat_interleave(2, -1)
+            else:
+                angle = torch.cat((angle, angle), -1)
+            self.turns.append((angle.cos(), angle.sin()))
+
+    def call(self, i: int, start: int = 0, end: int | None = None) -> dict[str, Any]:
+        """Arguments of a call on a part of row i."""
+        end = len(self.z[i]) if end is None else end
+        inside = [(s, [p - start for p in ps]) for s, ps in self.blocks[i] if start <= ps[0] < end]
+        cos, sin = (t[None, start:end] for t in self.turns[i])
+        layout = layout_of([inside], end - start) if inside else None
+        return dict(hidden_states=self.z[i][None, start:end], layout=layout, position_embeddings=(cos, sin))
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def defined(case: dict[str, Any]) -> None:
+    """The whole forward is that of the definition."""
+    block, prompt = build(case), Prompt(case)
+    for i in range(len(prompt.z)):
+        turn = prompt.turns[i]
+        close(block(**prompt.call(i))[0], definition().mmate(block, prompt.z[i], prompt.blocks[i], turn))
+
+
+carried_cases = st.tuples(cases, st.lists(st.integers(1, 60), max_size=4), st.booleans()).map(
+    lambda c: c[0] | dict(cuts=c[1], grad=c[2])
+)
+
+
+def carried(case: dict[str, Any]) -> None:
+    """Prefill in pieces, then token by token, is one call; so are the gradients where the state carries them."""
+    block, prompt = build(case), Prompt(case)
+    z = prompt.z[0]
+    if case["grad"]:
+        z.requires_grad_()
+    whole = block(**prompt.call(0))
+    ends = [(min(ps), max(ps) + 1) for _, ps in prompt.blocks[0]]
+    last = max((b for _, b in ends), default=0)
+    cuts = {c % len(z) for c in case["cuts"]} | set(range(last + 1, len(z)))
+    cuts = [0, *sorted(c for c in cuts if c > 0 and not any(a < c < b for a, b in ends)), len(z)]
+    state, found = block.init_state(1), []
+    with torch.set_grad_enabled(case["grad"]):
+        for a, b in itertools.pairwise(cuts):
+            y, state = block(**prompt.call(0, a, b), state=state, return_state=True)
+            found.append(y)
+    close(torch.cat(found, 1), whole)
+    if case["grad"]:
+        wrt = [z, *(p for p in block.parameters())]
+        weight = torch.randn(whole.shape, generator=prompt.generator, dtype=whole.dtype)
+        pairs = zip(*(torch.autograd.grad((y * weight).sum(), wrt, allow_unused=True) for y in (
+            torch.cat(found, 1), whole
+        )), strict=True)  # fmt: skip
+        for p, (got, want) in zip(wrt, pairs, strict=True):
+            zero = torch.zeros_like(p)
+            got, want = (zero if g is None else g for g in (got, want))
+            torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8 * float(1 + want.abs().max()))
+
+
+padded_cases = st.tuples(cases, st.sampled_from(("left", "right", "both", "text")), st.integers(0, 3)).map(
+    lambda c: c[0] | dict(side=c[1], extra=c[2])
+)
+
+
+@torch.no_grad()
+def padded(case: dict[str, Any]) -> None:
+    """A batch of rows of different lengths, with NaN at padding, is each row alone, and so are later steps."""
+    block, prompt = build(case), Prompt(case)
+    B, L = len(prompt.z), max(map(len, prompt.z)) + case["extra"]
+    z = torch.full((B, L, DIM), float("nan"), dtype=torch.float64)
+    turns = [torch.zeros(B, L, prompt.turns[0][0].shape[1], dtype=torch.float64) for _ in range(2)]
+    mask, blocks, kept = torch.zeros(B, L, dtype=torch.bool), [], []
+    for i, row in enumerate(prompt.z):
+        spare = L - len(row)
+        first = {"left": spare, "right": 0, "both": spare // 2, "text": 0}[case["side"]]
+        at = list(range(first, first + len(row)))
+        if case["side"] == "text":  # anywhere
+            at = torch.randperm(L, generator=prompt.generator)[: len(row)].sort().values.tolist()
+        kept.append(at)
+        z[i, at], mask[i, at] = row, True
+        for t, own in zip(turns, prompt.turns[i], strict=True):
+            t[i, at] = own
+        blocks.append([(s, [at[p] for p in ps]) for s, ps in prompt.blocks[i]])
+    out, state = block(
+        z, layout=layout_of(blocks, L), position_embeddings=tuple(turns), attention_mask=mask, return_state=True
+    )
+    assert out.isfinite().all()
+    alone = [block(**prompt.call(i), return_state=True) for i in range(B)]
+    for i, at in enumerate(kept):
+        close(out[i, at], alone[i][0][0])
+    new = torch.randn(B, 2, DIM, generator=prompt.generator, dtype=torch.float64)
+    turn = tuple(t[:, :1].clone() for t in turns)
+    for step in range(2):
+        out = block(new[:, step : step + 1], position_embeddings=turn, state=state)
+        for i in range(B):
+            own = tuple(t[i : i + 1] for t in turn)
+            one = block(new[i : i + 1, step : step + 1], position_embeddings=own, state=alone[i][1])
+            close(out[i], one[0])

@@ -1,0 +1,263 @@
+"""Random calls of every op: sizes, groups, dtypes, options crossed, values and places of each tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import reject
+from hypothesis import strategies as st
+
+from linmu_ops import TokenLayout
+from linmu_ops.branch_mix_norm import NORMS
+from linmu_ops.ssd_scan import DIFFERENTIABLE, DIRECTIONS
+from linmu_ops.window_attention import WRAPS
+
+from .tensors import DTYPES, Tensors, batches, dtypes, judge, manners, seeds, sizes, some, threads, with_threads
+
+MOST = 200_000  # elements of a state, or scores: a case takes milliseconds
+
+HEADS = st.sampled_from((1, 2, 3, 4, 6, 8, 12)).flatmap(
+    lambda h: st.tuples(st.just(h), *[st.sampled_from([g for g in range(1, h + 1) if h % g == 0])] * 3)
+).map(list)  # fmt: skip
+SMALL = ("dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate", "weight", "bias", "mix")
+# Where a tensor may be of another dtype than the values'; float64 only beside float64.
+mixed = st.dictionaries(st.sampled_from(SMALL), dtypes)
+common = dict(seed=seeds, dtype=dtypes, mixed=mixed, threads=threads)
+
+
+def case(**strategies: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({**common, **strategies})
+
+
+def other_dtype(case: dict[str, Any], t: Tensors, name: str) -> torch.dtype:
+    given = DTYPES[case["mixed"].get(name, "float32")]
+    return t.small if given == torch.float64 != t.dtype or name not in case["mixed"] else given
+
+
+SCAN_TENSORS = (
+    "x", "dt", "A", "B", "C", "D", "dt_bias", "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C",
+    "gate", "reverse_mask", "reverse_seq_idx", "seq_idx", "token_order", "initial_state",
+)  # fmt: skip
+ssd_scan_cases = case(
+    B=batches, L=sizes(130), heads=HEADS, P=sizes(70), N=sizes(70), direction=st.sampled_from(DIRECTIONS),
+    options=some(
+        "D", "dt_bias", "dt_softplus", "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C", "gate",
+        "head_gate", "reverse_mask", "reverse_seq_idx", "seq_idx", "token_order", "initial_state", "return_final_state",
+    ),
+    chunk_size=st.none() | st.integers(1, 140), manners=manners(*SCAN_TENSORS),
+)  # fmt: skip
+
+
+def scan_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, L, P, N, (H, Gx, Gb, Gc) = case["B"], case["L"], case["P"], case["N"], case["heads"]
+    if B * H * P * N > MOST:
+        reject()
+    t, direction, options = Tensors(case), case["direction"], case["options"]
+    softplus = "dt_softplus" in options
+    shapes: dict[str, tuple[Any, ...]] = dict(
+        x=(B, L, Gx, P), dt=(B, L, H), A=(H,), B=(B, L, Gb, N), C=(B, L, Gc, N), D=(H,), dt_bias=(H,),
+        initial_state=(B, H, P, N), gate=(B, L, H),
+    )  # fmt: skip
+    for name in ("dt", "dt_bias", "A", "B", "C"):
+        shapes[f"reverse_{name}"] = shapes[name]
+    for name in ("seq_idx", "reverse_seq_idx", "token_order", "reverse_mask", *shapes):
+        plain = name.removeprefix("reverse_")
+        backward = name.startswith("reverse_")
+        if name not in ("x", "dt", "A", "B", "C", *options) and not (name == "gate" and "head_gate" in options):
+            continue
+        if (backward and direction == "forward") or (name == "gate" and direction != "both"):
+            continue
+        if name == "gate":
+            t.draw(name, (H,) if "head_gate" in options else shapes[name], "uniform", other_dtype(case, t, name))
+        elif plain == "seq_idx":
+            t.segments(name, B, L)
+        elif name == "token_order":
+            t.order(B, L)
+        elif name == "reverse_mask":
+            t.mask(name, B, L)
+        elif plain == "A":
+            factor = 2 if case["seed"] % 3 else 0.01
+            t.draw(name, shapes[name], "uniform", other_dtype(case, t, name), -factor)
+        elif plain in ("dt", "dt_bias"):
+            t.draw(name, shapes[name], "normal" if softplus else "uniform", other_dtype(case, t, name))
+        elif name == "initial_state":
+            t.draw(name, shapes[name], dtype=t.small)
+        else:
+            t.draw(name, shapes[name], dtype=other_dtype(case, t, name) if name == "D" else t.dtype)
+    final = "return_final_state" in options
+    return t, dict(
+        direction=direction, dt_softplus=softplus, return_final_state=final, chunk_size=case["chunk_size"]
+    )  # fmt: skip
+
+
+@with_threads
+def ssd_scan(case: dict[str, Any]) -> None:
+    t, options = scan_inputs(case)
+    judge("ssd_scan", t, options, [k for k in DIFFERENTIABLE if k in t.bases])
+
+
+ssd_step_cases = case(
+    B=batches, heads=HEADS, P=sizes(130), N=sizes(130), options=some("D", "dt_bias", "dt_softplus"),
+    manners=manners("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
+)  # fmt: skip
+
+
+@with_threads
+def ssd_step(case: dict[str, Any]) -> None:
+    B, P, N, (H, Gx, Gb, Gc) = case["B"], case["P"], case["N"], case["heads"]
+    if B * H * P * N > MOST:
+        reject()
+    t, softplus = Tensors(case), "dt_softplus" in case["options"]
+    t.draw("state", (B, H, P, N), dtype=t.small)
+    for name, shape in dict(x=(B, Gx, P), B=(B, Gb, N), C=(B, Gc, N)).items():
+        t.draw(name, shape)
+    t.draw("dt", (B, H), "normal" if softplus else "uniform", other_dtype(case, t, "dt"))
+    t.draw("A", (H,), "uniform", other_dtype(case, t, "A"), -1)
+    if "D" in case["options"]:
+        t.draw("D", (H,), dtype=other_dtype(case, t, "D"))
+    if "dt_bias" in case["options"]:
+        t.draw("dt_bias", (H,), "normal" if softplus else "uniform", other_dtype(case, t, "dt_bias"))
+    judge("ssd_step", t, dict(dt_softplus=softplus), [])
+
+
+causal_conv1d_cases = case(
+    B=batches, L=sizes(130), D=sizes(130), K=st.integers(1, 8), activation=st.sampled_from((None, "silu")),
+    options=some("bias", "seq_idx", "token_order", "initial_state", "return_final_state"),
+    manners=manners("x", "weight", "bias", "seq_idx", "token_order", "initial_state"),
+)  # fmt: skip
+
+
+def conv_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, L, D, K, options, t = case["B"], case["L"], case["D"], case["K"], case["options"], Tensors(case)
+    t.draw("x", (B, L, D))
+    t.draw("weight", (D, K), dtype=other_dtype(case, t, "weight"))
+    if "bias" in options:
+        t.draw("bias", (D,), dtype=other_dtype(case, t, "bias"))
+    if "seq_idx" in options:
+        t.segments("seq_idx", B, L)
+    if "token_order" in options:
+        t.order(B, L)
+    if "initial_state" in options:
+        t.draw("initial_state", (B, K - 1, D))
+    return t, dict(activation=case["activation"], return_final_state="return_final_state" in options)
+
+
+@with_threads
+def causal_conv1d(case: dict[str, Any]) -> None:
+    t, options = conv_inputs(case)
+    judge("causal_conv1d", t, options, [k for k in ("x", "weight", "bias", "initial_state") if k in t.bases])
+
+
+causal_conv1d_step_cases = case(
+    B=batches, D=sizes(130), K=st.integers(1, 8), activation=st.sampled_from((None, "silu")), options=some("bias"),
+    manners=manners("state", "x", "weight", "bias"),
+)  # fmt: skip
+
+
+@with_threads
+def causal_conv1d_step(case: dict[str, Any]) -> None:
+    B, D, K, t = case["B"], case["D"], case["K"], Tensors(case)
+    t.draw("state", (B, K - 1, D))
+    t.draw("x", (B, D))
+    t.draw("weight", (D, K), dtype=other_dtype(case, t, "weight"))
+    if case["options"]:
+        t.draw("bias", (D,), dtype=other_dtype(case, t, "bias"))
+    judge("causal_conv1d_step", t, dict(activation=case["activation"]), [])
+
+
+branch_mix_norm_cases = case(
+    B=batches, L=sizes(70), D=sizes(130), mix=st.sampled_from(("one", "channels", "tokens")),
+    norm=st.sampled_from(NORMS), eps=st.sampled_from((1e-6, 1e-5, 1e-2, 1.0)), options=some("mask", "weight", "bias"),
+    manners=manners("a", "b", "mix", "mask", "weight", "bias"),
+)  # fmt: skip
+
+
+def branch_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, L, D, norm, t = case["B"], case["L"], case["D"], case["norm"], Tensors(case)
+    t.draw("a", (B, L, D))
+    t.draw("b", (B, L, D))
+    shape = {"one": (1,), "channels": (D,), "tokens": (B, L)}[case["mix"]]
+    t.draw("mix", shape, "uniform", other_dtype(case, t, "mix"))
+    if "mask" in case["options"]:
+        t.mask("mask", B, L)
+    if "weight" in case["options"] and norm != "none":
+        t.draw("weight", (D,), dtype=other_dtype(case, t, "weight"))
+    if "bias" in case["options"] and norm == "layer":
+        t.draw("bias", (D,), dtype=other_dtype(case, t, "bias"))
+    return t, dict(norm=norm, eps=case["eps"])
+
+
+@with_threads
+def branch_mix_norm(case: dict[str, Any]) -> None:
+    t, options = branch_inputs(case)
+    judge("branch_mix_norm", t, options, [k for k in ("a", "b", "mix", "weight", "bias") if k in t.bases])
+
+
+TRIPLES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)).map(list)
+SHIFTS = st.tuples(*[st.integers(0, 6)] * 3).map(list)
+window_attention_cases = case(
+    B=batches, heads=st.sampled_from((1, 2, 3, 4, 6)).flatmap(
+        lambda h: st.tuples(st.just(h), st.sampled_from([g for g in range(1, h + 1) if h % g == 0]))
+    ).map(list),
+    P=sizes(130, 1), grid=TRIPLES, window=TRIPLES, shift=SHIFTS, wrap=st.sampled_from(WRAPS),
+    image_window=st.none() | TRIPLES, image_shift=st.none() | SHIFTS,
+    blocks=st.none() | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), TRIPLES).map(list), max_size=3),
+    rotary=st.integers(0, 65), scale=st.none() | st.sampled_from((1.0, -0.3, 0.0, 1e-3)),
+    options=some("bias", "one_rotary", "interleaved", "causal", "return_lse"),
+    manners=manners("q", "k", "v", "bias", "cos", "sin"),
+)  # fmt: skip
+
+
+def layout_of(blocks: list[list[Any]], rows: int, length: int | None = None) -> TokenLayout:
+    """Each row holds [text before, text between two frames, sizes] of each block."""
+    table, positions, longest = [], [], 1
+    for row in range(rows):
+        at = 0
+        for before, between, (T, H, W) in blocks[row % max(len(blocks), 1) :]:
+            at += before
+            table.append((row, T, H, W))
+            for _ in range(T):
+                positions += range(at, at + H * W)
+                at += H * W + between
+        longest = max(longest, at + 1)
+    return TokenLayout(table, positions, rows, longest)
+
+
+def window_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, P, (H, G), t = case["B"], case["P"], case["heads"], Tensors(case)
+    if case["blocks"] is None:
+        L, where = math.prod(case["grid"]), dict(grid=tuple(case["grid"]))
+    else:
+        layout = layout_of(case["blocks"], B)
+        L, where = layout.length, dict(layout=layout)
+    if B * H * L * min(L, math.prod(case["window"])) > 2 * MOST:
+        reject()
+    for name, heads in (("q", H), ("k", G), ("v", G)):
+        t.draw(name, (B, L, heads, P))
+    options = dict(
+        window=tuple(case["window"]), shift=tuple(case["shift"]), wrap=case["wrap"], scale=case["scale"],
+        interleaved="interleaved" in case["options"], causal="causal" in case["options"],
+        return_lse="return_lse" in case["options"], image_shift=case["image_shift"], **where,
+    )  # fmt: skip
+    if case["image_window"] is not None:
+        options |= dict(image_window=tuple(case["image_window"]))
+    elif "bias" in case["options"]:
+        t.draw("bias", (H, *(2 * w - 1 for w in case["window"])), dtype=other_dtype(case, t, "bias"))
+    if R := min(case["rotary"], P) // 2 * 2:
+        angle = 3 * t.normal((1 if "one_rotary" in case["options"] else B, L, R // 2), "normal")
+        angle = angle.repeat_interleave(2, -1) if options["interleaved"] else torch.cat((angle, angle), -1)
+        t.add("cos", angle.cos().to(t.small))
+        t.add("sin", angle.sin().to(t.small))
+    return t, options
+
+
+@with_threads
+def window_attention(case: dict[str, Any]) -> None:
+    t, options = window_inputs(case)
+
+    def comparable(out: Any) -> Any:
+        return (out[0], out[1].masked_fill(out[1] == -math.inf, 0)) if options["return_lse"] else out
+
+    judge("window_attention", t, options, [k for k in ("q", "k", "v", "bias") if k in t.bases], comparable)
