@@ -66,7 +66,7 @@ def check_pixels(kind: str, width: int, height: int) -> None:
 
 def too_large(kind: str) -> UnreadableError:
     """The error for what has more than `MOST_PIXELS`."""
-    return UnreadableError(f"{kind} over {MOST_PIXELS // 10**6} megapixels: make it smaller")
+    return UnreadableError(f"{kind} over 178 megapixels: make it smaller")
 
 
 @contextmanager

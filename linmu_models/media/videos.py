@@ -177,9 +177,13 @@ class _Film:
         import av
 
         ends: dict[int, float] = {}
+        entries = self._stream.index_entries
         try:
             self._container.seek(1 << 50, stream=self._stream, backward=True)
             self._note_ends(ends)
+            if self._stream.index not in ends and len(entries):  # The last entry may be a mere mark of the end.
+                self._container.seek(entries[len(entries) - 1].timestamp - 1, stream=self._stream, backward=True)
+                self._note_ends(ends)
         except (av.error.FFmpegError, OSError):
             pass
         if self._stream.index not in ends:
@@ -191,22 +195,18 @@ class _Film:
     def _note_ends(self, ends: dict[int, float]) -> None:
         import av
 
-        count = 0
         try:
             for packet in self._container.demux():
                 if not packet.size or packet.stream.type not in ("video", "audio"):
                     continue
-                mine = packet.stream.index == self._stream.index
-                count += mine
+                index, clock = packet.stream.index, packet.time_base
+                frame = 1 / self._rate if index == self._stream.index else 0.0
                 ticks = packet.pts if packet.pts is not None else packet.dts
-                if ticks is not None:
-                    length = packet.duration or (1 / self._rate / packet.time_base if mine else 0)
-                    end = float((ticks + Fraction(length)) * packet.time_base)
-                elif mine:
-                    end = count / self._rate
+                if ticks is None:
+                    ends[index] = ends.get(index, 0.0) + frame
                 else:
-                    continue
-                ends[packet.stream.index] = max(end, ends.get(packet.stream.index, end))
+                    end = float(ticks * clock) + (float(packet.duration * clock) if packet.duration else frame)
+                    ends[index] = max(end, ends.get(index, end))
         except av.error.FFmpegError:
             pass  # What can be read ends here.
 
