@@ -18,7 +18,7 @@ from ._inputs import Rotary, check_inputs, prepare_layout, ridge, without_paddin
 from .config import PAPER, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
-from .state import MMATEState, check_state, continue_state
+from .state import MMATEState, activations, check_state, continue_state
 
 _SPAN = 8.0
 
@@ -194,10 +194,11 @@ class MMATE(nn.Module):
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MMATEState:
-        """The state before the first token: zeros. dtype of the hidden states; the parameters' if None."""
-        # Some other parameters are float32 in a half precision model.
-        like = (self.flex or self.swin).get_parameter("o_proj.weight")  # type: ignore[union-attr]
-        dtype, device = dtype or like.dtype, device or like.device
+        """The state before the first token: zeros. dtype and device of the hidden states; where None, those that the
+        block's weights, quantised, offloaded or not, take."""
+        projection = (self.flex or self.swin).get_submodule("o_proj")  # type: ignore[union-attr]
+        own = activations(self, projection)
+        dtype, device = dtype or own[0], device or own[1]
         config, state = self.config, MMATEState()
         if self.flex is not None:
             flex = self.flex

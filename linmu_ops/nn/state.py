@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class MMATEState(NamedTuple):
@@ -44,6 +44,42 @@ class MMATEState(NamedTuple):
         return self
 
 
+def activations(block: nn.Module, projection: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """dtype and device of what a block computes, whatever holds its weights.
+
+    These may be quantised (bitsandbytes, torchao), elsewhere between calls (accelerate), sharded and cast for a call
+    (FSDP2), or wrapped (LoRA, parametrizations). projection: the map that plain weights are read off.
+    """
+    weight = getattr(projection, "weight", None)
+    policies = (_mixed_precision(module) for module in (block, *block.children(), projection))
+    widths = [p.dtype for p in block.parameters() if _is_wide(p.dtype)]
+    known = (*policies, getattr(getattr(weight, "quant_state", None), "dtype", None), getattr(weight, "dtype", None))
+    # Some parameters of a half precision model are float32; all of those of a float32 model are.
+    narrowest = min(widths, key=lambda dtype: dtype.itemsize, default=torch.get_default_dtype())
+    dtype = next((d for d in known if d is not None and _is_wide(d)), narrowest)
+    placed = [p.device for p in (weight, *block.parameters()) if isinstance(p, Tensor) and p.device.type != "meta"]
+    wanted = [*_execution_devices(block), *placed, torch.device("meta" if widths else "cpu")]
+    return dtype, wanted[0]
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    """Whether activations may be of it: floating, and not one of 8 bits or fewer, which only weights are."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _mixed_precision(module: nn.Module) -> torch.dtype | None:
+    state = getattr(module, "_get_fsdp_state", None)
+    return None if state is None else getattr(getattr(state(), "_mp_policy", None), "param_dtype", None)
+
+
+def _execution_devices(block: nn.Module) -> list[torch.device]:
+    """Where accelerate's hooks run a block whose weights they bring."""
+    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
+    every = [h for hook in hooks for h in (getattr(hook, "hooks", None) or [hook])]
+    devices = (getattr(hook, "execution_device", None) for hook in every)
+    return [torch.device(device) for device in devices if device is not None]
+
+
 def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
     """Before anything of a state is written, find out whether it is of this module and of so many rows.
 
@@ -52,6 +88,14 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
     for name, tensor in zip(state._fields, state, strict=True):
         if tensor is not None and tensor.shape[0] != batch:
             raise ValueError(f"{op}: state.{name} must have B={batch} rows, got {tensor.shape[0]}")
+        kind = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+        if name in ("conv", "keys", "values") and tensor is not None and not _is_wide(tensor.dtype):
+            raise TypeError(f"{op}: state.{name} must be float64, float32, bfloat16 or float16, got {kind}")
+        if name == "ssm" and tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{op}: state.ssm must be float32 or float64, as it is under FSDP2 with "
+                f"MixedPrecisionPolicy(cast_forward_inputs=False), got {kind}"
+            )
     if state.keys is not None and state.keys.shape[2] != kept:
         raise ValueError(
             f"{op}: state.keys must be of sink_tokens + text_window = {kept} tokens, got {state.keys.shape[2]}"
