@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from distill.files import read_lines
 
 from . import plots
 
@@ -19,7 +20,10 @@ def results_file(device: str, op: str) -> Path:
 
 def read(device: str) -> dict[str, list[Row]]:
     files = sorted((HERE / "results" / device).glob("*.jsonl"))
-    return {f.stem: [json.loads(line) for line in f.read_text().splitlines()] for f in files}
+    return {f.stem: read_lines(f, (*TITLE, "impl", "status")) for f in files}
+
+
+TITLE = ("op", "case", "dtype", "backward")
 
 
 def title(row: Row) -> str:

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from distill.checkpoint import write_atomically
+from distill.files import read_lines
+
 from . import measure, report, timing
 from .peers import Bench, Case
 
@@ -37,7 +40,7 @@ def gate(op: str) -> str | None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="linmu bench ops", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated; every op if left out")
     parser.add_argument(
         "--case",
@@ -98,9 +101,9 @@ def _included(name: str, case: Case, args: argparse.Namespace) -> bool:
 
 def _append(file: Path, rows: list[report.Row], replace: bool) -> None:
     new = {report.title(row) for row in rows} if replace else set()
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    old = read_lines(file, report.TITLE)
     rows = [row for row in old if report.title(row) not in new] + rows
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _rows(bench: Bench, args: argparse.Namespace) -> Any:

@@ -14,11 +14,8 @@ except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[distill]' (`python -m linmu_ops.env` does without)")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True, help="Measure ops and models against their peers and the machine's roofs.")
-app.add_typer(bench, name="bench")
 OPTION_HELP = 'name=value of MMATEConfig, e.g. "text_window=16"; "preset=paper" to start from the paper\'s.'
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 @app.callback()
@@ -171,30 +168,6 @@ def evaluate(
 def _stop(error: Exception | str, status: int = 1) -> NoReturn:
     typer.echo(f"linmu: {error}", err=True)
     raise typer.Exit(status)
-
-
-@bench.command("ops", context_settings=PASSED_ON)
-def bench_ops(context: typer.Context) -> None:
-    """Measure ops; options as of `python -m bench.run`."""
-    from bench import run
-
-    raise typer.Exit(run.main(context.args))
-
-
-@bench.command("model", context_settings=PASSED_ON)
-def bench_model(context: typer.Context) -> None:
-    """Prefill, decode and memory of a student beside its teacher; options as of `python -m bench.models.run`."""
-    from bench.models import run
-
-    raise typer.Exit(run.main(context.args))
-
-
-@bench.command("breakdown", context_settings=PASSED_ON)
-def bench_breakdown(context: typer.Context) -> None:
-    """Where a model's time goes; options as of `python -m bench.models.breakdown`."""
-    from bench.models import breakdown
-
-    raise typer.Exit(breakdown.main(context.args))
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def test_kernels_know_no_torch():
             assert not [i for i in includes if re.match(r"(\.\./)?(torch|ATen|c10|caffe2)/", i)], file
 
 
-# What each package may import of this project. distill/cli.py also starts the benches.
+# What each package may import of this project; benches and tests are for a checkout alone.
 MAY_IMPORT = {
     "linmu_ops": {"linmu_ops"},
     "linmu_models": {"linmu_ops", "linmu_models"},
@@ -114,7 +114,7 @@ def test_imports_go_one_way():
         package = file.relative_to(ROOT).parts[0]
         if package not in MAY_IMPORT:
             continue
-        allowed = MAY_IMPORT[package] | ({"bench"} if file == ROOT / "distill" / "cli.py" else set())
+        allowed = MAY_IMPORT[package]
         for node in ast.walk(ast.parse(file.read_text())):
             names = []
             if isinstance(node, ast.Import):

@@ -1,1 +1,1 @@
-"""`linmu bench model`: prefill, decode and memory of a student beside its teacher."""
+"""`python -m bench.models.run`: prefill, decode and memory of a student beside its teacher."""

@@ -208,7 +208,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="linmu bench breakdown", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.models.breakdown", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (default 4)")
     parser.add_argument("--block", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks")

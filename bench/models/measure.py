@@ -148,6 +148,7 @@ def measure(
             )  # fmt: skip
             if task.kind == "decode":
                 row |= dict(steps=STEPS, tokens_per_second=task.batch * STEPS / t.median)
+                row |= dict(state="of a prefix") if variant.is_student else {}
         rows.append(row)
     return with_ratios(rows)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from bench import plots
 from bench import report as ops_report
+from distill.files import read_lines
+from linmu_ops.nn.config import PRESETS
 
 Row = dict[str, Any]
 STARTED = "started"
+LIGHT = (
+    "The student's rows are too fast: the state behind their steps had an empty window of text, so that a step "
+    "attended to the tokens since then, 1 to 8, and not to the whole window and the sinks. They are kept until they "
+    "are measured again, and are in no plot."
+)
+TASK = ("dtype", "kind", "part", "tokens", "batch", "commit")
 KINDS = {"prefill": "time to first token", "decode": "decode"}
 
 
@@ -23,15 +30,13 @@ def results_file(device: str, shape: str, layers: int | None, block: str = "exac
 
 def read_rows(file: Path) -> list[Row]:
     """Every row of a file; of a measurement that was only started, the row that says so."""
-    if not file.exists():
-        return []
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read_lines(file, ("status", *TASK))
     ended = {_task(r) for r in rows if r["status"] != STARTED}
     return [r for r in rows if r["status"] != STARTED or _task(r) not in ended]
 
 
 def _task(row: Row) -> tuple[Any, ...]:
-    return tuple(row[k] for k in ("dtype", "kind", "part", "tokens", "batch", "commit"))
+    return tuple(row[k] for k in TASK)
 
 
 def title(row: Row) -> str:
@@ -95,6 +100,12 @@ def section(name: str, rows: list[Row], page: Path) -> list[str]:
     return lines
 
 
+def is_light(row: Row) -> bool:
+    """Whether a student's decode was once measured on a state whose window of text was empty."""
+    light = row["kind"] == "decode" and row["student"] and "state" not in row
+    return light and PRESETS[row["block"]].text_window > 0
+
+
 def _about(row: Row) -> str:
     sizes = ""
     if "parameters" in row:
@@ -121,6 +132,8 @@ def _markdown(rows: list[Row]) -> list[str]:
             f"**{KINDS[kind].capitalize()}{tower}, {dtype}** (seconds a {'token' if kind == 'decode' else 'prompt'})",
             "",
         ]
+        if any(is_light(r) for r in group if "seconds" in r):
+            lines += [LIGHT, ""]
         lines += [f"| tokens | batch | {' | '.join(HEADER)} |", "|---:|---:|---|" + "---:|" * (len(HEADER) - 1)]
         for r in group:
             if "seconds" in r:
@@ -136,7 +149,7 @@ def _markdown(rows: list[Row]) -> list[str]:
 
 def _plot(rows: list[Row], target: Path) -> Path | None:
     """Time to first token, tokens/s and memory against length, at the smallest batch (decode: also the largest)."""
-    timed = [r for r in rows if "seconds" in r and r["part"] == "decoder"]
+    timed = [r for r in rows if "seconds" in r and r["part"] == "decoder" and not is_light(r)]
     prefill = [r for r in timed if r["kind"] == "prefill" and r["batch"] == min(x["batch"] for x in timed)]
     decode = [r for r in timed if r["kind"] == "decode"]
     batches = sorted({r["batch"] for r in decode})

@@ -14,6 +14,8 @@ import torch
 from bench import measure as ops_measure
 from bench import report as ops_report
 from bench import timing
+from distill.checkpoint import write_atomically
+from distill.files import read_lines
 from linmu_ops.nn.config import PRESETS
 
 from . import report
@@ -31,7 +33,7 @@ def tokens(text: str) -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="linmu bench model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.models.run", description=__doc__)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="0.5b", help="sizes of the model (default 0.5b)")
     add("--layers", type=int, help="decoder layers; the shape's own if left out")
@@ -84,6 +86,8 @@ def _measure_all(args: argparse.Namespace, dtype: str, target: Path) -> None:
     place = ops_measure.where(args.device)
     layers = shape.text["num_hidden_layers"]
     common: Row = dict(shape=args.shape, layers=layers, block=args.block, dtype=dtype) | place
+    if target.exists():  # Nothing is to be appended to a line that was cut.
+        write_atomically(target, "".join(json.dumps(row) + "\n" for row in read_lines(target)))
     done = {_key(row): row for row in report.read_rows(target)}
     models: tuple[Any, Any] | None = None
     prefills: dict[str, Prefill] = {}

@@ -17,12 +17,14 @@ from transformers import DynamicCache, StaticCache
 from linmu_models import LinmuInputs, LinmuModel
 from linmu_models.cache import linear_layer
 from linmu_ops import TokenLayout
+from linmu_ops.nn import MMATEState
 
 PLAIN = "transformers"  # scaled_dot_product_attention, a cache that grows, nothing compiled
 STUDENT = "student"
 COMPILED = ", compiled"
 # On a GPU the compiled teacher runs with each of these first; what cannot serve leaves the next one.
 GPU_ATTENTION = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+FULL = 64  # tokens that fill a convolution's taps, and leave no place of a scan's state at 0
 OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -108,11 +110,13 @@ class Prefill:
 
 
 class Decode:
-    """A model with `tokens` tokens of random content behind it, that goes on token by token."""
+    """A model with `tokens` tokens behind it, that goes on token by token."""
 
     def __init__(self, variant: Variant, tokens: int, batch: int, steps: int) -> None:
         self.variant, self.model, self.tokens = variant, variant.model, tokens
         self.cache = filled_cache(self.model, tokens, batch, tokens + steps if variant.compiled else None)
+        # A state has no way back but a copy.
+        self.states = [layer.state.repeat(1) for layer in self.cache.layers] if variant.is_student else []
         device = self.model.device
         self.positions = torch.arange(tokens, tokens + steps, device=device)[:, None, None].expand(-1, batch, 1)
         self.first = torch.full((batch, 1), 7, device=device)
@@ -144,7 +148,9 @@ class Decode:
         return logits
 
     def rewind(self) -> None:
-        """Back to `tokens` tokens. A student's state has no way back, and costs the same whatever is in it."""
+        """Back to `tokens` tokens, in every field of a student's state."""
+        for layer, state in zip(self.cache.layers, self.states, strict=False):
+            layer.state.copy_(state)
         if self.variant.compiled or self.variant.is_student:
             for layer in self.cache.layers:
                 if isinstance(layer.cumulative_length, Tensor):
@@ -157,7 +163,8 @@ class Decode:
 
 @torch.no_grad()
 def filled_cache(model: Any, tokens: int, batch: int, static_length: int | None = None) -> Any:
-    """The cache after `tokens` tokens, with random content: nothing is prefilled.
+    """The cache after `tokens` tokens: random keys and values; of a student, whose state is of constant size, what
+    `counted_on` gives. A prompt of that length is prefilled for neither.
 
     static_length: length of a static cache; None for one that grows.
     """
@@ -167,20 +174,41 @@ def filled_cache(model: Any, tokens: int, batch: int, static_length: int | None 
         cache = DynamicCache(config=config)
     else:
         cache = StaticCache(config=config, max_cache_len=static_length)
+    if isinstance(model, LinmuModel):
+        for index, state in enumerate(counted_on(model, tokens, batch)):
+            linear_layer(cache, index).advance(state, tokens)
+        return cache
     generator = torch.Generator(model.device).manual_seed(0)
     heads = config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for index, layer in enumerate(model.get_decoder().layers):
-        if isinstance(model, LinmuModel):
-            state = layer.self_attn.init_state(batch, dtype=model.dtype)
-            state.ssm.normal_(generator=generator)
-            linear_layer(cache, index).advance(state, tokens)
-        else:
-            keys, values = (
-                torch.empty(batch, heads, tokens, size, dtype=model.dtype, device=model.device).normal_(
-                    generator=generator
-                )
-                for _ in range(2)
-            )
-            cache.update(keys, values, index)
+    for index in range(config.num_hidden_layers):
+        keys, values = (
+            torch.empty(batch, heads, tokens, size, dtype=model.dtype, device=model.device).normal_(generator=generator)
+            for _ in range(2)
+        )
+        cache.update(keys, values, index)
     return cache
+
+
+@torch.no_grad()
+def counted_on(model: Any, tokens: int, batch: int) -> list[MMATEState]:
+    """The state of each layer of a student after `tokens` tokens of text: of a real prefix, which is long enough to
+    fill all that a state keeps and ends at the same place of the window, with its tokens counted on to `tokens`."""
+    config = model.linmu_layers()[0].self_attn.config
+    window = config.text_window
+    least = max(FULL, config.sink_tokens + window)
+    length = tokens if tokens <= least else least + (tokens - least) % max(window, 1)
+    decoder, device = model.get_decoder(), model.device
+    embeddings = torch.empty(batch, length, decoder.config.hidden_size, dtype=model.dtype, device=device)
+    embeddings.normal_(generator=torch.Generator(device).manual_seed(0))
+    positions = torch.arange(tokens - length, tokens, device=device).expand(batch, -1)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    decoder(
+        inputs_embeds=embeddings, position_ids=positions, use_cache=True, linmu=LinmuInputs(),
+        **{_cache_name(decoder): cache},
+    )  # fmt: skip
+    states = [layer.state for layer in cache.layers]
+    for state in states:
+        if state.seen is not None:
+            state.seen.fill_(tokens)
+    return states

@@ -1,14 +1,22 @@
-"""`linmu bench model` on the tiny shape: what it compares is equal, and what goes wrong is a row that says so."""
+"""The models' bench on the tiny shape: what it compares is equal, and what goes wrong is a row that says so."""
 
 from __future__ import annotations
 
+import copy
 import json
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import linmu_models
+import linmu_ops
 from bench import report as ops_report
 from bench.models import breakdown, measure, memory, report, run
 from bench.models.inputs import decoder_inputs
@@ -108,14 +116,69 @@ def test_a_filled_cache_is_as_long_as_it_says(models):
             assert int(cache.get_seq_length()) == 32
 
 
-def test_decode_goes_back(models):
-    for model in models:
-        decode = Decode(Variant("", model), 32, 1, 3)
-        first = decode()
-        decode.rewind()
-        assert int(decode.cache.get_seq_length()) == 32
-        if model is models[0]:
-            assert torch.equal(decode(), first)
+@pytest.mark.parametrize("block", linmu_ops.nn.config.PRESETS)
+@pytest.mark.parametrize("tokens", [3, 100, 700])
+def test_the_state_behind_a_step_is_that_of_a_prefix(block, tokens):
+    """In every field: what is counted is equal, what is filled is filled, and a step reads as much."""
+    student = build(TINY, torch.float32, "cpu", tower=False, block=block)[1]
+    real = DynamicCache(config=student.config.get_text_config(decoder=True))
+    decoder, positions = student.get_decoder(), torch.arange(tokens).expand(2, -1)
+    with torch.no_grad():
+        decoder(
+            inputs_embeds=torch.randn(2, tokens, 64), position_ids=positions, past_key_values=real, use_cache=True,
+            linmu=linmu_models.LinmuInputs(),
+        )  # fmt: skip
+    read, prefix = [], copy.deepcopy(real)
+    for cache in (real, filled_cache(student, tokens, 2), filled_cache(student, tokens, 2, tokens + 8)):
+        assert int(cache.get_seq_length()) == tokens
+        for layer, wanted in zip(cache.layers, prefix.layers, strict=True):
+            for name, state in wanted.state._asdict().items():
+                mine = getattr(layer.state, name)
+                if state is None:
+                    assert mine is None, name
+                elif state.is_floating_point():
+                    assert mine.dtype == state.dtype and torch.equal(mine != 0, state != 0), name
+                else:
+                    assert torch.equal(mine, state), name
+        with torch.no_grad(), Made() as made:
+            decoder(
+                input_ids=torch.full((2, 1), 7), position_ids=positions[:, :1] + tokens, past_key_values=cache,
+                use_cache=True, linmu=linmu_models.LinmuInputs(),
+            )  # fmt: skip
+        read.append(made.shapes)
+    assert read[0] == read[1]
+    config = student.linmu_layers()[0].self_attn.config
+    keys = config.sink_tokens + min(tokens + 1, config.text_window)
+    assert not config.text_window or any(keys in shape for shape in read[1])
+
+
+class Made(TorchDispatchMode):
+    """The shapes of all that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.shapes += [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("block", ["teacher", *linmu_ops.nn.config.PRESETS])
+def test_decode_goes_back(block, compiled):
+    """To where it was, in every field: the next sample is the same one."""
+    pair = build(TINY.with_layers(1), torch.float32, "cpu", tower=False, block="exact" if block == "teacher" else block)
+    decode = Decode(Variant("", pair[block != "teacher"], compiled), 300, 2, 3)
+    before = [tree_map(torch.clone, [t for t in state if t is not None]) for state in decode.states]
+    first = decode()
+    decode.rewind()
+    assert int(decode.cache.get_seq_length()) == 300
+    for layer, state in zip(decode.cache.layers, before, strict=block != "teacher"):
+        for mine, wanted in zip([t for t in layer.state if t is not None], state, strict=True):
+            assert torch.equal(mine, wanted)
+    assert torch.equal(decode(), first)
 
 
 def test_layout_of_a_prompt():
@@ -198,8 +261,18 @@ def test_breakdown(models):
         assert "scan" in breakdown.table(rows)
 
 
-def test_command_line():
+def test_command_line(capsys):
     assert run.tokens("64k") == 65536 and run.tokens("100") == 100
-    for name in ("model", "breakdown"):
-        result = CliRunner().invoke(app, ["bench", name, "--help"])
-        assert result.exit_code == 0 and f"linmu bench {name}" in result.output
+    for module in (run, breakdown):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            module.main(["--help"])
+        assert f"usage: python -m {module.__name__}" in capsys.readouterr().out
+
+
+def test_benches_are_not_installed():
+    """They need the tests and the peers: what is installed offers neither them nor a command for them."""
+    root = Path(__file__).parents[2]
+    found = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert not any(fnmatch(name, pattern) for name in ("bench", "tests", "bench.models") for pattern in found)
+    result = CliRunner().invoke(app, ["bench"])
+    assert result.exit_code == 2 and "No such command 'bench'" in result.output

@@ -166,20 +166,25 @@ def test_state_is_of_constant_size():
 
 
 def test_the_step_does_not_depend_on_the_position():
-    """Not the time, which is noise on a busy machine: the same ops on the same shapes at position 100 and 100 000."""
+    """Not the time, which is noise on a busy machine: the same ops on the same shapes after a prefix that has filled
+    the window and one that is 100 000 tokens longer, whose state differs from it by its counts."""
     model = student("qwen2_5_vl", (), False)
+    config = linmu_models.EXACT
+    kept = config.text_window + config.sink_tokens
     shapes = []
-    for position in (100, 100_000):
+    for more in (0, 100_000 // config.text_window * config.text_window):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=torch.tensor([tiny.text_ids(4)]), past_key_values=cache, use_cache=True)
+            model(input_ids=torch.tensor([tiny.text_ids(kept + 20)]), past_key_values=cache, use_cache=True)
             for layer in cache.layers:
-                layer.cumulative_length = position
-            ids = torch.full((3, 1, 1), position)
+                layer.cumulative_length += more
+                layer.state.seen.add_(more)
+            ids = torch.full((3, 1, 1), cache.get_seq_length())
             with Shapes() as seen:
                 model(input_ids=torch.tensor([[5]]), past_key_values=cache, position_ids=ids)
         shapes.append(seen.calls)
     assert shapes[0] == shapes[1]
+    assert any(kept in shape for _, made in shapes[0] for shape in made)
 
 
 class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
