@@ -44,11 +44,11 @@ def loss_curves(path: Path, stages: dict[int, list[dict[str, float]]], names: di
     """One panel for each stage: every loss against the step, thin as measured, thick as a running mean."""
     with _figure(path, len(stages), 4.2 * len(stages), 3.2) as panels:
         for panel, (number, records) in zip(panels, stages.items(), strict=True):
-            steps = [record["step"] for record in records]
             for colour, (name, label) in zip(COLOURS, names.items(), strict=False):
-                if name not in records[0]:
+                told = [record for record in records if name in record]
+                if not told:
                     continue
-                values = [record[name] for record in records]
+                steps, values = [record["step"] for record in told], [record[name] for record in told]
                 panel.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
                 window = max(1, len(values) // 20)
                 panel.plot(steps, _smooth(values, window), color=colour, linewidth=1.8, label=label)

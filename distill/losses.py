@@ -89,21 +89,24 @@ def joint_weights(
     kinds: Mapping[str, Tensor | Sequence[Tensor]], scales: Mapping[str, Sequence[float]] | None,
     counts: Mapping[str, int], layers: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Weights for which one `hidden_loss` with `num_tokens=1` is the mean over kinds of one for each: whatever the
-    number of kinds, errors are computed once.
+    """Weights for which one `hidden_loss` with `num_tokens=1` is the mean of one for each kind, over the kinds that
+    have a token: whatever the number of kinds, errors are computed once.
 
     Args:
         kinds: for each kind, the `weights` of its `hidden_loss`.
         scales: for each kind, its `scales`; None: all 1.
-        counts: for each kind, its `num_tokens`.
+        counts: for each kind, its `num_tokens`, of the whole step: parts of a step leave out the same kinds.
         layers: their number.
     """
+    # A kind without a token has no mean, and is not a mean of 0.
+    there = [kind for kind in kinds if counts[kind] > 0] or list(kinds)
     joint: list[Tensor] = []
     for layer in range(layers):
         shares = [
             (weights if isinstance(weights, Tensor) else weights[layer]).float()
-            / (len(kinds) * max(counts[kind], 1) * (1.0 if scales is None else scales[kind][layer]))
+            / (len(there) * max(counts[kind], 1) * (1.0 if scales is None else scales[kind][layer]))
             for kind, weights in kinds.items()
+            if kind in there
         ]
         joint.append(torch.stack(shares).sum(0))
     return joint

@@ -23,6 +23,9 @@ _SWIN = re.compile(r"(swin|mix)")
 # Parts that act on visual tokens alone; so do the others of the window branch where text has no window.
 _REVERSE = re.compile(r"flex\.(reverse_|gate)")
 
+# Linear maps that make step sizes (and with them decays), gates, or the weights of the branches.
+_CONTROLS = re.compile(r"(reverse_)?dt_proj|gate_proj|z_proj|mix_proj|mix_rest")
+
 
 def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer -> the block that took the place of its attention; layers that kept attention are not in it."""
@@ -106,6 +109,19 @@ def beyond_windows(student: nn.Module) -> set[str]:
         if isinstance(block, MMATE) and block.config.mix == "softmax"
         for name, _ in block.named_parameters()
         if name.startswith(("flex.", "mix_rest."))
+    }
+
+
+def decaying(student: nn.Module) -> set[str]:
+    """Names of parameters that weight decay may pull to 0: weights of linear maps from channels to channels.
+
+    Decays, step sizes, gates, norms and biases are no weights: pulling them to 0 would shorten the memory. What starts
+    as the identity (learned feature maps, convolutions) is at 0 further from it than anywhere else.
+    """
+    return {
+        f"{path}.weight"
+        for path, module in student.named_modules()
+        if isinstance(module, nn.Linear) and not _CONTROLS.fullmatch(path.rpartition(".")[2])
     }
 
 
@@ -219,7 +235,8 @@ def hidden_kinds(
 @torch.no_grad()
 def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch],
                  kinds: Sequence[dict[str, Tensor | list[Tensor]]]) -> dict[str, list[float]]:  # fmt: skip
-    """For each kind of token and each layer, the mean of ||attention output||^2; 1 where no token is of the kind.
+    """For each kind of token and each layer, the mean of ||attention output||^2; of a kind without a token, that of the
+    tokens of all kinds.
 
     Args:
         kinds: what `hidden_kinds` gives for each batch.
@@ -235,4 +252,5 @@ def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequenc
             squares = [(w * o.double().square().sum(-1))[w > 0].sum().cpu() for w, o in zip(each, outputs, strict=True)]
             sums[kind] += torch.stack(squares)
             counts[kind] += num_weighed(weights)
-    return {kind: (sums[kind] / counts[kind]).tolist() if counts[kind] else [1.0] * len(layers) for kind in sums}
+    every = torch.stack(list(sums.values())).sum(0) / max(sum(counts.values()), 1)
+    return {kind: (sums[kind] / counts[kind] if counts[kind] else every).tolist() for kind in sums}

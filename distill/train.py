@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.checkpoint import CheckpointStore, random_states, set_random_states
+from distill.checkpoint import CheckpointStore, random_states, set_random_states, write_atomically
 from distill.config import Config
+from distill.files import read_lines
 from distill.losses import answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
 from distill.parallel import (
     assign,
@@ -33,7 +34,7 @@ from distill.parallel import (
 )
 from distill.progress import Progress, peak_memory
 from distill.stages import Stage
-from distill.student import beyond_windows, hidden_kinds, reach_all, record_reading
+from distill.student import beyond_windows, decaying, hidden_kinds, reach_all, record_reading
 from distill.teacher import (
     Batch,
     Source,
@@ -323,8 +324,11 @@ class StageTrainer:
                 f"nothing: {_list(resting)}", LinmuWarning, stacklevel=2,
             )  # fmt: skip
         self.student.eval()
-        names = [name for name in (*self.stage.losses, "supervised", "loss") if name in recent[-1]] if recent else []
-        return {name: sum(r[name] for r in recent) / len(recent) for name in names}
+        means = {}
+        for name in (*self.stage.losses, "supervised", "loss"):
+            if values := [record[name] for record in recent if name in record]:
+                means[name] = sum(values) / len(values)
+        return means
 
     def _spread(self, objective: Objective) -> nn.Module:
         if self.accelerator.num_processes == 1:
@@ -337,11 +341,11 @@ class StageTrainer:
         return objective
 
     def _groups(self) -> list[dict[str, Any]]:
-        # Decays, gates, norms and biases are no weights: pulling them to 0 would shorten the memory.
-        matrices = [p for p in self.trainable.values() if p.ndim >= 2]
-        others = [p for p in self.trainable.values() if p.ndim < 2]
+        decayed = decaying(self.student)
+        weights = [p for name, p in self.trainable.items() if name in decayed]
+        others = [p for name, p in self.trainable.items() if name not in decayed]
         decay = self.config.optimizer.weight_decay
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def _step(self, objective: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
@@ -375,8 +379,10 @@ class StageTrainer:
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach()
         values = accelerator.reduce(torch.stack(list(totals.values())), "sum").tolist()
-        record: dict[str, Any] = {"step": step + 1, **dict(zip(totals, values, strict=True)), "learning_rate": rate}
-        self._check_finite(record, totals)
+        # A mean over no token is not told as 0.
+        told = {name: value for name, value in zip(totals, values, strict=True) if counts.get(name, 1)}
+        record: dict[str, Any] = {"step": step + 1, **told, "learning_rate": rate}
+        self._check_finite(record, told)
         self._check_gradients(step)
         norm = self._clip(optimizer, step)
         self._live_steps += norm != 0
@@ -397,7 +403,7 @@ class StageTrainer:
         good = f"the last good checkpoint is at step {steps[-1]}" if steps else "there is no checkpoint yet"
         return f"stage {self.stage.number}, step {step + 1}: {what}; {good}"
 
-    def _check_finite(self, record: dict[str, float], losses: dict[str, Tensor]) -> None:
+    def _check_finite(self, record: dict[str, float], losses: Iterable[str]) -> None:
         bad = [f"{name} = {record[name]}" for name in losses if not math.isfinite(record[name])]
         if bad:
             raise TrainingError(self._where(record["step"] - 1, "the loss is not finite: " + ", ".join(bad)))
@@ -523,7 +529,7 @@ class StageTrainer:
         """What the main process has logged of the last steps, over all attempts."""
         if not self.accelerator.is_main_process:
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()[-_RECENT:]]
+        return read_lines(self.metrics_path)[-_RECENT:]
 
     @contextmanager
     def _log(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -532,16 +538,12 @@ class StageTrainer:
             yield lambda record: None
             return
         kept = []
-        if step and self.metrics_path.exists():
-            for line in self.metrics_path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    break
+        if step:
+            for record in read_lines(self.metrics_path, ("step",)):
                 if record["step"] > step:
                     break
-                kept.append(line + "\n")
-        self.metrics_path.write_text("".join(kept))
+                kept.append(json.dumps(record) + "\n")
+        write_atomically(self.metrics_path, "".join(kept))
         with self.metrics_path.open("a") as file:
 
             def write(record: dict[str, float]) -> None:

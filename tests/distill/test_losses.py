@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distill.losses import IGNORE, answer_losses, hidden_loss, joint_weights, kept_positions
+from distill.losses import IGNORE, answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
 
 
 def _labels(rows, length):
@@ -167,7 +167,8 @@ def test_hidden_loss_weighs_tokens_at_each_layer():
     torch.testing.assert_close(hidden_loss(ours, theirs, weights, num_tokens=10), wanted / 2)
 
 
-def test_joint_weights_are_the_mean_over_kinds():
+def test_joint_weights_are_the_mean_over_the_kinds_that_are_there():
+    """A kind without a token has no mean: it is not one of 0."""
     torch.manual_seed(0)
     ours, theirs = [torch.randn(2, 5, 3) for _ in range(2)], [torch.randn(2, 5, 3) for _ in range(2)]
     kinds = {"visual": torch.rand(2, 5) < 0.5, "read": [torch.rand(2, 5) for _ in range(2)], "text": torch.zeros(2, 5)}
@@ -176,9 +177,37 @@ def test_joint_weights_are_the_mean_over_kinds():
         each = [
             hidden_loss(ours, theirs, w, scales=divided and divided[kind], num_tokens=counts[kind])
             for kind, w in kinds.items()
+            if counts[kind]
         ]
         joint = hidden_loss(ours, theirs, joint_weights(kinds, divided, counts, 2), num_tokens=1)
         torch.testing.assert_close(joint, torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("absent", [(), ("visual",), ("text", "read")])
+def test_saying_nothing_is_an_error_of_one_whatever_kinds_are_there(absent):
+    """Relative to the teacher's mean squares; also where parts of a step lack kinds that others of it have."""
+    torch.manual_seed(0)
+    theirs = [[torch.randn(2, 5, 3) for _ in range(2)] for _ in range(2)]
+    visual = [torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool(), torch.zeros(2, 5, dtype=torch.bool)]
+    parts = [{"visual": seen, "text": ~seen, "read": [torch.rand(2, 5) for _ in range(2)]} for seen in visual]
+    for part in parts:
+        for kind in absent:
+            part[kind] = [0.0 * torch.ones(2, 5)] * 2 if kind == "read" else torch.zeros(2, 5, dtype=torch.bool)
+        for weight in part["read"]:
+            weight *= 4 / max(float(weight.sum()), 1e-9)  # as many as there are answers
+    counts = {kind: sum(num_weighed(part[kind]) for part in parts) for kind in ("visual", "text", "read")}
+
+    def square(kind, layer):
+        weights = [part[kind] if kind != "read" else part[kind][layer] for part in parts]
+        return sum(float((t[layer].square().sum(-1) * w).sum()) for t, w in zip(theirs, weights, strict=True))
+
+    scales = {kind: [square(kind, i) / n if n else 1.0 for i in range(2)] for kind, n in counts.items()}
+    nothing = [torch.zeros(2, 5, 3)] * 2
+    found = sum(
+        hidden_loss(nothing, t, joint_weights(part, scales, counts, 2), num_tokens=1)
+        for t, part in zip(theirs, parts, strict=True)
+    )
+    assert float(found) == pytest.approx(1, rel=1e-5)
 
 
 def test_hidden_loss_refuses_other_shapes():
