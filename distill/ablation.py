@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from distill import handoff, held_out
 from distill.checkpoint import locked, write_atomically
 from distill.config import Config, ConfigError, Name, describe, hash_of, load_values, parse_config
+from distill.files import read_json, read_lines
 from distill.report import read_metrics
 from distill.run import TEACHER, Run, RunError
 from distill.stages import STAGES
@@ -194,9 +195,7 @@ class Results:
 
     def read(self) -> dict[tuple[str, str], dict[str, Any]]:
         """(row, key) -> its last line. Lines of rows as they once were stay in the file and match no key."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        records = [json.loads(line) for line in lines]
-        return {(record["row"], record["key"]): record for record in records}
+        return {(record["row"], record["key"]): record for record in read_lines(self.path, ("row", "key"))}
 
     def of_other_tables(self, key: str) -> dict[str, Any] | None:
         """What a table beside this one measured under the same key, with that table's name in "from"."""
@@ -209,8 +208,9 @@ class Results:
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, whole or not at all; several processes may."""
         with locked(self.path.parent):
-            text = self.path.read_text() if self.path.exists() else ""
-            write_atomically(self.path, text + json.dumps(record) + "\n")
+            # A line that is damaged must not swallow the next one.
+            lines = [*read_lines(self.path), record]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 @functools.cache
@@ -280,8 +280,8 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     config = table.run_config(row, seed)
     path = config.folder / "config.json"
     facts = config.model_dump(mode="json", exclude={"threads", "checkpoints", "evaluation"})
-    if path.exists():
-        if json.loads(path.read_text()) != json.loads(json.dumps(facts)):
+    if known := read_json(path):
+        if known != json.loads(json.dumps(facts)):
             raise RunError(f"{config.folder} holds a run with other options; delete it, or rename the row")
     else:
         config.folder.mkdir(parents=True, exist_ok=True)

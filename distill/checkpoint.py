@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -21,7 +22,7 @@ _NAME = re.compile(r"step-(\d{9})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or is not whole."""
+    """A checkpoint could not be written, or holds what is not data."""
 
 
 def sha256(path: Path) -> str:
@@ -67,9 +68,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def random_states() -> dict[str, Any]:
     """The states of every random generator a training step may use."""
+    name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        # No array: reading one back takes more than data.
+        "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -82,6 +85,27 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def load_data(path: Path) -> Any:
+    """What `torch.save` wrote, as long as it is tensors, numbers, text, and lists and dicts of these. No code of the
+    file's is run.
+
+    Raises:
+        CheckpointError: it holds anything else, or is no such file.
+    """
+    # Random states were once saved with an array of 32-bit numbers.
+    array = np.zeros(0, np.uint32)
+    known = [array.__reduce__()[0], np.ndarray, np.dtype, type(array.dtype)]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
+        what = f"holds {found[1] or found[2]}" if found else "is not what torch.save writes"
+        raise CheckpointError(f"{path} {what}: only tensors, numbers and text are read, nothing is run") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
 
 
 @dataclass
@@ -107,7 +131,7 @@ class CheckpointStore:
 
         Args:
             step: number of finished steps.
-            files: file name -> anything `torch.save` takes.
+            files: file name -> tensors, numbers, text, and lists and dicts of these.
 
         Raises:
             CheckpointError: the disk is full or failing; earlier checkpoints are untouched.
@@ -151,7 +175,7 @@ class CheckpointStore:
         try:
             manifest = json.loads((folder / _MANIFEST).read_text())
             for name, facts in manifest["files"].items():
-                path = folder / name
+                path = folder / Path(name).name
                 if path.stat().st_size != facts["bytes"]:
                     return f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}"
                 if sha256(path) != facts["sha256"]:
@@ -165,6 +189,9 @@ class CheckpointStore:
 
         Returns:
             step (0 when there is none), file name -> content, and a line for each newer one that had to be passed over.
+
+        Raises:
+            CheckpointError: one that is whole holds what is not data.
         """
         passed_over = []
         for step in reversed(self.steps()):
@@ -173,7 +200,7 @@ class CheckpointStore:
                 continue
             folder = self.folder / f"step-{step:09d}"
             names = json.loads((folder / _MANIFEST).read_text())["files"]
-            return step, {n: torch.load(folder / n, map_location="cpu", weights_only=False) for n in names}, passed_over
+            return step, {name: load_data(folder / Path(name).name) for name in names}, passed_over
         return 0, {}, passed_over
 
     def clear(self) -> None:

@@ -1,12 +1,13 @@
 """`linmu evaluate`: a saved model on the built-in tasks, side by side with its teacher."""
 
-import json
 from pathlib import Path
 
 from distill.data import GROUPS, SPLITS
 from distill.evaluation import Result, evaluate
+from distill.handoff import HandoffError, read_facts
 from distill.report import table
 from distill.sources import UNFIT, fits_tasks
+from distill.stages import STAGES
 from distill.teacher import load_teacher
 from linmu_models.generate import find_device
 
@@ -20,8 +21,10 @@ def _find(folder: Path, teacher: str | None) -> tuple[str, str | None]:
     if (folder / "config.json").exists():
         return str(folder), teacher
     if (folder / "student" / "config.json").exists():
-        manifest = json.loads((folder / "stage3" / "manifest.json").read_text())
-        return str(folder / "student"), teacher or manifest["teacher"]["path"]
+        try:
+            return str(folder / "student"), teacher or read_facts(folder, len(STAGES))["teacher"]["path"]
+        except HandoffError as error:
+            raise EvaluationError(f"--teacher must be given: {error}") from error
     if (folder / "stage0").exists():
         raise EvaluationError(f"{folder} is a run that has not finished: go on with `linmu distill CONFIG --resume`")
     raise EvaluationError(f"{folder} holds no model: neither config.json nor student/config.json is there")

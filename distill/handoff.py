@@ -24,13 +24,39 @@ def stage_folder(run: Path, number: int) -> Path:
     return run / f"stage{number}"
 
 
+_FACTS = {"finished": bool, "teacher": dict, "student": dict, "config": str, "weights": dict}
+
+
 def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / _MANIFEST
     try:
-        return json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise HandoffError(f"{folder / _MANIFEST} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        why = str(error)
+    else:
+        if not isinstance(manifest, dict):
+            why = f"it must hold an object, got a {type(manifest).__name__}"
+        elif wrong := [name for name, kind in _FACTS.items() if not isinstance(manifest.get(name), kind)]:
+            why = f"no {wrong[0]} in it"
+        elif not {"path", "sha256"} <= set(manifest["teacher"]) or not {"file", "sha256"} <= set(manifest["weights"]):
+            why = "no hashes in it"
+        else:
+            return manifest
+    raise HandoffError(f"{path} is damaged ({why}); delete {folder} and run the stage again")
+
+
+def read_facts(run: Path, number: int) -> dict[str, Any]:
+    """The manifest of stage `number` of a run.
+
+    Raises:
+        HandoffError: it is missing or damaged.
+    """
+    manifest = _read(stage_folder(run, number))
+    if manifest is None:
+        raise HandoffError(f"stage {number} is missing in {run}")
+    return manifest
 
 
 def save_result(run: Path, number: int, state: dict[str, Tensor], teacher: str, config: Config, **facts: Any) -> None:
@@ -70,10 +96,7 @@ def has_begun(run: Path, number: int) -> bool:
 
 def weights_hash(run: Path, number: int) -> str:
     """The hash of what stage `number` of a run left, as its manifest has it."""
-    manifest = _read(stage_folder(run, number))
-    if manifest is None:
-        raise HandoffError(f"stage {number} is missing in {run}")
-    return str(manifest["weights"]["sha256"])
+    return str(read_facts(run, number)["weights"]["sha256"])
 
 
 def load_result(
@@ -107,7 +130,10 @@ def load_result(
         raise HandoffError(
             f"stage {number} in {run} was run with another configuration; restore it, or choose another name"
         )
-    path = folder / manifest["weights"]["file"]
+    path = folder / _WEIGHTS
     if not path.exists() or sha256(path) != manifest["weights"]["sha256"]:
         raise HandoffError(f"{path} is damaged: it does not match its hash; delete {folder}, then {command}")
-    return load_file(path), manifest
+    try:
+        return load_file(path), manifest
+    except SafetensorError as error:
+        raise HandoffError(f"{path} is damaged: {error}; delete {folder}, then {command}") from error

@@ -20,6 +20,7 @@ import linmu_models
 from distill import handoff, held_out
 from distill.checkpoint import CheckpointStore, locked, write_atomically
 from distill.config import Config, ConfigError, TaskData, hash_of
+from distill.files import read_json
 from distill.sources import UNFIT, build_source, fits_tasks
 from distill.stages import STAGES
 from distill.student import (
@@ -34,7 +35,7 @@ from distill.student import (
     trainable_parameters,
     what_is_read,
 )
-from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, share_vision_features
+from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, shared_vision_features
 from distill.train import StageTrainer, Teacher
 from linmu_models.generate import copy_processor
 from linmu_models.modeling import IN_FLOAT32, sees_images
@@ -153,9 +154,9 @@ class Run:
                 trainable_parameters(student.model, student.blocks, stage)
 
     def _has_start(self) -> bool:
-        if not handoff.is_finished(self.folder, 0):
-            return False
         try:
+            if not handoff.is_finished(self.folder, 0):
+                return False
             handoff.load_result(self.folder, 0, self.teacher_hash, self.config, same_config=True)
         except handoff.HandoffError:
             if handoff.has_begun(self.folder, 1):
@@ -219,7 +220,6 @@ class Run:
             config.stage_data(number), config.teacher.path, self.teacher, self.tokenizer, config.seed * 4 + number,
             self.accelerator.process_index, self.accelerator.num_processes,
         )  # fmt: skip
-        share_vision_features(self.teacher, student.model)
         transcripts = None
         if "sequence" in stage.losses:
             cache = AnswerCache(self.folder / "answers.sqlite", self.teacher_hash)
@@ -236,7 +236,8 @@ class Run:
             self.accelerator,
             transcripts,
         )
-        means = trainer.run()
+        with shared_vision_features(self.teacher, student.model):
+            means = trainer.run()
         counts, unfinished = trainer.counts(), trainer.unfinished()
         for name, found in (counts or {}).items():
             told = ", ".join(f"{count} {what}" for what, count in found.items())
@@ -269,12 +270,13 @@ class Run:
         from distill.evaluation import evaluate
 
         label, path, options = _label(after), self.folder / "evaluation.json", self.config.evaluation
-        table = json.loads(path.read_text()) if path.exists() else {}
+        table = _measurements(path)
         known = table.setdefault(label, {})
         for group, samples in counts.items():
             more = options.options.get(group, {})
             of = self._measured(after, n=samples, seed=options.seed, options=more)
-            if known.get(group, {}).get("of") == of:
+            row = known.get(group)
+            if isinstance(row, dict) and row.get("of") == of:
                 continue
             with self.accelerator.autocast():
                 result = evaluate(model, self.tokenizer, group, samples, options.seed, **more)
@@ -292,7 +294,7 @@ class Run:
         options, label, path = self.config.evaluation, _label(after), self.folder / "held_out.json"
         if options.held_out is None:
             return None
-        table = json.loads(path.read_text()) if path.exists() else {}
+        table = _measurements(path)
         if self._held_out is None:
             source = build_source(
                 options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, options.seed
@@ -303,7 +305,7 @@ class Run:
             for value in batch.values():
                 digest.update(value.contiguous().numpy().tobytes())
         of = self._measured(after, data=digest.hexdigest())
-        known = table.get(label, {})
+        known = dict(table.get(label, {}))
         if known.pop("of", None) == of:
             return known
         with self.accelerator.autocast():
@@ -362,11 +364,13 @@ class Run:
 
         student, _ = load_teacher(str(folder), self.config.teacher.dtype)
         student.to(self.accelerator.device)
-        path, options = self.folder / "speed.json", self.config.evaluation
+        path, options = self.folder / "transfer.json", self.config.evaluation
+        if "rows" not in read_json(path):
+            self.fresh_student().model.linmu_report.save(path)
+        path = self.folder / "speed.json"
         if options.speed_lengths:
             of = self._measured(len(STAGES), lengths=options.speed_lengths, new_tokens=options.speed_new_tokens)
-            known = json.loads(path.read_text()) if path.exists() else []
-            if not known or known[0].get("of") != of:
+            if {row.get("of") if isinstance(row, dict) else None for row in read_json(path, list)} != {of}:
                 rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, options)
                 write_atomically(path, json.dumps([{"of": of, **row} for row in rows], indent=1))
         return write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
@@ -375,6 +379,11 @@ class Run:
 def _label(after: int | None) -> str:
     """The name of a row of measurements."""
     return TEACHER if after is None else f"stage {after}" if after else "initial"
+
+
+def _measurements(path: Path) -> dict[str, Any]:
+    """What has been measured, by label; of what is no row, nothing."""
+    return {label: row for label, row in read_json(path).items() if isinstance(row, dict)}
 
 
 def _in_order(table: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,13 @@ def measure_speed(
     models: dict[str, PreTrainedModel], tokenizer: Any, options: EvaluationConfig
 ) -> list[dict[str, Any]]:
     """One record for each model and length; interleaved, medians of three. The vision tower is not in the times."""
-    from distill.teacher import share_vision_features
+    from distill.teacher import shared_vision_features
 
-    share_vision_features(*models.values())
+    with shared_vision_features(*models.values()):
+        return _measured(models, tokenizer, options)
+
+
+def _measured(models: dict[str, PreTrainedModel], tokenizer: Any, options: EvaluationConfig) -> list[dict[str, Any]]:
     rows = []
     for length in options.speed_lengths:
         inputs = _inputs(next(iter(models.values())), tokenizer, length)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from distill.files import say
 from distill.losses import IGNORE, Head, Kept
 from linmu_models.chat import end_tokens
 from linmu_models.modeling import auto_class
@@ -72,8 +74,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def share_vision_features(*models: PreTrainedModel) -> None:
-    """Let models with the same frozen vision tower encode a batch's pixels once between them."""
+@contextmanager
+def shared_vision_features(*models: PreTrainedModel) -> Iterator[None]:
+    """While open, models with the same frozen vision tower encode a batch's pixels once between them; afterwards they
+    are as they were, and nothing of the last batch is kept."""
+    patched: list[tuple[nn.Module, str, Any]] = []
     last: dict[str, tuple[Tensor, str, Any]] = {}
 
     def share(core: nn.Module, name: str, argument: str) -> None:
@@ -88,12 +93,25 @@ def share_vision_features(*models: PreTrainedModel) -> None:
                     last[name] = (pixels, options, original(*args, **kwargs))
             return last[name][2]
 
+        patched.append((core, name, vars(core).get(name)))
         setattr(core, name, features)
 
-    for model in models:
-        for name, argument in (("get_image_features", "pixel_values"), ("get_video_features", "pixel_values_videos")):
-            if hasattr(model.model, name):
-                share(model.model, name, argument)
+    try:
+        for model in models:
+            for name, argument in (
+                ("get_image_features", "pixel_values"),
+                ("get_video_features", "pixel_values_videos"),
+            ):
+                if hasattr(model.model, name):
+                    share(model.model, name, argument)
+        yield
+    finally:
+        for core, name, before in reversed(patched):
+            if before is None:
+                delattr(core, name)
+            else:
+                setattr(core, name, before)
+        last.clear()
 
 
 @torch.no_grad()
@@ -133,8 +151,23 @@ class AnswerCache:
         """Open, or make, the file; `teacher` is the teacher's fingerprint."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._teacher = teacher
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-        self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answers TEXT NOT NULL)")
+        try:
+            self._db = self._opened(path)
+        except sqlite3.OperationalError:  # Locked, or a disk that is full.
+            raise
+        except sqlite3.DatabaseError as error:
+            say(f"{path} is damaged and made anew ({error})")
+            for old in (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal", "-shm"))):
+                old.unlink(missing_ok=True)
+            self._db = self._opened(path)
+
+    @staticmethod
+    def _opened(path: Path) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answers TEXT NOT NULL)")
+        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(found)
+        return db
 
     def key(self, sample: Any, max_new_tokens: int) -> str:
         """What identifies a sample to a teacher."""
