@@ -31,10 +31,11 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
+from distill.checkpoint import load_data
 from distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
 from distill.data.lessons import FACTS, UNKNOWN, answer_pointers, cell_facts, cell_pointers
 from distill.data.tasks import PAGE_SIZES, Sizes
-from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
+from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
 from distill.evaluation import blind_baseline, evaluate
 
 HERE = Path(__file__).parent
@@ -236,7 +237,7 @@ class Trainer:
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         work.mkdir(parents=True, exist_ok=True)
         if self.checkpoint(part).exists():
-            state = torch.load(self.checkpoint(part), weights_only=True)
+            state = load_data(self.checkpoint(part))
             self.model.load_state_dict(state["model"])
             self.tutor.load_state_dict(state["tutor"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -398,7 +399,7 @@ def export(
     for part in (settings, settings["text_config"], settings["vision_config"]):
         part["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    trainer.tokenizer.save_pretrained(out)
+    save_processor(out, trainer.model.config.vision_config)
     shutil.copy(work / "log.jsonl", out / "training_log.jsonl")
     model = AutoModelForImageTextToText.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)

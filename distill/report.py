@@ -1,6 +1,5 @@
 """The page a run ends with: what was done, how it went, what came out. Made from the files of the run's folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,13 @@ from transformers import PreTrainedModel
 
 from distill.config import Config
 from distill.figures import accuracy_bars, loss_curves, speed_curves
-from distill.handoff import stage_folder
+from distill.files import read_json, read_lines
+from distill.handoff import read_facts, stage_folder
 from distill.sources import fits_tasks
 from distill.stages import STAGES, Stage
 from linmu_models.modeling import auto_class, sees_images
+
+ANSWER_TOKENS = 256  # as many as `linmu generate` gives
 
 LOSS_NAMES = {
     "hidden": "L_hid",
@@ -63,12 +65,7 @@ _LOSSES = """\
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The records of a stage, one a step."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_lines(folder / "metrics.jsonl", ("step", "tokens", "tokens_per_second", "peak_memory_mb"))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -83,7 +80,7 @@ def _duration(seconds: float) -> str:
 
 
 def _conversion(folder: Path) -> str:
-    report = _read(folder / "transfer.json")
+    report = read_json(folder / "transfer.json")
     counts = {how: sum(row["numel"] for row in report["rows"] if row["how"] == how)
               for how in ("shared", "copied", "new")}  # fmt: skip
     total = sum(counts.values())
@@ -119,10 +116,10 @@ def _parts(report: dict[str, Any]) -> list[tuple[str, str, int]]:
 def _stages(folder: Path, config: Config) -> str:
     rows = []
     for stage in STAGES:
-        manifest = _read(stage_folder(folder, stage.number) / "manifest.json")
         row = config.stage(stage.number)
         if not row.steps:
             continue
+        manifest = read_facts(folder, stage.number)
         weights = " + ".join(f"{weight:g} {LOSS_NAMES[name]}" for name, weight in row.losses.items())
         records = read_metrics(stage_folder(folder, stage.number))
         rate = np.median([record["tokens_per_second"] for record in records]) if records else 0
@@ -222,6 +219,30 @@ def _examples(folder: Path, config: Config, teacher: PreTrainedModel, student: P
     return "\n".join(lines)
 
 
+def _shell(folder: Path, config: Config, student: PreTrainedModel) -> list[str]:
+    """A command that asks the student about a page, and what it answers; nothing where no page was asked about."""
+    from PIL import Image
+
+    from distill.data import generate
+    from linmu_models.chat import ChatProcessor
+    from linmu_models.generate import generate_text
+
+    group = next((g for g in ("line", "where", "read") if g in config.evaluation.groups), None)
+    if group is None:
+        return []
+    try:
+        processor = ChatProcessor.load(folder / "student")
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        return ["", f"From the shell it cannot be asked about pictures, as its teacher came without the files: {why}"]
+    (sample,) = generate(group, 1, 5, "test")
+    page, question = folder / "figures" / "page.png", sample.turns[0][0]
+    Image.fromarray(sample.frames[0]).save(page)
+    said = generate_text(student, processor, question, [page], max_new_tokens=ANSWER_TOKENS, do_sample=False).text
+    command = f'linmu generate {folder}/student --image {page} --prompt "{question}"'
+    return ["", "or from the shell, with its answer:", "", "```sh", f"$ {command}", said, "```"]
+
+
 def write_report(
     folder: Path, config: Config, teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any
 ) -> Path:
@@ -231,8 +252,8 @@ def write_report(
     curves = {number: records for number, records in curves.items() if records}
     if curves:
         loss_curves(folder / "figures/losses.png", curves, LOSS_NAMES)
-    results, speed = _read(folder / "evaluation.json"), _read(folder / "speed.json")
-    groups = [g for g in config.evaluation.groups if results and g in results.get("teacher", {})]
+    results, speed = read_json(folder / "evaluation.json"), read_json(folder / "speed.json", list)
+    groups = [g for g in config.evaluation.groups if g in results.get("teacher", {})]
     parts = [
         f"# {config.name}: {config.teacher.path} made linear",
         "",
@@ -288,7 +309,7 @@ def write_report(
         ]
     if groups:
         parts += ["## Three questions", "", _examples(folder, config, teacher, student, tokenizer)]
-    if config.evaluation.held_out is not None and (held_out := _read(folder / "held_out.json")):
+    if config.evaluation.held_out is not None and (held_out := read_json(folder / "held_out.json")):
         parts += [
             "## How well it predicts",
             "",
@@ -309,6 +330,7 @@ def write_report(
         "",
         f'model = {auto}.from_pretrained("{folder}/student")',
         "```",
+        *(_shell(folder, config, student) if groups else []),
         "",
     ]
     path = folder / "report.md"

@@ -4,7 +4,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from distill.data import build_tokenizer
-from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START
+from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
 
 
 def save_teacher(folder, seed=0):
@@ -34,8 +34,7 @@ def save_teacher(folder, seed=0):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text('{"patch_size": 8}')
+    save_processor(folder, model.config.vision_config)
     return str(folder)
 
 

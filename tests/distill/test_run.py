@@ -70,7 +70,8 @@ def test_saved_student_is_the_trained_one(finished):
     student = run.student_after(3).model
     loaded = AutoModelForImageTextToText.from_pretrained(finished.folder / "student").eval()
     assert not any("lora" in name for name in loaded.state_dict())
-    assert (finished.folder / "student/preprocessor_config.json").read_text() == '{"patch_size": 8}'
+    for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (finished.folder / "student" / name).read_text() == (Path(finished.teacher.path) / name).read_text()
     from distill.data import Processor, generate
 
     processor = Processor.from_config(loaded.config, run.tokenizer)
