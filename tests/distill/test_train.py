@@ -344,13 +344,14 @@ def test_recorded_outputs_are_whole_batches_and_need_no_position(tmp_path):
     assert torch.equal(outputs[0], z * 2)
 
 
-@pytest.mark.parametrize("average", ["tokens", "kinds"])
+@pytest.mark.parametrize("average", ["tokens", "kinds", "kinds, of text alone"])
 def test_hidden_loss_of_a_stage_by_hand(tmp_path, average):
     """Against the modules called one by one, with each stream its own."""
+    average, text_alone = average.split(",")[0], "alone" in average
     config = tiny.tiny_config(tmp_path, losses={"relative_hidden": False, "hidden_average": average})
     trainer = tiny.stage_trainer(config, 1)
-    trainer.student.build_layout = lambda batch: SimpleNamespace(
-        visual_mask=lambda device: batch["mm_token_type_ids"].bool()
+    trainer.student.build_layout = lambda batch: (
+        None if text_alone else SimpleNamespace(visual_mask=lambda device: batch["mm_token_type_ids"].bool())
     )
     samples = trainer.source.samples(0)
     part = assemble(
@@ -371,7 +372,7 @@ def test_hidden_loss_of_a_stage_by_hand(tmp_path, average):
         streams.append((caught, logits))
     mask = batch["attention_mask"].bool()
     visual = batch["mm_token_type_ids"].bool()
-    masks = [mask] if average == "tokens" else [mask & visual, mask & ~visual]
+    masks = [mask] if average == "tokens" or text_alone else [mask & visual, mask & ~visual]
     wanted = sum(
         ((a - b) ** 2).sum(-1)[m].mean() / len(masks)
         for a, b in zip(streams[0][0], streams[1][0], strict=True)
