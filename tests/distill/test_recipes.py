@@ -144,7 +144,7 @@ def test_a_recipes_patterns_may_match_nothing_others_may_not(teacher, tmp_path):
     paper = {**values, "recipe": "paper", "student": {}}
     with pytest.raises(ConfigError, match=r"stage1.train must be without 'swin': Local-Swin is off"):
         Run(parse_config({**paper, "stage1": {"steps": 2, "train": ["swin"]}})).check_stages()
-    with pytest.raises(RunError, match=r"keep_attention must hold layers in \[-2, 2\), got 99"):
+    with pytest.raises(RunError, match=r"keep_attention must be a list of layers in \[-2, 2\), got 99"):
         Run(parse_config({**paper, "student": {"keep_attention": [99]}})).check_stages()
 
 
