@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -84,6 +85,8 @@ def generate(
     from distill.progress import peak_memory
     from linmu_models.generate import generate_text, load
 
+    # What Pillow warns of in a file is either seen all the same or refused in one line.
+    warnings.filterwarnings("ignore", module="PIL")
     say = Console(stderr=True, highlight=False)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     try:
