@@ -9,9 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz import TARGETS
 
-HELD = [
-    n for n in TARGETS if n not in ("window_attention", "ssd_scan_unseen", "window_attention_unseen", "block_padded")
-]
+HELD = [n for n in TARGETS if n not in ("ssd_scan_unseen", "window_attention_unseen")]
 
 
 @pytest.mark.parametrize("name", HELD)
