@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._attention import HEADS, SCALES, first, read
+from .config import PAPER
+
 if TYPE_CHECKING:
     from .mmate import MMATE
 
@@ -19,15 +22,6 @@ PARTS = (
     ("swin", "q_proj", "q"), ("swin", "k_proj", "k"), ("swin", "v_proj", "v"), ("swin", "o_proj", "o"),
     ("swin", "q_norm", "q_norm"), ("swin", "k_norm", "k_norm"),
 )  # fmt: skip
-NAMES = {  # of projections, in the attention modules of transformers, timm and torchvision
-    "q": ("q_proj", "query", "to_q"),
-    "k": ("k_proj", "key", "to_k"),
-    "v": ("v_proj", "value", "to_v"),
-    "o": ("o_proj", "out_proj", "dense", "proj", "to_out"),
-    "qkv": ("qkv", "qkv_proj", "Wqkv"),
-    "q_norm": ("q_norm", "q_layernorm", "norm_q"),
-    "k_norm": ("k_norm", "k_layernorm", "norm_k"),
-}
 
 
 class TransferRow(NamedTuple):
@@ -115,8 +109,9 @@ def from_attention(
 
     Args:
         cls: MMATE.
-        attention: a module with linear projections under one of the names in `NAMES` (transformers, timm), separate
-            or fused as qkv, or a `torch.nn.MultiheadAttention`; its norms of queries and keys per head, if any.
+        attention: a module with linear projections under the names of transformers, timm, diffusers or
+            `torch.nn.MultiheadAttention`, separate or fused, and norms of queries and keys per head, if any. A dropout
+            is left out, with a warning.
         num_heads: the module's num_heads, num_attention_heads or config.num_attention_heads if None.
         num_kv_heads: from the shape of the key projection if None.
         head_dim: from the shape of the query projection if None.
@@ -124,68 +119,26 @@ def from_attention(
         options: other arguments of `MMATE` (scale, config). scale: the module's own `scaling` or `scale` if not given.
 
     Raises:
-        ValueError: no projection of a known name, or no number of heads.
+        ValueError: no projection of a known name, no number of heads, or something else that changes the module's
+            result and a block cannot do, by its name. TypeError: quantised weights.
     """
-    projections, names = _projections(attention)
-    heads = (
-        num_heads
-        or _first(attention, ("num_heads", "num_attention_heads"))
-        or _first(getattr(attention, "config", None), ("num_attention_heads", "num_heads"))
-    )
-    if heads is None:
-        raise ValueError(f"MMATE: num_heads must be given for {type(attention).__name__}, got None")
-    (q, q_bias), (k, k_bias), (v, v_bias), (o, o_bias) = (projections[part] for part in "qkvo")
+    heads = num_heads or first(attention, HEADS) or first(getattr(attention, "config", None), HEADS)
+    weights, biases, names, norms = read(attention, heads, options.get("config", PAPER))
+    q, k, v, o = (weights[part] for part in "qkvo")
     head_dim = head_dim or q.shape[0] // heads
-    norms = {n: _named(attention, n) for n in ("q_norm", "k_norm")}
-    norms = {n: None if m is None or isinstance(m[1], nn.Identity) else m for n, m in norms.items()}
     query_norm = norms["q_norm"]
-    options.setdefault(
-        "scale", next((s for s in (_first(attention, ("scaling", "scale")),) if isinstance(s, float)), None)
-    )
+    scale = first(attention, SCALES)
+    if isinstance(scale, (Tensor, nn.Module)):
+        raise ValueError(f"MMATE: scale must be given for {type(attention).__name__}, whose own is learned, got None")
+    options.setdefault("scale", scale if isinstance(scale, float) else None)
     block = cls(
         o.shape[0], heads, num_kv_heads or k.shape[0] // head_dim, head_dim, layer_idx=layer_idx,
-        qkv_bias=any(b is not None for b in (q_bias, k_bias, v_bias)), out_bias=o_bias is not None,
-        qk_norm=None if query_norm is None else lambda _: copy.deepcopy(query_norm[1]), **options,
+        qkv_bias=any(biases[part] is not None for part in "qkv"), out_bias=biases["o"] is not None,
+        qk_norm=None if query_norm is None else lambda _: copy.deepcopy(query_norm), **options,
     )  # fmt: skip
     block.to(device=q.device, dtype=q.dtype)
     block.load_attention_weights(
-        q_weight=q, k_weight=k, v_weight=v, o_weight=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias,
-        q_norm=query_norm and query_norm[1], k_norm=norms["k_norm"] and norms["k_norm"][1], names=names,
+        q_weight=q, k_weight=k, v_weight=v, o_weight=o, **{f"{part}_bias": bias for part, bias in biases.items()},
+        q_norm=query_norm, k_norm=norms["k_norm"], names=names,
     )  # fmt: skip
     return block
-
-
-def _first(module: Any, names: tuple[str, ...]) -> Any:
-    return next((getattr(module, n) for n in names if getattr(module, n, None) is not None), None)
-
-
-def _named(attention: nn.Module, part: str) -> tuple[str, Any] | None:
-    return next(((n, getattr(attention, n)) for n in NAMES[part] if getattr(attention, n, None) is not None), None)
-
-
-def _projections(attention: nn.Module) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, str]]:
-    """(weight, bias) of q, k, v, o, and what they are called."""
-    found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    names: dict[str, str] = {}
-    for part in "qkvo":
-        named = _named(attention, part)
-        if named is not None and isinstance(getattr(named[1], "weight", None), Tensor):
-            names[part], found[part] = named[0], (named[1].weight, named[1].bias)
-    fused = _named(attention, "qkv")
-    if isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None:
-        weight, bias, name = attention.in_proj_weight, attention.in_proj_bias, "in_proj"
-    elif fused is not None:
-        weight, bias, name = fused[1].weight, fused[1].bias, fused[0]
-    else:
-        weight = None
-    if weight is not None:
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        for part, w, b in zip("qkv", weight.chunk(3), biases, strict=True):
-            names[part], found[part] = name, (w, b)
-    missing = [part for part in "qkvo" if part not in found]
-    if missing:
-        raise ValueError(
-            f"MMATE: {type(attention).__name__} must have a projection for {', '.join(missing)}, under a name such as "
-            f"{', '.join(NAMES[missing[0]])}; or call load_attention_weights"
-        )
-    return found, names
