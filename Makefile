@@ -22,10 +22,10 @@ build: .venv/ready
 
 # One draw of each sweep, and one GPU architecture; all of them with test-all.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --durations=10 -m "not sweep"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m "not sweep"
 
 test-all: setup
-	$(BIN)/python -m pytest -q -n 2 --durations=10
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 # Random cases of ops and blocks without a fixed seed, by the kernels of every instruction set.
 SECONDS ?= 600

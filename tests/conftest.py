@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
 
+# A test gives the same answer each time it is run; `make fuzz` draws anew.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None)
+hypothesis.settings.load_profile("fixed")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic_and_poisoned():
     torch.manual_seed(0)
@@ -33,7 +39,14 @@ def _deterministic_and_poisoned():
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Without a GPU, a test that needs one is not collected: thousands of skips would hide the one that matters."""
+    """Without a GPU, a test that needs one is not collected: thousands of skips would hide the one that matters.
+
+    Of the older instruction sets `make test` runs the oldest.
+    """
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("isa") == "avx512":
+            item.add_marker(pytest.mark.sweep)
     if not torch.cuda.is_available():
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]

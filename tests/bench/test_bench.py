@@ -93,7 +93,10 @@ def test_tiny(op):
     assert op in report.table(rows)
 
 
-@pytest.mark.parametrize("op", [o for o in run.OPS if o in _registry.OPS])
+COMPILED = [pytest.param(o, marks=() if o == "branch_mix_norm" else pytest.mark.sweep) for o in _registry.OPS]
+
+
+@pytest.mark.parametrize("op", COMPILED)
 def test_compiled_peers_are_equal(op):
     rows = rows_of(op, wanted=("auto", "compiled"))
     compiled = [r for r in rows if r["impl"].endswith(", compiled")]

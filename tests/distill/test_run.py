@@ -381,7 +381,7 @@ cli.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.sweep)])
 def test_accelerate_launch(teacher, tmp_path, parallel):
     """Two processes, one of them late, give the curves of one process with twice the micro-batches."""
     changes = dict(evaluation={"samples": 0, "speed_lengths": []}, threads=1)

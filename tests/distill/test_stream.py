@@ -253,7 +253,7 @@ def test_text_beside_pictures(folder, tmp_path, recipe, student):
     assert not any("sequence" in told for told in (facts["means"], *curve(stage_folder(mixed.folder, 3))))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.sweep), "fsdp"])
 def test_a_process_may_have_text_where_the_other_has_pictures(folder, tmp_path, parallel):
     two = beside_text(folder, tmp_path, parallel=parallel)
 
