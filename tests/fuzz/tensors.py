@@ -163,6 +163,7 @@ def judge(
 
 
 NEIGHBOURS = 16
+USUAL = 8  # kernels sum in another order, and recompute what autograd keeps; a fault is larger by far
 
 
 def held_to(
@@ -195,7 +196,7 @@ def held_to(
                 largest[i] = max(largest[i], (base.double() - exact).abs().max().item())
     for g, exact, most in zip(got, judge.exact, largest, strict=True):
         if g.numel():
-            bound = 2 * most + 4 * torch.finfo(g.dtype).eps * exact.abs().max().item() + 1e-30
+            bound = USUAL * most + 4 * torch.finfo(g.dtype).eps * exact.abs().max().item() + 1e-30
             if not bool(((g.double() - exact).abs() <= bound).all()):  # a NaN fails
                 raise first
 
