@@ -3,16 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= torch==2.13.0
+# Modules are compiled when they are first imported: most of what is installed never is.
+INSTALL := $(BIN)/pip install -q --no-compile
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
 .PHONY: setup build test test-all fuzz asan env demo lint clean FORCE
 
 .venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(if $(TORCH_ASKED),,$(BIN)/python -c "import torch" 2>/dev/null ||) $(BIN)/pip install -q "$(TORCH)"
+	$(if $(TORCH_ASKED),,$(BIN)/python -c "import torch" 2>/dev/null ||) $(INSTALL) "$(TORCH)"
 	echo "$(TORCH)" > .venv/torch
-	$(BIN)/pip install -q setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13" numpy
-	LINMU_BUILD=none $(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(INSTALL) setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13" numpy
+	LINMU_BUILD=none $(INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@
 
 setup: .venv/ready build
