@@ -102,7 +102,8 @@ class _Film:
         self._stream = max(known, key=_importance)
         check_pixels("video", self._stream.codec_context.width, self._stream.codec_context.height)
         self._stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
-        self._stream.thread_type = "AUTO"
+        # FFmpeg's threads wait for each other for ever on some damaged films; data workers decode side by side anyway.
+        self._stream.thread_type, self._stream.thread_count = "NONE", 1
 
     def close(self) -> None:
         """Let go of the decoder; the file is the caller's."""

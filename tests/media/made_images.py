@@ -100,6 +100,13 @@ def itxt(packet):
     return chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + packet)
 
 
+def raw_profile(orientation, packed=False):
+    """The text in which ImageMagick put EXIF before a PNG had a chunk for it."""
+    block = oriented(orientation)
+    text = b"\nexif\n%8d\n%s\n" % (len(block), block.hex().encode())
+    return b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if packed else text)
+
+
 def jpeg(**options):
     """The pattern as a JPEG."""
     return saved(pattern(), "JPEG", quality=95, subsampling=0, **options)
@@ -132,6 +139,10 @@ CARRIERS = {
     "PNG, eXIf after the pixels": (lambda k: with_chunk(saved(pattern(), "PNG"), chunk(b"eXIf", oriented(k)), True), 0),
     "PNG, XMP": (lambda k: with_chunk(saved(pattern(), "PNG"), itxt(xmp(k))), 0),
     "PNG, XMP after the pixels": (lambda k: with_chunk(saved(pattern(), "PNG"), itxt(xmp(k)), True), 0),
+    "PNG, raw profile": (
+        lambda k: with_chunk(saved(pattern(), "PNG"), chunk(b"tEXt", raw_profile(k))), 0),
+    "PNG, packed raw profile after the pixels": (
+        lambda k: with_chunk(saved(pattern(), "PNG"), chunk(b"zTXt", raw_profile(k, packed=True)), True), 0),
     "PNG, palette": (lambda k: saved(Image.fromarray(pattern()).convert("P", palette=Image.Palette.ADAPTIVE), "PNG",
                                      exif=oriented(k)), 2),
     "WebP, EXIF": (lambda k: saved(pattern(), "WEBP", lossless=True, exif=oriented(k)), 0),

@@ -33,6 +33,19 @@ def test_an_image_is_upright(carrier, orientation):
             assert np.abs(got[y, x].astype(int) - want[y, x]).max() <= tolerance
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order, type", [("<", "u2"), (">", "u2"), ("<", "i2"), ("<", "u4"), ("<", "f4")])
+def test_wide_greys_are_upright(order, type, orientation):
+    rows = np.arange(made.HEIGHT)[:, None] * 4 + np.arange(made.WIDTH)  # up to 219
+    scale = {"u2": 257, "i2": 128, "u4": 1, "f4": 1}[type]
+    field = made.entry(made.ORIENTATION, "short", orientation, order)
+    samples = (rows * scale).astype(order + type)
+    kind = {"u": 1, "i": 2, "f": 3}[type[0]]
+    got = seen(made.tiff(samples, 8 * int(type[1]), order, sample_format=kind, extra=[field]))
+    want = made.upright(np.repeat(rows[..., None], 3, 2), orientation)
+    assert got.shape == want.shape and np.abs(got.astype(int) - want).max() <= 1
+
+
 @pytest.mark.parametrize("name", made.DEPTHS)
 def test_an_image_has_its_brightness(name):
     data, want = made.DEPTHS[name]

@@ -150,7 +150,7 @@ SEEKING = {
 def test_a_long_video_is_not_decoded_between_what_is_read(monkeypatch, container):
     """150 seconds, a key frame in each: for each frame that is read, those since its key frame, and one more.
 
-    A decoder may give some more as it starts: its threads and its reordering.
+    Reordered pictures may take an earlier key frame.
     """
     data = film(**LONG | SEEKING[container])
     count = counted(monkeypatch)
@@ -159,7 +159,7 @@ def test_a_long_video_is_not_decoded_between_what_is_read(monkeypatch, container
     count[0] = 0
     got = greys(data, 5, 1.0)
     assert np.abs(got - [10 * t // 6 for t in middles(facts.seconds, 5)]).max() <= 5
-    assert 5 <= count[0] <= 6 * 28
+    assert 5 <= count[0] <= 5 * 24
 
 
 def test_the_beginning_is_read_without_the_rest(monkeypatch):
@@ -168,7 +168,19 @@ def test_the_beginning_is_read_without_the_rest(monkeypatch):
     with videos._film(data) as found:
         count[0] = 0
         list(found.shown([0.05, 0.55]))
-    assert count[0] <= 12
+    assert count[0] <= 8
+
+
+def test_one_thread_decodes(monkeypatch):
+    """More would wait for each other for ever on some damaged films."""
+    threads = []
+    real = videos._decode
+    monkeypatch.setattr(
+        videos, "_decode", lambda packet: threads.append(packet.stream.codec_context.thread_count) or real(packet)
+    )
+    for options in (dict(), dict(codec="libx264"), dict(format="webm", codec="libvpx-vp9")):
+        read_video(film(**options), 4, 1.0)
+    assert set(threads) == {1}
 
 
 def test_one_key_frame_is_decoded_from_once(monkeypatch):
