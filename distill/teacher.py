@@ -14,12 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from distill.files import say
 from distill.losses import IGNORE, Head, Kept
 from linmu_models.chat import end_tokens
-from linmu_models.modeling import auto_class
+from linmu_models.generate import load_model
 
 Batch = dict[str, Tensor]
 
@@ -61,7 +61,7 @@ def load_teacher(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     Args:
         dtype: "float32", "bfloat16", "float16", or "auto" for the one its configuration names.
     """
-    model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype)
+    model = load_model(path, dtype)
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,7 +61,7 @@ def convert_folder(
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
     options = parse_mmate(config)  # before the weights are read
-    student = convert(auto_class(saved).from_pretrained(folder, dtype=dtype), options, keep_attention)
+    student = convert(load_model(folder, dtype), options, keep_attention)
     student.save_pretrained(out)
     copy_processor(folder, out)
     return student.linmu_report
@@ -85,14 +86,25 @@ def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None)
     return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 
+def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
+    """A saved model, linear or not.
+
+    Raises:
+        ValueError: its weights are a file that holds more than tensors; no code of such a file is run.
+    """
+    try:
+        return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"the weights in {folder} are more than tensors, and no code of theirs is run") from error
+
+
 def load(
     folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
 ) -> tuple[GenerationMixin, ChatProcessor]:
     """A saved model, linear or not, on `device`, and what prepares its inputs."""
     _check_dtype(dtype)
     where = find_device(device)
-    auto = auto_class(AutoConfig.from_pretrained(folder))
-    model = auto.from_pretrained(folder, dtype=dtype).to(where).eval()
+    model = load_model(folder, dtype).to(where).eval()
     return model, ChatProcessor.load(folder)
 
 

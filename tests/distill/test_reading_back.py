@@ -242,6 +242,23 @@ def test_results_and_teachers_in_the_making_are_no_pickles(tmp_path, again):
     assert not _was_run(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["generate", "convert", "evaluate", "distill"])
+def test_weights_with_code_in_them_are_one_line(tmp_path, finished, command):
+    """Of a teacher, or of a student, that somebody else has made."""
+    folder = tmp_path / "model"
+    shutil.copytree(finished.teacher.path, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": Runs(tmp_path)}, folder / "pytorch_model.bin")
+    toml = tmp_path / "c.toml"
+    toml.write_text(f'name = "r"\noutput = "{tmp_path}"\n[teacher]\npath = "{folder}"\n')
+    given = {"generate": [folder, "--prompt", "a"], "convert": [folder, tmp_path / "o"], "evaluate": [folder],
+             "distill": [toml]}[command]  # fmt: skip
+    done = CliRunner().invoke(app, [command, *map(str, given)])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.output
+    assert done.output.splitlines()[-1].endswith("are more than tensors, and no code of theirs is run")
+    assert not _was_run(tmp_path)
+
+
 def test_checkpoints_as_they_once_were_are_read(tmp_path):
     """Their random states held an array."""
     np.random.seed(5)
