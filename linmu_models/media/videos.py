@@ -376,7 +376,8 @@ def read_video(source: Source, frames: int, fps: float, max_pixels: int | None =
     A frame is the one shown at that time: the last that is not later, or the first where none is earlier. It is turned
     and mirrored as its container says. It is otherwise as it is coded: not deinterlaced, its pixels not made square,
     without its alpha, its brightness not mapped. Of several pictures the default one is read, or the largest; cover
-    pictures are not. What is not needed is not decoded: see `_Film.shown`.
+    pictures are not. Decoded are the first frame, and for each frame that is read those from its key frame to the next
+    one, once; a format in which FFmpeg finds no key frames is decoded from its beginning to the last frame read.
 
     Raises:
         UnreadableError: missing, corrupt, cut short, too large, too elongated, or not a video.

@@ -437,6 +437,16 @@ def test_a_video_that_is_cut_is_told_or_shorter(container, share):
     assert reason in ("video truncated", "video corrupt") or (reason == "read" and not told)
 
 
+@pytest.mark.parametrize("codec, fps", [("libx264", 10), ("mpeg2video", 25)])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_broadcast_may_be_tuned_in_at_any_packet(codec, fps, share):
+    """What comes before its first key frame is passed over."""
+    whole = film(format="mpegts", codec=codec, fps=fps, frames=50, gop=10, b_frames=2)
+    start = int(len(whole) * share) // 188 * 188
+    got = greys(whole[start:], 4, 2.0)
+    assert len(got) >= 1 and (np.diff(got) > 0).all() and got[0] > 250 * (share - 0.1) and got[-1] < 252
+
+
 def test_half_of_a_video_is_truncated():
     for container in ("mp4, index first", "mkv", "mkv, B frames", "webm, VP9", "avi"):
         whole = film(**CONTAINERS[container][0] | dict(frames=200))
