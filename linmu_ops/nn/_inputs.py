@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..token_layout import TokenLayout
@@ -116,6 +117,44 @@ def without_padding(
     if rotary is not None:
         rotary = (rotary[0].masked_fill(padding, 0), rotary[1].masked_fill(padding, 0))
     return hidden_states.masked_fill(padding, 0), rotary
+
+
+def number_sequences(
+    op: str,
+    seq_idx: Tensor | None,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    layout: TokenLayout | None,
+    state: object,
+) -> Tensor | None:
+    """(B, L) int32: 0, 1, ... for the sequences of each row; padding belongs to the sequence before it, or after it
+    where there is none before. Numbers stay as they are."""
+    if seq_idx is None:
+        return None
+    shape = tuple(hidden_states.shape[:2])
+    if seq_idx.dtype != torch.int32:
+        raise TypeError(f"{op}: seq_idx must be int32, got {str(seq_idx.dtype).removeprefix('torch.')}")
+    if tuple(seq_idx.shape) != shape:
+        raise ValueError(f"{op}: seq_idx must be (B, L) = {shape}, got shape {tuple(seq_idx.shape)}")
+    if state is not None:
+        raise ValueError(f"{op}: state must be None where seq_idx is given, got one: its sequence cannot be told")
+    if not hidden_states.shape[1]:
+        return seq_idx
+    if attention_mask is not None:
+        places = torch.arange(shape[1], device=seq_idx.device)
+        before = torch.where(attention_mask, places, -1).cummax(1).values
+        first = attention_mask.int().argmax(1, keepdim=True)
+        seq_idx = seq_idx.gather(1, torch.where(before < 0, first, before))
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    if layout is not None and seq_idx.device.type == "cpu" and not torch.compiler.is_compiling():
+        blocks = layout.reverse_seq_idx()
+        cut = begins[:, 1:] & (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] > 0)
+        if cut.any():
+            row, token = cut.nonzero()[0].tolist()
+            raise ValueError(
+                f"{op}: seq_idx must be the same all over a visual block, got a change at row {row}, token {token + 1}"
+            )
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 def split_heads(t: Tensor, head_dim: int) -> Tensor:

@@ -35,8 +35,12 @@ class CausalConv1d(nn.Module):
         attention_mask: Tensor | None,
         state: Tensor | None,
         return_state: bool,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, L, channels), order (B, L) int32, state (B, K - 1, channels) -> y, new state (or None)."""
+        """x (B, L, channels), order (B, L) int32, state (B, K - 1, channels) -> y, new state (or None).
+
+        seq_idx (B, L) int32, as `number_sequences` makes it: no tap reaches into another sequence.
+        """
         if x.shape[1] == 1 and state is not None and written_in_place():
             # Of its own where it may not be written to as it is: under an autocast that began or ended in between, or
             # in a row of padding.
@@ -49,8 +53,9 @@ class CausalConv1d(nn.Module):
         state = None if state is None else state.to(x.dtype)
         if attention_mask is None:
             out = causal_conv1d(
-                x, self.weight, self.bias, token_order=order, initial_state=state, return_final_state=return_state
-            )
+                x, self.weight, self.bias, seq_idx=seq_idx, token_order=order, initial_state=state,
+                return_final_state=return_state,
+            )  # fmt: skip
             return out if isinstance(out, tuple) else (out, None)
         if order is None:
             visits = real_tokens_first(attention_mask)
@@ -58,6 +63,9 @@ class CausalConv1d(nn.Module):
             visits = order.long().gather(1, real_tokens_first(attention_mask.gather(1, order.long())))
         taps = self.weight.shape[1] - 1
         last = last_tokens(x, state, taps, attention_mask, visits) if return_state else None
-        out = causal_conv1d(x, self.weight, self.bias, token_order=visits.int(), initial_state=state)
+        if last is not None and seq_idx is not None:
+            owner = last_tokens(seq_idx + 1, None, taps, attention_mask, visits)
+            last = last.masked_fill(expand_as(owner != seq_idx[:, -1:] + 1, last), 0)
+        out = causal_conv1d(x, self.weight, self.bias, seq_idx=seq_idx, token_order=visits.int(), initial_state=state)
         assert isinstance(out, Tensor)
         return out, last

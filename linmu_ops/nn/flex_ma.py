@@ -14,7 +14,7 @@ from .._dims import accumulate_dtype
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ..token_layout import TokenLayout
-from ._inputs import Rotary, apply_rotary, check_inputs, ridge, split_heads, without_padding
+from ._inputs import Rotary, apply_rotary, check_inputs, number_sequences, ridge, split_heads, without_padding
 from .config import PAPER, MMATEConfig
 from .conv import CausalConv1d
 from .state import MMATEState, continue_state, written_in_place
@@ -171,6 +171,7 @@ class FlexMA(nn.Module):
         attention_mask: Tensor | None = None,
         state: MMATEState | None = None,
         return_state: bool = False,
+        seq_idx: Tensor | None = None,
         near: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """As `MMATE.forward`; of the state, `ssm` and `conv` are read and returned.
@@ -180,8 +181,9 @@ class FlexMA(nn.Module):
         """
         layout = check_inputs("FlexMA", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, None)
         hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
+        seq_idx = number_sequences("FlexMA", seq_idx, hidden_states, attention_mask, layout, state)
         keep = return_state or state is not None
-        y, log_total, new = self._scan(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+        y, log_total, new = self._scan(hidden_states, layout, position_embeddings, attention_mask, state, keep, seq_idx)
         if self.z_proj is not None:
             y = y * F.silu(self.z_proj(hidden_states)).to(y.dtype).view_as(y)
         if self.head_norm is not None:
@@ -201,6 +203,7 @@ class FlexMA(nn.Module):
         attention_mask: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
+        seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, MMATEState]:
         """y (B, L, H, P) of both directions; with the normaliser, that mean of X and the log of the sum of its weights
         (B, L, H). One token without gradients updates `state` in place; else a new state is made, an empty one without
@@ -214,7 +217,9 @@ class FlexMA(nn.Module):
         conv_state = None
         if self.conv is not None:
             before = None if state is None else state.conv
-            mixed, conv_state = self.conv(torch.cat(parts, dim=-1), order, attention_mask, before, return_state)
+            mixed, conv_state = self.conv(
+                torch.cat(parts, dim=-1), order, attention_mask, before, return_state, seq_idx
+            )
             parts = list(mixed.split(self.sizes, dim=-1))
         x, B, C, *reverse = (split_heads(t, P) for t in parts)
         B, C = self._position(B, C, rotary)
@@ -238,8 +243,9 @@ class FlexMA(nn.Module):
                     reverse_B=reverse[0] if reverse else None, reverse_C=reverse[1] if reverse else None,
                 )  # fmt: skip
             out = ssd_scan(
-                x, dt, A, B, C, token_order=order, initial_state=ssm, return_final_state=return_state, **scan
-            )
+                x, dt, A, B, C, seq_idx=seq_idx, token_order=order, initial_state=ssm,
+                return_final_state=return_state, **scan,
+            )  # fmt: skip
             y, ssm = out if isinstance(out, tuple) else (out, None)
         log_total = None
         if config.normalizer:
@@ -258,11 +264,13 @@ class FlexMA(nn.Module):
         layout: TokenLayout | None = None,
         position_embeddings: Rotary | None = None,
         attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **ignored: object,
     ) -> Tensor:
         """With the normaliser: the log of the sum of the weights in its mean, (B, L, H). Arguments as `forward`."""
         z, rotary = without_padding(hidden_states, position_embeddings, attention_mask)
-        _, total, _ = self._scan(z, layout, rotary, attention_mask, None, False)
+        seq_idx = number_sequences("FlexMA", seq_idx, z, attention_mask, layout, None)
+        _, total, _ = self._scan(z, layout, rotary, attention_mask, None, False, seq_idx)
         assert total is not None
         return total
 

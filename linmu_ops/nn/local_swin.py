@@ -20,6 +20,7 @@ from ._inputs import (
     check_inputs,
     first_tokens,
     last_tokens,
+    number_sequences,
     real_tokens_first,
     split_heads,
     take,
@@ -111,6 +112,7 @@ class LocalSwin(nn.Module):
         attention_mask: Tensor | None = None,
         state: MMATEState | None = None,
         return_state: bool = False,
+        seq_idx: Tensor | None = None,
     ) -> Tensor | Near | tuple[Tensor | Near, MMATEState]:
         """As `MMATE.forward`; of the state, all but `ssm` and `conv` is read and returned."""
         layout = check_inputs(
@@ -119,12 +121,13 @@ class LocalSwin(nn.Module):
         if state is not None:
             check_state("LocalSwin", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
         hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
+        seq_idx = number_sequences("LocalSwin", seq_idx, hidden_states, attention_mask, layout, state)
         keep = return_state or state is not None
         out: Tensor | Near
         if self.o_proj is None:
-            out, new = self._near(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+            out, new = self._near(hidden_states, layout, position_embeddings, attention_mask, state, keep, seq_idx)
         else:
-            y, new = self._attend(hidden_states, layout, position_embeddings, attention_mask, state, keep)
+            y, new = self._attend(hidden_states, layout, position_embeddings, attention_mask, state, keep, seq_idx)
             out = torch.zeros_like(hidden_states) if y is None else self.o_proj(y.flatten(2))
             if y is not None and self.o_proj.bias is not None and layout is not None and not self.config.text_window:
                 out = out.masked_fill(~layout.visual_mask(out.device)[..., None], 0)
@@ -159,6 +162,7 @@ class LocalSwin(nn.Module):
         attention_mask: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
+        seq_idx: Tensor | None,
     ) -> tuple[Tensor | None, MMATEState]:
         """(B, L, H, P); None where no token attends, anything at text without a window."""
         if layout is None and not self.config.text_window:
@@ -173,7 +177,9 @@ class LocalSwin(nn.Module):
             return y, new
         seen = _seen(z, state)
         order = None if attention_mask is None else real_tokens_first(attention_mask)
-        text, _, new = self._text(q, k, v, attention_mask, order, seen, state, return_state, layout, attend)
+        text, _, new = self._text(
+            q, k, v, attention_mask, order, seen, state, return_state, layout, attend, seq_idx=seq_idx
+        )
         if visual is None or layout is None:
             return text, new
         return torch.where(layout.visual_mask(z.device)[..., None, None], visual, text), new
@@ -186,6 +192,7 @@ class LocalSwin(nn.Module):
         attention_mask: Tensor | None,
         state: MMATEState | None,
         return_state: bool,
+        seq_idx: Tensor | None,
     ) -> tuple[Near, MMATEState]:
         q, k, v = self._projected(z)
         turned_q, turned_k = self._turned(q, k, rotary)
@@ -195,15 +202,22 @@ class LocalSwin(nn.Module):
         visual = None if layout is None else layout.visual_mask(z.device)
         seen = _seen(z, state)
         real = z.new_ones(z.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
-        index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its row, padding not counted
+        index = real.cumsum(1) - 1 + seen[:, None]  # of a token in its sequence, padding not counted
+        start = None
+        if seq_idx is not None:
+            begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+            start = torch.where(begins, index, 0).cummax(1).values
+            index = index - start
         order = None if attention_mask is None else real_tokens_first(attention_mask)
-        sinks = self._sinks(turned_k, v, real, visual, seen, state, order)
+        sinks = self._sinks(turned_k, v, real, visual, seen, state, order, start, seq_idx)
         text_window = self.config.text_window
         before = None if sinks is None else sinks.at_least(text_window, index)
         y, mass, new = self._text(
             turned_q, turned_k, v, attention_mask, order, seen, state, return_state, layout, attend_with_mass, sinks,
-            before,
+            before, seq_idx,
         )  # fmt: skip
+        if sinks is not None and seq_idx is not None:
+            y, mass = sinks.join(turned_q, y, mass, index, self.softmax_scale, text_window)
         count = (index + 1).clamp(max=text_window)
         if before is not None:
             count = count + before.sum(-1)
@@ -228,17 +242,43 @@ class LocalSwin(nn.Module):
         seen: Tensor,
         state: MMATEState | None,
         order: Tensor | None,
+        start: Tensor | None,
+        seq_idx: Tensor | None,
     ) -> Sinks | None:
-        """The first tokens of each row, from the state as far as they came before."""
+        """The first tokens of each row, from the state as far as they came before; with `start` (B, L), the places of
+        the first ones of sequences among the row's tokens, those of each token's sequence."""
         n = self.config.sink_tokens
         if not n:
             return None
+        if start is not None and seq_idx is not None:
+            return self._sinks_of_sequences(k, v, real, visual, order, start, seq_idx)
         at = torch.arange(n, device=k.device) - seen[:, None]
         keys, values, there = (None, None, None) if state is None else (state.keys, state.values, state.sinks)
         keys, values = (None if t is None else t[:, :, :n].transpose(1, 2).to(k.dtype) for t in (keys, values))
         text = torch.ones_like(real) if visual is None else ~visual
         came = first_tokens(text, there, at, order) & (at < real.sum(1, keepdim=True))
         return Sinks(first_tokens(k, keys, at, order), first_tokens(v, values, at, order), came)
+
+    def _sinks_of_sequences(
+        self,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor,
+        visual: Tensor | None,
+        order: Tensor | None,
+        start: Tensor,
+        seq_idx: Tensor,
+    ) -> Sinks:
+        batch, length = real.shape
+        n = self.config.sink_tokens
+        ranks = start[..., None] + torch.arange(n, device=k.device)
+        at = ranks.clamp(max=max(length - 1, 0)).flatten(1)
+        at = at if order is None else order.gather(1, at)
+        keys, values, number = (take(t, at).unflatten(1, (length, n)) for t in (k, v, seq_idx))
+        there = (number == seq_idx[..., None]) & (ranks < real.sum(1)[:, None, None])
+        if visual is not None:
+            there = there & ~take(visual, at).view(batch, length, n)
+        return Sinks(keys, values, there)
 
     def _text(
         self,
@@ -254,13 +294,17 @@ class LocalSwin(nn.Module):
         rule: Rule,
         sinks: Sinks | None = None,
         before: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, MMATEState]:
-        """Each text token by `rule` over the last `text_window` tokens of its row, padding not counted, and over the
-        sinks that lie `before` these. Anything at visual tokens."""
+        """Each text token by `rule` over the last `text_window` tokens of its sequence, padding not counted, and over
+        the sinks that lie `before` these; not with seq_idx, where the caller adds them. Anything at visual tokens."""
         window = self.config.text_window
         batch, length, heads = q.shape[:3]
         valid = torch.ones(batch, length, dtype=torch.bool, device=q.device) if real is None else real
-        new = MMATEState(seen=seen + valid.sum(1)) if return_state else MMATEState()
+        new = MMATEState()
+        if return_state:
+            counted = valid if seq_idx is None else valid & (seq_idx == seq_idx[:, -1:])
+            new = new._replace(seen=seen + counted.sum(1))
         if not window:
             nothing = q.new_full((batch, length, heads), -torch.inf, dtype=accumulate_dtype(q.dtype))
             return torch.zeros_like(q), nothing, new
@@ -269,20 +313,28 @@ class LocalSwin(nn.Module):
             keys, values = (from_ring(ring[:, :, -window:], seen).to(k.dtype) for ring in (state.keys, state.values))
             filled = torch.arange(window, device=q.device) >= window - seen[:, None]
         if new.seen is not None:
-            rings = [as_ring(last_tokens(*both, window, real, order), new.seen) for both in ((k, keys), (v, values))]
+            latest = [last_tokens(*both, window, real, order) for both in ((k, keys), (v, values))]
+            if seq_idx is not None:
+                others = torch.arange(window, device=q.device) < window - new.seen[:, None]
+                latest = [t.masked_fill(others[..., None, None], 0) for t in latest]
+                sinks = None if sinks is None else sinks.of_the_last(valid)
+            rings = [as_ring(t, new.seen) for t in latest]
             if sinks is not None:
                 first = (sinks.keys.transpose(1, 2), sinks.values.transpose(1, 2))
                 rings = [torch.cat(both, dim=2) for both in zip(first, rings, strict=True)]
             there = None if sinks is None else sinks.there
             new = new._replace(keys=rings[0], values=rings[1], sinks=there)
+        if seq_idx is not None:
+            sinks = before = None
         if order is not None:
             q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
+            seq_idx = None if seq_idx is None else take(seq_idx, order)
             before = None if before is None else take(before, order)
         # Of more than there are, most would be empty places. A graph serves all lengths.
         reach = min(window, length) if keys is None and not torch.compiler.is_compiling() else window
         y, mass = causal_window_attention(
             rule, q, k, v, valid, reach, self.softmax_scale, keys, values, filled, sinks, before,
-            _chunks_with_text(layout, chunk_size(reach), order, valid),
+            _chunks_with_text(layout, chunk_size(reach), order, valid), seq_idx,
         )  # fmt: skip
         if order is not None:
             back = order.argsort(1)
@@ -350,13 +402,15 @@ class LocalSwin(nn.Module):
         layout: TokenLayout | None = None,
         position_embeddings: Rotary | None = None,
         attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         **ignored: object,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What causal attention gives to the tokens outside the window: the logs of the mass of the scores inside and
         outside, (B, L, H), and the number of tokens outside, (B, L) int64. Quadratic in time; arguments as
         `forward`."""
         hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
-        near, _ = self._near(hidden_states, layout, position_embeddings, attention_mask, None, False)
+        seq_idx = number_sequences("LocalSwin", seq_idx, hidden_states, attention_mask, layout, None)
+        near, _ = self._near(hidden_states, layout, position_embeddings, attention_mask, None, False, seq_idx)
         q, k, _ = self._projected(hidden_states)
         q, k = self._turned(q, k, position_embeddings)
         real = torch.ones(q.shape[:2], dtype=torch.bool, device=q.device) if attention_mask is None else attention_mask
@@ -364,7 +418,10 @@ class LocalSwin(nn.Module):
         for start in range(0, q.shape[1], _QUERIES):
             rows = slice(start, start + _QUERIES)
             earlier = torch.arange(q.shape[1], device=q.device) <= torch.arange(q.shape[1], device=q.device)[rows, None]
-            parts.append(attend_with_mass(q[:, rows], k, k, earlier & real[:, None], self.softmax_scale)[1])
+            seen = earlier & real[:, None]
+            if seq_idx is not None:
+                seen = seen & (seq_idx[:, rows, None] == seq_idx[:, None])
+            parts.append(attend_with_mass(q[:, rows], k, k, seen, self.softmax_scale)[1])
         every = torch.cat(parts, dim=1).double()
         inside = near.mass.double()
         rest = (1 - (inside - every).exp()).clamp(min=0).log() + every

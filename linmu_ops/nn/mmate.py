@@ -14,7 +14,7 @@ from .._dims import accumulate_dtype
 from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
 from . import transfer
-from ._inputs import Rotary, check_inputs, prepare_layout, ridge, without_padding
+from ._inputs import Rotary, check_inputs, number_sequences, prepare_layout, ridge, without_padding
 from .config import PAPER, MMATEConfig
 from .flex_ma import FlexMA
 from .local_swin import LocalSwin
@@ -116,6 +116,7 @@ class MMATE(nn.Module):
         attention_mask: Tensor | None = None,
         state: MMATEState | None = None,
         return_state: bool = False,
+        seq_idx: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """Mix tokens.
 
@@ -129,6 +130,9 @@ class MMATE(nn.Module):
             state: what an earlier call left. Under `torch.no_grad` or inference mode it is updated in place (its
                 tensors keep their addresses). With gradients on, and inside a checkpoint, it is left as it is.
             return_state: also return the state after these tokens.
+            seq_idx: (B, L) int32. Rows of several sequences: one begins at a token whose number differs from the one
+                before. Each is as if it were alone; padding may have any number. A visual block lies in one sequence
+                (checked on a CPU). Not with state; the state returned is that of the row's last sequence.
 
         Returns:
             out: (B, L, D). With return_state: (out, state); state is the one given if that was updated in place.
@@ -145,13 +149,15 @@ class MMATE(nn.Module):
         if state is not None:
             check_state("MMATE", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
         hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
+        seq_idx = number_sequences("MMATE", seq_idx, hidden_states, attention_mask, layout, state)
         keep = return_state or state is not None
         a = b = None
         flex_state = swin_state = MMATEState()
         # Called as modules, so that hooks see them: those of accelerate bring offloaded parameters.
         call: dict[str, Any] = dict(
-            layout=layout, position_embeddings=position_embeddings, attention_mask=attention_mask, state=state
-        )
+            layout=layout, position_embeddings=position_embeddings, attention_mask=attention_mask, state=state,
+            seq_idx=seq_idx,
+        )  # fmt: skip
         near = None
         if self.mix_rest is not None and self.swin is not None and self.swin_enabled:
             out = self.swin(hidden_states, **call, return_state=keep)

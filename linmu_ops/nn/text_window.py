@@ -21,8 +21,8 @@ class Sinks(NamedTuple):
     """The first s tokens of each row, which all later tokens attend to.
 
     Attributes:
-        keys, values: (B, s, G, P), keys rotated.
-        there: (B, s) bool. Which of them are text, and have come.
+        keys, values: (B, s, G, P), keys rotated; (B, L, s, G, P) where each token has its own.
+        there: (B, s) or (B, L, s) bool. Which of them are text, and have come.
     """
 
     keys: Tensor
@@ -31,23 +31,37 @@ class Sinks(NamedTuple):
 
     def at_least(self, distance: int, index: Tensor) -> Tensor:
         """(B, L, s) bool: which of them lie `distance` or more before the token at `index` (B, L) of its row."""
-        first = torch.arange(self.there.shape[1], device=index.device)
-        return self.there[:, None] & (first <= index[..., None] - distance)
+        first = torch.arange(self.there.shape[-1], device=index.device)
+        return _of_tokens(self.there) & (first <= index[..., None] - distance)
 
-    def join(self, q: Tensor, y: Tensor, mass: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Add them to attention y (B, L, H, P), whose scores have the log-sum-exp `mass` (B, L, H), of queries q."""
-        groups, seen = self.keys.shape[2], self.at_least(1, index)
+    def of_the_last(self, valid: Tensor) -> Sinks:
+        """Of those that each token has, the last token's that is not padding; valid (B, L) bool."""
+        last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1, keepdim=True)
+        return Sinks(*(take(t, last)[:, 0] for t in self))
+
+    def join(
+        self, q: Tensor, y: Tensor, mass: Tensor, index: Tensor, scale: float, distance: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Add those that lie `distance` or more before each token to attention y (B, L, H, P), whose scores have the
+        log-sum-exp `mass` (B, L, H), of queries q."""
+        groups, seen = self.keys.shape[-2], self.at_least(distance, index)
         keys, values, broken = finite(self.keys, self.values)
+        sink = "blsgp" if keys.dim() == 5 else "bsgp"
         with torch.autocast(q.device.type, enabled=False):
             grouped = q.to(mass.dtype).unflatten(2, (groups, q.shape[2] // groups))  # (B, L, G, H / G, P)
-            scores = torch.einsum("blgrp,bsgp->blgrs", grouped, keys.to(mass.dtype)).flatten(2, 3) * scale
+            scores = torch.einsum(f"blgrp,{sink}->blgrs", grouped, keys.to(mass.dtype)).flatten(2, 3) * scale
             scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
             total = torch.cat((mass[..., None], scores), dim=-1).logsumexp(-1)
             weights = (scores - total[..., None]).exp().unflatten(2, (groups, q.shape[2] // groups))
-            added = torch.einsum("blgrs,bsgp->blgrp", weights, values.to(mass.dtype)).flatten(2, 3)
+            added = torch.einsum(f"blgrs,{sink}->blgrp", weights, values.to(mass.dtype)).flatten(2, 3)
             joined = ((mass - total).exp()[..., None] * y.to(mass.dtype) + added).to(y.dtype)
-        poisoned = (seen & broken.bool()[:, None]).any(-1)
+        poisoned = (seen & _of_tokens(broken.bool())).any(-1)
         return joined.masked_fill(poisoned[..., None, None], torch.nan), total
+
+
+def _of_tokens(sinks: Tensor) -> Tensor:
+    """(B, s), or (B, L, s) as it is, as of each token."""
+    return sinks[:, None] if sinks.dim() == 2 else sinks
 
 
 def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +69,7 @@ def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     A mask does not keep NaN and Inf from the tokens that do not see them, for a weight of 0 times NaN is NaN.
     """
-    broken = ~(k.isfinite() & v.isfinite()).flatten(2).all(-1)
+    broken = ~(k.isfinite() & v.isfinite()).flatten(-2).all(-1)
     at = broken[..., None, None]
     # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
     return k.masked_fill(at, 0), v.masked_fill(at, 0), broken.byte()
@@ -87,13 +101,14 @@ def causal_window_attention(
     sinks: Sinks | None = None,
     before: Tensor | None = None,
     chosen: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal softmax attention of each token over the last `window` tokens, itself included; linear in L.
 
     q (B, L, H, P), k, v (B, L, G, P), valid (B, L) bool: not padding; keys, values (B, window, G, P) and filled
     (B, window): the tokens before; before (B, L, s) bool: the sinks that a token sees. Chunks of `chunk_size(window)`
     queries meet the keys of as many tokens before as any of them sees; chosen (n,) int64: those chunks that do, row
-    after row, the others give 0.
+    after row, the others give 0. seq_idx (B, L): the sequences of a row, which do not see each other.
     """
     batch, length, heads, _ = q.shape
     if not batch * length:
@@ -106,7 +121,7 @@ def causal_window_attention(
     first = every // chunks * (reach + chunks * size) + every % chunks * size
     at = first[:, None] + torch.arange(reach + size, device=q.device)
 
-    def around(t: Tensor, before: Tensor | None, sink: Tensor | None = None) -> Tensor:
+    def around(t: Tensor, before: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
         """(n, reach + size, ...): from `reach` tokens before a chunk to its end; then the sinks."""
         before = t.new_zeros(batch, window, *t.shape[2:]) if before is None else before
         ends = (t.new_zeros(batch, n, *t.shape[2:]) for n in (reach - window, pad))
@@ -115,6 +130,9 @@ def causal_window_attention(
 
     behind = torch.arange(size, device=q.device)[:, None] + reach - torch.arange(reach + size, device=q.device)
     mask = ((behind >= 0) & (behind < window)) & around(valid, filled)[:, None]
+    if seq_idx is not None:
+        mine = F.pad(seq_idx, (0, pad)).view(batch * chunks, size)[every]
+        mask = mask & (mine[..., None] == around(seq_idx)[:, None])
     # A query sees itself even where it is padding: a row with no key at all would be NaN.
     mask = mask | (behind == 0)
     if before is not None:
