@@ -35,7 +35,8 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 # What stands behind liblinmu_cuda.so, and which kernels of a GPU were less exact there than the bound of their tests.
 EVIDENCE = "compiled for sm_90a, right on an H100 to rounding; for sm_80 and sm_100 they have not run on a GPU"
 INEXACT = {
-    ("ssd_scan", "triton"): "on an H100 it exceeded its tests' bound; mended since, and not measured there again"
+    ("ssd_scan", "triton"): "on an H100 it exceeded its tests' bound, for three causes that are mended since; not "
+    "measured there again"
 }
 
 _libraries = {ns: torch.library.Library(ns, "DEF") for ns in ("linmu", "linmu_reference", "linmu_triton")}
@@ -128,8 +129,8 @@ def define_in(ns: str, lib: torch.library.Library, op: Op) -> None:
     for entry, schema, reference, fake in op.entries:
         lib.define(entry + schema)
         kernel = functools.partial(_run_triton, op.name, entry) if ns == "linmu_triton" else _exact(reference)
-        lib.impl(entry, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{ns}::{entry}", fake, lib=lib)
+        lib.impl(entry, _on_one_device(op.name, entry, kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{ns}::{entry}", _on_one_device(op.name, entry, fake), lib=lib)
         _flops.register(ns, entry)
     packets = getattr(torch.ops, ns)
     kernel = getattr(packets, op.name).default
@@ -167,8 +168,31 @@ def _exact(reference: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def _run_triton(module: str, entry: str, *args: Any, **kwargs: Any) -> Any:
-    return getattr(importlib.import_module(f"linmu_ops.triton_kernels.{module}"), entry)(*args, **kwargs)
+def _on_one_device(op: str, entry: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, refusing a call of tensors on several devices: it would read one device's memory from another."""
+
+    def checked(*args: Any) -> Any:
+        given = [(n, a) for n, a in zip(_argument_names(entry), args, strict=False) if isinstance(a, torch.Tensor)]
+        for name, tensor in given:
+            if tensor.device != given[0][1].device:
+                raise ValueError(f"{op}: {name} must be on {given[0][1].device}, got {tensor.device}")
+        return kernel(*args)
+
+    return checked
+
+
+def _run_triton(module: str, entry: str, *args: Any) -> Any:
+    """Run a Triton kernel's host side. Those index rows as they lie packed in memory, so no other layout gets there."""
+    schema = getattr(torch.ops.linmu_triton, entry).default._schema.arguments
+    packed: list[Any] = []
+    for argument, value in zip(schema, args, strict=True):
+        if isinstance(value, torch.Tensor):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and not value.is_contiguous():
+                raise ValueError(f"{module}: {argument.name} must be contiguous, got strides {value.stride()}")
+            value = value if written else value.contiguous()
+        packed.append(value)
+    return getattr(importlib.import_module(f"linmu_ops.triton_kernels.{module}"), entry)(*packed)
 
 
 def schema_hash() -> str:

@@ -39,7 +39,7 @@ def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | 
     if y.numel():
         block = min(1024, triton.next_power_of_2(D))
         _step_kernel[(B, triton.cdiv(D, block))](
-            state, y, x.contiguous(), weight.contiguous(), bias, D, SILU=silu, HAS_BIAS=bias is not None,
+            state, y, x, weight, bias, D, SILU=silu, HAS_BIAS=bias is not None,
             K=weight.shape[1], BLOCK=block,
         )  # fmt: skip
     return y

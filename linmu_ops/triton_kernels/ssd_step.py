@@ -47,8 +47,7 @@ def ssd_step(
         block_n = triton.next_power_of_2(N)
         block_p = max(1, min(triton.next_power_of_2(P), 2048 // block_n))
         _ssd_step_kernel[(batch * H, triton.cdiv(P, block_p))](
-            state, y, x.contiguous(), dt.contiguous(), A.contiguous(), B.contiguous(), C.contiguous(), D, dt_bias,
-            H, x.shape[1], B.shape[1], C.shape[1], P, N, SOFTPLUS=dt_softplus, HAS_D=D is not None,
-            HAS_BIAS=dt_bias is not None, BLOCK_P=block_p, BLOCK_N=block_n,
+            state, y, x, dt, A, B, C, D, dt_bias, H, x.shape[1], B.shape[1], C.shape[1], P, N,
+            SOFTPLUS=dt_softplus, HAS_D=D is not None, HAS_BIAS=dt_bias is not None, BLOCK_P=block_p, BLOCK_N=block_n,
         )  # fmt: skip
     return y
