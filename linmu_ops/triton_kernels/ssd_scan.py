@@ -9,6 +9,9 @@ e(a -> b) is the product of the decays on the way. Step sizes, log-decays and ou
 plain PyTorch (they are P times smaller than x), and PyTorch differentiates that part.
 Sums of log-decays are float64 and enter the pair matrix as high + low float32 parts: a difference of two of them is
 then as exact as the steps between, however long or steep the chunk is.
+
+What is not finite reaches only the visits that see it. Weights of 0 are therefore selected, never multiplied by, and
+products over visits leave such values out and put NaN where they are seen. A visit without step or weight has no part.
 """
 
 from __future__ import annotations
@@ -29,10 +32,25 @@ STATE_BLOCK = 1024
 
 
 @triton.jit
-def _log_decays(a, REVERSE: tl.constexpr):
-    """Running sums of log-decays up to each visit, and over the chunk; float64."""
+def _log_decays(a, seg, leaving, HAS_SEQ: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr):
+    """Sums of log-decays from where each visit's segment begins, and over the segment that leaves; float64.
+
+    exp(-200) is 0 in float32: a steeper step forgets no less, and would drown the sums' other terms.
+    """
     wide = a.to(tl.float64)
-    return tl.cumsum(wide, axis=0, reverse=REVERSE), tl.sum(wide, axis=0)
+    wide = tl.where(wide < -200.0, -200.0, tl.where(wide > 200.0, 200.0, wide))
+    if HAS_SEQ:
+        at = tl.arange(0, Q)
+        if REVERSE:
+            since = at[:, None] <= at[None, :]
+        else:
+            since = at[:, None] >= at[None, :]
+        log = tl.sum(tl.where(since & (seg[:, None] == seg[None, :]), wide[None, :], 0.0), axis=1)
+        total = tl.sum(tl.where(seg == leaving, wide, 0.0), axis=0)
+    else:
+        log = tl.cumsum(wide, axis=0, reverse=REVERSE)
+        total = tl.sum(wide, axis=0)
+    return log, total
 
 
 @triton.jit
@@ -47,6 +65,35 @@ def _pair_decays(log, pairs):
 @triton.jit
 def _exp(log):
     return tl.exp(log.to(tl.float32))
+
+
+@triton.jit
+def _rounded(value, like, AXIS: tl.constexpr):
+    """`value` in the type of `like`, and by which powers of two it was divided, per slice, for float16 to hold it."""
+    fit = tl.sum(tl.zeros_like(value), axis=AXIS) + 1.0
+    if like.dtype == tl.float16:
+        size = tl.abs(value)
+        most = tl.max(tl.where(size < float("inf"), size, 0.0), axis=AXIS)
+        large = most > 16384.0
+        fit = tl.where(large, tl.exp2(tl.floor(tl.log2(tl.where(large, most, 1.0))) - 14.0), 1.0)
+        if AXIS == 0:
+            value = value / fit[None, :]
+        else:
+            value = value / fit[:, None]
+    return value.to(like.dtype), fit
+
+
+@triton.jit
+def _over_visits(weights, x, seen):
+    """weights @ x, float32; an element of x that is not finite makes NaN where it is seen, and nothing elsewhere."""
+    size = tl.abs(x)
+    odd = (x != x) | (size == float("inf"))
+    rows, fit = _rounded(weights, x, 1)
+    out = tl.dot(rows, tl.where(odd, 0.0, x).to(x.dtype), input_precision="ieee") * fit[:, None]
+    if tl.max(tl.max(odd.to(tl.int32), axis=1), axis=0) > 0:
+        reached = tl.dot(seen.to(tl.float16), odd.to(tl.float16))
+        out = tl.where(reached > 0.0, float("nan"), out)
+    return out
 
 
 @triton.jit
@@ -97,7 +144,6 @@ def _chunk_state_kernel(
     valid = t < length
     row = bh.to(tl.int64) * length
     a = tl.load(a_ptr + row + t, mask=valid, other=0.0)
-    log, total = _log_decays(a, REVERSE)
     last = tl.minimum(c * Q + Q, length) - 1
     edge = tl.minimum(c * Q + Q, length) if REVERSE else c * Q - 1
     out = c * Q if REVERSE else last
@@ -106,21 +152,28 @@ def _chunk_state_kernel(
         leaving = tl.load(seq_ptr + b.to(tl.int64) * length + out)
     else:
         leaving = 0
+    log, total = _log_decays(a, seg, leaving, HAS_SEQ, REVERSE, Q)
     if ADJOINT:  # what flows from the carried-in state into each output
-        scale = tl.where(valid & (seg == carried), _exp(log), 0.0)
+        flows = valid & (seg == carried)
+        scale = _exp(log)
         if HAS_W:
-            scale *= tl.load(w_ptr + row + t, mask=valid, other=0.0)
+            w = tl.load(w_ptr + row + t, mask=valid, other=0.0)
+            flows = flows & (w != 0.0)
+            scale *= w
     else:  # what flows from each input into the carried-out state
-        scale = tl.where(valid & (seg == leaving), _exp(total - log), 0.0)
-        scale *= tl.load(dt_ptr + row + t, mask=valid, other=0.0)
+        step = tl.load(dt_ptr + row + t, mask=valid, other=0.0)
+        flows = valid & (seg == leaving) & (step != 0.0)
+        scale = _exp(total - log) * step
     rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
-    x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
-    k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
-    scaled = k.to(tl.float32) * scale[:, None]
-    high = scaled.to(k.dtype)
+    x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, flows, BLOCK_P)
+    k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, flows, BLOCK_N)
+    scaled = tl.where(flows[:, None], k.to(tl.float32) * scale[:, None], 0.0)
+    high, fit = _rounded(scaled, k, 0)
     state = tl.dot(tl.trans(x), high, input_precision="ieee")
     if k.dtype != tl.float32:  # the state is a float32 result: what rounding to 16 bits leaves of its operand counts
-        state += tl.dot(tl.trans(x), (scaled - high.to(tl.float32)).to(k.dtype), input_precision="ieee")
+        low = scaled / fit[None, :] - high.to(tl.float32)
+        state += tl.dot(tl.trans(x), low.to(k.dtype), input_precision="ieee")
+    state *= fit[None, :]
     index = bh * num_chunks + c
     offs_p, offs_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     tl.store(
@@ -148,7 +201,8 @@ def _state_pass_kernel(
         at = state_ptr + (bh * num_chunks + c) * size + offs
         own = tl.load(at, mask=inside, other=0.0)
         tl.store(at, carry, mask=inside)
-        carry = tl.load(decay_ptr + bh * num_chunks + c) * carry + own
+        decay = tl.load(decay_ptr + bh * num_chunks + c)
+        carry = tl.where(decay == 0.0, own, decay * carry + own)
     tl.store(final_ptr + bh * size + offs, carry, mask=inside)
 
 
@@ -170,42 +224,56 @@ def _output_kernel(
     rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
     x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
     mix = tl.zeros((Q, Q), tl.float32)
+    seen = tl.zeros((Q, Q), tl.int1)
     y = tl.zeros((Q, BLOCK_P), tl.float32)
     if FORWARD:
         k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
         q = _tile(c_ptr, rows, h // (H // Gc), Gc, N, valid, BLOCK_N)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        log, _ = _log_decays(tl.load(a_ptr + row + t, mask=valid, other=0.0), False)
         seg, carried = _segments(seq_ptr, b, t, length, c * Q - 1, valid, HAS_SEQ)
-        pairs = (offs_q[:, None] >= offs_q[None, :]) & (seg[:, None] == seg[None, :])
+        a = tl.load(a_ptr + row + t, mask=valid, other=0.0)
+        log, _ = _log_decays(a, seg, 0, HAS_SEQ, False, Q)
         dt = tl.load(dt_ptr + row + t, mask=valid, other=0.0)
-        mix = _pair_decays(log, pairs) * scores * dt[None, :]
-        scale = tl.where(seg == carried, _exp(log), 0.0)
+        pairs = (offs_q[:, None] >= offs_q[None, :]) & (seg[:, None] == seg[None, :]) & (dt != 0.0)[None, :]
+        arrives = seg == carried
+        weight = _pair_decays(log, pairs) * scores * dt[None, :]
+        scale = _exp(log)
         if HAS_W:
             w = tl.load(w_ptr + row + t, mask=valid, other=0.0)
-            mix *= w[:, None]
+            pairs = pairs & (w != 0.0)[:, None]
+            arrives = arrives & (w != 0.0)
+            weight *= w[:, None]
             scale *= w
-        state = _state(h_ptr, index, P, N, BLOCK_P, BLOCK_N).to(q.dtype)
-        y += tl.dot(q, tl.trans(state), input_precision="ieee") * scale[:, None]
+        mix = tl.where(pairs, weight, 0.0)
+        seen = pairs
+        state, fit = _rounded(_state(h_ptr, index, P, N, BLOCK_P, BLOCK_N), q, 1)
+        carry = tl.dot(q, tl.trans(state), input_precision="ieee") * fit[None, :]
+        y += tl.where(arrives[:, None], carry * scale[:, None], 0.0)
     if REVERSE:
         if not (SHARED and FORWARD):
             k = _tile(rb_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
             q = _tile(rc_ptr, rows, h // (H // Gc), Gc, N, valid, BLOCK_N)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        rlog, _ = _log_decays(tl.load(ra_ptr + row + t, mask=valid, other=0.0), True)
         rseg, rcarried = _segments(rseq_ptr, b, t, length, tl.minimum(c * Q + Q, length), valid, HAS_RSEQ)
-        rpairs = (offs_q[:, None] <= offs_q[None, :]) & (rseg[:, None] == rseg[None, :])
+        ra = tl.load(ra_ptr + row + t, mask=valid, other=0.0)
+        rlog, _ = _log_decays(ra, rseg, 0, HAS_RSEQ, True, Q)
         rdt = tl.load(rdt_ptr + row + t, mask=valid, other=0.0)
-        rmix = _pair_decays(rlog, rpairs) * scores * rdt[None, :]
-        rscale = tl.where(rseg == rcarried, _exp(rlog), 0.0)
+        rpairs = (offs_q[:, None] <= offs_q[None, :]) & (rseg[:, None] == rseg[None, :]) & (rdt != 0.0)[None, :]
+        rarrives = rseg == rcarried
+        rweight = _pair_decays(rlog, rpairs) * scores * rdt[None, :]
+        rscale = _exp(rlog)
         if HAS_RW:
             rw = tl.load(rw_ptr + row + t, mask=valid, other=0.0)
-            rmix *= rw[:, None]
+            rpairs = rpairs & (rw != 0.0)[:, None]
+            rarrives = rarrives & (rw != 0.0)
+            rweight *= rw[:, None]
             rscale *= rw
-        mix += rmix
-        rstate = _state(r_ptr, index, P, N, BLOCK_P, BLOCK_N).to(q.dtype)
-        y += tl.dot(q, tl.trans(rstate), input_precision="ieee") * rscale[:, None]
-    y += tl.dot(mix.to(x.dtype), x, input_precision="ieee")
+        mix += tl.where(rpairs, rweight, 0.0)
+        seen = seen | rpairs
+        rstate, rfit = _rounded(_state(r_ptr, index, P, N, BLOCK_P, BLOCK_N), q, 1)
+        rcarry = tl.dot(q, tl.trans(rstate), input_precision="ieee") * rfit[None, :]
+        y += tl.where(rarrives[:, None], rcarry * rscale[:, None], 0.0)
+    y += _over_visits(mix, x, seen)
     if HAS_D:
         y += tl.load(d_ptr + h) * x.to(tl.float32)
     offs_p = tl.arange(0, BLOCK_P)
@@ -236,18 +304,20 @@ def _prepare(i: dict[str, Any], order: Tensor | None) -> tuple[Visits | None, Vi
 
     forward = reverse = None
     dt, gate, mask = i["dt"], i["gate"], i["reverse_mask"]
-    keep = None if mask is None else (mask if order is None else mask.gather(1, order))[:, None].to(dt.dtype)
+    keep = None if mask is None else (mask if order is None else mask.gather(1, order))[:, None]
     g = None if gate is None else visit(gate.expand_as(dt) if gate.dim() == 1 else gate)
     if i["direction"] != "reverse":
         step = steps(dt, i["dt_bias"])
-        w = None if g is None else g if keep is None else g * keep + (1 - keep)
+        w = None if g is None else g if keep is None else torch.where(keep, g, 1.0)
         forward = Visits(step, step * i["A"][:, None], None if w is None else w.contiguous())
     if i["direction"] != "forward":
         rdt = dt if i["reverse_dt"] is None else i["reverse_dt"]
         step = steps(rdt, i["dt_bias"] if i["reverse_dt_bias"] is None else i["reverse_dt_bias"])
         if keep is not None:
-            step = step * keep
-        w = keep if g is None else (1 - g) if keep is None else (1 - g) * keep
+            step = torch.where(keep, step, 0.0)
+        w = None if g is None else 1 - g
+        if keep is not None:
+            w = keep.to(dt.dtype) if w is None else torch.where(keep, w, 0.0)
         decay = step * (i["A"] if i["reverse_A"] is None else i["reverse_A"])[:, None]
         reverse = Visits(step, decay, None if w is None else w.expand_as(step).contiguous())
     return forward, reverse

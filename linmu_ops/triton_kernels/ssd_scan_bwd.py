@@ -1,8 +1,9 @@
 """Triton kernel of `ssd_scan_bwd`: step 4 of ssd_scan.py. One program per (chunk, head) does both directions.
 
 The gradient of the log-decay at t is what flows past t: pairs (i, j) on either side of it, the entering state into
-later outputs, earlier inputs into the leaving state. Each is summed directly; as a running sum of (arrived - left) it
-would be shorter, and lose its digits to cancellation.
+later outputs, earlier inputs into the leaving state. Each is summed directly: as a running sum of (arrived - left), or
+as a sum up to t less t's own term, it would lose its digits to cancellation, and where a compiler fuses the subtraction
+with the product before it, a sum of nothing would not be 0.
 """
 
 from __future__ import annotations
@@ -11,55 +12,62 @@ import triton
 import triton.language as tl
 
 from ._visits import token_rows
-from .ssd_scan import _exp, _log_decays, _pair_decays, _segments, _state, _tile
+from .ssd_scan import _exp, _log_decays, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
 
 
 @triton.jit
 def _direction(
-    x, dy, k, q, entering, leaving_grad, dt, a, w, seg, carried, leaving, offs_q, valid, REVERSE: tl.constexpr
+    x, dy, k, q, entering, leaving_grad, dt, a, w, seg, carried, leaving, offs_q, valid,
+    HAS_SEQ: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one direction within one chunk: dx, dk, dq, and per visit ddt, da, dw."""
-    log, total = _log_decays(a, REVERSE)
+    log, total = _log_decays(a, seg, leaving, HAS_SEQ, REVERSE, Q)
     if REVERSE:
         pairs = (offs_q[:, None] <= offs_q[None, :]) & (seg[:, None] == seg[None, :])
+        earlier = offs_q[None, :] > offs_q[:, None]  # (t, j): j is visited before t
     else:
         pairs = (offs_q[:, None] >= offs_q[None, :]) & (seg[:, None] == seg[None, :])
+        earlier = offs_q[None, :] < offs_q[:, None]
     pairs = pairs & valid[:, None] & valid[None, :]
+    steps, weighs = dt != 0.0, w != 0.0
+    live = pairs & steps[None, :] & weighs[:, None]
+    arrives = valid & (seg == carried)  # from the entering state into output i
+    leaves = valid & (seg == leaving)  # from input j into the leaving state
     decay = _pair_decays(log, pairs)
-    arrive = tl.where(valid & (seg == carried), _exp(log), 0.0)  # from the entering state into output i
-    leave = tl.where(valid & (seg == leaving), _exp(total - log), 0.0)  # from input j into the leaving state
-    through = tl.where(carried == leaving, _exp(total), 0.0)
+    arrive, leave = _exp(log), _exp(total - log)
 
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     values = tl.dot(dy, tl.trans(x), input_precision="ieee")
-    flow = decay * scores * values  # (i, j), without dt_j and w_i
-    h = entering.to(q.dtype)
-    g = leaving_grad.to(q.dtype)
-    dy_h = tl.dot(dy, h, input_precision="ieee")  # (Q, N)
-    x_g = tl.dot(x, g, input_precision="ieee")  # (Q, N)
+    flow = tl.where(pairs, decay * scores * values, 0.0)  # (i, j), without dt_j and w_i
+    h, fit_h = _rounded(entering, q, 0)
+    g, fit_g = _rounded(leaving_grad, q, 0)
+    g_rows, fit_rows = _rounded(leaving_grad, q, 1)
+    dy_h = tl.dot(dy, h, input_precision="ieee") * fit_h[None, :]  # (Q, N)
+    x_g = tl.dot(x, g, input_precision="ieee") * fit_g[None, :]  # (Q, N)
+    k_g = tl.dot(k, tl.trans(g_rows), input_precision="ieee") * fit_rows[None, :]  # (Q, P)
     q32, k32 = q.to(tl.float32), k.to(tl.float32)
-    from_state = arrive * tl.sum(dy_h * q32, axis=1)
-    to_state = leave * tl.sum(x_g * k32, axis=1)
+    from_state = tl.where(arrives, arrive * tl.sum(dy_h * q32, axis=1), 0.0)
+    to_state = tl.where(leaves, leave * tl.sum(x_g * k32, axis=1), 0.0)
 
-    dw = tl.sum(flow * dt[None, :], axis=1) + from_state
-    ddt = tl.sum(flow * w[:, None], axis=0) + to_state
-    reached = flow * w[:, None] * dt[None, :]
-    past = tl.cumsum(reached, axis=1, reverse=REVERSE) - reached  # (i, t): from inputs visited before t
-    if REVERSE:
-        reach = offs_q[:, None] <= offs_q[None, :]
-    else:
-        reach = offs_q[:, None] >= offs_q[None, :]
-    da = tl.sum(tl.where(reach, past, 0.0), axis=0)
-    into, out_of = w * from_state, dt * to_state
-    da += tl.cumsum(into, axis=0, reverse=not REVERSE) + tl.cumsum(out_of, axis=0, reverse=REVERSE) - out_of
-    da += through * tl.sum(tl.sum(entering * leaving_grad, axis=1), axis=0)
+    dw = tl.sum(tl.where(steps[None, :], flow * dt[None, :], 0.0), axis=1) + from_state
+    ddt = tl.sum(tl.where(weighs[:, None], flow * w[:, None], 0.0), axis=0) + to_state
+    reached = tl.where(live, flow * w[:, None] * dt[None, :], 0.0)
+    past = tl.cumsum(reached, axis=0, reverse=not REVERSE)  # (t, j): from j into the outputs at t and after
+    da = tl.sum(tl.where(earlier, past, 0.0), axis=1)
+    into, out_of = tl.where(weighs, w * from_state, 0.0), tl.where(steps, dt * to_state, 0.0)
+    da += tl.cumsum(into, axis=0, reverse=not REVERSE)
+    da += tl.sum(tl.where(earlier, out_of[None, :], 0.0), axis=1)
+    through = _exp(total) * tl.sum(tl.sum(entering * leaving_grad, axis=1), axis=0)
+    da += tl.where(carried == leaving, through, 0.0)
 
-    weighted = decay * values * w[:, None] * dt[None, :]
-    dq = tl.dot(weighted.to(k.dtype), k, input_precision="ieee") + (w * arrive)[:, None] * dy_h
-    dk = tl.dot(tl.trans(weighted).to(q.dtype), q, input_precision="ieee") + (dt * leave)[:, None] * x_g
-    mixed = decay * scores * w[:, None] * dt[None, :]
-    dx = tl.dot(tl.trans(mixed).to(dy.dtype), dy, input_precision="ieee")
-    dx += tl.dot(k, tl.trans(g), input_precision="ieee") * (dt * leave)[:, None]
+    weighted = tl.where(live, decay * values * w[:, None] * dt[None, :], 0.0)
+    mixed = tl.where(live, decay * scores * w[:, None] * dt[None, :], 0.0)
+    from_past = (arrives & weighs)[:, None]
+    to_future = (leaves & steps)[:, None]
+    seen_by = tl.trans(live)
+    dq = _over_visits(weighted, k, live) + tl.where(from_past, (w * arrive)[:, None] * dy_h, 0.0)
+    dk = _over_visits(tl.trans(weighted), q, seen_by) + tl.where(to_future, (dt * leave)[:, None] * x_g, 0.0)
+    dx = _over_visits(tl.trans(mixed), dy, seen_by) + tl.where(to_future, k_g * (dt * leave)[:, None], 0.0)
     return dx, dk, dq, ddt, da, dw
 
 
@@ -108,7 +116,7 @@ def _bwd_kernel(
         fx, fk, fq, ddt, da, dw = _direction(
             x, dy, k, q, _state(h_ptr, index, P, N, BLOCK_P, BLOCK_N), _state(dh_ptr, index, P, N, BLOCK_P, BLOCK_N),
             tl.load(dt_ptr + row + t, mask=valid, other=0.0), tl.load(a_ptr + row + t, mask=valid, other=0.0),
-            w, seg, carried, leaving, offs_q, valid, False,
+            w, seg, carried, leaving, offs_q, valid, HAS_SEQ, False, Q,
         )  # fmt: skip
         dx += fx
         dk += fk
@@ -137,7 +145,8 @@ def _bwd_kernel(
         gx, gk, gq, rddt, rda, rdw = _direction(
             x, dy, rk, rq, _state(r_ptr, index, P, N, BLOCK_P, BLOCK_N),
             _state(dr_ptr, index, P, N, BLOCK_P, BLOCK_N), tl.load(rdt_ptr + row + t, mask=valid, other=0.0),
-            tl.load(ra_ptr + row + t, mask=valid, other=0.0), rw, rseg, rcarried, rleaving, offs_q, valid, True,
+            tl.load(ra_ptr + row + t, mask=valid, other=0.0), rw, rseg, rcarried, rleaving, offs_q, valid, HAS_RSEQ,
+            True, Q,
         )  # fmt: skip
         dx += gx
         dk += gk
