@@ -136,7 +136,7 @@ _WORDS = {
     "playlist": "is a playlist: give a file that it names",
     "video": "is a video: give it as a video",
     "image": "is an image: give it as an image",
-    "sound": "is sound alone, without a picture",
+    "sound": "is audio, sound without a picture: give another file",
 }
 
 

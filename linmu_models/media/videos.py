@@ -26,7 +26,7 @@ _SLACK = 0.05
 _JUMP = 5.0
 # Times are compared at FFmpeg's own precision.
 _TICK = 1e-6
-_NO_PICTURE = "video is sound alone, without a picture"
+_NO_PICTURE = "video is audio, sound without a picture: give another file"
 
 
 @dataclass(frozen=True)

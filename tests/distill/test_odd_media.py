@@ -91,7 +91,7 @@ def test_videos(tmp_path, processor):
         "page.mp4": (b"<html>Not found</html>", "video is an HTML page: save what it shows"),
         "list.mp4": (b"#EXTM3U\ngood.mkv\n", "video is a playlist: give a file that it names"),
         "picture.mp4": (media.png(1), "video is an image: give it as an image"),
-        "sound.mp4": (b"RIFF\0\0\0\0WAVEfmt ", "video is sound alone, without a picture"),
+        "sound.mp4": (b"RIFF\0\0\0\0WAVEfmt ", "video is audio, sound without a picture: give another file"),
         "none.mp4": (None, "video missing"),
     }
     for name, (data, _) in files.items():

@@ -343,7 +343,7 @@ def test_a_cover_alone_is_sound():
         container.mux(audio.encode())
     for data in (out.getvalue(), with_cover(out.getvalue())):
         for read in (video_facts, lambda source: read_video(source, 4, 1.0)):
-            with pytest.raises(UnreadableError, match=r"^video is sound alone, without a picture$"):
+            with pytest.raises(UnreadableError, match=r"^video is audio, sound without a picture: give another file$"):
                 read(data)
 
 
