@@ -207,3 +207,23 @@ def padded(case: dict[str, Any]) -> None:
             own = tuple(t[i : i + 1] for t in turn)
             one = block(new[i : i + 1, step : step + 1], position_embeddings=own, state=alone[i][1])
             close(out[i], one[0])
+
+
+@torch.no_grad()
+def packed(case: dict[str, Any]) -> None:
+    """A row of several sequences is each of them alone, and a step goes on with the last."""
+    block, prompt = build(case), Prompt(case)
+    blocks, at = [], 0
+    for own, z in zip(prompt.blocks, prompt.z, strict=True):
+        blocks += [(sizes, [at + p for p in positions]) for sizes, positions in own]
+        at += len(z)
+    number = torch.cat([torch.full((len(z),), i, dtype=torch.int32) for i, z in enumerate(prompt.z)])
+    turns = tuple(torch.cat(t)[None] for t in zip(*prompt.turns, strict=True))
+    out, state = block(
+        torch.cat(prompt.z)[None], layout=layout_of([blocks], at) if blocks else None, position_embeddings=turns,
+        seq_idx=number[None], return_state=True,
+    )  # fmt: skip
+    alone = [block(**prompt.call(i), return_state=True) for i in range(len(prompt.z))]
+    close(out, torch.cat([one for one, _ in alone], 1))
+    step = dict(hidden_states=prompt.z[0][None, :1], position_embeddings=tuple(t[:, :1] for t in turns))
+    close(block(**step, state=state), block(**step, state=alone[-1][1]))
