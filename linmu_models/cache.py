@@ -33,6 +33,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.is_static, self.mask_length = static, mask_length
         self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
         self.state: MMATEState | None = None
+        self.packed = False  # the state is that of the last of a row's sequences
 
     @property
     def is_compileable(self) -> bool:
@@ -104,6 +105,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """See `offload`."""
 
     def reset(self) -> None:
+        self.packed = False
         if isinstance(self.cumulative_length, Tensor):
             # Zeros are the state before the first token, and a compiled step keeps its addresses.
             for tensor in (self.cumulative_length, *(self.state or ())):

@@ -36,7 +36,8 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
             full for this, in one more run of the teacher, a few hundred rows at a time.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    layouts = [student.build_layout(inputs) for inputs in batches]
+    shared = [student.block_inputs(inputs, inputs["input_ids"].shape[1]) for inputs in batches]
+    layouts = [inputs.layout for inputs in shared]
     every = list(zip(attention_modules(student), attention_modules(teacher), strict=True))
     linear = {i: pair for i, pair in enumerate(every) if isinstance(pair[0], LinmuAttention)}
     looks = [_looks_of_text(teacher, *pair) for pair in zip(batches, layouts, strict=True) if step_sizes]
@@ -44,13 +45,15 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
         numbers = list(linear)[start : start + _TOGETHER]
         blocks, attentions = zip(*(linear[i] for i in numbers), strict=True)
         seen: list[list[tuple[dict[str, Any], Any]]] = [[] for _ in blocks]
-        for inputs, layout in zip(batches, layouts, strict=True):
+        for inputs, common in zip(batches, shared, strict=True):
             with record_inputs(attentions) as given, record_outputs(attentions) as made:
                 teacher.model(**inputs, use_cache=False)
-            mask = inputs.get("attention_mask")
             for kept, arguments, output in zip(seen, given, made, strict=True):
-                padding = None if mask is None else mask.bool().to(output.device)
-                kept.append((dict(arguments, layout=layout, attention_mask=padding), output))
+                padding, sequences = (
+                    None if t is None else t.to(output.device) for t in (common.padding, common.seq_idx)
+                )
+                every = dict(layout=common.layout, attention_mask=padding, seq_idx=sequences)
+                kept.append(({**arguments, **every}, output))
         for number, block, kept in zip(numbers, blocks, seen, strict=True):
             if looks and block.flex is not None:
                 hidden = [arguments["hidden_states"] for arguments, _ in kept]

@@ -145,10 +145,12 @@ class LinmuInputs:
 
     layout: where the visual tokens of these input tokens are; None: there are none.
     padding: (B, L) bool, False at padding; None: there is none.
+    seq_idx: (B, L) int32, the number of each token's sequence; None: each row is one.
     """
 
     layout: TokenLayout | None = None
     padding: Tensor | None = None
+    seq_idx: Tensor | None = None
 
 
 def token_mask(inputs: Mapping[str, Any], token_id: int, embedding: torch.nn.Module) -> np.ndarray | None:

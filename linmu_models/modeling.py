@@ -28,6 +28,8 @@ from linmu_ops.nn.state import in_checkpoint
 from .cache import linear_layer
 from .config import read_linmu
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
+from .packing import NAMES as PACKED
+from .packing import check_blocks, find_sequences, positions_in
 from .report import TransferReport
 
 REMOTE_CODE = "modeling_linmu.py"
@@ -119,24 +121,33 @@ class LinmuAttention(MMATE):
         cache = past_key_values if cache is None else cache
         linmu = linmu or LinmuInputs()
         padding = None if linmu.padding is None else linmu.padding.to(hidden_states.device)
+        seq_idx = None if linmu.seq_idx is None else linmu.seq_idx.to(hidden_states.device)
         if cache is None:
             out = super().forward(
-                hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding
-            )
+                hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding,
+                seq_idx=seq_idx,
+            )  # fmt: skip
             return out, None
         if in_checkpoint():
             raise RuntimeError(
                 "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"
             )
         layer = linear_layer(cache, self.layer_idx, self.beside_attention)
+        if layer.packed:
+            raise ValueError(
+                "linmu: a cache must not go on after rows of several sequences, whose positions it cannot count; "
+                "got one that was filled by such rows"
+            )
         out, state = super().forward(
             hidden_states,
             layout=linmu.layout,
             position_embeddings=position_embeddings,
             attention_mask=padding,
-            state=layer.writable_state(),
+            state=layer.writable_state() if seq_idx is None else None,
             return_state=True,
+            seq_idx=seq_idx,
         )
+        layer.packed = seq_idx is not None
         layer.advance(state, hidden_states.shape[1])
         return out, None
 
@@ -263,7 +274,28 @@ class LinmuModel(HoldsBlocks):
         decoding = length == 1 and bool(caches)
         linmu = self.block_inputs(given, length, visual=not decoding and module is self.inner_model)
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
+        if linmu.seq_idx is not None:
+            kwargs = self._with_sequences(given, kwargs, linmu, caches)
         return args, {**kwargs, "linmu": linmu}
+
+    def _with_sequences(
+        self, given: Mapping[str, Any], kwargs: dict[str, Any], linmu: LinmuInputs, caches: list[Cache]
+    ) -> dict[str, Any]:
+        """The keywords of a call whose rows hold several sequences; refuses what would let one see another."""
+        if any(int(cache.get_seq_length()) > 0 for cache in caches):
+            raise ValueError("linmu: rows of several sequences must begin a cache, got one with tokens")
+        if given.get("position_ids") is None:
+            mrope = linmu.layout is not None and hasattr(self.inner_model, "get_rope_index")
+            if not mrope:  # there a row's positions are as good: only their distances count
+                kwargs = {**kwargs, "position_ids": positions_in(linmu.seq_idx)}
+        positions = kwargs.get("position_ids", given.get("position_ids"))
+        parted = positions is not None and (positions.ndim == 2 or positions.shape[0] == 4)
+        if not self.is_linear and not (parted and given.get("attention_mask") is None and _without_cache(given)):
+            raise ValueError(
+                "linmu: beside layers that keep attention, rows of several sequences must come with position_ids "
+                "(B, L), with use_cache=False and without attention_mask, got other inputs"
+            )
+        return kwargs
 
     def block_inputs(self, inputs: Mapping[str, Any], length: int, *, visual: bool = True) -> LinmuInputs:
         """What every M-MATE block of a call is given beside its hidden states: their layout and padding."""
@@ -279,7 +311,12 @@ class LinmuModel(HoldsBlocks):
         # Elsewhere to ask would be to wait.
         if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():
             padding = None
-        return LinmuInputs(layout, padding)
+        tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        given = any(inputs.get(name) is not None for name in PACKED)
+        sequences = find_sequences(inputs, len(tokens), length, padding) if given and length > 1 else None
+        if sequences is not None and layout is not None:
+            check_blocks(layout, sequences)
+        return LinmuInputs(layout, padding, sequences)
 
     @property
     def is_linear(self) -> bool:
@@ -364,6 +401,10 @@ def _forward_names(module_class: type[nn.Module]) -> tuple[str, ...]:
 
 def _is_padding(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def _without_cache(inputs: Mapping[str, Any]) -> bool:
+    return inputs.get("use_cache") is False and all(inputs.get(name) is None for name in ("cache", "past_key_values"))
 
 
 def write_remote_code(folder: Path, config_class: type, model_class: type) -> None:
