@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import _native, _registry
 from .reference import token_layout as reference
@@ -236,15 +238,23 @@ class TokenLayout:
         if where.type == "cuda" and where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
         found = self._cache.get((where, *key))
-        return self._fill((where, *key), compute) if found is None else found
+        if found is None:
+            found = self._fill((where, *key), compute)
+        if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+            return found
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if mode is None or mode.allow_non_fake_inputs:
+            return found
+        return tuple(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in found)
 
     def _fill(self, key: tuple[Any, ...], compute: Callable[[Any], tuple[Any, ...]]) -> tuple[Any, ...]:
         # Not is_compiling(), which holds as well in Python that runs, untraced, while something is being traced; nor
         # torch.compiler.disable, which would import the compiler with this module.
         if torch.compiler.is_dynamo_compiling():
             raise RuntimeError("TokenLayout: inside a compiled graph, call only methods that were called before it")
-        # An inference tensor could never be saved for a later backward.
-        with torch.inference_mode(False):
+        # It outlives the mode or transform it is made under, whose tensors are fake, wrapped, or not to be saved for a
+        # later backward.
+        with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
             made = tuple(
                 torch.from_numpy(v).to(key[0]) if isinstance(v, np.ndarray) else v for v in compute(self._plan)
             )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
+from ._traced_layout import TracedGrid
 from .reference.window_attention import window_attention as reference
 from .token_layout import WRAPS, TokenLayout
 
@@ -110,7 +111,11 @@ def window_attention(
         block = _padded("grid", grid, 1)
         if math.prod(block) != d["L"]:
             raise ValueError(f"window_attention: grid must hold L={d['L']} tokens, got {tuple(grid)}")
-        layout = TokenLayout.from_grid(block, d["B"])
+        if torch.compiler.is_exporting():
+            layout = TracedGrid(block, 0, d["B"])  # type: ignore[assignment]  # has what is read here
+        else:
+            layout = TokenLayout.from_grid(block, d["B"])
+        assert layout is not None
     elif (layout.batch_size, layout.length) != (d["B"], d["L"]):
         raise ValueError(
             f"window_attention: layout must be of B={d['B']}, L={d['L']}, "

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._traced_layout import TracedGrid
 from ..token_layout import TokenLayout
 
 Rotary = tuple[Tensor, Tensor]
@@ -70,6 +71,8 @@ def grid_layout(
     grid: Sequence[int], num_text: int, batch_size: int, device: torch.device, layer_idx: int, windows: Windows | None
 ) -> TokenLayout:
     """Layout of rows that are one (T, H, W) grid and then `num_text` tokens of text."""
+    if torch.compiler.is_exporting():
+        return TracedGrid(grid, num_text, batch_size)  # type: ignore[return-value]  # has what blocks read
     if not torch.compiler.is_dynamo_compiling():
         return _grid_layout(tuple(grid), num_text, batch_size)
     # A layout cannot be built inside a graph: it is built while tracing, for one batch size and grid (len(range(n))

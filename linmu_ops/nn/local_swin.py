@@ -119,7 +119,7 @@ class LocalSwin(nn.Module):
             "LocalSwin", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
         )
         if state is not None:
-            check_state("LocalSwin", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
+            check_state("LocalSwin", state, hidden_states.shape[0], self.config.sink_tokens + self.config.text_window)
         hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
         seq_idx = number_sequences("LocalSwin", seq_idx, hidden_states, attention_mask, layout, state)
         keep = return_state or state is not None
@@ -430,7 +430,7 @@ class LocalSwin(nn.Module):
 
 def _seen(z: Tensor, state: MMATEState | None) -> Tensor:
     """(B,) int64: tokens of each row before z (B, L, D)."""
-    return z.new_zeros(len(z), dtype=torch.int64) if state is None or state.seen is None else state.seen
+    return z.new_zeros(z.shape[0], dtype=torch.int64) if state is None or state.seen is None else state.seen
 
 
 def _chunks_with_text(layout: TokenLayout | None, size: int, order: Tensor | None, valid: Tensor) -> Tensor | None:

@@ -147,7 +147,7 @@ class MMATE(nn.Module):
             "MMATE", hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.windows
         )
         if state is not None:
-            check_state("MMATE", state, len(hidden_states), self.config.sink_tokens + self.config.text_window)
+            check_state("MMATE", state, hidden_states.shape[0], self.config.sink_tokens + self.config.text_window)
         hidden_states, position_embeddings = without_padding(hidden_states, position_embeddings, attention_mask)
         seq_idx = number_sequences("MMATE", seq_idx, hidden_states, attention_mask, layout, state)
         keep = return_state or state is not None

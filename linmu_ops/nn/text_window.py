@@ -115,8 +115,15 @@ def causal_window_attention(
         return torch.zeros_like(q), q.new_zeros(batch, length, heads, dtype=accumulate_dtype(q.dtype))
     size = chunk_size(window)
     chunks, reach = -(-length // size), -(-window // size) * size
-    pad = chunks * size - length
-    q = F.pad(q, (0, 0, 0, 0, 0, pad)).view(batch * chunks, size, heads, -1)
+    pad, within = chunks * size - length, None
+    if torch.compiler.is_exporting():
+        # A length that is a symbol: neither the sign of a padding nor a single chunk may be asked for. The last token,
+        # repeated, fills up to two chunks more, which no other sees.
+        chunks, pad, within = length // size + 2, 0, torch.arange(length, device=q.device)
+        whole = torch.arange(chunks * size, device=q.device).clamp(max=length - 1)
+        q, k, v, valid = (t.index_select(1, whole) for t in (q, k, v, valid))
+        before = None if before is None else before.index_select(1, whole)
+    q = F.pad(q, (0, 0, 0, 0, 0, pad)).reshape(batch * chunks, size, heads, q.shape[3])
     every = torch.arange(batch * chunks, device=q.device) if chosen is None else chosen
     first = every // chunks * (reach + chunks * size) + every % chunks * size
     at = first[:, None] + torch.arange(reach + size, device=q.device)
@@ -137,7 +144,10 @@ def causal_window_attention(
     mask = mask | (behind == 0)
     if before is not None:
         # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
-        parts = (mask.byte(), F.pad(before.byte(), (0, 0, 0, pad)).view(batch * chunks, size, -1)[every])
+        parts = (
+            mask.byte(),
+            F.pad(before.byte(), (0, 0, 0, pad)).reshape(batch * chunks, size, before.shape[2])[every],
+        )
         mask = torch.cat(parts, dim=2).bool()
     own, earlier = finite(k, v), None if keys is None or values is None else finite(keys, values)
     first_ones = None if sinks is None else finite(sinks.keys, sinks.values)
@@ -148,8 +158,10 @@ def causal_window_attention(
     if chosen is not None:
         y, mass = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, mass))
     # Not a view: kernels differ in the strides of what they return.
-    y, mass = (t.reshape(batch, chunks * size, *t.shape[2:])[:, :length] for t in (y, mass))
-    return y, mass
+    y, mass = (t.reshape(batch, chunks * size, *t.shape[2:]) for t in (y, mass))
+    if within is not None:
+        return y.index_select(1, within), mass.index_select(1, within)
+    return y[:, :length], mass[:, :length]
 
 
 def chunk_size(window: int) -> int:

@@ -77,3 +77,46 @@ def test_a_state_is_written_where_gradients_are_off(name, mode):
         b(hidden(1), state=state)
         wanted = b(hidden(3), state=state, return_state=True)[1]
     assert wanted is state and addresses == [None if t is None else t.data_ptr() for t in state]
+
+
+class Exported(torch.nn.Module):
+    """A block on a grid of fixed size, on one whose frames are counted, and on text."""
+
+    def __init__(self, made, kind):
+        super().__init__()
+        self.made, self.kind = made, kind
+
+    def forward(self, h):
+        grid = {"text": None, "grid": (2, 3, 4), "frames": (h.shape[1] // 12, 3, 4)}[self.kind]
+        return self.made(h, grid=grid)
+
+
+def export_cases():
+    quick = {("paper", "frames", True), ("window-conv", "text", False)}
+    for config in ("paper", "exact", "window-conv", "conv-separate"):
+        for kind in ("grid", "frames", "text"):
+            for strict in (True, False):
+                marks = () if (config, kind, strict) in quick else pytest.mark.sweep
+                yield pytest.param(config, kind, strict, marks=marks)
+
+
+@pytest.mark.parametrize("config, kind, strict", list(export_cases()))
+def test_export_serves_other_batches_and_lengths(config, kind, strict):
+    module, Dim = Exported(block(config, torch.float32), kind), torch.export.Dim
+    length = {"grid": None, "frames": 12 * Dim("frames", min=2, max=9), "text": Dim("length", min=2, max=200)}[kind]
+    shapes = {0: Dim("batch", min=2, max=64)} | ({1: length} if length is not None else {})
+    example, other = (
+        hidden(24, 3, torch.float32),
+        hidden({"grid": 24, "frames": 60, "text": 77}[kind], 5, torch.float32),
+    )
+    program = torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=strict)
+    for h in (example, other):
+        torch.testing.assert_close(program.module()(h), module(h), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_one_size(strict):
+    module, h = Exported(block("paper", torch.float32), "grid"), hidden(24, 2, torch.float32)
+    program = torch.export.export(module, (h,), strict=strict)
+    torch.testing.assert_close(program.module()(h), module(h))
+    assert type(module(h)) is torch.Tensor  # what was traced is not kept
