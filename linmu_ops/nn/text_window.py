@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import _transforms
 from .._dims import accumulate_dtype
 from ._inputs import take
 
@@ -171,6 +171,9 @@ def chunk_size(window: int) -> int:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention by PyTorch's own kernels, which do not tell the log-sum-exp: it is empty."""
+    if not torch.compiler.is_dynamo_compiling() and _transforms.active():
+        y, _ = _differentiable(q, k, v, mask, scale)
+        return y, y[..., 0, :0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -183,6 +186,8 @@ def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     """The same with the log-sum-exp of the scores, in the accumulate dtype."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if not torch.compiler.is_dynamo_compiling() and _transforms.active():
+        return _differentiable(q, k, v, mask, scale)
     if torch.is_grad_enabled():
         return _AttendWithMass.apply(q, k, v, mask, scale)
     return _attend_with_mass(q, k, v, mask, scale)
@@ -197,6 +202,18 @@ def _attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
     return _ungrouped(y, q), (top + total.log())[..., 0].transpose(1, 2).flatten(2)
 
 
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`_attend_with_mass` as often as asked, and forwards: PyTorch keeps scores and weights for it."""
+    acc = accumulate_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = _grouped(q, k.shape[2]).to(acc) @ k.permute(0, 2, 3, 1).to(acc) * scale
+        scores = scores.unflatten(2, (q.shape[1], -1)).masked_fill(~mask[:, None, :, None], -torch.inf)
+        mass = scores.logsumexp(-1)
+        weights = (scores - mass[..., None]).exp().to(v.dtype).to(acc)
+        y = (weights.flatten(2, 3) @ v.transpose(1, 2).to(acc)).to(v.dtype)
+    return _ungrouped(y, q), mass.transpose(1, 2).flatten(2)
+
+
 class _AttendWithMass(torch.autograd.Function):
     """Keeps neither scores nor weights, of which a query has as many as its window has keys."""
 
@@ -208,9 +225,11 @@ class _AttendWithMass(torch.autograd.Function):
         return y, mass
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dmass: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, mass = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            _, pull = torch.func.vjp(lambda a, b, c: _differentiable(a, b, c, mask, ctx.scale), q, k, v)[:2]
+            return (*pull((dy, dmass)), None, None)
         groups = k.shape[2]
         mass, dmass = (t.unflatten(2, (groups, t.shape[2] // groups)).transpose(1, 2) for t in (mass, dmass))
         weights = _scores(q, k, mask, ctx.scale).sub_(mass[..., None]).exp_()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
+import threading
+import warnings
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import linmu_ops
@@ -62,8 +69,8 @@ def test_checkpoint_gives_the_same_gradients(name, reentrant, length, with_state
         second.zero_grad()
         y.square().sum().backward()
         found.append([x.grad, *(p.grad for b in (first, second) for p in b.parameters() if p.grad is not None)])
-        for state, copy in zip(states, kept, strict=True):
-            assert state is None or all(t is None or torch.equal(t, c) for t, c in zip(state, copy, strict=True))
+        for state, was in zip(states, kept, strict=True):
+            assert state is None or all(t is None or torch.equal(t, c) for t, c in zip(state, was, strict=True))
     assert len(found[0]) == len(found[1])
     assert all(same(a, b) for a, b in zip(*found, strict=True))
 
@@ -77,6 +84,87 @@ def test_a_state_is_written_where_gradients_are_off(name, mode):
         b(hidden(1), state=state)
         wanted = b(hidden(3), state=state, return_state=True)[1]
     assert wanted is state and addresses == [None if t is None else t.data_ptr() for t in state]
+
+
+def along_and_slopes(f, h):
+    """A direction, the gradient, and the second derivative in that direction, by differences of gradients."""
+    along = torch.randn_like(h)
+
+    def gradient(h):
+        h = h.clone().requires_grad_()
+        return torch.autograd.grad(f(h), h)[0]
+
+    return along, gradient(h), (gradient(h + 1e-5 * along) - gradient(h - 1e-5 * along)) / 2e-5
+
+
+@pytest.mark.parametrize("grid", [None, (1, 3, 4)], ids=["text", "grid"])
+def test_transforms(name, grid):
+    b, h = block(name), hidden(12, 1)
+    made = linmu_ops.TokenLayout([(0, 1, 2, 4)], range(2, 10), 1, 12) if grid is None and name == "exact" else None
+
+    def f(h):
+        return b(h, grid=grid, layout=made).square().sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", linmu_ops.LinmuWarning)
+        along, slope, bend = along_and_slopes(f, h)
+        assert same(torch.func.grad(f)(h), slope)
+        torch.testing.assert_close(torch.func.jvp(f, (h,), (along,))[1], (slope * along).sum())
+        both = torch.stack([h, h + along])
+        torch.testing.assert_close(torch.vmap(f)(both), torch.stack([f(x) for x in both]))
+        mapped = torch.vmap(torch.func.grad(f))(both)
+        assert same(mapped[0], slope) and same(mapped[1], torch.func.grad(f)(both[1]))
+        torch.testing.assert_close(torch.func.functionalize(f)(h), f(h))
+        x = h.clone().requires_grad_()
+        first = torch.autograd.grad(f(x), x, create_graph=True)[0]
+        assert same(first, slope)
+        if "window" in name and grid is None:  # PyTorch's own attention, which says so
+            with pytest.raises(RuntimeError, match="scaled_dot_product"):
+                torch.autograd.grad((first * along).sum(), x)
+        else:
+            assert same(torch.autograd.grad((first * along).sum(), x)[0], bend, 1e-6)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert b(mode.from_tensor(h), grid=grid, layout=made).shape == h.shape
+        with torch.inference_mode():
+            assert torch.equal(f(h), f(h.clone()))
+        again = h.clone().requires_grad_()
+        f(again).backward()
+        assert type(again.grad) is torch.Tensor and same(again.grad, slope)
+
+
+def test_copies(name):
+    """A block, its state and its configuration: copied, pickled, and with weights from elsewhere."""
+    b, h = block(name), hidden(5)
+    with torch.no_grad():
+        y, state = b(h, return_state=True)
+        for other in (copy.deepcopy(b), pickle.loads(pickle.dumps(b))):
+            assert torch.equal(other(h), y) and other.config == b.config
+            for kept in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+                assert type(kept) is type(state)
+                mine = type(state)(*(None if t is None else t.clone() for t in state))
+                assert torch.equal(other(h[:, :1], state=kept), b(h[:, :1], state=mine))
+                assert all(t is None or torch.equal(t, m) for t, m in zip(kept, mine, strict=True))
+    assert pickle.loads(pickle.dumps(b.config)) == copy.deepcopy(b.config) == b.config
+
+
+def test_threads_and_a_fork(name):
+    b, h = block(name), hidden(12)
+    want = b(h, grid=(1, 3, 4)).detach()
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(b(h, grid=(1, 3, 4)))) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    reader, writer = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: writer.send(b(h, grid=(1, 3, 4)).detach().numpy())
+    )
+    process.start()
+    assert reader.poll(60)
+    found.append(torch.from_numpy(reader.recv()))
+    process.join()
+    assert all(torch.equal(y, want) for y in found)
 
 
 class Exported(torch.nn.Module):
