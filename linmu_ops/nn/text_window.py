@@ -122,7 +122,7 @@ def causal_window_attention(
         chunks, pad, within = length // size + 2, 0, torch.arange(length, device=q.device)
         whole = torch.arange(chunks * size, device=q.device).clamp(max=length - 1)
         q, k, v, valid = (t.index_select(1, whole) for t in (q, k, v, valid))
-        before = None if before is None else before.index_select(1, whole)
+        before, seq_idx = (None if t is None else t.index_select(1, whole) for t in (before, seq_idx))
     q = F.pad(q, (0, 0, 0, 0, 0, pad)).reshape(batch * chunks, size, heads, q.shape[3])
     every = torch.arange(batch * chunks, device=q.device) if chosen is None else chosen
     first = every // chunks * (reach + chunks * size) + every % chunks * size
@@ -138,7 +138,7 @@ def causal_window_attention(
     behind = torch.arange(size, device=q.device)[:, None] + reach - torch.arange(reach + size, device=q.device)
     mask = ((behind >= 0) & (behind < window)) & around(valid, filled)[:, None]
     if seq_idx is not None:
-        mine = F.pad(seq_idx, (0, pad)).view(batch * chunks, size)[every]
+        mine = F.pad(seq_idx, (0, pad)).reshape(batch * chunks, size)[every]
         mask = mask & (mine[..., None] == around(seq_idx)[:, None])
     # A query sees itself even where it is padding: a row with no key at all would be NaN.
     mask = mask | (behind == 0)
