@@ -16,7 +16,7 @@ from lmms_eval.utils import Collator
 from transformers import AutoProcessor
 
 from distill.teacher import load_teacher
-from linmu_models.chat import end_tokens
+from linmu_models.chat import adds_special_tokens, end_tokens, to_model
 
 
 class Linmu(lmms):
@@ -68,10 +68,11 @@ class Linmu(lmms):
         media = [chat.extract_media() for chat in chats]
         given = {name: [one for part in media for one in part[i]] for i, name in enumerate(("images", "videos"))}
         inputs = self.processor(
-            text=texts, padding=True, return_tensors="pt", **{name: found for name, found in given.items() if found}
-        ).to(self.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            text=texts, padding=True, return_tensors="pt",
+            add_special_tokens=adds_special_tokens(self.processor, texts[0]),
+            **{name: found for name, found in given.items() if found},
+        )  # fmt: skip
+        inputs = to_model(inputs, self.model)
         heat = options.get("temperature") or 0.0
         out = self.model.generate(
             **inputs,

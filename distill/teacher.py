@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from distill.files import say
 from distill.losses import IGNORE, Head, Kept
-from linmu_models.chat import end_tokens
+from linmu_models.chat import end_tokens, to_model
 from linmu_models.generate import load_model
 
 Batch = dict[str, Tensor]
@@ -230,6 +230,9 @@ def own_answers(
     None where no token that ends an answer came within `max_new_tokens`, and for the turns after it.
     """
     answers: list[list[str | None]] = [[] for _ in samples]
+    # As a chat template begins an answer, where the source knows of one; else cut before a whole answer.
+    ask = getattr(source.processor, "prompts", None)
+    unsaid = "" if ask is None else None
     for turn in range(max(len(sample.turns) for sample in samples)):
         asked = [i for i, s in enumerate(samples) if turn < len(s.turns) and None not in answers[i]]
         if not asked:
@@ -238,13 +241,14 @@ def own_answers(
             dataclasses.replace(
                 samples[i],
                 turns=tuple(
-                    (question, said) for (question, _), said in zip(samples[i].turns, [*answers[i], ""], strict=False)
+                    (question, said)
+                    for (question, _), said in zip(samples[i].turns, [*answers[i], unsaid], strict=False)
                 ),
             )
             for i in asked
         ]
-        batch = prompts(source.processor(so_far), tokenizer.pad_token_id)
-        batch = {name: value.to(model.device) for name, value in batch.items()}
+        batch = prompts(source.processor(so_far), tokenizer.pad_token_id) if ask is None else ask(so_far)
+        batch = to_model(batch, model)
         start, ends = batch["input_ids"].shape[1], end_tokens(model.generation_config, tokenizer)
         out = model.generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,

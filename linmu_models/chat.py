@@ -7,6 +7,7 @@ whose grids this package knows), or the frames are passed as images.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 
 from .media import Clip
 from .modeling import sees_images
@@ -63,8 +64,17 @@ def to_model(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
+def adds_special_tokens(speaker: Any, text: str) -> bool:
+    """Whether transformers' `apply_chat_template(tokenize=True)` lets the tokenizer add its special tokens to `text`,
+    which `speaker`, a processor or a tokenizer, has rendered: a processor does, unless its template begins with one."""
+    if not isinstance(speaker, ProcessorMixin):
+        return False
+    begin = speaker.tokenizer.bos_token
+    return begin is None or not text.startswith(begin)
+
+
 class _Segments:
-    """A tokenizer for marked text: answers are tokenized apart, as they are when generated, and labelled.
+    """A tokenizer for marked text: the ids are those of the text without marks, and what stands in marks is labelled.
 
     It takes a tokenizer's place inside a processor, which expands its image tokens and knows nothing of this.
     """
@@ -72,44 +82,100 @@ class _Segments:
     def __init__(self, tokenizer: Any, ends: frozenset[int]) -> None:
         self._tokenizer, self._ends = tokenizer, ends
         self.labels: list[list[int]] = []
+        self.rows: list[dict[str, bool]] | None = None
+        """For each text of the next call, arguments of `encode_row`; None: the defaults."""
+        self.padding_side = "right"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def encode_row(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids and labels of one marked text; each answer ends with what the template writes after it, where that ends a
-        generation, else with the end-of-sequence token."""
-        end = self._tokenizer.eos_token_id
-        ids: list[int] = []
-        labels: list[int] = []
-        after_answer = False
-        for i, part in enumerate(text.split(_MARK)):
-            found = self._tokenizer.encode(part, add_special_tokens=False)
-            target = list(found) if i % 2 else [IGNORE] * len(found)
-            if after_answer and not (found and found[0] in self._ends):
-                found, target = [end, *found], [IGNORE, *target]
-            if after_answer:
-                target[0] = found[0]
-            ids, labels, after_answer = ids + found, labels + target, bool(i % 2)
+    def encode_row(self, text: str, special: bool = True, close: bool = True) -> tuple[list[int], list[int]]:
+        """Ids and labels of one marked text; `special`: the tokenizer adds its special tokens. Each answer ends with
+        what the template writes after it, where that ends a generation, else, if `close`, with an end of sequence."""
+        parts = text.split(_MARK)
+        bounds = list(itertools.accumulate(map(len, parts), initial=0))
+        spans = list(itertools.pairwise(bounds))[1::2]
+        ids, places = self._encode("".join(parts), special, spans)
+        labels, added = [IGNORE] * len(ids), []
+        for i, (first, end) in enumerate(places):
+            labels[first:end] = ids[first:end]
+            if 2 * i + 2 == len(parts):  # plain text, which goes on
+                continue
+            if end < len(ids) and ids[end] in self._ends:
+                labels[end] = ids[end]
+            elif close:
+                added.append(end)
+        for end in reversed(added):
+            ids.insert(end, self._tokenizer.eos_token_id)
+            labels.insert(end, self._tokenizer.eos_token_id)
         return ids, labels
 
-    def __call__(self, text: str | list[str], **_: Any) -> dict[str, list[list[int]]]:
+    def _encode(
+        self, text: str, special: bool, spans: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each span of characters the first token that has any of them, and the first one after it."""
+        if not self._tokenizer.is_fast:
+            ids = list(self._tokenizer.encode(text, add_special_tokens=special))
+
+            def tokens_of(at: int) -> int:
+                begun = self._tokenizer.encode(text[:at], add_special_tokens=special)
+                return sum(
+                    1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(begun, ids, strict=False))
+                )
+
+            return ids, [(tokens_of(a), tokens_of(b)) for a, b in spans]
+        found = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+        last = len(ids)  # what the tokenizer adds at the end is of no text
+        while special and last and tuple(offsets[last - 1]) == (0, 0):
+            last -= 1
+        places, at = [], 0
+        for begin, stop in spans:
+            first = at = next((t for t in range(at, last) if offsets[t][1] > begin), last)
+            at = next((t for t in range(at, last) if offsets[t][0] >= stop), last)
+            places.append((first, at))
+        return ids, places
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_: Any) -> dict[str, list[list[int]]]:
         rows, self.labels = [], []
-        for one in [text] if isinstance(text, str) else text:
-            ids, labels = self.encode_row(one)
+        texts = [text] if isinstance(text, str) else text
+        for one, options in zip(texts, self.rows or [{}] * len(texts), strict=True):
+            ids, labels = self.encode_row(
+                one, **{**options, "special": add_special_tokens and options.get("special", True)}
+            )
             rows.append(ids)
             self.labels.append(labels)
         return self.pad(rows)
 
     def pad(self, rows: list[list[int]]) -> dict[str, list[list[int]]]:
-        """Rows, and the labels of the last call, padded on the right to one length."""
+        """Rows, and the labels of the last call, padded to one length."""
         longest = max(map(len, rows))
-        self.labels = [row + [IGNORE] * (longest - len(row)) for row in self.labels]
-        fill = self._tokenizer.pad_token_id
+
+        def padded(row: list[int], fill: int) -> list[int]:
+            more = [fill] * (longest - len(row))
+            return more + row if self.padding_side == "left" else row + more
+
+        self.labels = [padded(row, IGNORE) for row in self.labels]
         return {
-            "input_ids": [row + [fill] * (longest - len(row)) for row in rows],
-            "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+            "input_ids": [padded(row, self._tokenizer.pad_token_id) for row in rows],
+            "attention_mask": [padded([1] * len(row), 0) for row in rows],
         }
+
+
+def _marked(answer: str) -> str:
+    return f"{_MARK}{answer}{_MARK}"
+
+
+def _marked_within(answer: str) -> str:
+    """White space at its ends, which a template may cut, stays outside."""
+    core = answer.strip()
+    start = answer.find(core)
+    return f"{answer[:start]}{_MARK}{core}{_MARK}{answer[start + len(core) :]}"
+
+
+def _marked_end(answer: str) -> str:
+    end = len(answer.rstrip())
+    return f"{answer[:end]}{_MARK}{answer[end:]}"
 
 
 @dataclass
@@ -147,6 +213,8 @@ class ChatProcessor:
         if not sees_images(config):
             return cls(tokenizer, kind, ends=ends)
         if kind in _GRIDS:
+            template = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template")
+            tokenizer.chat_template = template or tokenizer.chat_template
             return cls(tokenizer, kind, image_processor=AutoImageProcessor.from_pretrained(folder), ends=ends)
         processor = AutoProcessor.from_pretrained(folder)
         return cls(tokenizer, kind, processor, processor.image_processor, ends)
@@ -210,7 +278,8 @@ class ChatProcessor:
 
     def text_tokens(self, conversation: Conversation) -> int:
         """Tokens of a conversation without its media; one for each of their slots."""
-        return len(self._segments.encode_row(self._render(conversation))[0])
+        text = self._render(conversation)
+        return len(self._segments.encode_row(text, **self._options(text, conversation))[0])
 
     # -- tensors -------------------------------------------------------------------------------------------------
 
@@ -228,6 +297,7 @@ class ChatProcessor:
 
     def _batch(self, texts: list[str], conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         media = [clip for c in conversations for clip in c.media]
+        self._segments.rows = [self._options(t, c) for t, c in zip(texts, conversations, strict=True)]
         if media and not self.takes_media:
             raise ValueError(f"a {self.model_type} takes text only, got {len(media)} images or videos")
         if self.model_type in _GRIDS:
@@ -237,6 +307,16 @@ class ChatProcessor:
         else:
             batch = {name: torch.tensor(rows) for name, rows in self._segments(texts).items()}
         return {**batch, "labels": torch.tensor(self._segments.labels)}
+
+    def prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
+        """What `generate` takes to answer the last question of each conversation, whose answer is None: a batch, padded
+        on the left."""
+        self._segments.padding_side = "left"
+        try:
+            batch = self(conversations)
+        finally:
+            self._segments.padding_side = "right"
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def ask(self, question: str, media: Sequence[Clip] = ()) -> dict[str, Tensor]:
         """What `generate` takes to answer one question about media, which come before the words.
@@ -255,27 +335,59 @@ class ChatProcessor:
         elif any(clip.is_video for clip in media):
             raise ValueError("a video needs a processor with a chat template, got one without")
         else:
-            begins = self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
-            text = (self.tokenizer.bos_token if begins else "") + self._token("image") * len(media) + question
+            text = self._token("image") * len(media) + question
             batch = self._batch([text], [Conversation((("", None),), tuple(media))])
         return {name: value for name, value in batch.items() if name != "labels"}
 
+    def _options(self, text: str, conversation: Conversation) -> dict[str, bool]:
+        """How a conversation's text becomes tokens: arguments of `_Segments.encode_row`."""
+        begin, text = self.tokenizer.bos_token, text.replace(_MARK, "")
+        if conversation.is_plain or self._speaker is None:
+            special = True  # as the tokenizer does by itself
+        elif self.model_type in _GRIDS:  # as the processor does that these stand for
+            special = begin is None or not text.startswith(begin)
+        else:
+            special = adds_special_tokens(self._speaker, text)
+        return {"special": special, "close": conversation.turns[-1][1] is not None}
+
     def _render(self, conversation: Conversation) -> str:
+        """The text of a conversation, with marks around its answers."""
         if conversation.is_plain:
             return f"{_MARK}{conversation.turns[0][1]}"
+        if self._speaker is None:
+            raise ValueError(f"this {self.model_type} has no chat template: put a chat_template.jinja in its folder")
+        answers = [answer for _, answer in conversation.turns if answer is not None]
+        text = self._speak(conversation, answers)
+        for mark in (_marked, _marked_within):
+            marked = self._speak(conversation, [mark(answer) for answer in answers])
+            if marked.replace(_MARK, "") == text and marked.count(_MARK) == 2 * len(answers):
+                return marked
+        # The template leaves out how an answer begins, such as its thoughts: mark as much of its end as there is.
+        *pieces, rest = self._speak(conversation, [_marked_end(answer) for answer in answers]).split(_MARK)
+        if len(pieces) != len(answers) or "".join((*pieces, rest)) != text:
+            return text  # an answer that cannot be told from the template's words is not supervised
+        out = ""
+        for piece, answer in zip(pieces, answers, strict=True):
+            end = answer.strip()
+            same = itertools.takewhile(
+                lambda pair: pair[0] == pair[1], zip(reversed(piece), reversed(end), strict=False)
+            )
+            shown = piece[len(piece) - sum(1 for _ in same) :].lstrip()
+            start = len(piece) - len(shown)
+            out += f"{piece[:start]}{_MARK}{shown}{_MARK}"
+        return out + rest
+
+    def _speak(self, conversation: Conversation, answers: Sequence[str]) -> str:
         messages: list[dict[str, Any]] = []
         if conversation.system:
             messages.append({"role": "system", "content": self._content(conversation.system, None)})
-        media = iter(conversation.media)
+        media, said = iter(conversation.media), iter(answers)
         for question, answer in conversation.turns:
             messages.append({"role": "user", "content": self._content(question, media)})
             if answer is not None:
-                messages.append({"role": "assistant", "content": self._content(f"{_MARK}{answer}{_MARK}", None)})
-        speaker = self._speaker
-        if speaker is None:
-            raise ValueError(f"this {self.model_type} has no chat template: put a chat_template.jinja in its folder")
+                messages.append({"role": "assistant", "content": self._content(next(said), None)})
         asks = conversation.turns[-1][1] is None
-        return speaker.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        return self._speaker.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
 
     def _content(self, text: str, media: Any) -> Any:
         if not self.takes_media:
