@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linmu_ops import LinmuWarning
 from linmu_ops.nn import EXACT, MMATEConfig
 
 from .calibrate import calibrate
 from .config import linmu_field, parse_mmate
 from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel
 from .report import TensorRow, TransferReport
+from .teachers import check_teacher
 
 
 def convert(
@@ -37,8 +36,8 @@ def convert(
     Args:
         teacher: a loaded `...ForConditionalGeneration` (or `...ForCausalLM`) of one of `linmu_models.families()`, of
             any floating dtype, on any device or device map, or on the meta device.
-        config: options of the block. `EXACT`, what conversion fares best with (`bench/reports`); `PAPER`, the block of
-            the paper; or a dict of options that differ from `EXACT`'s, or from those of its `"preset"`:
+        config: options of the block. `EXACT`, what conversion fares best with (`bench/reports`); `PAPER`, the
+            structure of the paper's; or a dict of options that differ from `EXACT`'s, or from those of its `"preset"`:
             `{"window": (4, 8, 8)}`, `{"preset": "paper", "window": (4, 8, 8)}`. A family's `forced_options` (which
             channels rotate together; no causal windows where a teacher's image tokens see each other) are put over it.
         keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
@@ -54,13 +53,15 @@ def convert(
         `import linmu_models`, or with `trust_remote_code=True`.
 
     Raises:
-        ValueError: an unknown family or option; a quantised or offloaded teacher; calibration by a teacher on the meta
-            device. TypeError: not such a model.
+        ValueError: an unknown family or option; a quantised or offloaded teacher; one whose attention does what a block
+            does not (`linmu_models.teachers`); calibration by a teacher on the meta device.
+        TypeError: not such a model.
     """
     family = _family(teacher)
     options = dataclasses.replace(parse_mmate(config), **family.forced_options)
-    if getattr(teacher.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
-        warnings.warn("convert: attn_logit_softcapping is left out of the blocks", LinmuWarning, stacklevel=2)
+    layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
+    keep_attention = linmu_field(options, keep_attention, layers)["keep_attention"]
+    check_teacher(teacher, keep_attention, options)
     with torch.device("meta"):
         student: Any = family(_student_config(teacher, family, options, keep_attention))
     memo: dict[int, nn.Parameter] = {}
@@ -166,6 +167,7 @@ def _block(
     norms = {n: getattr(attention, n, None) for n in ("q_norm", "k_norm")}
     sizes = {n: p.numel() for n, p in block.named_parameters()}
     rows = block.load_attention_weights(**weights, **biases, **norms)
+    block.close_far()
     return block, [
         TensorRow(f"{name}.{r.name}", f"{name}.{r.source}" if r.source else "", r.how, sizes[r.name]) for r in rows
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import json
@@ -74,6 +75,16 @@ AttentionInterface.register(LINEAR, _no_attention)
 AttentionMaskInterface.register(LINEAR, _padding_mask)
 
 
+def attention_window(attention: Any) -> int | None:
+    """How many tokens, itself the last, a token sees in a transformers attention module; None: all before it."""
+    config = getattr(attention, "config", None)
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    if kinds and index is not None and kinds[index] != "sliding_attention":
+        return None
+    return window or None
+
+
 class LinmuAttention(MMATE):
     """An `MMATE` with the interface of the transformers attention module it replaces.
 
@@ -84,13 +95,20 @@ class LinmuAttention(MMATE):
 
     Attributes:
         beside_attention: other layers of the model keep their attention.
+        all_near: the attention has a sliding window that is not longer than the block's, which is then as short.
     """
 
     beside_attention = False
+    all_near = False
 
     def __init__(self, attention: nn.Module, config: MMATEConfig, layer_idx: int) -> None:
         head_dim = attention.head_dim
         norm = getattr(attention, "q_norm", None)
+        window = attention_window(attention)
+        # All that such an attention sees is near: there is no first token, and nothing far, for it to look at.
+        self.all_near = window is not None and window <= config.text_window
+        if self.all_near:
+            config = dataclasses.replace(config, text_window=window, sink_tokens=0)
         super().__init__(
             attention.q_proj.in_features,
             attention.q_proj.out_features // head_dim,
@@ -103,6 +121,17 @@ class LinmuAttention(MMATE):
             scale=attention.scaling,
             config=config,
         )
+
+    @torch.no_grad()
+    def close_far(self) -> None:
+        """Give what lies beyond the window no share of the output, where the attention does not see it."""
+        if self.all_near and self.mix_rest is not None:
+            nn.init.zeros_(self.mix_rest.weight)
+            nn.init.constant_(self.mix_rest.bias, -1e4)
+
+    def _fit_mix(self, *args: Any, **kwargs: Any) -> None:
+        if not self.all_near:
+            super()._fit_mix(*args, **kwargs)
 
     def forward(
         self,

@@ -1,0 +1,159 @@
+"""What a teacher's attention does, beside what a block does: carried over, or refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from linmu_ops import LinmuWarning
+from linmu_ops.nn import MMATEConfig
+from linmu_ops.nn._inputs import apply_rotary
+
+from .hooks import attention_modules, record_inputs, record_outputs
+from .modeling import attention_window
+
+PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
+# Of a decoder's configuration: what must not be set, as attention modules name it too, and what it would do.
+REFUSED = {
+    "attn_logit_softcapping": "scores are capped",
+    "clip_qkv": "queries, keys and values are clipped",
+    "attn_output_gate": "outputs are gated",
+    "attn_temperature_tuning": "queries grow with their position",
+    "use_alibi": "scores fall with distance",
+    "alibi": "scores fall with distance",
+}
+KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention")
+TOKENS = 12  # of the probe
+
+
+def check_teacher(teacher: PreTrainedModel, keep: Iterable[int], options: MMATEConfig) -> None:
+    """Refuse a teacher some layer of which, other than those of `keep`, a block cannot stand for.
+
+    Args:
+        options: of the blocks, with what the family says of its teachers.
+
+    Raises:
+        ValueError: it has a part, or an option is set, that a block has no place for; or a layer's output is not what
+            a block makes of the same weights where all tokens lie in its window.
+    """
+    config: Any = teacher.config.get_text_config(decoder=True)
+    layers: Any = teacher.get_decoder().layers
+    linear = sorted(set(range(len(layers))) - {i % len(layers) for i in keep})
+    if not linear:
+        return
+    for name, what in REFUSED.items():
+        value = getattr(config, name, None)
+        if value:
+            raise ValueError(f"convert: the teacher's {name} must be off, as a block has none ({what}), got {value!r}")
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
+        raise ValueError(
+            "convert: the teacher's llama_4_scaling_beta must be off, as a block has none (queries grow with their "
+            f"position), got {rope['llama_4_scaling_beta']!r}"
+        )
+    causal = all(getattr(a, "is_causal", True) for a in (getattr(layers[i], "self_attn", None) for i in linear))
+    if not causal and options.causal_windows:
+        raise ValueError("convert: the teacher's attention must be causal, got one that sees later tokens")
+    if not causal:
+        warnings.warn("convert: text of a prompt sees later text in the teacher, but not in a block", LinmuWarning, 3)
+    if getattr(config, "attention_dropout", 0):
+        warnings.warn(
+            f"convert: attention_dropout={config.attention_dropout} is left out of the blocks", LinmuWarning, 3
+        )
+    kinds = getattr(config, "layer_types", None) or []
+    for index, layer in enumerate(layers):
+        kind = kinds[index] if index < len(kinds) else "attention"
+        attention = getattr(layer, "self_attn", None)
+        if not isinstance(attention, nn.Module) or (kind not in KNOWN_LAYERS and index in linear):
+            raise ValueError(f"convert: layer {index} must have full or sliding attention, got {kind}")
+        if index in linear:
+            _check_parts(attention, index)
+    if next(teacher.parameters()).device.type != "meta":
+        _check_values(teacher, linear, options.rotary_interleaved)
+
+
+def _check_parts(attention: Any, index: int) -> None:
+    name = f"layer {index}'s {type(attention).__name__}"
+    missing = [f"{p}_proj" for p in "qkvo" if not isinstance(getattr(attention, f"{p}_proj", None), nn.Linear)]
+    if missing:
+        raise ValueError(f"convert: {name} must have linear maps q_proj, k_proj, v_proj, o_proj, got no {missing[0]}")
+    sinks = [n for n, _ in attention.named_parameters(recurse=False)]
+    parts = [n for n, m in attention.named_children() if n not in PARTS and any(True for _ in m.parameters())]
+    if sinks or parts:
+        raise ValueError(
+            f"convert: {name} must have no part beside its projections and norms, got {(sinks + parts)[0]}"
+        )
+    size = attention.head_dim
+    for norm in ("q_norm", "k_norm"):
+        weight = getattr(getattr(attention, norm, None), "weight", None)
+        if weight is not None and tuple(weight.shape) != (size,):
+            raise ValueError(f"convert: {name}.{norm} must be of one head, ({size},), got {tuple(weight.shape)}")
+    width = attention.q_proj.out_features
+    if width % size or attention.o_proj.in_features != width:
+        raise ValueError(
+            f"convert: {name}.q_proj must have as many outputs as o_proj has inputs, {attention.o_proj.in_features}, "
+            f"got {width}"
+        )
+    for option, what in REFUSED.items():
+        if getattr(attention, option, None):
+            raise ValueError(f"convert: {name}.{option} must be off, as a block has none ({what})")
+
+
+def block_attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
+    """What a block takes an attention module for: softmax attention of `x` (1, L, D), its scores in float32."""
+    size = attention.head_dim
+    heads = [getattr(attention, f"{p}_proj")(x).unflatten(-1, (-1, size)) for p in "qkv"]
+    for i, norm in enumerate(("q_norm", "k_norm")):
+        if getattr(attention, norm, None) is not None:
+            heads[i] = getattr(attention, norm)(heads[i])
+        heads[i] = apply_rotary(
+            heads[i].float(), None if rotary is None else (rotary[0].float(), rotary[1].float()), interleaved
+        )
+    q, k, v = (t.float().transpose(1, 2) for t in heads)
+    y = nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=getattr(attention, "is_causal", True),
+        scale=attention.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return attention.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
+
+
+@torch.no_grad()
+def _check_values(teacher: Any, linear: list[int], interleaved: bool) -> None:
+    decoder = teacher.get_decoder()
+    modules = [attention_modules(teacher)[i] for i in linear]
+    for index, (module, given, out) in zip(linear, _probe(decoder, modules), strict=True):
+        limit = min(attention_window(module) or TOKENS, TOKENS)
+        x, rotary = given["hidden_states"], given.get("position_embeddings")
+        expected = block_attention(module, x, rotary, interleaved).double()[:, :limit]
+        error = float((out.double()[:, :limit] - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not error < (1e-3 if out.dtype in (torch.float32, torch.float64) else 0.1):
+            raise ValueError(
+                f"convert: layer {index}'s {type(module).__name__} must be softmax attention of its projections "
+                f"with {'interleaved' if interleaved else 'plain'} rotary embeddings, got outputs that differ by "
+                f"{error:.1%}"
+            )
+
+
+def _probe(decoder: nn.Module, modules: list[nn.Module]) -> Iterator[tuple[nn.Module, dict[str, Any], Tensor]]:
+    """Each module, what it is given and what it makes of it, for a few random tokens."""
+    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
+    ids = torch.randint(len(weight), (1, TOKENS), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    training = decoder.training
+    decoder.eval()
+    try:
+        with record_inputs(modules) as inputs, record_outputs(modules) as outputs:
+            decoder(input_ids=ids, use_cache=False)
+    finally:
+        decoder.train(training)
+    for module, given, out in zip(modules, inputs, outputs, strict=True):
+        assert out is not None
+        yield module, given, out

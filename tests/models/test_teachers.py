@@ -1,0 +1,209 @@
+"""What a teacher's attention does that a block does not is carried over, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+
+import linmu_models
+from linmu_models.teachers import check_teacher
+from linmu_ops import LinmuWarning
+
+from . import tiny
+
+CLIP = dict(
+    model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    image_size=56, patch_size=14, projection_dim=32,
+)  # fmt: skip
+SMALL = {"head_dim": 16}
+
+
+def llava(model_type, **text):
+    """A LLaVA, whose decoder may be any of transformers'."""
+    torch.manual_seed(0)
+    config = hf.LlavaConfig(
+        vision_config=CLIP, text_config=dict(model_type=model_type, **{**tiny.SIZES, **text}),
+        image_token_id=tiny.IMAGE, vision_feature_layer=-1, image_seq_length=16,
+    )  # fmt: skip
+    return randomised(hf.LlavaForConditionalGeneration(config))
+
+
+def randomised(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.15)
+            else:
+                p.add_(0.1 * torch.randn_like(p))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+CARRIED = {
+    "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": SMALL, "gemma": SMALL,
+    "gemma3_text": SMALL | {"sliding_window": 6}, "granite": {"attention_multiplier": 0.4}, "starcoder2": {},
+    "exaone4": {}, "nemotron": {}, "apertus": {}, "seed_oss": {"head_dim": 12, "attention_dropout": 0.0},
+    "mixtral": {"num_local_experts": 2}, "ministral": {"head_dim": 12},
+    "gemma2": SMALL | {"attn_logit_softcapping": None, "sliding_window": 6},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", CARRIED)
+def test_carried_over(model_type):
+    """Scales, norms per head, two rotary bases, biases, sliding windows: a fresh student is its teacher."""
+    teacher = llava(model_type, **CARRIED[model_type])
+    student = linmu_models.convert(teacher)
+    ids = torch.tensor([tiny.text_ids(24)])
+    with torch.no_grad():
+        torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+REFUSED = [
+    ("gemma2", SMALL, r"attn_logit_softcapping must be off, .* got 50.0"),
+    ("vaultgemma", SMALL, "attn_logit_softcapping must be off"),
+    ("olmo", {"clip_qkv": 0.1}, r"clip_qkv must be off, .* got 0.1"),
+    ("olmo2", {}, r"q_norm must be of one head, \(12,\), got \(48,\)"),
+    ("olmoe", {}, "q_norm must be of one head"),
+    ("cohere", {}, "plain rotary embeddings, got outputs that differ"),
+    ("glm4", {"head_dim": 12}, "plain rotary embeddings, got outputs that differ"),
+    ("helium", {"head_dim": 12}, "plain rotary embeddings, got outputs that differ"),
+    ("gpt_oss", SMALL, "GptOssAttention must have no part beside its projections and norms, got sinks"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1]}, "layer 1's SmolLM3Attention must be softmax attention"),
+    ("llama4_text", {"head_dim": 12, "intermediate_size_mlp": 64}, "attn_temperature_tuning must be off"),
+    ("ministral3", {"head_dim": 12}, "llama_4_scaling_beta must be off"),
+    ("phi3", {}, "Phi3Attention must have linear maps .* got no q_proj"),
+    ("deepseek_v3", {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                     "v_head_dim": 8, "n_routed_experts": 4}, "DeepseekV3Attention must have linear maps"),
+    ("hunyuan_v1_dense", {"head_dim": 12}, "got query_layernorm"),
+    ("nanochat", {}, "NanoChatAttention must be softmax attention"),
+    ("diffllama", {}, "DiffLlamaAttention must have no part beside .* got lambda_q1"),
+    ("qwen3_next", SMALL | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                            "linear_value_head_dim": 8}, "layer 0 must have full or sliding attention, got linear"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type, text, says", REFUSED, ids=[r[0] for r in REFUSED])
+def test_refused(model_type, text, says):
+    with pytest.raises(ValueError, match=f"^convert: .*{says}") as caught:
+        linmu_models.convert(llava(model_type, **text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_layers_that_stay_may_do_as_they_like():
+    teacher = llava("smollm3", no_rope_layers=[1, 0, 1])
+    student = linmu_models.convert(teacher, keep_attention=[1])
+    ids = torch.tensor([tiny.text_ids(24)])
+    with torch.no_grad():
+        torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("attn_logit_softcapping", 3.0), ("clip_qkv", 0.1), ("attn_output_gate", True)]
+)
+def test_an_option_of_a_known_family(name, value):
+    teacher = copy.deepcopy(tiny.teacher("qwen2"))
+    setattr(teacher.config, name, value)
+    with pytest.raises(ValueError, match=f"the teacher's {name} must be off"):
+        linmu_models.convert(teacher)
+
+
+@pytest.mark.parametrize("change", ["scale of scores", "values", "no rotation", "later tokens"])
+def test_an_attention_that_computes_something_else(change, monkeypatch):
+    """Whatever it is called, its output tells."""
+    teacher = copy.deepcopy(tiny.teacher("qwen2"))
+    attention = teacher.model.layers[1].self_attn
+    plain = attention.forward
+    if change == "later tokens":
+        attention.is_causal = False
+        says = "must be causal"
+    else:
+        says = "layer 1's Qwen2Attention must be softmax attention"
+
+        def forward(hidden_states, position_embeddings=None, **kwargs):
+            if change == "no rotation":
+                position_embeddings = (
+                    torch.ones_like(position_embeddings[0]),
+                    torch.zeros_like(position_embeddings[1]),
+                )
+            out, weights = plain(hidden_states=hidden_states, position_embeddings=position_embeddings, **kwargs)
+            return (2 * out if change == "values" else out), weights
+
+        if change == "scale of scores":
+            attention.q_norm = None
+            monkeypatch.setattr(attention, "q_proj", Doubled(attention.q_proj))
+        attention.forward = forward
+    if change == "scale of scores":
+        says = "must have linear maps"
+    with pytest.raises(ValueError, match=says):
+        linmu_models.convert(teacher)
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def sliding(kind):
+    torch.manual_seed(0)
+    if kind == "qwen2":
+        config = hf.Qwen2Config(**tiny.SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+        return randomised(hf.Qwen2ForCausalLM(config))
+    return llava("mistral", sliding_window=6)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "mistral"])
+def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
+    """The block's is as short, no first token is in it, and nothing beyond has a share; in prefill and in steps, from
+    the teacher and from a folder, and after a calibration."""
+    teacher = sliding(kind)
+    ids = torch.tensor([tiny.text_ids(30), tiny.text_ids(30, 1)])
+    calibrated = linmu_models.convert(teacher, calibration=[{"input_ids": ids}])
+    linmu_models.convert(teacher).save_pretrained(tmp_path)
+    loaded = (hf.AutoModelForCausalLM if kind == "qwen2" else hf.AutoModelForImageTextToText).from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = teacher(input_ids=ids).logits
+        for student in (loaded.eval(), calibrated):
+            torch.testing.assert_close(student(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
+    options = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    mask = torch.ones_like(ids)
+    theirs, mine = (m.generate(ids, attention_mask=mask, **options) for m in (teacher, loaded))
+    assert torch.equal(theirs.sequences, mine.sequences)
+    for a, b in zip(theirs.logits, mine.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_longer_sliding_window_is_left_to_the_scan():
+    torch.manual_seed(0)
+    config = hf.Qwen2Config(**tiny.SIZES, use_sliding_window=True, sliding_window=300, max_window_layers=0)
+    student = linmu_models.convert(randomised(hf.Qwen2ForCausalLM(config)))
+    block = student.model.layers[0].self_attn
+    assert (block.config.text_window, block.config.sink_tokens, block.all_near) == (256, 4, False)
+
+
+def test_what_a_block_leaves_out_is_said():
+    teacher = copy.deepcopy(tiny.teacher("qwen2"))
+    teacher.config.attention_dropout = 0.1
+    with pytest.warns(LinmuWarning, match="attention_dropout=0.1 is left out"):
+        linmu_models.convert(teacher)
+    with pytest.warns(LinmuWarning, match="text of a prompt sees later text in the teacher"):
+        linmu_models.convert(tiny.teacher("paligemma"))
+
+
+def test_the_probe_leaves_no_trace():
+    teacher = copy.deepcopy(tiny.teacher("qwen2")).train()
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    check_teacher(teacher, [], linmu_models.EXACT)
+    assert teacher.training and torch.equal(torch.random.get_rng_state(), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    with torch.device("meta"):
+        meta = hf.Qwen2ForCausalLM(hf.Qwen2Config(**tiny.SIZES))
+    assert {p.device.type for p in linmu_models.convert(meta).parameters()} == {"meta"}
