@@ -15,7 +15,9 @@ except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[distill]' (`python -m linmu_ops.env` does without)")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-OPTION_HELP = 'name=value of MMATEConfig, e.g. "text_window=16"; "preset=paper" to start from the paper\'s.'
+OPTION_HELP = (
+    'name=value of MMATEConfig, e.g. "text_window=16"; "preset=paper" to start from PAPER, the paper-like block.'
+)
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
 
 
@@ -37,7 +39,7 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print one JSON object
 @app.command()
 def convert(
     teacher: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the hub.")],
-    out: Annotated[Path, typer.Argument(help="Folder to save the linear model in.")],
+    out: Annotated[str, typer.Argument(help="Folder to save the linear model in.")],
     keep_attention: Annotated[list[int] | None, typer.Option(help="A layer that stays quadratic; repeatable.")] = None,
     option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
@@ -74,7 +76,7 @@ def generate(
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at most.")] = 64,
     fps: Annotated[float, typer.Option(min=0.001, help="Frames of a second of video.")] = 2.0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the most likely token.")] = 0.0,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
 ) -> None:
@@ -85,6 +87,8 @@ def generate(
     from distill.progress import peak_memory
     from linmu_models.generate import generate_text, load
 
+    if 0 < temperature < 1e-3:
+        _stop(f"--temperature must be 0, or at least 0.001, got {temperature}")
     # What Pillow warns of in a file is either seen all the same or refused in one line.
     warnings.filterwarnings("ignore", module="PIL")
     say = Console(stderr=True, highlight=False)
@@ -169,7 +173,11 @@ def evaluate(
 
 
 def _stop(error: Exception | str, status: int = 1) -> NoReturn:
-    typer.echo(f"linmu: {error}", err=True)
+    # Other libraries explain at length, and over many lines, what we say in one.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    ours = isinstance(error, str) or type(error).__module__.partition(".")[0] in ("distill", "linmu_models")
+    said = "\n".join(lines) if ours else lines[0]
+    typer.echo(f"linmu: {said.removeprefix('linmu: ')}", err=True)
     raise typer.Exit(status)
 
 

@@ -9,7 +9,7 @@ from distill.report import table
 from distill.sources import UNFIT, fits_tasks
 from distill.stages import STAGES
 from distill.teacher import load_teacher
-from linmu_models.generate import find_device
+from linmu_models.generate import check_model_name, find_device
 
 
 class EvaluationError(RuntimeError):
@@ -55,6 +55,9 @@ def evaluate_folder(
     where = find_device(device)
     results: dict[str, list[Result]] = {}
     names = groups or list(GROUPS)
+    for source in (teacher, path):
+        if source is not None:
+            check_model_name(source)
     for label, source in (("teacher", teacher), ("model", path)):
         if source is not None:
             model, tokenizer = load_teacher(source, "auto")

@@ -90,6 +90,6 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig, frozenset[int]]:
     if not isinstance(mmate, Mapping):
         raise ValueError(f"linmu: mmate must be a dict of options, got {mmate!r}")
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    # What an older version did not know is off in the paper's block.
+    # What an older version did not know is off in the preset "paper".
     options = parse_mmate({"preset": "paper", **mmate})
     return options, frozenset(_kept_layers(field.get("keep_attention", ()), 0, layers))

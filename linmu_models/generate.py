@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,10 +53,12 @@ def convert_folder(
     Raises:
         ValueError: not a family that can be converted, or an unknown option. OSError: no such model.
     """
+    _check_dtype(dtype)
+    if not os.fspath(out) or (Path(out).exists() and not Path(out).is_dir()):
+        raise ValueError(f"convert: out must be a folder, or the name of a new one, got {os.fspath(out)!r}")
     folder = _local(teacher)
     if Path(out).resolve() == folder.resolve():
         raise ValueError(f"convert: out must be another folder than the teacher's, got {out}")
-    _check_dtype(dtype)
     saved = AutoConfig.from_pretrained(folder)
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -79,6 +82,7 @@ def copy_processor(model: str | os.PathLike[str], out: str | os.PathLike[str]) -
 
 def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None) -> Path:
     """The folder of a model, fetched from the hub where it is a name; all files, or those that match `patterns`."""
+    check_model_name(model)
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -98,11 +102,25 @@ def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
         raise ValueError(f"the weights in {folder} are more than tensors, and no code of theirs is run") from error
 
 
+def check_model_name(model: str | os.PathLike[str]) -> None:
+    """Raise ValueError where `model` is neither a folder nor the name of a model on the hub.
+
+    transformers would look for it on the hub, and say so.
+    """
+    name = os.fspath(model)
+    if Path(name).is_file():
+        raise ValueError(f"a model must be a folder, got the file {name!r}")
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and not name.startswith(".")
+    if not name or not (on_hub or Path(name).is_dir()):
+        raise ValueError(f"a model must be a folder, or a name on the hub, got {name!r}")
+
+
 def load(
     folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
 ) -> tuple[GenerationMixin, ChatProcessor]:
     """A saved model, linear or not, on `device`, and what prepares its inputs."""
     _check_dtype(dtype)
+    check_model_name(folder)
     where = find_device(device)
     model = load_model(folder, dtype).to(where).eval()
     return model, ChatProcessor.load(folder)
@@ -120,9 +138,12 @@ def find_device(device: str | None) -> torch.device:
         ValueError: it is not there.
     """
     try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:
+        found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"device must be one that is there, got {device}") from error
+    if found.type == "meta":
+        raise ValueError("device must be one that holds values, got meta")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

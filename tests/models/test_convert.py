@@ -15,7 +15,6 @@ import torch
 
 import linmu_models
 from linmu_models.report import TransferReport
-from linmu_ops import LinmuWarning
 
 from . import tiny
 
@@ -109,13 +108,6 @@ def test_options():
     papers = linmu_models.convert(teacher, {"preset": "paper", **changes}).get_decoder().layers[1].self_attn.config
     assert papers == linmu_models.MMATEConfig(window=(4, 2, 2), conv_width=3, norm="rms")
     assert linmu_models.convert(tiny.teacher("glm4v")).config.linmu["mmate"]["rotary_interleaved"]
-
-
-def test_warns_of_what_it_leaves_out():
-    teacher = copy.deepcopy(tiny.teacher("qwen2"))
-    teacher.config.attn_logit_softcapping = 50.0
-    with pytest.warns(LinmuWarning, match="attn_logit_softcapping is left out of the blocks"):
-        linmu_models.convert(teacher)
 
 
 @pytest.mark.parametrize("options", [tiny.NARROW, {"preset": "paper"}], ids=["exact", "paper"])

@@ -1,0 +1,131 @@
+"""Whatever is typed after `linmu`, what is wrong with it is said in one line, and no traceback is shown."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from distill.cli import app
+
+from . import tiny
+from .test_cli import folders  # noqa: F401
+
+BAD = os.fsdecode(b"na\xffme")
+ASK = ("--prompt", "what?", "--max-new-tokens", "2")
+
+
+@pytest.fixture(scope="module")
+def places(folders, tmp_path_factory):  # noqa: F811
+    """Names of folders and files of every wrong kind."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "file").write_text("x")
+    (root / "empty").mkdir()
+    for name, config in (("broken", "{"), ("list", "[]"), ("unknown", '{"model_type": "wibble"}')):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(config)
+    for name in ("cut", "weightless", BAD):
+        shutil.copytree(folders / "teacher", root / name)
+    weights = (root / "cut" / "model.safetensors").read_bytes()
+    (root / "cut" / "model.safetensors").write_bytes(weights[:1000])
+    (root / "weightless" / "model.safetensors").unlink()
+    (root / "latin.toml").write_bytes(b"name = \xe9")
+    (root / "half.toml").write_text("name =")
+    return {"root": root, "teacher": folders / "teacher", "new": root / "new", "absent": root / "no" / "such" / "x",
+            "none": "", **{p.name: p for p in root.iterdir()}}  # fmt: skip
+
+
+def said(places, *arguments):
+    words = [str(places[a[1:]]) if a.startswith("@") else a for a in arguments]
+    result = CliRunner().invoke(app, words)
+    assert result.exception is None or isinstance(result.exception, SystemExit), (arguments, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    return result.exit_code, lines
+
+
+FOLDERS = ["@absent", "@none", "@file", "@empty", "@broken", "@list", "@unknown", "@cut", "@weightless", f"@{BAD}"]
+ONE_LINE = [
+    *(("convert", folder, "@new") for folder in FOLDERS),
+    *(("generate", folder, *ASK) for folder in FOLDERS),
+    *(("evaluate", folder) for folder in FOLDERS),
+    *(("evaluate", "@teacher", "--teacher", folder) for folder in FOLDERS[:3]),
+    *(("convert", "@teacher", out) for out in ("@none", "@file", "@teacher")),
+    *(("convert", "@teacher", "@new", "--dtype", d) for d in ("float8_e4m3fn", "", "int8", "complex64", "x", "Tensor")),
+    *(("generate", "@teacher", *ASK, "--dtype", d) for d in ("float8_e4m3fn", "", "bool", "x")),
+    *(("generate", "@teacher", *ASK, "--device", d) for d in ("meta", "tpu", "mps", "fpga", "cuda:99", "x")),
+    *(("convert", "@teacher", "@new", "--keep-attention", n) for n in ("99", "-9")),
+    *(("convert", "@teacher", "@new", "--option", o) for o in (
+        "", "=", "window", "window=1", "window=[1,2]", "text_window=1e12", "text_window=1000000000000",
+        "text_window=-1", "norm_eps=NaN", "initial_scale=Infinity", "preset=x", "preset=[]", "preset=1", f"{BAD}=1",
+        f"norm={BAD}", "mix=null")),
+    ("generate", "@teacher", "--prompt", ""),
+    ("generate", "@teacher", "--prompt", os.fsdecode(b"caf\xe9")),
+    ("generate", "@teacher", "--prompt", "<image>"),
+    ("generate", "@teacher", *ASK, "--temperature", "1e-300"),
+    *(("generate", "@teacher", *ASK, kind, p) for kind in ("--image", "--video")
+      for p in ("@absent", "@root", "@file", f"@{BAD}")),
+    ("evaluate", "@teacher", "--group", ""), ("evaluate", "@teacher", "--split", "x"),
+    ("evaluate", "@teacher", "--device", "x"), ("evaluate", "@teacher", "--group", BAD),
+    *(("distill", p) for p in ("@absent", "@none", "@root", "@latin.toml", "@half.toml", "@file")),
+    *(("distill", p, "--ablate") for p in ("@absent", "@none", "@root", "@latin.toml", "@half.toml")),
+    ("distill", "@half.toml", "--row", "a"), ("distill", "@half.toml", "--seeds", "2"),
+    ("distill", "@half.toml", "--ablate", "--stage", "1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ONE_LINE, ids=lambda a: " ".join(ascii(x)[1:-1] for x in a))
+def test_one_line(places, arguments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, lines = said(places, *arguments)
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("linmu: "), lines
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (), ("wibble",), ("convert",), ("convert", "@teacher"),
+        ("convert", "@teacher", "@new", "--keep-attention", "x"),
+        ("generate", "@teacher"), *(("generate", "@teacher", *ASK, *more) for more in (
+            ("--frames", "0"), ("--frames", "-1"), ("--fps", "0"), ("--fps", "nan"), ("--temperature", "-1"),
+            ("--temperature", "nan"), ("--temperature", "inf"), ("--max-new-tokens", "0"), ("--wibble",))),
+        ("evaluate", "@teacher", "--samples", "0"), ("evaluate", "@teacher", "--seed", "-1"), ("distill",),
+        ("distill", "@half.toml", "--ablate", "--seeds", "0"), ("env", "--wibble"),
+    ],
+    ids=lambda a: " ".join(a),
+)  # fmt: skip
+def test_usage(places, arguments):
+    assert said(places, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize("prompt", ["\0", "  ", "\ufffc", "\ue000", "é" * 3, "<unk>"])
+def test_words_of_any_kind_are_answered(places, prompt):
+    status, lines = said(places, "generate", "@teacher", "--prompt", prompt, "--max-new-tokens", "2")
+    assert status == 0 or (status == 1 and len(lines) == 1)
+
+
+def test_named_templates_are_kept(tmp_path):
+    """Whatever a tokenizer or processor reads of the teacher's folder, it finds in the student's."""
+    from linmu_models.generate import convert_folder
+
+    from .test_cli import tokenizer
+
+    tiny.teacher("qwen2").save_pretrained(tmp_path / "teacher")
+    words = tokenizer()
+    words.chat_template = {"default": "a", "tool_use": "b", "rag": "c"}
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "tokenization_own.py").write_text("")
+    (tmp_path / "teacher" / "video_preprocessor_config.json").write_text("{}")
+    (tmp_path / "teacher" / "normalizer.json").write_text("{}")
+    convert_folder(tmp_path / "teacher", tmp_path / "student")
+    theirs, mine = (tiny.hf.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
+    assert mine.chat_template == theirs.chat_template == words.chat_template
+    assert type(mine) is type(theirs) and mine.get_vocab() == theirs.get_vocab()
+    assert mine.init_kwargs.keys() == theirs.init_kwargs.keys() and mine("what?") == theirs("what?")
+    own = {"config.json", "model.safetensors"}
+    for file in (tmp_path / "teacher").rglob("*"):
+        if file.is_file() and file.name not in own:
+            kept = tmp_path / "student" / file.relative_to(tmp_path / "teacher")
+            assert kept.read_bytes() == file.read_bytes(), file
