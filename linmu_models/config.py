@@ -32,13 +32,13 @@ def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) 
 
 def _kept_layers(value: Any, low: int, layers: int) -> list[int]:
     """`keep_attention` as a list; ValueError where it holds anything but layers in [low, layers)."""
-    rule = f"a list of layers in [{low}, {layers})"
+    rule = f"layers in [{low}, {layers})"
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise ValueError(f"linmu: keep_attention must be {rule}, got {value!r}")
+        raise ValueError(f"linmu: keep_attention must hold {rule}, got {value!r}")
     kept = list(value)
     for index in kept:
         if not isinstance(index, Integral) or isinstance(index, bool) or not low <= index < layers:
-            raise ValueError(f"linmu: keep_attention must be {rule}, got {index!r}")
+            raise ValueError(f"linmu: keep_attention must hold {rule}, got {index!r}")
     return [int(index) for index in kept]
 
 

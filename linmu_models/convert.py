@@ -157,7 +157,7 @@ def _block(
 ) -> tuple[LinmuAttention, list[TensorRow]]:
     weight: Tensor = attention.q_proj.weight
     with torch.device(weight.device):
-        block = LinmuAttention(attention, options, blueprint.layer_idx)
+        block = LinmuAttention(attention, options, blueprint.layer_idx, blueprint.text_only)
     for parameter_name, parameter in block.named_parameters():
         if not IN_FLOAT32.search(f"{name}.{parameter_name}"):
             parameter.data = parameter.data.to(weight.dtype)
@@ -167,7 +167,6 @@ def _block(
     norms = {n: getattr(attention, n, None) for n in ("q_norm", "k_norm")}
     sizes = {n: p.numel() for n, p in block.named_parameters()}
     rows = block.load_attention_weights(**weights, **biases, **norms)
-    block.close_far()
     return block, [
         TensorRow(f"{name}.{r.name}", f"{name}.{r.source}" if r.source else "", r.how, sizes[r.name]) for r in rows
     ]

@@ -24,6 +24,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATE, MMATEConfig
+from linmu_ops.nn.local_swin import Near
 from linmu_ops.nn.state import in_checkpoint
 
 from .cache import linear_layer
@@ -85,6 +86,13 @@ def attention_window(attention: Any) -> int | None:
     return window or None
 
 
+def _nothing_far(swin: nn.Module, args: Any, inputs: Mapping[str, Any], out: Any) -> Any:
+    """No token lies beyond the window of another."""
+    near = out if isinstance(out, Near) else out[0]
+    near = near._replace(beyond=torch.zeros_like(near.beyond))
+    return near if isinstance(out, Near) else (near, *out[1:])
+
+
 class LinmuAttention(MMATE):
     """An `MMATE` with the interface of the transformers attention module it replaces.
 
@@ -92,21 +100,24 @@ class LinmuAttention(MMATE):
         attention: that module; sizes, biases, scale and norms of q and k are read off it, its weights are not.
         config: options of the block.
         layer_idx: index of the decoder layer.
+        text_only: the model has no visual tokens, which see text by the first tokens of their row and by the scan.
 
     Attributes:
         beside_attention: other layers of the model keep their attention.
-        all_near: the attention has a sliding window that is not longer than the block's, which is then as short.
+        all_near: the attention of a text-only model has a sliding window that is not longer than the block's, which is
+            then as short.
     """
 
     beside_attention = False
     all_near = False
 
-    def __init__(self, attention: nn.Module, config: MMATEConfig, layer_idx: int) -> None:
+    def __init__(self, attention: nn.Module, config: MMATEConfig, layer_idx: int, text_only: bool = False) -> None:
         head_dim = attention.head_dim
         norm = getattr(attention, "q_norm", None)
         window = attention_window(attention)
-        # All that such an attention sees is near: there is no first token, and nothing far, for it to look at.
-        self.all_near = window is not None and window <= config.text_window
+        # All that text sees in such an attention is near: there is no first token, and nothing far, to look at.
+        self.text_only = text_only
+        self.all_near = text_only and window is not None and window <= config.text_window
         if self.all_near:
             config = dataclasses.replace(config, text_window=window, sink_tokens=0)
         super().__init__(
@@ -121,17 +132,8 @@ class LinmuAttention(MMATE):
             scale=attention.scaling,
             config=config,
         )
-
-    @torch.no_grad()
-    def close_far(self) -> None:
-        """Give what lies beyond the window no share of the output, where the attention does not see it."""
-        if self.all_near and self.mix_rest is not None:
-            nn.init.zeros_(self.mix_rest.weight)
-            nn.init.constant_(self.mix_rest.bias, -1e4)
-
-    def _fit_mix(self, *args: Any, **kwargs: Any) -> None:
-        if not self.all_near:
-            super()._fit_mix(*args, **kwargs)
+        if self.all_near and self.mix_rest is not None and self.swin is not None:
+            self.swin.register_forward_hook(_nothing_far, with_kwargs=True)
 
     def forward(
         self,
@@ -247,7 +249,7 @@ class LinmuModel(HoldsBlocks):
         options, kept = read_linmu(config)
         for index, layer in enumerate(self.linmu_layers()):
             if index not in kept:
-                layer.self_attn = LinmuAttention(layer.self_attn, options, index)
+                layer.self_attn = LinmuAttention(layer.self_attn, options, index, not sees_images(config))
         for module in {self.inner_model, self.get_decoder()}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()

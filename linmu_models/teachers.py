@@ -15,7 +15,7 @@ from linmu_ops.nn import MMATEConfig
 from linmu_ops.nn._inputs import apply_rotary
 
 from .hooks import attention_modules, record_inputs, record_outputs
-from .modeling import attention_window
+from .modeling import attention_window, sees_images
 
 PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 # Of a decoder's configuration: what must not be set, as attention modules name it too, and what it would do.
@@ -61,6 +61,15 @@ def check_teacher(teacher: PreTrainedModel, keep: Iterable[int], options: MMATEC
         raise ValueError("convert: the teacher's attention must be causal, got one that sees later tokens")
     if not causal:
         warnings.warn("convert: text of a prompt sees later text in the teacher, but not in a block", LinmuWarning, 3)
+    windows = [attention_window(getattr(layers[i], "self_attn", None)) for i in linear]
+    shortest = min((w for w in windows if w), default=options.text_window)
+    if shortest < options.text_window and sees_images(teacher.config):
+        warnings.warn(
+            f"convert: text sees {shortest} tokens back in some layers of the teacher, and "
+            f"text_window={options.text_window} in their blocks",
+            LinmuWarning,
+            3,
+        )
     if getattr(config, "attention_dropout", 0):
         warnings.warn(
             f"convert: attention_dropout={config.attention_dropout} is left out of the blocks", LinmuWarning, 3

@@ -154,15 +154,15 @@ WRONG = [
     ({"mmate": {"norm_eps": -1.0}}, "norm_eps must be in"),
     ({"mmate": {"norm_eps": float("inf")}}, "norm_eps must be in"),
     ({"mmate": {"initial_decay": [0.5]}}, "initial_decay must be of type"),
-    ({"keep_attention": [99]}, r"keep_attention must be a list of layers in \[0, 3\), got 99"),
-    ({"keep_attention": [-1]}, "keep_attention must be a list of layers"),
-    ({"keep_attention": ["1"]}, "keep_attention must be a list of layers .* got '1'"),
-    ({"keep_attention": [True]}, "keep_attention must be a list of layers .* got True"),
-    ({"keep_attention": [1.0]}, "keep_attention must be a list of layers .* got 1.0"),
-    ({"keep_attention": "all"}, "keep_attention must be a list of layers .* got 'all'"),
-    ({"keep_attention": 1}, "keep_attention must be a list of layers .* got 1"),
-    ({"keep_attention": None}, "keep_attention must be a list of layers .* got None"),
-    ({"keep_attention": {"1": 2}}, "keep_attention must be a list of layers"),
+    ({"keep_attention": [99]}, r"keep_attention must hold layers in \[0, 3\), got 99"),
+    ({"keep_attention": [-1]}, "keep_attention must hold layers"),
+    ({"keep_attention": ["1"]}, "keep_attention must hold layers .* got '1'"),
+    ({"keep_attention": [True]}, "keep_attention must hold layers .* got True"),
+    ({"keep_attention": [1.0]}, "keep_attention must hold layers .* got 1.0"),
+    ({"keep_attention": "all"}, "keep_attention must hold layers .* got 'all'"),
+    ({"keep_attention": 1}, "keep_attention must hold layers .* got 1"),
+    ({"keep_attention": None}, "keep_attention must hold layers .* got None"),
+    ({"keep_attention": {"1": 2}}, "keep_attention must hold layers"),
 ]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def test_convert_refuses_the_same_options(linmu, says):
 
 @pytest.mark.parametrize("kept", [[99], [-4], ["1"], [True], [1.0], "all", 1, None, {"1": 2}])
 def test_convert_refuses_the_same_layers(kept):
-    with pytest.raises(ValueError, match="keep_attention must be a list of layers in \\[-3, 3\\), got"):
+    with pytest.raises(ValueError, match="keep_attention must hold layers in \\[-3, 3\\), got"):
         linmu_models.convert(tiny.teacher("qwen2"), keep_attention=kept)
 
 

@@ -45,10 +45,10 @@ def randomised(model):
 
 CARRIED = {
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": SMALL, "gemma": SMALL,
-    "gemma3_text": SMALL | {"sliding_window": 6}, "granite": {"attention_multiplier": 0.4}, "starcoder2": {},
+    "gemma3_text": SMALL | {"sliding_window": 300}, "granite": {"attention_multiplier": 0.4}, "starcoder2": {},
     "exaone4": {}, "nemotron": {}, "apertus": {}, "seed_oss": {"head_dim": 12, "attention_dropout": 0.0},
     "mixtral": {"num_local_experts": 2}, "ministral": {"head_dim": 12},
-    "gemma2": SMALL | {"attn_logit_softcapping": None, "sliding_window": 6},
+    "gemma2": SMALL | {"attn_logit_softcapping": None, "sliding_window": 300},
 }  # fmt: skip
 
 
@@ -151,23 +151,19 @@ class Doubled(torch.nn.Module):
         return 2 * self.inner(x)
 
 
-def sliding(kind):
-    torch.manual_seed(0)
-    if kind == "qwen2":
-        config = hf.Qwen2Config(**tiny.SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1)
-        return randomised(hf.Qwen2ForCausalLM(config))
-    return llava("mistral", sliding_window=6)
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
-    """The block's is as short, no first token is in it, and nothing beyond has a share; in prefill and in steps, from
+    """The block's is as short, no first token is in it, and text sees nothing beyond; in prefill and in steps, from
     the teacher and from a folder, and after a calibration."""
-    teacher = sliding(kind)
+    torch.manual_seed(0)
+    config, model = {"qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM), "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM)}[
+        kind
+    ]
+    teacher = randomised(model(config(**tiny.SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1)))
     ids = torch.tensor([tiny.text_ids(30), tiny.text_ids(30, 1)])
     calibrated = linmu_models.convert(teacher, calibration=[{"input_ids": ids}])
     linmu_models.convert(teacher).save_pretrained(tmp_path)
-    loaded = (hf.AutoModelForCausalLM if kind == "qwen2" else hf.AutoModelForImageTextToText).from_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         expected = teacher(input_ids=ids).logits
         for student in (loaded.eval(), calibrated):
@@ -178,6 +174,11 @@ def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
     assert torch.equal(theirs.sequences, mine.sequences)
     for a, b in zip(theirs.logits, mine.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sliding_window_of_a_model_with_images_is_told():
+    with pytest.warns(LinmuWarning, match="text sees 6 tokens back in some layers of the teacher, and text_window=256"):
+        linmu_models.convert(llava("mistral", sliding_window=6))
 
 
 def test_a_longer_sliding_window_is_left_to_the_scan():
