@@ -443,6 +443,16 @@ def call(op: str, like: torch.Tensor, *args: Any) -> Any:
             raise RuntimeError(f"{op}: implementation {impl!r} is forced but cannot serve: {reason}")
     _warn_of_inexact(op, impl, device)
     kernel = getattr(getattr(torch.ops, NAMESPACE[impl]), op).default
-    if not torch.compiler.is_dynamo_compiling() and _transforms.active():
+    if torch.compiler.is_dynamo_compiling():
+        return kernel(*args)
+    if _transforms.active():
         return _transformed[kernel](*args)
-    return kernel(*args)
+    if not any(isinstance(a, torch.Tensor) and a.is_neg() for a in args):
+        return kernel(*args)
+    # PyTorch resolves negative views for ops that write nothing, and fails an assertion for those that do.
+    plain = [a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args]
+    out = kernel(*plain)
+    for argument, given, used in zip(kernel._schema.arguments, args, plain, strict=True):
+        if argument.is_write and given is not used:
+            given.copy_(used)
+    return out
