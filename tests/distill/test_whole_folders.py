@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from small_run import run_values, save_teacher
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
 import linmu_models
@@ -45,7 +45,7 @@ def message(picture, question):
 def test_what_is_asked_is_what_it_was_trained_on(models, name, group, tmp_path):
     """To the last bit, through `AutoProcessor` and through `linmu generate`'s own."""
     folder, (sample, question) = models[name], asked(group, 3)
-    config, tokenizer = linmu_models.modeling.AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     trained = Processor.from_config(config, tokenizer)
     wanted = trained([sample], answers=False)
     picture = Image.fromarray(sample.frames[0])
@@ -66,7 +66,7 @@ def test_a_conversation_is_what_it_was_trained_on():
     """Turns, answers and their ends: a teacher of this kind can be trained on records as well."""
     (sample,) = generate("where", 1, 3, "train", 3)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    config = linmu_models.modeling.AutoConfig.from_pretrained(TEACHER)
+    config = AutoConfig.from_pretrained(TEACHER)
     wanted = Processor.from_config(config, tokenizer)([sample])
     clip = linmu_models.media.Clip(sample.frames[..., None].repeat(3, -1))
     turns = ((f"{linmu_models.chat.SLOT}{sample.turns[0][0]}", sample.turns[0][1]), *sample.turns[1:])
