@@ -338,6 +338,11 @@ class LinmuModel(HoldsBlocks):
                 "linmu: attention_mask must be (B, L), 0 at padding: a block has no other mask, and sees every earlier "
                 f"token of its row, got {got}"
             )
+        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling() and (mask > 1).any():
+            raise ValueError(
+                "linmu: attention_mask must be 0 or 1; the sequences of a row are told by position_ids that start "
+                f"anew, or by seq_idx, got {int(mask.max())}"
+            )
         padding = None if mask is None else mask[:, -length:].bool()
         # Elsewhere to ask would be to wait.
         if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():

@@ -259,7 +259,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == acc:
         return a @ b
     with torch.autocast(a.device.type, enabled=False):
-        if a.device.type == "cuda" and not torch.compiler.is_compiling():
+        if a.device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
             return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=acc).unflatten(0, a.shape[:2])
         return a.to(acc) @ b.to(acc)
 

@@ -211,6 +211,8 @@ def test_contradictions_are_refused(students):
     ):
         with pytest.raises(ValueError, match=words):
             student(**{**batch, **change}, use_cache=False)
+    with pytest.raises(ValueError, match=r"attention_mask must be 0 or 1; the sequences .* got 4"):
+        student(batch["input_ids"], attention_mask=batch["seq_idx"].long() + 1)
     image = tiny.example("llava")
     del image["attention_mask"]
     cut = torch.zeros_like(image["input_ids"], dtype=torch.int32)

@@ -75,22 +75,18 @@ def test_each_sequence_is_as_alone(name, dtype):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_neighbour_changes_no_bit(name):
-    """Outputs, state and gradients stay when all other tokens are changed."""
+    """Outputs, the state, and the gradients of a loss over all tokens stay when all other tokens are changed."""
     block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
     z, rotary, number, layout, _, parts = packed(torch.float32)
+    weigh = torch.randn_like(z)
     for row, mine, _ in parts:
+        others = torch.ones(2, L, dtype=torch.bool)
+        others[row, mine] = False
         found = []
-        for fill in (None, "other", 10.0):
-            t = z.clone()
-            others = torch.ones(2, L, dtype=torch.bool).index_put(
-                (torch.tensor(row), torch.tensor(mine)), torch.tensor(False)
-            )
-            if fill is not None:
-                t[others] = torch.randn_like(t[others]) if fill == "other" else fill
-            t.requires_grad_()
+        for size in (0, 1, 10):
+            t = torch.where(others[..., None], size * torch.randn_like(z), z).requires_grad_()
             out, state = block(t, layout=layout, position_embeddings=rotary, seq_idx=number, return_state=True)
-            (grad,) = torch.autograd.grad(out[row, mine].square().sum(), t)
-            assert grad[others].abs().max() <= 1e-9 * grad[row, mine].abs().max()
+            (grad,) = torch.autograd.grad((out * weigh).sum(), t)
             last = mine[-1] == L - 1
             found.append([out[row, mine], grad[row, mine], *(s[row] for s in state if s is not None and last)])
         for other in found[1:]:
