@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1)
     softmax.finish(p, window, first, head);
     float inverse[M / 8];
 #pragma unroll
-    for (int r = 0; r < M / 8; ++r) inverse[r] = 1.f / softmax.sum[r];
+    for (int r = 0; r < M / 8; ++r) inverse[r] = softmax.inverse(r);
     multiply_rows(out, inverse);
     sync_warp();
     out.each_pair([&](float x, float y, int row, int column) { store_pair(q_tile + row * pitch + column, x, y, 2); });
@@ -133,8 +133,8 @@ void forward(const WindowAttentionParams& p, const CudaContext& context) {
 
 void zero_uncovered(const WindowPlan& plan, bool gradients, const CudaContext& context) {
   const WindowAttentionParams& p = plan.p;
+  // A table as long as the tokens may still hold one of them twice, or none: only what is marked is covered.
   const int64_t count = p.batch * p.length;
-  if (count == p.num_visual) return;
   auto* covered = static_cast<unsigned char*>(context.allocate(count));
   constexpr int kThreads = 256;
   launch("window_attention", clear_kernel, blocks_of(ceil_div(count, kThreads)), kThreads, 0, context, covered, count);

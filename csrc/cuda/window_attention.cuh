@@ -326,6 +326,9 @@ struct RunningSoftmax {
     return warp_any(moved);
   }
 
+  // After finish. A query that no key answers has an output of 0, and its weights in the backward are 0.
+  __device__ float inverse(int r) const { return sum[r] == 0.f ? 0.f : 1.f / sum[r]; }
+
   // After the last step: sum becomes the whole row's, and the log-sum-exp of rows from entry `first` is written.
   __device__ void finish(const WindowAttentionParams& p, const WindowSlots& window, int first, int64_t head) {
 #pragma unroll

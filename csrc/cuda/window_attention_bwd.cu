@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) dkv_kernel(const __grid_c
     for (int i = threadIdx.x; i < N; i += threads) {
       const bool inside = first + i < window.count;
       const int64_t at = (window.begin + first + i) * p.heads + head;
-      lse[i] = inside ? static_cast<const float*>(p.lse)[at] * kPerE<T> : INFINITY;
+      lse[i] = inside ? exponent<T>(static_cast<const float*>(p.lse)[at]) : INFINITY;
       deltas[i] = inside ? s.delta[at] : 0.f;
     }
     __syncthreads();

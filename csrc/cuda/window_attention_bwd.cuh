@@ -4,6 +4,12 @@
 
 namespace linmu {
 
+// A log-sum-exp as an exponent; infinity, for weights of 0, where no key answered.
+template <class T>
+__device__ inline float exponent(float lse) {
+  return lse == -INFINITY ? INFINITY : lse * kPerE<T>;
+}
+
 // The log-sum-exp of a lane's rows, as exponents; infinity, for weights of 0, where there is no query.
 template <class T, int R>
 __device__ inline void read_lse(float (&lse)[R], const WindowAttentionParams& p, const WindowSlots& window, int first,
@@ -12,7 +18,7 @@ __device__ inline void read_lse(float (&lse)[R], const WindowAttentionParams& p,
   for (int r = 0; r < R; ++r) {
     const int row = row_of(r);
     const int64_t at = (window.begin + first + row) * p.heads + head;
-    lse[r] = tokens[row] < 0 ? INFINITY : static_cast<const float*>(p.lse)[at] * kPerE<T>;
+    lse[r] = tokens[row] < 0 ? INFINITY : exponent<T>(static_cast<const float*>(p.lse)[at]);
   }
 }
 

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
     if (!active) continue;
 
     softmax.finish(p, window, first + own, head);
-    const float inverse[2] = {1.f / softmax.sum[0], 1.f / softmax.sum[1]};
+    const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
     group_sync();  // all products that read q are done
 #pragma unroll
     for (int part = 0; part < D / 64; ++part) {

@@ -125,6 +125,35 @@ def test_a_corrupt_table_stays_inside(arch, dtype, P, causal, monkeypatch):
     assert not any(g[:, [1, 2, 4, 5, 6, 7]].any() for g in grads[:3])
 
 
+def by_table(arch, dtype, P, monkeypatch, tokens, bias):
+    """Output, log-sum-exp and gradients of one window over a table, straight from the op."""
+    monkeypatch.setenv("LINMU_CUDA_ARCH", arch)
+    q = torch.randn(1, 40, 1, P).to(dtype)
+    table = torch.tensor(tokens, dtype=torch.int32)
+    offsets, coords = torch.tensor([0, len(tokens)]).int(), torch.arange(len(tokens)).int()
+    args = (table, offsets, coords, [1, 1, 40], 1.0, bias, None, None, False, False)
+    out, lse = torch.ops.linmu_emulated.window_attention(q, q, q, *args)
+    grads = torch.ops.linmu_emulated.window_attention_bwd(torch.randn_like(q), None, q, q, q, out, lse, *args)
+    return [out, *grads[:3]], lse
+
+
+KINDS = [("80", torch.float32, 16), ("90", torch.bfloat16, 64)]
+
+
+@pytest.mark.parametrize("arch, dtype, P", KINDS)
+def test_a_token_that_a_full_table_leaves_out_is_0(arch, dtype, P, monkeypatch):
+    tokens = [*range(38), 5, -1]  # as many entries as tokens; 38 and 39 are not among them
+    tensors, _ = by_table(arch, dtype, P, monkeypatch, tokens, torch.zeros(1, 1, 1, 79))
+    assert not any(t[:, 38:].any() for t in tensors)
+
+
+@pytest.mark.parametrize("arch, dtype, P", KINDS)
+def test_a_query_that_no_key_answers_is_0(arch, dtype, P, monkeypatch):
+    bias = torch.full((1, 1, 1, 79), -torch.inf)
+    tensors, lse = by_table(arch, dtype, P, monkeypatch, [*range(40)], bias)
+    assert not any(t.any() for t in tensors) and (lse == -torch.inf).all()
+
+
 def test_the_same_bits_every_time():
     inputs = make_inputs(CASES["3d-shift"], torch.bfloat16)
     leaves = [inputs[k].requires_grad_() for k in ("q", "k", "v", "bias")]
