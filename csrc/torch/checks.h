@@ -56,6 +56,18 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
+inline std::string device_text(const Tensor& t) {
+  const auto device = t.device();
+  std::string text;
+  switch (device.type()) {
+    case torch::headeronly::DeviceType::CPU: text = "cpu"; break;
+    case torch::headeronly::DeviceType::CUDA: text = "cuda"; break;
+    case torch::headeronly::DeviceType::Meta: text = "meta"; break;
+    default: text = "another device";
+  }
+  return device.has_index() ? text + ":" + std::to_string(device.index()) : text;
+}
+
 // Binds axis names to sizes across the tensors of one call; the first tensor that breaks a name is the error.
 class Dims {
  public:
@@ -65,7 +77,15 @@ class Dims {
 
   void bind(const char* axis, int64_t size) { sizes_[axis] = size; }
 
+  // The first tensor's device is everyone's: a kernel reads through all pointers from where it runs.
+  void same_device(const char* name, const Tensor& t) {
+    if (!device_.has_value()) device_ = t;
+    LINMU_CHECK(t.device() == device_->device(), op_, ": ", name, " must be on ", device_text(*device_), ", got ",
+                device_text(t));
+  }
+
   void operator()(const char* name, const Tensor& t, const char* axes, ScalarType dtype) {
+    same_device(name, t);
     std::istringstream in(axes);
     std::vector<std::string> names;
     for (std::string a; in >> a;) names.push_back(a);
@@ -100,6 +120,7 @@ class Dims {
   }
 
   const char* op_;
+  OptTensor device_;
   std::map<std::string, int64_t> sizes_;
 };
 

@@ -61,11 +61,17 @@ def run(op, inputs, impl):
         return [*out, *torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out], allow_unused=True)]
 
 
-def assert_same_bits(op, impl, layouts, packed):
+def assert_same(op, impl, layouts, packed, bits=True):
+    """bits: also where rows are not aligned, which may change the order of sums."""
     want = run(op, laid_out(op, packed), impl)
     for layout in layouts:
         for got, right in zip(run(op, laid_out(op, layout), impl), want, strict=True):
-            assert right is None or got.equal(right), (layout.__name__, tuple(right.shape))
+            if right is None:
+                assert got is None
+            elif bits or layout is not offset:
+                assert got.equal(right), (layout.__name__, tuple(right.shape))
+            else:
+                assert (got - right).abs().max() <= 1e-5 * right.abs().max(), tuple(right.shape)
 
 
 def dispatched(op):
