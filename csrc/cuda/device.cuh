@@ -12,6 +12,8 @@ namespace linmu {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+// Memory that the backward of a scan may take besides its results, unless a single range of chunks needs more.
+constexpr int64_t kWorkspace = int64_t{8} << 30;
 // Shared memory that one block may use. (sm_86 and sm_89 have 99 KiB.)
 constexpr int64_t kSharedSm80 = 163 * 1024, kSharedSm90 = 227 * 1024;
 
@@ -87,6 +89,7 @@ __device__ inline T opaque(T x) {
 // What the lanes of a warp wrote before it, all of them see after it.
 __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline double shuffle_xor(double x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
+__device__ inline double shuffle(double x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
@@ -99,6 +102,8 @@ inline int64_t shared_limit() {
   check_cuda("shared memory", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
 }
+
+inline int64_t workspace_limit() { return kWorkspace; }
 
 // Multiprocessors of the current device.
 inline int64_t multiprocessors() {
@@ -133,6 +138,15 @@ __device__ inline float warp_sum(float x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
+
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// Not finite, or so large that products of it may not be.
+__device__ inline bool odd(float x) { return !(fabsf(x) < 1e18f); }
 
 // V values of any type, in one piece of memory.
 template <int V, class T>

@@ -130,11 +130,12 @@ __global__ void __launch_bounds__(kThreads, 2)
         multiply<Lies::by_row, Lies::by_row>(carried, c_tile + (o.separate ? d * size : 0) + i0 * pitch, pitch,
                                              b_tile + (d * static_cast<int64_t>(o.columns) + j0) * pitch, pitch,
                                              o.state_dim);
+        const float up = up_of<T>(o, d, bh * s.chunks + c);
 #pragma unroll
         for (int k = 0; k < kRows / 8; ++k) {
           const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
           const Visit to = visits[d * Q + i];
-          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight;
+          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight * up;
 #pragma unroll
           for (int l = 0; l < kColumns / 4; ++l)
             y.v[k / 2][l / 2][k % 2 * 2 + l % 2] += arrive * carried.v[k / 2][l / 2][k % 2 * 2 + l % 2];
@@ -153,6 +154,74 @@ __global__ void __launch_bounds__(kThreads, 2)
       });
     }
     __syncthreads();
+  }
+}
+
+// The output of the chunks that hold something odd, by the definition. One block per (chunk, head).
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    exact_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Output o) {
+  LINMU_SHARED(memory);
+  const SsdScanParams& p = s.p;
+  const int Q = s.chunk, tid = threadIdx.x;
+  const int64_t P = p.head_dim, N = p.state_dim, H = p.heads;
+  const int64_t c = blockIdx.x % s.chunks, bh = blockIdx.x / s.chunks, b = bh / H, h = bh % H;
+  const int32_t* tokens = s.tokens + s.rows(b, c);
+  float* pairs = reinterpret_cast<float*>(memory);  // of visit i with each other; meaningless where not seen
+  int *seen = reinterpret_cast<int*>(pairs + Q), *spoiled = seen + Q;
+  if (tid == 0) *spoiled = s.spoiled[bh * s.chunks + c];
+  __syncthreads();
+  if (p.reverse_mask) {  // what a masked visit asks for may be odd too
+    const T* C = group_of<T>(p.reverse.C, p.groups_c, b, h, H);
+    for (int64_t k = tid; k < Q * N; k += kThreads) {
+      const int token = tokens[k / N];
+      if (token < 0 || p.reverse_mask[b * p.length + token]) continue;
+      if (odd(to_float(C[token * p.reverse.C.token_stride + k % N]))) *spoiled = 1;
+    }
+    __syncthreads();
+  }
+  if (!*spoiled) return;
+  const T* x = group_of<T>(p.x, p.groups_x, b, h, H);
+  for (int i = 0; i < Q; ++i) {
+    const int token = tokens[i];
+    if (token < 0) continue;
+    __syncthreads();
+    for (int j = tid; j < Q; j += kThreads) {
+      float sum = 0.f;
+      seen[j] = 0;
+      for (int d = 0; d < 2; ++d) {
+        const SsdScanDirection& of = s.direction(d);
+        if (!of.on || tokens[j] < 0 || (d ? j < i : j > i)) continue;
+        const int32_t* segments = s.segments[d] + s.rows(b, c);
+        const Visit to = s.visits[d][s.rows(b, h, c) + i], from = s.visits[d][s.rows(b, h, c) + j];
+        if (segments[i] != segments[j] || to.weight == 0.f || from.step == 0.f) continue;
+        const T* B = group_of<T>(of.B, p.groups_b, b, h, H) + tokens[j] * of.B.token_stride;
+        const T* C = group_of<T>(of.C, p.groups_c, b, h, H) + token * of.C.token_stride;
+        float score = 0.f;
+        for (int64_t n = 0; n < N; ++n) score += to_float(C[n]) * to_float(B[n]);
+        sum += score * (decay(to, from, true) * from.step * to.weight);
+        seen[j] = 1;
+      }
+      pairs[j] = sum;
+    }
+    __syncthreads();
+    for (int64_t k = tid; k < P; k += kThreads) {
+      float y = p.D ? static_cast<const float*>(p.D)[h] * to_float(x[token * p.x.token_stride + k]) : 0.f;
+      for (int j = 0; j < Q; ++j)
+        if (seen[j]) y += pairs[j] * to_float(x[tokens[j] * p.x.token_stride + k]);
+      for (int d = 0; d < 2; ++d) {
+        if (!s.direction(d).on) continue;
+        const Visit to = s.visits[d][s.rows(b, h, c) + i];
+        if (s.segments[d][s.rows(b, c) + i] != 0 || to.weight == 0.f) continue;
+        const SsdScanTensor& of = s.direction(d).C;
+        const T* C = group_of<T>(of, p.groups_c, b, h, H) + token * of.token_stride;
+        const T* state = static_cast<const T*>(o.entering[d]) + ((bh * s.chunks + c) * P + k) * N;
+        float carried = 0.f;
+        for (int64_t n = 0; n < N; ++n) carried += to_float(C[n]) * to_float(state[n]);
+        y += decay(to, true) * to.weight * up_of<T>(o, d, bh * s.chunks + c) * carried;
+      }
+      static_cast<T*>(p.y)[((b * p.length + token) * H + h) * P + k] = from_float<T>(y);
+    }
   }
 }
 
@@ -190,7 +259,7 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
     int count = 0;
     for (int d = 0; d < 2; ++d) {
       if (!s.direction(d).on) continue;
-      walks[count] = forward_walk(s, d, false, p.final_state != nullptr, context);
+      walks[count] = forward_walk(s, d, std::is_same_v<T, half16>, p.final_state != nullptr, context);
       o.entering[d] = walks[count++].entering;
       o.fast_b[d] = fast_rows(s.direction(d).B, p.state_dim, p.dtype);
       o.fast_c[d] = fast_rows(s.direction(d).C, p.state_dim, p.dtype);
@@ -198,10 +267,22 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
     o.fast_x = fast_rows(p.x, p.head_dim, p.dtype);
     o.fast_state = p.state_dim * element_size(p.dtype) % 16 == 0;
     walk_states(s, walks, count, context);
-    if (group) return group_output(s, o, context);
-    const int64_t shared = OutputTiles::of<T>(chunk, o.state_dim, o.columns, o.separate).bytes;
-    launch("ssd_scan", output_kernel<T>, blocks_of(p.head_dim ? p.batch * p.heads * s.chunks : 0), kThreads, shared,
-           context, s, o);
+    const int64_t states = p.batch * p.heads * s.chunks;
+    for (int d = 0; d < 2 && std::is_same_v<T, half16>; ++d) {
+      if (!s.direction(d).on) continue;
+      half16* halves = allocate<half16>(context, states * p.head_dim * p.state_dim);
+      o.up[d] = narrow_states(s, static_cast<const float*>(o.entering[d]), halves, context);
+      o.entering[d] = halves;
+    }
+    const dim3 blocks = blocks_of(p.head_dim ? states : 0);
+    if (group) {
+      group_output(s, o, context);
+    } else {
+      const int64_t shared = OutputTiles::of<T>(chunk, o.state_dim, o.columns, o.separate).bytes;
+      launch("ssd_scan", output_kernel<T>, blocks, kThreads, shared, context, s, o);
+    }
+    launch("ssd_scan", exact_kernel<T>, blocks, kThreads, (2 * chunk + 1) * static_cast<int64_t>(sizeof(int)), context,
+           s, o);
   });
 }
 

@@ -5,8 +5,13 @@
 //     gradients            per (chunk, head), from the chunk's tiles and the states that enter it
 //
 // Within a chunk, direction d weighs visit j in visit i's output by exp(S_i - S_j), S the cumulative log-decay from the
-// side where the direction enters. S is summed in double and kept as high + low floats, in base 2, so that a difference
-// is as exact as the steps between, however long or steep the chunk is; exponents above 0 are never taken.
+// side where the direction enters, or the visit's segment begins. S is summed in double and kept as high + low floats,
+// in base 2, so that a difference is as exact as the steps between, however long or steep the chunk is; exponents above
+// 0 are never taken.
+//
+// What is not finite may reach only the visits that see it, but a product over visits spreads 0 * NaN to all of them.
+// The kernels note, per (chunk, head), where such a value is, and `exact` makes the output of those chunks anew,
+// without tensor cores. A visit without step or weight has no part.
 #pragma once
 #include "../linmu/ssd_scan.h"
 #include "tile.cuh"
@@ -22,14 +27,16 @@ struct alignas(16) Visit {
 
 struct ScanPlan {
   SsdScanParams p;
-  int chunk;             // a multiple of 32
-  int64_t chunks;        // per row
-  int32_t* tokens;       // (B, chunks, chunk) position visited, -1 beyond L
-  int32_t* segments[2];  // (B, chunks, chunk) restarts between the chunk's entry and the visit, per direction
-  Visit* visits[2];      // (B, H, chunks, chunk)
-  float* leave[2];       // (B, H, chunks, chunk) what flows from the visit's input into the state that leaves
-  float* arrive[2];      // (B, H, chunks, chunk) what flows from the state that enters into the visit's output
-  float* through[2];     // (B, H, chunks) what flows from one into the other
+  int chunk;               // a multiple of 32
+  int64_t chunks;          // per row
+  int64_t first_chunk;     // of the row; a plan may be for a range of its chunks
+  int32_t* tokens;         // (B, chunks, chunk) position visited, -1 beyond L
+  int32_t* segments[2];    // (B, chunks, chunk) restarts between the chunk's entry and the visit, per direction
+  Visit* visits[2];        // (B, H, chunks, chunk)
+  float* leave[2];         // (B, H, chunks, chunk) what flows from the visit's input into the state that leaves
+  float* arrive[2];        // (B, H, chunks, chunk) what flows from the state that enters into the visit's output
+  float* through[2];       // (B, H, chunks) what flows from one into the other
+  unsigned char* spoiled;  // (B, H, chunks) whether something in it, or in the state that enters, is odd
 
   __host__ __device__ const SsdScanDirection& direction(int d) const { return d ? p.reverse : p.forward; }
   __host__ __device__ int64_t rows(int64_t b, int64_t c) const { return (b * chunks + c) * chunk; }
@@ -48,7 +55,8 @@ __device__ inline void read_visits(const ScanPlan& s, int Q, int64_t b, int64_t 
   }
 }
 
-// Plans and launches `visits`.
+// Plans and launches `visits`, for a range of the chunks or for all.
+ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chunks, const CudaContext& context);
 ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context);
 
 // One direction of `states`: along its visits, or, for the adjoint, against them.
@@ -82,6 +90,10 @@ inline bool fast_rows(const SsdScanTensor& t, int64_t width, DType dtype) {
     if (n * size % 16) return false;
   return aligned(t.data, 16);
 }
+
+// Half precision ends at 65504. Wide states (B, H, chunks, P, N) become halves, each divided by the power of two that
+// comes back for it (B, H, chunks); narrow may be null.
+const float* narrow_states(const ScanPlan& plan, const float* wide, half16* narrow, const CudaContext& context);
 
 // First element of (batch, group) of a tensor of T.
 template <class T>

@@ -1,394 +1,25 @@
-// The gradient of the scan. See ssd_scan.cuh. The adjoint of a scan is a scan against its visits, so `states` gives
-// both the state h that enters a chunk and the gradient g of the one that leaves it. One block per (chunk, head) then
-// has, with G_ij = dy_i . x_j, K_ij = C_i . B_j, a_ij = exp(S_i - S_j), E = a K G, and per direction
-//
-//     dx_j = sum_i M_ij dy_i + step_j leave_j g B_j           M_ij = weight_i a_ij K_ij step_j
-//     dC_i = sum_j W_ij B_j + weight_i arrive_i h^T dy_i      W_ij = weight_i a_ij G_ij step_j
-//     dB_j = sum_i W_ij C_i + step_j leave_j g^T x_j
-//
-// and the sums over rows and columns of E from which ssd_scan_bwd_small.cu makes the gradients of dt, A, D and the
-// gate. Those are float32 whatever the inputs are, so what enters them is kept as exact: h and g are multiplied as two
-// or three parts of the inputs' type.
+// The gradient of the scan: what runs, in which order. See ssd_scan_gradients.cuh.
 #include <algorithm>
+#include <vector>
 
-#include "ssd_scan_bwd.cuh"
+#include "ssd_scan_gradients.cuh"
 
 namespace linmu {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kRows = 32, kColumns = 16;  // of a warp's products
-
-// Parts that a float is kept in.
-template <class T>
-constexpr int kParts = std::is_same_v<T, float>  ? 1
-                       : std::is_same_v<T, bf16> ? 3
-                                                 : 2;
-
-struct PerHead {
-  void* data;    // (B, L, H, size): float, to be added to or summed over heads; or the gradient itself
-  bool partial;  // which of the two
-};
-
-struct Gradients {
-  SsdScanTensor dy;
-  const float *entering[2], *leaving[2];  // h and g: (B, H, chunks, P, N)
-  PerHead x, B[2], C[2];
-  VisitSums* sums[2];  // (B, H, chunks, chunk)
-  double* through[2];  // (B, H, chunks)
-  bool separate;
-  int head_dim, state_dim;  // rounded up to 32
-  int state_columns;        // of N at a time: 16 or 32
-  int value_columns;        // of P at a time: 32 or 64
-  bool fast_x, fast_dy, fast_b[2], fast_c[2];
-};
-
-// Where things lie in shared memory, in bytes.
-struct GradientTiles {
-  int64_t visits, row_flows, column_flows, row_sums, column_sums, small, segments, tokens, x, dy, b, c, m, w, states,
-      bytes;
-
-  template <class T>
-  __host__ __device__ static constexpr GradientTiles of(int chunk, int head_dim, int state_dim, int state_columns,
-                                                        int value_columns) {
-    const int64_t Q = chunk, size = sizeof(T);
-    const int64_t slices = int64_t{2} * kParts<T> * head_dim * padded<T>(state_columns);
-    const int64_t rows = int64_t{value_columns} * padded<T>(state_dim);
-    GradientTiles t{};
-    t.visits = 0;
-    t.row_flows = t.visits + 2 * Q * static_cast<int64_t>(sizeof(Visit));
-    t.column_flows = t.row_flows + 2 * (Q / kColumns) * Q * 8;
-    t.row_sums = t.column_flows + 2 * (Q / kRows) * Q * 8 + kWarps * 8;
-    t.column_sums = t.row_sums + 2 * (Q / kColumns) * Q * 4;
-    t.small = t.column_sums + 2 * (Q / kRows) * Q * 4;
-    t.segments = t.small + 11 * Q * 4;
-    t.tokens = t.segments + 2 * Q * 4;
-    t.x = t.tokens + Q * 4;
-    t.dy = t.x + Q * padded<T>(head_dim) * size;
-    t.b = t.dy + Q * padded<T>(head_dim) * size;
-    t.c = t.b + Q * padded<T>(state_dim) * size;
-    t.m = t.c + Q * padded<T>(state_dim) * size;
-    t.w = t.m + Q * padded<T>(chunk) * size;
-    t.states = t.w + Q * padded<T>(chunk) * size;
-    t.bytes = t.states + (slices > rows ? slices : rows) * size;
-    return t;
-  }
-};
-
-template <class T>
-class ChunkGradients {
- public:
-  __device__ ChunkGradients(const ScanPlan& plan, const Gradients& gradients, unsigned char* memory)
-      : s(plan), o(gradients), p(plan.p), Q(plan.chunk), tid(threadIdx.x), warp(threadIdx.x / kWarp) {
-    c = blockIdx.x % s.chunks, bh = blockIdx.x / s.chunks, b = bh / p.heads, h = bh % p.heads;
-    const GradientTiles t = GradientTiles::of<T>(Q, o.head_dim, o.state_dim, o.state_columns, o.value_columns);
-    visits = reinterpret_cast<Visit*>(memory + t.visits);
-    row_flows = reinterpret_cast<double*>(memory + t.row_flows);
-    column_flows = reinterpret_cast<double*>(memory + t.column_flows);
-    dots = column_flows + 2 * (Q / kRows) * Q;
-    row_sums = reinterpret_cast<float*>(memory + t.row_sums);
-    column_sums = reinterpret_cast<float*>(memory + t.column_sums);
-    diagonal = reinterpret_cast<float*>(memory + t.small);
-    from_state = diagonal + 2 * Q, to_state = from_state + 4 * Q, gram_diagonal = to_state + 4 * Q;
-    segments = reinterpret_cast<int*>(memory + t.segments);
-    tokens = reinterpret_cast<int*>(memory + t.tokens);
-    x_tile = reinterpret_cast<T*>(memory + t.x), dy_tile = reinterpret_cast<T*>(memory + t.dy);
-    b_tile = reinterpret_cast<T*>(memory + t.b), c_tile = reinterpret_cast<T*>(memory + t.c);
-    m_tile = reinterpret_cast<T*>(memory + t.m), w_tile = reinterpret_cast<T*>(memory + t.w);
-    states = reinterpret_cast<T*>(memory + t.states);
-    pitch_p = padded<T>(o.head_dim), pitch_n = padded<T>(o.state_dim), pitch_q = padded<T>(Q);
-  }
-
-  __device__ void run() {
-    const int first = p.forward.on ? 0 : 1, last = p.reverse.on ? 1 : 0;
-    load_visits(first, last);
-    for (int d = first; d <= last; ++d) {
-      const int until = o.separate ? d : last;  // the directions that this B and C serve
-      load_projections(d);
-      if (d == first) load_values();
-      copy_commit();
-      copy_wait<0>();
-      __syncthreads();
-      pairs(d, until);
-      __syncthreads();
-      for (int64_t n0 = 0; n0 < p.state_dim; n0 += o.state_columns) projections(d, until, n0, d > first);
-      for (int64_t p0 = 0; p0 < p.head_dim; p0 += o.value_columns) values(d, until, p0, d > first);
-      __syncthreads();
-      d = until;
-    }
-    store_sums(first, last);
-  }
-
- private:
-  __device__ void load_visits(int first, int last) {
-    read_visits(s, Q, b, h, c, first, last, tokens, segments, visits, tid, kThreads);
-    for (int i = tid; i < 2 * (Q / kColumns) * Q; i += kThreads) row_sums[i] = 0, row_flows[i] = 0;
-    for (int i = tid; i < 2 * (Q / kRows) * Q; i += kThreads) column_sums[i] = 0, column_flows[i] = 0;
-    for (int i = tid; i < 11 * Q; i += kThreads) diagonal[i] = 0;
-    __syncthreads();
-  }
-
-  __device__ void load_rows(T* tile, const SsdScanTensor& t, int64_t groups, int columns, int64_t width, bool fast) {
-    const T* from = group_of<T>(t, groups, b, h, p.heads);
-    load_tile<T>(tile, Q, columns, width, fast,
-                 [&](int r) { return tokens[r] < 0 ? nullptr : from + tokens[r] * t.token_stride; });
-  }
-  __device__ void load_values() {
-    load_rows(x_tile, p.x, p.groups_x, o.head_dim, p.head_dim, o.fast_x);
-    load_rows(dy_tile, o.dy, p.heads, o.head_dim, p.head_dim, o.fast_dy);
-  }
-  __device__ void load_projections(int d) {
-    load_rows(b_tile, s.direction(d).B, p.groups_b, o.state_dim, p.state_dim, o.fast_b[d]);
-    load_rows(c_tile, s.direction(d).C, p.groups_c, o.state_dim, p.state_dim, o.fast_c[d]);
-  }
-
-  __device__ float arrive(int d, int i) const { return decay(visits[d * Q + i], segments[d * Q + i] == 0); }
-  __device__ float leave(int d, int i) const {
-    const int exit = d * Q + (d ? 0 : Q - 1);
-    return decay(visits[exit], visits[d * Q + i], segments[d * Q + i] == segments[exit]);
-  }
-
-  // M and W of directions d to `until`, and the sums of E. One product per warp at most.
-  __device__ void pairs(int d0, int until) {
-    const int across = Q / kColumns;
-    if (warp >= Q / kRows * across) return;
-    const int i0 = warp / across * kRows, j0 = warp % across * kColumns;
-    Sums<kRows, kColumns> gram, scores, m, w;
-    gram.clear(), scores.clear(), m.clear(), w.clear();
-    multiply<Lies::by_row, Lies::by_row>(gram, dy_tile + i0 * pitch_p, pitch_p, x_tile + j0 * pitch_p, pitch_p,
-                                         o.head_dim);
-    multiply<Lies::by_row, Lies::by_row>(scores, c_tile + i0 * pitch_n, pitch_n, b_tile + j0 * pitch_n, pitch_n,
-                                         o.state_dim);
-    for (int d = d0; d <= until; ++d) {
-      float row[kRows / 8] = {}, column[kColumns / 4] = {};
-      double row_flow[kRows / 8] = {}, column_flow[kColumns / 4] = {};
-#pragma unroll
-      for (int k = 0; k < kRows / 8; ++k) {
-        const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const Visit to = visits[d * Q + i];
-        const int mine = segments[d * Q + i];
-#pragma unroll
-        for (int l = 0; l < kColumns / 4; ++l) {
-          const int j = j0 + l / 2 * 8 + lane_column() + l % 2, e = k % 2 * 2 + l % 2;
-          const Visit from = visits[d * Q + j];
-          const float a = decay(to, from, (d ? j >= i : j <= i) && mine == segments[d * Q + j]);
-          const float g = gram.v[k / 2][l / 2][e], s_ij = scores.v[k / 2][l / 2][e], both = a * g * s_ij;
-          const float factor = a * from.step * to.weight;
-          m.v[k / 2][l / 2][e] += s_ij * factor, w.v[k / 2][l / 2][e] += g * factor;
-          if (i == j) {
-            diagonal[d * Q + i] = both, gram_diagonal[i] = g;
-          } else {
-            const float by_step = both * from.step, flow = by_step * to.weight;
-            row[k] += by_step, column[l] += both * to.weight;
-            row_flow[k] += flow, column_flow[l] += flow;  // each in both, to the last bit
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kRows / 8; ++k) {
-#pragma unroll
-        for (int mask = 1; mask < 4; mask *= 2)
-          row[k] += shuffle_xor(row[k], mask), row_flow[k] += shuffle_xor(row_flow[k], mask);
-        const int at = (d * across + warp % across) * Q + i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        if (lane_column() == 0) row_sums[at] = row[k], row_flows[at] = row_flow[k];
-      }
-#pragma unroll
-      for (int l = 0; l < kColumns / 4; ++l) {
-#pragma unroll
-        for (int mask = 4; mask < kWarp; mask *= 2)
-          column[l] += shuffle_xor(column[l], mask), column_flow[l] += shuffle_xor(column_flow[l], mask);
-        const int at = (d * (Q / kRows) + warp / across) * Q + j0 + l / 2 * 8 + lane_column() + l % 2;
-        if (lane_row() == 0) column_sums[at] = column[l], column_flows[at] = column_flow[l];
-      }
-    }
-    m.each_pair([&](float u, float v, int i, int j) { store_pair(m_tile + (i0 + i) * pitch_q + j0 + j, u, v, 2); });
-    w.each_pair([&](float u, float v, int i, int j) { store_pair(w_tile + (i0 + i) * pitch_q + j0 + j, u, v, 2); });
-  }
-
-  __device__ int64_t state_at(int64_t row, int64_t column) const {
-    return ((bh * s.chunks + c) * p.head_dim + row) * p.state_dim + column;
-  }
-
-  // Columns [n0, n0 + state_columns) of h and g, split into parts; and their part of h . g.
-  __device__ void load_states(int d, int64_t n0) {
-    const int columns = o.state_columns, pitch = padded<T>(columns);
-    float dot = 0;
-    for (int k = tid; k < o.head_dim * columns; k += kThreads) {
-      const int r = k / columns, n = k % columns;
-      const bool inside = r < p.head_dim && n0 + n < p.state_dim;
-      float value[2] = {inside ? o.entering[d][state_at(r, n0 + n)] : 0.f,
-                        inside ? o.leaving[d][state_at(r, n0 + n)] : 0.f};
-      dot += value[0] * value[1];
-#pragma unroll
-      for (int of = 0; of < 2; ++of)
-#pragma unroll
-        for (int part = 0; part < kParts<T>; ++part) {
-          const T rounded = from_float<T>(value[of]);
-          states[((of * kParts<T> + part) * o.head_dim + r) * pitch + n] = rounded;
-          value[of] -= to_float(rounded);
-        }
-    }
-    double sum = dot;
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (tid % kWarp == 0) dots[warp] = sum;
-    __syncthreads();
-    if (tid == 0) {
-      double& through = o.through[d][bh * s.chunks + c];
-      double all = n0 > 0 ? through : 0;
-      for (int k = 0; k < kWarps; ++k) all += dots[k];
-      through = all;
-    }
-  }
-
-  // Columns [n0, ...) of dC and dB: half of the warps make one, half the other.
-  __device__ void projections(int d0, int until, int64_t n0, bool again) {
-    const int across = o.state_columns / kColumns, units = Q / kRows * across, pitch = padded<T>(o.state_columns);
-    const int side = warp / (kWarps / 2), unit = warp % (kWarps / 2);
-    const bool busy = unit < units;
-    const int i0 = unit / across * kRows, j0 = unit % across * kColumns;
-    Sums<kRows, kColumns> sums, carried;
-    sums.clear();
-    if (busy) {
-      if (side == 0)
-        multiply<Lies::by_row, Lies::by_depth>(sums, w_tile + i0 * pitch_q, pitch_q, b_tile + n0 + j0, pitch_n, Q);
-      else
-        multiply<Lies::by_depth, Lies::by_depth>(sums, w_tile + i0, pitch_q, c_tile + n0 + j0, pitch_n, Q);
-    }
-    const T* rows = (side == 0 ? dy_tile : x_tile) + i0 * pitch_p;
-    const T* other = (side == 0 ? c_tile : b_tile) + n0 + j0;
-    for (int d = d0; d <= until; ++d) {
-      __syncthreads();
-      load_states(d, n0);
-      if (!busy) continue;
-      carried.clear();
-      for (int part = 0; part < kParts<T>; ++part)
-        multiply<Lies::by_row, Lies::by_depth>(
-            carried, rows, pitch_p, states + (side * kParts<T> + part) * o.head_dim * pitch + j0, pitch, o.head_dim);
-#pragma unroll
-      for (int k = 0; k < kRows / 8; ++k) {
-        const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const float flow = side == 0 ? arrive(d, i) : leave(d, i);
-        const float factor = flow * (side == 0 ? visits[d * Q + i].weight : visits[d * Q + i].step);
-        float dot = 0;
-#pragma unroll
-        for (int l = 0; l < kColumns / 4; ++l) {
-          const float value = carried.v[k / 2][l / 2][k % 2 * 2 + l % 2];
-          sums.v[k / 2][l / 2][k % 2 * 2 + l % 2] += factor * value;
-          dot += value * to_float(other[i * pitch_n + l / 2 * 8 + lane_column() + l % 2]);
-        }
-        dot += shuffle_xor(dot, 1), dot += shuffle_xor(dot, 2);
-        if (lane_column() == 0) (side == 0 ? from_state : to_state)[(d * 2 + unit % across) * Q + i] += flow * dot;
-      }
-    }
-    if (busy) store(side == 0 ? o.C[d0] : o.B[d0], sums, i0, n0 + j0, p.state_dim, again && shared(side, d0));
-  }
-  // Whether the reverse pass adds to what the forward one stored.
-  __device__ bool shared(int side, int d) const {
-    return side == 0 ? o.C[d].data == o.C[0].data : o.B[d].data == o.B[0].data;
-  }
-
-  // Columns [p0, ...) of dx.
-  __device__ void values(int d0, int until, int64_t p0, bool again) {
-    const int across = o.value_columns / kColumns;
-    const int i0 = warp / across * kRows, j0 = warp % across * kColumns;
-    const bool busy = i0 < Q && p0 + j0 < o.head_dim;
-    Sums<kRows, kColumns> sums, carried;
-    sums.clear();
-    if (busy) multiply<Lies::by_depth, Lies::by_depth>(sums, m_tile + i0, pitch_q, dy_tile + p0 + j0, pitch_p, Q);
-    for (int d = d0; d <= until; ++d) {
-      __syncthreads();
-      for (int k = tid; k < o.value_columns * o.state_dim; k += kThreads) {
-        const int r = k / o.state_dim, n = k % o.state_dim;
-        const bool inside = p0 + r < p.head_dim && n < p.state_dim;
-        states[r * pitch_n + n] = from_float<T>(inside ? o.leaving[d][state_at(p0 + r, n)] : 0.f);
-      }
-      __syncthreads();
-      if (!busy) continue;
-      carried.clear();
-      multiply<Lies::by_row, Lies::by_row>(carried, b_tile + i0 * pitch_n, pitch_n, states + j0 * pitch_n, pitch_n,
-                                           o.state_dim);
-#pragma unroll
-      for (int k = 0; k < kRows / 8; ++k) {
-        const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const float factor = leave(d, i) * visits[d * Q + i].step;
-#pragma unroll
-        for (int l = 0; l < kColumns / 4; ++l)
-          sums.v[k / 2][l / 2][k % 2 * 2 + l % 2] += factor * carried.v[k / 2][l / 2][k % 2 * 2 + l % 2];
-      }
-    }
-    if (!busy) return;
-    if (p.D && !again) {
-      const float skip = static_cast<const float*>(p.D)[h];
-      sums.each(
-          [&](float& value, int i, int j) { value += skip * to_float(dy_tile[(i0 + i) * pitch_p + p0 + j0 + j]); });
-    }
-    store(o.x, sums, i0, p0 + j0, p.head_dim, again);
-  }
-
-  __device__ void store(const PerHead& to, Sums<kRows, kColumns>& sums, int i0, int64_t column, int64_t width,
-                        bool again) {
-    sums.each_pair([&](float u, float v, int i, int j) {
-      const int token = tokens[i0 + i];
-      if (token < 0 || column + j >= width) return;
-      const int64_t at = ((b * p.length + token) * p.heads + h) * width + column + j;
-      if (!to.partial) return store_pair(static_cast<T*>(to.data) + at, u, v, width - column - j);
-      float* partial = static_cast<float*>(to.data) + at;
-      if (again) {
-        u += partial[0];
-        if (column + j + 1 < width) v += partial[1];
-      }
-      store_pair(partial, u, v, width - column - j);
-    });
-  }
-
-  __device__ void store_sums(int first, int last) {
-    for (int d = first; d <= last; ++d) {
-      for (int i = tid; i < Q; i += kThreads) {
-        VisitSums sum{};
-        for (int k = d * (Q / kColumns); k < (d + 1) * (Q / kColumns); ++k)
-          sum.row += row_sums[k * Q + i], sum.flow -= row_flows[k * Q + i];
-        for (int k = d * (Q / kRows); k < (d + 1) * (Q / kRows); ++k)
-          sum.column += column_sums[k * Q + i], sum.flow += column_flows[k * Q + i];
-        sum.diagonal = diagonal[d * Q + i], sum.gram = gram_diagonal[i];
-        sum.from_state = from_state[2 * d * Q + i] + from_state[(2 * d + 1) * Q + i];
-        sum.to_state = to_state[2 * d * Q + i] + to_state[(2 * d + 1) * Q + i];
-        o.sums[d][s.rows(b, h, c) + i] = sum;
-      }
-      if (p.state_dim == 0 && tid == 0) o.through[d][bh * s.chunks + c] = 0;
-    }
-  }
-
-  const ScanPlan& s;
-  const Gradients& o;
-  const SsdScanParams& p;
-  const int Q, tid, warp;
-  int64_t c, bh, b, h;
-  int pitch_p, pitch_n, pitch_q;
-  Visit* visits;
-  double *row_flows, *column_flows, *dots;
-  float *row_sums, *column_sums, *diagonal, *from_state, *to_state, *gram_diagonal;
-  int *segments, *tokens;
-  T *x_tile, *dy_tile, *b_tile, *c_tile, *m_tile, *w_tile, *states;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gradients_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Gradients o) {
-  LINMU_SHARED(memory);
-  ChunkGradients<T>(s, o, memory).run();
-}
-
-// The heads of each group, summed in order.
+// The heads of each group, summed in order, for the plan's visits: to (B, L, groups, size).
 template <class T>
 __global__ void __launch_bounds__(256)
-    sum_heads_kernel(const float* from, T* to, int64_t count, int64_t per, int64_t size) {
-  const int64_t at = blockIdx.x * int64_t{256} + threadIdx.x;
-  if (at >= count) return;
+    sum_heads_kernel(const __grid_constant__ ScanPlan s, const float* from, T* to, int64_t groups, int64_t size) {
+  const int64_t at = blockIdx.x * int64_t{256} + threadIdx.x, visits = s.chunks * s.chunk;
+  const int64_t visit = at / size / groups, per = s.p.heads / groups;
+  if (visit >= s.p.batch * visits) return;
+  const int token = s.tokens[visit];
+  if (token < 0) return;
   const float* first = from + at / size * per * size + at % size;
   float sum = 0;
   for (int64_t k = 0; k < per; ++k) sum += first[k * size];
-  to[at] = from_float<T>(sum);
+  to[((visit / visits * s.p.length + token) * groups + at / size % groups) * size + at % size] = from_float<T>(sum);
 }
 
 template <class T>
@@ -417,74 +48,177 @@ int fit(const SsdScanParams& p, Gradients& o) {
   return 32;
 }
 
-template <class T>
-void run(const SsdScanBwdParams& g, const CudaContext& context) {
-  SsdScanParams p = g.scan;
-  p.final_state = nullptr;
-  Gradients o{};
-  o.separate = p.forward.on && p.reverse.on && !p.shared_projections;
-  const ScanPlan s = plan_scan(p, fit<T>(p, o), context);
-  const int64_t visits = p.batch * p.heads * s.chunks;
-
-  Walk walks[4];
-  int count = 0;
-  for (int d = 0; d < 2; ++d) {
-    if (!s.direction(d).on) continue;
-    const SsdScanDirection& of = s.direction(d);
-    o.fast_b[d] = fast_rows(of.B, p.state_dim, p.dtype), o.fast_c[d] = fast_rows(of.C, p.state_dim, p.dtype);
-    walks[count] = forward_walk(s, d, true, true, context);
-    o.entering[d] = static_cast<const float*>(walks[count++].entering);
-    Walk& adjoint = walks[count++] = forward_walk(s, d, true, true, context);
-    adjoint.rows = g.grad_y, adjoint.row_groups = p.heads, adjoint.fast_rows = fast_rows(g.grad_y, p.head_dim, p.dtype);
-    adjoint.columns = of.C, adjoint.column_groups = p.groups_c, adjoint.fast_columns = o.fast_c[d];
-    adjoint.adjoint = true;
-    const bool owner = d == 0 || !p.forward.on;
-    adjoint.initial = owner ? static_cast<const float*>(g.grad_final_state) : nullptr;
-    adjoint.leaving = owner ? static_cast<float*>(g.initial_state) : nullptr;
-    o.leaving[d] = static_cast<const float*>(adjoint.entering);
-    o.sums[d] = allocate<VisitSums>(context, visits * s.chunk);
-    o.through[d] = allocate<double>(context, visits);
+// The same memory for each of several pieces of work, which ask for as much in the same order.
+class Reused {
+ public:
+  explicit Reused(const CudaContext& from) : from_(from) {
+    context.stream = from.stream;
+    context.allocate = [this](int64_t bytes) {
+      if (next_ == blocks_.size()) blocks_.push_back({nullptr, -1});
+      Block& block = blocks_[next_++];
+      if (block.bytes < bytes) block = {from_.allocate(bytes), bytes};
+      return block.data;
+    };
   }
-  for (int i = 0; i < count; i += 2) walk_states(s, walks + i, 2, context);
+  Reused(const Reused&) = delete;
+  void again() { next_ = 0; }
 
-  o.dy = g.grad_y;
-  o.fast_x = fast_rows(p.x, p.head_dim, p.dtype), o.fast_dy = fast_rows(g.grad_y, p.head_dim, p.dtype);
-  // Gradients of one head per group, made in one pass, are stored as they are; others per head, and then summed.
-  struct Shared {
-    PerHead from;
-    void* to;
-    int64_t groups, size;
-  } shared[5];
-  int sums = 0;
-  const auto per_head = [&](void* to, int64_t groups, int64_t size, bool once) {
-    if (groups == p.heads && once) return PerHead{to, false};
-    const PerHead partial{allocate<float>(context, p.batch * p.length * p.heads * size), true};
-    shared[sums++] = {partial, to, groups, size};
-    return partial;
+  CudaContext context;
+
+ private:
+  struct Block {
+    void* data;
+    int64_t bytes;
   };
-  const SsdScanDirectionGrads& main = p.forward.on ? g.forward : g.reverse;
-  o.x = per_head(g.x, p.groups_x, p.head_dim, !o.separate);
-  const int first = p.forward.on ? 0 : 1;
-  o.B[first] = per_head(main.B, p.groups_b, p.state_dim, !o.separate || g.reverse.B);
-  o.C[first] = per_head(main.C, p.groups_c, p.state_dim, !o.separate || g.reverse.C);
-  if (o.separate) {
-    o.B[1] = g.reverse.B ? per_head(g.reverse.B, p.groups_b, p.state_dim, true) : o.B[0];
-    o.C[1] = g.reverse.C ? per_head(g.reverse.C, p.groups_c, p.state_dim, true) : o.C[0];
+  const CudaContext& from_;
+  std::vector<Block> blocks_;
+  size_t next_ = 0;
+};
+
+// The states of all chunks are too much memory for long sequences: the row's chunks are worked through in ranges. What
+// h and g are where each range begins comes from walks of their own.
+template <class T>
+class Backward {
+ public:
+  Backward(const SsdScanBwdParams& gradients, const CudaContext& context)
+      : g(gradients), p(gradients.scan), outer(context), work(context) {
+    p.final_state = nullptr;
+    o.separate = p.forward.on && p.reverse.on && !p.shared_projections;
+    chunk = fit<T>(p, o);
+    chunks = ceil_div(p.length, chunk), size = p.head_dim * p.state_dim;
+    const int64_t directions = p.forward.on && p.reverse.on ? 2 : 1, columns = p.head_dim + 4 * p.state_dim;
+    const int64_t visit = directions * static_cast<int64_t>(sizeof(Visit) + sizeof(VisitSums) + 8) + columns * 4;
+    const int64_t per_chunk = p.batch * p.heads * (directions * size * 8 + chunk * visit);
+    range = std::clamp<int64_t>(workspace_limit() / std::max<int64_t>(per_chunk, 1), 1, std::max<int64_t>(chunks, 1));
+    ranges = std::max<int64_t>(ceil_div(chunks, range), 1);
+    o.dy = g.grad_y;
+    o.fast_x = fast_rows(p.x, p.head_dim, p.dtype), o.fast_dy = fast_rows(g.grad_y, p.head_dim, p.dtype);
   }
-  launch("ssd_scan_bwd", gradients_kernel<T>, blocks_of(visits), kThreads, shared_bytes<T>(s.chunk, o), context, s, o);
-  for (int i = 0; i < sums; ++i) {
-    const int64_t values = p.batch * p.length * shared[i].groups * shared[i].size;
-    launch("ssd_scan_bwd", sum_heads_kernel<T>, blocks_of(ceil_div(values, 256)), 256, 0, context,
-           static_cast<const float*>(shared[i].from.data), static_cast<T*>(shared[i].to), values,
-           p.heads / shared[i].groups, shared[i].size);
+
+  void run() {
+    for (int d = 0; d < 2; ++d) {
+      const SsdScanDirection& of = d ? p.reverse : p.forward;
+      if (!of.on) continue;
+      o.fast_b[d] = fast_rows(of.B, p.state_dim, p.dtype), o.fast_c[d] = fast_rows(of.C, p.state_dim, p.dtype);
+      const bool owner = d == 0 || !p.forward.on;  // of the caller's initial and final state
+      for (int adjoint = 0; adjoint < 2; ++adjoint) {
+        starts[d][adjoint].assign(ranges, nullptr);
+        for (float*& start : starts[d][adjoint])
+          if (ranges > 1) start = allocate<float>(outer, p.batch * p.heads * size);
+        const void* given = !owner ? nullptr : adjoint ? g.grad_final_state : p.initial_state;
+        starts[d][adjoint][upwards(d, adjoint) ? 0 : ranges - 1] = static_cast<float*>(const_cast<void*>(given));
+      }
+    }
+    if (ranges > 1) find_starts();
+    totals = allocate<Totals>(outer, p.batch * chunks * p.heads);
+    for (int64_t k = 0; k < ranges; ++k) run_range(k);
+    head_gradients(g, totals, chunks, outer);
   }
-  small_gradients(g, s, o.sums, o.through, context);
-}
+
+ private:
+  // Whether a walk goes from the first range to the last.
+  static bool upwards(int d, int adjoint) { return d == adjoint; }
+
+  ScanPlan plan(int64_t k) {
+    work.again();
+    return plan_scan(p, chunk, k * range, std::min(range, chunks - k * range), work.context);
+  }
+  Walk walk(const ScanPlan& s, int d, int adjoint, int64_t k) const {
+    const SsdScanDirection& of = s.direction(d);
+    Walk w{};
+    w.rows = adjoint ? g.grad_y : p.x, w.row_groups = adjoint ? p.heads : p.groups_x;
+    w.columns = adjoint ? of.C : of.B, w.column_groups = adjoint ? p.groups_c : p.groups_b;
+    w.fast_rows = adjoint ? o.fast_dy : o.fast_x, w.fast_columns = adjoint ? o.fast_c[d] : o.fast_b[d];
+    w.direction = d, w.adjoint = adjoint, w.wide = w.exact = true;
+    w.initial = starts[d][adjoint][k];
+    return w;
+  }
+
+  void find_starts() {
+    for (const bool up : {true, false})
+      for (int64_t step = 0; step + 1 < ranges; ++step) {
+        const int64_t k = up ? step : ranges - 1 - step;
+        const ScanPlan s = plan(k);
+        Walk walks[2];
+        int count = 0;
+        for (int d = 0; d < 2; ++d)
+          for (int adjoint = 0; adjoint < 2; ++adjoint) {
+            if (!s.direction(d).on || upwards(d, adjoint) != up) continue;
+            walks[count] = walk(s, d, adjoint, k);
+            walks[count++].leaving = starts[d][adjoint][up ? k + 1 : k - 1];
+          }
+        walk_states(s, walks, count, work.context);
+      }
+  }
+
+  void run_range(int64_t k) {
+    const ScanPlan s = plan(k);
+    const int64_t states = p.batch * p.heads * s.chunks;
+    for (int d = 0; d < 2; ++d) {
+      if (!s.direction(d).on) continue;
+      Walk walks[2];
+      for (int adjoint = 0; adjoint < 2; ++adjoint) {
+        walks[adjoint] = walk(s, d, adjoint, k);
+        walks[adjoint].entering = allocate<float>(work.context, states * size);
+      }
+      if ((d == 0 || !p.forward.on) && k == (upwards(d, 1) ? ranges - 1 : 0))
+        walks[1].leaving = static_cast<float*>(g.initial_state);
+      o.entering[d] = static_cast<const float*>(walks[0].entering);
+      o.leaving[d] = static_cast<const float*>(walks[1].entering);
+      walk_states(s, walks, 2, work.context);
+      for (int of = 0; of < 2 && std::is_same_v<T, half16>; ++of)
+        o.up[of][d] = narrow_states(s, static_cast<const float*>(walks[of].entering), nullptr, work.context);
+      o.sums[d] = allocate<VisitSums>(work.context, states * s.chunk);
+      o.through[d] = allocate<double>(work.context, states);
+    }
+    // Gradients of one head per group, made in one pass, are stored as they are; others per head, and then summed.
+    struct Shared {
+      PerHead from;
+      void* to;
+      int64_t groups, size;
+    } shared[5];
+    int sums = 0;
+    const auto per_head = [&](void* to, int64_t groups, int64_t columns, bool once) {
+      if (groups == p.heads && once) return PerHead{to, false};
+      const PerHead partial{allocate<float>(work.context, states * s.chunk * columns), true};
+      shared[sums++] = {partial, to, groups, columns};
+      return partial;
+    };
+    const SsdScanDirectionGrads& main = p.forward.on ? g.forward : g.reverse;
+    o.x = per_head(g.x, p.groups_x, p.head_dim, !o.separate);
+    const int first = p.forward.on ? 0 : 1;
+    o.B[first] = per_head(main.B, p.groups_b, p.state_dim, !o.separate || g.reverse.B);
+    o.C[first] = per_head(main.C, p.groups_c, p.state_dim, !o.separate || g.reverse.C);
+    if (o.separate) {
+      o.B[1] = g.reverse.B ? per_head(g.reverse.B, p.groups_b, p.state_dim, true) : o.B[0];
+      o.C[1] = g.reverse.C ? per_head(g.reverse.C, p.groups_c, p.state_dim, true) : o.C[0];
+    }
+    launch("ssd_scan_bwd", gradients_kernel<T>, blocks_of(states), kThreads, shared_bytes<T>(s.chunk, o), outer, s, o);
+    for (int i = 0; i < sums; ++i) {
+      const int64_t values = p.batch * s.chunks * s.chunk * shared[i].groups * shared[i].size;
+      launch("ssd_scan_bwd", sum_heads_kernel<T>, blocks_of(ceil_div(values, 256)), 256, 0, outer, s,
+             static_cast<const float*>(shared[i].from.data), static_cast<T*>(shared[i].to), shared[i].groups,
+             shared[i].size);
+    }
+    visit_gradients(g, s, o.sums, o.through, totals, chunks, outer);
+  }
+
+  const SsdScanBwdParams& g;
+  SsdScanParams p;
+  const CudaContext& outer;
+  Reused work;
+  Gradients o{};
+  int chunk;
+  int64_t chunks, size, range, ranges;  // chunks per row, numbers per state, chunks per range, ranges
+  std::vector<float*> starts[2][2];     // per direction, of h and of g: where each range begins
+  Totals* totals;
+};
 
 }  // namespace
 
 void ssd_scan_bwd_cuda(const SsdScanBwdParams& g, const CudaContext& context) {
-  dispatch_cuda("ssd_scan_bwd", g.scan.dtype, [&](auto* t) { run<std::remove_pointer_t<decltype(t)>>(g, context); });
+  dispatch_cuda("ssd_scan_bwd", g.scan.dtype,
+                [&](auto* t) { Backward<std::remove_pointer_t<decltype(t)>>(g, context).run(); });
 }
 
 }  // namespace linmu

@@ -15,9 +15,21 @@ struct VisitSums {
   float to_state;    // what the input gives to the state that leaves, times its gradient, without the step
 };
 
-// The gradients of dt, dt_bias, A, D and the gate. through: per chunk, the state that enters times the gradient of the
-// one that leaves.
-void small_gradients(const SsdScanBwdParams& g, const ScanPlan& plan, VisitSums* const* sums, double* const* through,
-                     const CudaContext& context);
+// Of one head, over the visits of a chunk.
+struct Totals {
+  double A[2], dt_bias[2], D, gate;
+
+  __device__ void add(const Totals& t) {
+    for (int d = 0; d < 2; ++d) A[d] += t.A[d], dt_bias[d] += t.dt_bias[d];
+    D += t.D, gate += t.gate;
+  }
+};
+
+// The gradients of dt and of a gate per token, of the plan's chunks, and those chunks' totals (B, chunks of all, H).
+// through: per chunk, the state that enters times the gradient of the one that leaves.
+void visit_gradients(const SsdScanBwdParams& g, const ScanPlan& plan, VisitSums* const* sums, double* const* through,
+                     Totals* totals, int64_t all_chunks, const CudaContext& context);
+// The gradients of dt_bias, A, D and a gate per head.
+void head_gradients(const SsdScanBwdParams& g, const Totals* totals, int64_t all_chunks, const CudaContext& context);
 
 }  // namespace linmu

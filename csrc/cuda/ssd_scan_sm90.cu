@@ -101,11 +101,12 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
                           operand_at(states + (d - first) * state_size, o.head_dim, part * kColumns, k));
         group_end();
         group_hold(sums);
+        const float up = up_of<T>(o, d, (b * H + h) * s.chunks + feed.chunk(feed.now));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int i = own + half * 8 + lane_row();
           const Visit to = visits[d * Q + i];
-          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight;
+          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight * up;
 #pragma unroll
           for (int l = 0; l < 16; ++l)
             y[part].v[0][l / 2][half * 2 + l % 2] += arrive * sums.v[0][l / 2][half * 2 + l % 2];

@@ -16,12 +16,26 @@ constexpr int kWarpTile = 32;
 // Blocks that fill a GPU: two for each of 132 multiprocessors. Fixed, so that results are the same on every GPU.
 constexpr int64_t kEnoughBlocks = 264;
 
+constexpr int kHeads = 32;  // of a block of `visits`
+// 2^-400 is 0 in float: a steeper step forgets no less, and would drown the other terms of its sum.
+constexpr double kSteepest = 400;
+
+constexpr int64_t visit_bytes(int chunk) {
+  return chunk * ((kHeads + 1) * static_cast<int64_t>(sizeof(float)) + 3 * static_cast<int64_t>(sizeof(int)));
+}
+
+// A block has a chunk of up to kHeads heads; a warp one of them at a time, its lanes the visits, in the direction's
+// order.
 __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_constant__ ScanPlan s) {
   LINMU_SHARED(memory);
   const SsdScanParams& p = s.p;
-  int* tokens = reinterpret_cast<int*>(memory);
+  float* steps = reinterpret_cast<float*>(memory);  // of a direction, before bias and softplus
+  int* tokens = reinterpret_cast<int*>(steps + s.chunk * (kHeads + 1));
   int* segments = tokens + s.chunk;  // per direction
-  const int64_t c = blockIdx.x, b = blockIdx.y, t0 = c * s.chunk, L = p.length;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = kVisitThreads / kWarp;
+  const int64_t c = blockIdx.x, b = blockIdx.y, h0 = blockIdx.z * int64_t{kHeads}, L = p.length;
+  const int64_t t0 = (s.first_chunk + c) * s.chunk;
+  const int heads = static_cast<int>(p.heads - h0 < kHeads ? p.heads - h0 : kHeads);
   const auto token_at = [&](int64_t t) -> int64_t {
     if (!p.token_order) return t;
     const int64_t at = p.token_order[b * L + t];
@@ -39,15 +53,21 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
     }
   }
   __syncthreads();
-  if (threadIdx.x < 2) {
-    const int d = threadIdx.x;
-    for (int k = 0, restarts = 0; k < s.chunk; ++k) {
-      int& at = segments[d * s.chunk + (d ? s.chunk - 1 - k : k)];
-      at = restarts += at;
+  if (warp < 2) {
+    double restarts = 0;
+    for (int k = lane; k < s.chunk; k += kWarp) {
+      int& at = segments[warp * s.chunk + (warp ? s.chunk - 1 - k : k)];
+      double sum = at;
+      for (int up = 1; up < kWarp; up *= 2) {
+        const double other = shuffle(sum, (lane - up) & (kWarp - 1));
+        if (lane >= up) sum += other;
+      }
+      sum += restarts, restarts = shuffle(sum, kWarp - 1);
+      at = static_cast<int>(sum);
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < s.chunk; i += kVisitThreads) {
+  for (int i = threadIdx.x; blockIdx.z == 0 && i < s.chunk; i += kVisitThreads) {
     const int64_t at = s.rows(b, c) + i;
     s.tokens[at] = tokens[i];
     for (int d = 0; d < 2; ++d)
@@ -58,20 +78,28 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
   for (int d = 0; d < 2; ++d) {
     const SsdScanDirection& of = s.direction(d);
     if (!of.on) continue;
+    __syncthreads();
+    for (int i = threadIdx.x; i < s.chunk * heads; i += kVisitThreads) {
+      const int r = i / heads, k = i % heads;
+      steps[r * (kHeads + 1) + k] =
+          tokens[r] < 0 ? 0.f : static_cast<const float*>(of.dt)[(b * L + tokens[r]) * p.heads + h0 + k];
+    }
+    __syncthreads();
     const int* segment = segments + d * s.chunk;
     const int leaving = segment[d ? 0 : s.chunk - 1];
-    for (int64_t h = threadIdx.x; h < p.heads; h += kVisitThreads) {
-      const float* dt = static_cast<const float*>(of.dt) + b * L * p.heads + h;
+    for (int k = warp; k < heads; k += warps) {
+      const int64_t h = h0 + k, at = s.rows(b, h, c);
       const float bias = of.dt_bias ? static_cast<const float*>(of.dt_bias)[h] : 0.f;
       const double rate = static_cast<const float*>(of.A)[h] * 1.4426950408889634;  // 1 / ln 2
-      Visit* visits = s.visits[d] + s.rows(b, h, c);
-      double sum = 0;
-      for (int k = 0; k < s.chunk; ++k) {
-        const int i = d ? s.chunk - 1 - k : k, token = tokens[i];
+      double carry = 0;
+      int carried = 0;  // the segment of carry
+      bool spoiled = false;
+      for (int first = 0; first < s.chunk; first += kWarp) {
+        const int i = d ? s.chunk - 1 - first - lane : first + lane, token = tokens[i];
         const bool keep = token >= 0 && (!p.reverse_mask || p.reverse_mask[b * L + token]);
         Visit v{};
         if (d ? keep : token >= 0) {
-          v.step = dt[token * p.heads] + bias;
+          v.step = steps[i * (kHeads + 1) + k] + bias;
           if (p.dt_softplus) v.step = softplus(v.step);
           v.weight = 1.f;
           if (gate && keep) {
@@ -79,15 +107,33 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
             v.weight = d ? 1.f - g : g;
           }
         }
-        sum += v.step * rate;
+        double sum = v.step * rate;
+        spoiled |= odd(v.step) || odd(static_cast<float>(sum));
+        sum = sum < -kSteepest ? -kSteepest : sum > kSteepest ? kSteepest : sum;  // a NaN stays
+        for (int up = 1; up < kWarp; up *= 2) {
+          const double other = shuffle(sum, (lane - up) & (kWarp - 1));
+          if (lane >= up && segment[d ? i + up : i - up] == segment[i]) sum += other;
+        }
+        if (segment[i] == carried) sum += carry;
+        carry = shuffle(sum, kWarp - 1), carried = segment[d ? s.chunk - first - kWarp : first + kWarp - 1];
         v.high = static_cast<float>(sum), v.low = static_cast<float>(sum - v.high);
-        visits[i] = v;
-        s.arrive[d][s.rows(b, h, c) + i] = decay(v, segment[i] == 0) * v.weight;
+        s.visits[d][at + i] = v;
+        s.arrive[d][at + i] = segment[i] == 0 && v.weight != 0.f ? decay(v, true) * v.weight : 0.f;
       }
-      const Visit exit = visits[d ? 0 : s.chunk - 1];
-      for (int i = 0; i < s.chunk; ++i)
-        s.leave[d][s.rows(b, h, c) + i] = decay(exit, visits[i], segment[i] == leaving) * visits[i].step;
-      s.through[d][(b * p.heads + h) * s.chunks + c] = decay(exit, leaving == 0);
+      Visit exit{};
+      exit.high = static_cast<float>(carry), exit.low = static_cast<float>(carry - exit.high);
+      for (int i = lane; i < s.chunk; i += kWarp) {
+        const int own = d ? s.chunk - 1 - i : i;  // as this lane wrote it
+        const Visit v = s.visits[d][at + own];
+        s.leave[d][at + own] = segment[own] == leaving && v.step != 0.f ? decay(exit, v, true) * v.step : 0.f;
+      }
+      const int64_t chunk = (b * p.heads + h) * s.chunks + c;
+      spoiled = warp_any(spoiled);
+      if (lane == 0) {
+        s.through[d][chunk] = decay(exit, leaving == 0);
+        if (d == 0 || !p.forward.on) s.spoiled[chunk] = 0;
+        if (spoiled) s.spoiled[chunk] = 1;
+      }
     }
   }
 }
@@ -177,6 +223,9 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
     value = start && at_p < P && at_n < N ? start[at_p * N + at_n] : 0.f;
   });
   float passed = 1.f;  // through the whole span
+  const auto note = [&](bool spoiled, int64_t step) {
+    if (spoiled && !w.adjoint) s.spoiled[bh * s.chunks + chunk_of(step)] = 1;
+  };
   if (steps > 0) copy_tokens(0);
   copy_commit();
   copy_wait<0>();
@@ -193,7 +242,9 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
     if (step % parts == 0) {
       if (!spans.adding && w.entering) {
         const int64_t at = (bh * s.chunks + chunk_of(step)) * P * N;
+        bool spoiled = false;
         state.each_pair([&](float first_value, float second_value, int i, int j) {
+          spoiled |= odd(first_value) || odd(second_value);
           const int64_t at_p = p0 + warp_p + i, at_n = n0 + warp_n + j;
           if (at_p >= P) return;
           if (w.wide)
@@ -201,28 +252,44 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
           else
             store_pair(static_cast<T*>(w.entering) + at + at_p * N + at_n, first_value, second_value, N - at_n);
         });
+        note(spoiled, step);
       }
       passed *= keep;
-      state.each([&](float& value, int, int) { value *= keep; });
+      state.each([&](float& value, int, int) { value = keep == 0.f ? 0.f : value * keep; });
     }
     keep = next_keep;
     own.clear();
     const T* k_tile = b_tiles + step % 2 * Tiles::tile(rows);
+    T* x_tile = x_tiles + step % 2 * Tiles::tile(rows);
     const float* factor = factors + step % 2 * rows;
+    bool spoiled = false;
+    for (int i = threadIdx.x; i < rows * (kState / kVec<T>); i += kStateThreads) {
+      const int r = i / (kState / kVec<T>);
+      Vec<T, kVec<T>>& values =
+          *reinterpret_cast<Vec<T, kVec<T>>*>(x_tile + r * Tiles::kPitch + i % (kState / kVec<T>)*kVec<T>);
+      bool here = false;
+#pragma unroll
+      for (int v = 0; v < kVec<T>; ++v) here |= odd(to_float(values.v[v]));
+      spoiled |= here;
+      if (here && factor[r] == 0.f) values = {};
+    }
     // The scaled rows of B, and, to be exact, what rounding them left over.
     const int roundings = !w.exact || std::is_same_v<T, float> ? 1 : std::is_same_v<T, bf16> ? 3 : 2;
     for (int part = 0; part < roundings; ++part) {
       if (part > 0) __syncthreads();
       for (int i = threadIdx.x; i < rows * kState; i += kStateThreads) {
         const int r = i / kState, n = i % kState;
-        float value = to_float(k_tile[r * Tiles::kPitch + n]) * factor[r];
+        const float from = to_float(k_tile[r * Tiles::kPitch + n]);
+        spoiled |= odd(from);
+        float value = factor[r] == 0.f ? 0.f : from * factor[r];
         for (int done = 0; done < part; ++done) value -= to_float(from_float<T>(value));
         scaled[r * Tiles::kPitch + n] = from_float<T>(value);
       }
       __syncthreads();
-      multiply<Lies::by_depth, Lies::by_depth>(own, x_tiles + step % 2 * Tiles::tile(rows) + warp_p, Tiles::kPitch,
-                                               scaled + warp_n, Tiles::kPitch, rows);
+      multiply<Lies::by_depth, Lies::by_depth>(own, x_tile + warp_p, Tiles::kPitch, scaled + warp_n, Tiles::kPitch,
+                                               rows);
     }
+    note(spoiled, step);
     state.add(own);
   }
   float* out = spans.adding                           ? spans.states[blockIdx.z] + (bh * spans.count + span) * P * N
@@ -249,15 +316,39 @@ __global__ void __launch_bounds__(256)
   for (int64_t i = 0; i < spans.count; ++i) {
     const float added = states[i * size];
     states[i * size] = carry;
-    carry = carry * spans.through[z][bh * spans.count + i] + added;
+    const float through = spans.through[z][bh * spans.count + i];
+    carry = through == 0.f ? added : carry * through + added;
   }
+}
+
+// One block per state.
+__global__ void __launch_bounds__(256) narrow_kernel(const float* wide, half16* narrow, float* up, int64_t size) {
+  LINMU_SHARED(memory);
+  float* parts = reinterpret_cast<float*>(memory);
+  const float* from = wide + blockIdx.x * size;
+  float most = 0.f;
+  for (int64_t i = threadIdx.x; i < size; i += 256)
+    most = fmaxf(most, fabsf(from[i]) < INFINITY ? fabsf(from[i]) : 0.f);
+  most = warp_max(most);
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = most;
+  __syncthreads();
+  for (int k = 0; k < 256 / kWarp; ++k) most = fmaxf(most, parts[k]);
+  // Room for sums of what is rounded up; and as large as that allows, for what is small beside the largest.
+  const float factor = most > 32768.f ? exp2f(ceilf(log2f(most)) - 15.f) : 1.f;
+  if (threadIdx.x == 0) up[blockIdx.x] = factor;
+  for (int64_t i = threadIdx.x; narrow && i < size; i += 256)
+    narrow[blockIdx.x * size + i] = from_float<half16>(from[i] / factor);
 }
 
 }  // namespace
 
 ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context) {
+  return plan_scan(p, chunk, 0, ceil_div(p.length, chunk), context);
+}
+
+ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chunks, const CudaContext& context) {
   ScanPlan s{};
-  s.p = p, s.chunk = chunk, s.chunks = ceil_div(p.length, chunk);
+  s.p = p, s.chunk = chunk, s.chunks = chunks, s.first_chunk = first;
   const int64_t visits = p.batch * s.chunks * chunk;
   s.tokens = allocate<int32_t>(context, visits);
   for (int d = 0; d < 2; ++d) {
@@ -268,9 +359,19 @@ ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context
     s.arrive[d] = allocate<float>(context, visits * p.heads);
     s.through[d] = allocate<float>(context, p.batch * s.chunks * p.heads);
   }
-  const dim3 blocks(static_cast<unsigned>(s.chunks), static_cast<unsigned>(p.batch));
-  launch("ssd_scan", visits_kernel, blocks, kVisitThreads, 3 * chunk * static_cast<int64_t>(sizeof(int)), context, s);
+  s.spoiled = allocate<unsigned char>(context, p.batch * s.chunks * p.heads);
+  const dim3 blocks(static_cast<unsigned>(s.chunks), static_cast<unsigned>(p.batch),
+                    static_cast<unsigned>(ceil_div(p.heads, kHeads)));
+  launch("ssd_scan", visits_kernel, blocks, kVisitThreads, visit_bytes(chunk), context, s);
   return s;
+}
+
+const float* narrow_states(const ScanPlan& s, const float* wide, half16* narrow, const CudaContext& context) {
+  const int64_t states = s.p.batch * s.p.heads * s.chunks, size = s.p.head_dim * s.p.state_dim;
+  float* up = allocate<float>(context, states);
+  launch("ssd_scan", narrow_kernel, blocks_of(states), 256, 256 / kWarp * static_cast<int64_t>(sizeof(float)), context,
+         wide, narrow, up, size);
+  return up;
 }
 
 Walk forward_walk(const ScanPlan& s, int direction, bool wide, bool exact, const CudaContext& context) {

@@ -16,6 +16,8 @@ namespace linmu {
 // Values on a device cannot be looked at without waiting for it; there the kernels clamp or skip what is out of range.
 inline constexpr bool kValuesAreReadable = false;
 inline constexpr bool kTakesFloat64 = false;
+// Rows that do not lie 16 bytes apart would be read an element at a time: packing them first is faster.
+inline constexpr bool kPacksRows = true;
 
 // Runs the host side of a kernel on the device and stream of `like`. What it allocates is torch's, and goes back to the
 // caching allocator in the order of that stream.
@@ -41,6 +43,7 @@ void launch_on(void (*kernel)(const Params&, const CudaContext&), const Params& 
 
 inline constexpr bool kValuesAreReadable = true;
 inline constexpr bool kTakesFloat64 = true;
+inline constexpr bool kPacksRows = false;
 
 #define LINMU_LAUNCH(name, params, like) name##_cpu(params)
 

@@ -9,6 +9,24 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
+// A dimension of size 1 may have any stride, even one that bulk copies refuse: it is as if packed.
+int64_t stride(const Tensor& t, int64_t dim) {
+  if (t.size(dim) != 1) return t.stride(dim);
+  int64_t packed = 1;
+  for (int64_t i = dim + 1; i < t.dim(); ++i) packed *= t.size(i);
+  return packed > 0 ? packed : 1;
+}
+
+// Whether rows of whole 16 bytes lie where pieces of 16 bytes and bulk copies can read them. Of other rows it is true:
+// packing would not help them.
+bool in_pieces(const Tensor& t) {
+  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
+  if (t.size(3) * size % 16) return true;
+  for (int64_t i = 0; i < 3; ++i)
+    if (stride(t, i) <= 0 || stride(t, i) * size % 16) return false;
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 // The arguments the two ops share, checked and kept alive for as long as the Params point into them.
 struct Inputs {
   SsdScanParams p{};
@@ -21,9 +39,14 @@ struct Inputs {
     return kept.back().const_data_ptr();
   }
   SsdScanTensor strided(const Tensor& t) {
-    kept.push_back(t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t);
+    if (t.size(3) > 1 && t.stride(3) != 1)
+      kept.push_back(torch::stable::contiguous(t));
+    else
+      kept.push_back(in_pieces(t) || !kPacksRows ? t
+                     : t.is_contiguous()         ? torch::stable::clone(t)
+                                                 : torch::stable::contiguous(t));
     const Tensor& k = kept.back();
-    return {k.const_data_ptr(), k.stride(0), k.stride(1), k.stride(2)};
+    return {k.const_data_ptr(), stride(k, 0), stride(k, 1), stride(k, 2)};
   }
 };
 

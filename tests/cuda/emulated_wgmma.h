@@ -144,7 +144,11 @@ inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barr
   if (bytes % 16) emulator::fail("a bulk copy is not of whole pieces of 16 bytes");
   emulator::ask(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
+namespace emulator {
+inline int64_t boxes = 0;  // copied so far
+}
 inline void copy_box(void* shared, const TensorMap& from, int column, int row, int group, int batch, Barrier* barrier) {
+  ++emulator::boxes;
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
   emulator::ask(barrier, from.box_rows * 128, [=] {
     for (int r = 0; r < from.box_rows; ++r)

@@ -267,11 +267,12 @@ inline double shuffle_xor(double x, int mask) {
   mine.number = x;
   return emulator::exchange(mine)[(emulator::self().number ^ mask) % emulator::kLanes].number;
 }
-inline float shuffle(float x, int lane) {
+inline double shuffle(double x, int lane) {
   emulator::Gift mine{5, {}};
   mine.number = x;
-  return static_cast<float>(emulator::exchange(mine)[lane % emulator::kLanes].number);
+  return emulator::exchange(mine)[lane % emulator::kLanes].number;
 }
+inline float shuffle(float x, int lane) { return static_cast<float>(shuffle(static_cast<double>(x), lane)); }
 inline bool warp_any(bool x) {
   emulator::Gift mine{7, {}};
   mine.number = x;
@@ -342,6 +343,12 @@ inline void copy_wait() {
 inline int64_t shared_limit() {
   const char* less = std::getenv("LINMU_EMULATED_SHARED");
   return less ? std::atoll(less) : 227 * 1024;
+}
+
+// LINMU_EMULATED_WORKSPACE makes it less, so that a short sequence comes in ranges too.
+inline int64_t workspace_limit() {
+  const char* less = std::getenv("LINMU_EMULATED_WORKSPACE");
+  return less ? std::atoll(less) : kWorkspace;
 }
 
 // Few, so that a block that stays has more than one thing to do.

@@ -166,3 +166,5 @@ PROBE int64_t probe_bias_index(int64_t bias_size, int64_t query, int64_t key) {
   p.bias_size = bias_size;
   return linmu::bias_index(p, query, key);
 }
+
+PROBE int64_t probe_boxes() { return linmu::emulator::boxes; }

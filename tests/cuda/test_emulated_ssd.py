@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -91,6 +93,36 @@ def test_scan_in_spans(direction):
     check_scan(
         scan_cases.make_inputs((1, 530, 1, 1, 1, 1, 3, 4), torch.float32, direction, options) | dict(chunk_size=32)
     )
+
+
+@pytest.mark.parametrize("options", [("all",), ("reverse_B", "initial_state")], ids=["all", "own B"])
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+def test_the_gradient_comes_in_ranges_where_memory_is_short(direction, options, monkeypatch):
+    monkeypatch.setenv("LINMU_EMULATED_WORKSPACE", "100000")
+    inputs = scan_cases.make_inputs((2, 150, 2, 1, 1, 2, 5, 7), torch.float32, direction, options)
+    check_scan(inputs | dict(chunk_size=32))
+
+
+@pytest.mark.parametrize("layout", ["expanded", "odd strides", "odd offset"])
+def test_bulk_copies_serve_however_rows_lie(layout, emulated, monkeypatch):
+    monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
+    inputs = scan_cases.make_inputs((2, 100, 2, 1, 1, 1, 64, 64), torch.bfloat16, "both", ())
+    given = dict(inputs)
+    for name in ("x", "B", "C"):
+        t = inputs[name]
+        if layout == "expanded":
+            inputs[name] = t[:1].expand(t.shape).contiguous()
+            given[name] = t[:1].expand(t.shape)
+        elif layout == "odd strides":  # of the one group
+            given[name] = torch.as_strided(t, t.shape, (t.stride(0), t.stride(1), 3, 1))
+        else:
+            given[name] = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+    emulated.probe_boxes.restype = ctypes.c_int64
+    before = emulated.probe_boxes()
+    y = linmu_ops.ssd_scan(**given)
+    middle = emulated.probe_boxes()
+    assert y.equal(linmu_ops.ssd_scan(**inputs))
+    assert middle > before and emulated.probe_boxes() - middle == middle - before
 
 
 @pytest.mark.parametrize("case", [(2, 0, 2, 1, 2, 2, 3, 4), (0, 5, 2, 1, 2, 2, 3, 4)], ids=["L0", "B0"])

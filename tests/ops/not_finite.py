@@ -73,9 +73,12 @@ def check(name, value, direction, options, impl, dtype=torch.float32):
         got = grads_of(inputs, grad_y)
         if "masked" in options and direction == "reverse" and name == "x":  # then nothing but D sees it
             alone = grads_of(clean | {"D": None}, grad_y)["y"]
-            assert grads_of(inputs | {"D": None}, grad_y)["y"].equal(alone)
+            hidden = grads_of(inputs | {"D": None}, grad_y)["y"]
+            assert ((hidden - alone).abs() <= (1e-5 if dtype == torch.float32 else 2e-2) * alone.abs().max()).all()
     for tensor, reached in spread(got).items():
         allowed = spread(want)[tensor]
+        if name == "dt" and math.isnan(value) and tensor != "y":  # a decay that is no number: its segment's gradients
+            allowed = allowed | (inputs["seq_idx"] == inputs["seq_idx"][:, AT] if "seq_idx" in inputs else True)
         assert not (reached & ~allowed).any(), f"{tensor}: reached {reached.nonzero()[:, 1].tolist()}"
         if tensor == "y":  # and nothing hides it
             assert torch.equal(reached, allowed)
