@@ -54,7 +54,8 @@ def _direction(
     reached = tl.where(live, flow * w[:, None] * dt[None, :], 0.0)
     past = tl.cumsum(reached, axis=0, reverse=not REVERSE)  # (t, j): from j into the outputs at t and after
     da = tl.sum(tl.where(earlier, past, 0.0), axis=1)
-    into, out_of = tl.where(weighs, w * from_state, 0.0), tl.where(steps, dt * to_state, 0.0)
+    into = tl.where(arrives & weighs, w * from_state, 0.0)
+    out_of = tl.where(leaves & steps, dt * to_state, 0.0)
     da += tl.cumsum(into, axis=0, reverse=not REVERSE)
     da += tl.sum(tl.where(earlier, out_of[None, :], 0.0), axis=1)
     through = _exp(total) * tl.sum(tl.sum(entering * leaving_grad, axis=1), axis=0)
