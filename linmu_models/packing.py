@@ -18,9 +18,9 @@ def find_sequences(inputs: Mapping[str, Any], batch: int, length: int, padding: 
     """Number the sequences of each row.
 
     Args:
-        inputs: keywords of a model's forward. Any of `position_ids` (B or 1, L), (3, B, L) or, those of text first,
-            (4, B, L), which start anew in each sequence; `seq_idx` (B, L), which differs; `cu_seq_lens_q` (n + 1,),
-            where each of n sequences begins in the one row, and at last L.
+        inputs: keywords of a model's forward. Any of `position_ids`, which start anew in each sequence, (B or 1, L),
+            with a dimension of 1 before or not, (3, B, L), or (4, B, L) with those of text first; `seq_idx` (B, L),
+            which differs; `cu_seq_lens_q` (n + 1,), where each of n sequences begins in the one row, and at last L.
         padding: (B, L) bool, False at padding, which may have any of these values.
 
     Returns:
@@ -63,7 +63,7 @@ def find_sequences(inputs: Mapping[str, Any], batch: int, length: int, padding: 
 
 def _starts_anew(positions: Tensor, batch: int, length: int, before: Tensor, real: Tensor) -> Tensor:
     """(B, L) bool: where the position is not after that of the token before."""
-    if positions.dim() == 3 and positions.shape[0] == 4:
+    if positions.dim() == 3 and positions.shape[0] in (1, 4):
         positions = positions[0]
     wanted = (3, batch, length) if positions.dim() == 3 else (batch, length)
     if positions.shape[-1] != length or positions.shape[-2] not in (1, batch) or positions.shape[:-2] != wanted[:-2]:

@@ -174,6 +174,11 @@ def test_what_generation_passes_is_no_packing(students, family):
             lambda module, args, kwargs: seen.append(kwargs["linmu"].seq_idx), with_kwargs=True
         )
     student.generate(**tiny.left_padded(rows), max_new_tokens=3, do_sample=False)
+    cache = hf.DynamicCache(config=student.config)
+    words = student.generate(**rows[0], max_new_tokens=3, do_sample=False, past_key_values=cache)
+    turn = tiny.longer(rows[0], torch.cat((words, torch.tensor([tiny.text_ids(4)])), 1))
+    turn = {name: value for name, value in turn.items() if name != "pixel_values"}
+    student.generate(**turn, max_new_tokens=2, do_sample=False, past_key_values=cache)
     student(**tiny.left_padded(rows))
     assert seen and all(number is None for number in seen)
 
