@@ -147,14 +147,14 @@ void backward(const BranchMixNormBwdParams& q) {
         const A mean_gn = p.norm == Norm::none ? A(0) : sum<A>(sum_gn) / static_cast<A>(D);
         T *da = static_cast<T*>(q.da) + row * D, *db = static_cast<T*>(q.db) + row * D;
         const T *a = r.a, *b = r.b;
-        const bool on = r.on;
+        const bool on = r.on, normed = p.norm != Norm::none;
         const auto share_of = r.share_of(row);
         vec<A> share{};
         for_each_vector<A>(D, [&](int64_t d, auto lanes) {
           r.prefetch(d);
           const vec<A> grad = lanes.load(dy + d), n = (lanes.load(mixed + d) - mean) * scale;
           const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
-          const vec<A> dm = (g - mean_g - n * mean_gn) * scale;
+          const vec<A> dm = normed ? (g - mean_g - n * mean_gn) * scale : g;
           if (!on) {
             lanes.store(da + d, dm);
             lanes.store(db + d, vec<A>{});

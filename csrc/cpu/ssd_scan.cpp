@@ -3,7 +3,7 @@
 // each chunk; the second computes, per chunk and head,
 //     Y = M X + [weight carry]_f (C h) + [weight carry]_b (C r) + D X,      M = sum_d weight_d exp(S_i - S_j) dt_j
 //     C_i.B_j
-#include "ssd_scan.h"
+#include "ssd_scan_careful.h"
 
 namespace linmu {
 namespace LINMU_ISA {
@@ -42,6 +42,7 @@ class Scan {
         cb_(s.chunk * s.chunk),
         y_(s.chunk * s.head_dim),
         state_(s.bundle * s.state),
+        bound_(s.bundle),
         c_(s.chunk * units_),
         bt_(units_ * s.chunk),
         m_(s.chunk * s.chunk / kPack) {
@@ -49,7 +50,7 @@ class Scan {
       rows_of_units_ = Buffer<U>(s.chunk * units_), x_units_ = Buffer<U>(s.chunk * s.head_dim / 2);
       scaled_units_ = Buffer<U>(s.chunk * s.state_dim / 2), state_units_ = Buffer<U>(units_ * s.head_dim);
     }
-    if (both_) arriving_ = Buffer<U>(s.bundle * s.chunks * arrival());
+    if (both_) arriving_ = Buffer<U>(s.bundle * s.chunks * arrival()), arriving_bound_.resize(s.chunks * s.bundle);
     if (both_ && !p.shared_projections)
       cb_reverse_ = Buffer<A>(s.chunk * s.chunk), c_reverse_ = Buffer<U>(s.chunk * units_);
   }
@@ -62,6 +63,7 @@ class Scan {
       const int64_t at = (b_ * p_.heads + h0_ + h) * p_.head_dim * p_.state_dim;
       load_state(p_.initial_state ? static_cast<const A*>(p_.initial_state) + at : nullptr, p_.head_dim, p_.state_dim,
                  true, s_.head_dim, s_.state, state_ + h * s_.state);
+      bound_[h] = largest(state_ + h * s_.state, s_.state);
     }
     for (int64_t c = 0; c < s_.chunks; ++c) visit(backwards ? s_.chunks - 1 - c : c, backwards, true);
     if (!p_.final_state) return;
@@ -82,8 +84,10 @@ class Scan {
   // Right to left: the reverse state that enters each chunk.
   void arrive() {
     std::fill(state_.get(), state_ + s_.bundle * s_.state, A(0));
+    std::fill(bound_.begin(), bound_.end(), 0.0);
     for (int64_t c = s_.chunks - 1; c >= 0; --c) {
       for (int64_t h = 0; h < s_.bundle; ++h) {
+        arriving_bound_[c * s_.bundle + h] = bound_[h];
         if constexpr (kPairs)
           pair_rows(state_ + h * s_.state, round_up(p_.state_dim, 2), s_.head_dim, arriving(c, h));
         else if (c == s_.chunks - 1)
@@ -100,14 +104,17 @@ class Scan {
     ask_for(index + (reverse ? -1 : 1), reverse, with_output);
     const bool in_units = kPairs && !(with_output && p_.final_state);
     gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, b_rows_);
+    measure(reverse, with_output);
     if (with_output) {
       if (both_ && !p_.shared_projections) multiply_projections(true, c_reverse_, cb_reverse_);
       multiply_projections(reverse, c_, cb_);
     }
     int64_t gathered = -1;
+    double x = 0;
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t group = (h0_ + h) / s_.per_x;
       if (group != gathered) {
+        x = largest<T>(p_.x, chunk_, group, p_.head_dim);
         if (!in_units || p_.D) gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
         if constexpr (kPairs) gather_pairs(p_.x, chunk_, group, p_.head_dim, rows_, x_units_);
       }
@@ -115,6 +122,12 @@ class Scan {
       decays_[reverse].move_to(p_, chunk_, h0_ + h, reverse);
       if (with_output && both_) decays_[1].move_to(p_, chunk_, h0_ + h, true);
       A* state = state_ + h * s_.state;
+      const double before = bound_[h];
+      if (!stays_finite<A>(bound(index, h, reverse, with_output, x))) {
+        by_definition(index, h, reverse, with_output);
+        continue;
+      }
+      bound_[h] = next_bound(reverse, before, x);
       if (with_output) output(h, reverse, state, both_ ? arriving(index, h) : nullptr);
       const Decays<A>& d = decays_[reverse];
       if constexpr (kPairs) {
@@ -136,6 +149,66 @@ class Scan {
     scale_rows<A>(b_rows_, rows_, s_.state_dim, d.leave, d.step, scaled_);
     gemm<A>(p_.state_dim, s_.head_dim, chunk_.visits, scaled_, 1, s_.state_dim, x_, s_.head_dim, to, s_.head_dim,
             {d.total, nullptr, from});
+  }
+
+  // The largest magnitudes in this chunk's B and C, of each direction that it computes.
+  void measure(bool reverse, bool with_output) {
+    for (int d = 0; d < 2; ++d) {
+      if (d != reverse && !(with_output && both_)) continue;
+      const SsdScanDirection& of = direction(d);
+      b_most_[d] = largest<T>(of.B, chunk_, h0_ / s_.per_b, p_.state_dim);
+      c_most_[d] = with_output ? largest<T>(of.C, chunk_, h0_ / s_.per_c, p_.state_dim) : 0.0;
+    }
+  }
+
+  double next_bound(int d, double state, double x) const {
+    return decays_[d].growth * (state + b_most_[d] * x * decays_[d].steps);
+  }
+
+  // Of everything that is summed for this chunk and head, x the largest magnitude in its x.
+  double bound(int64_t index, int64_t h, bool reverse, bool with_output, double x) const {
+    double most = x;
+    for (int d = 0; d < 2; ++d) {
+      if (d != reverse && !(with_output && both_)) continue;
+      const double state = d == reverse ? bound_[h] : arriving_bound_[index * s_.bundle + h];
+      const double products = c_most_[d] * b_most_[d] * static_cast<double>(p_.state_dim);
+      most += next_bound(d, state, x) + b_most_[d] * decays_[d].steps + products;
+      most += decays_[d].growth * decays_[d].steps * products * (1 + x);
+      most += decays_[d].growth * c_most_[d] * state * static_cast<double>(p_.state_dim);
+    }
+    return most;
+  }
+
+  void by_definition(int64_t index, int64_t h, bool reverse, bool with_output) {
+    A* state = state_ + h * s_.state;
+    if constexpr (!kPairs) {
+      if (!with_output) {
+        std::copy(arriving(index, h), arriving(index, h) + s_.state, arriving(index - 1, h));
+        state = arriving(index - 1, h);
+      }
+    }
+    std::fill(y_.get(), y_ + s_.chunk * s_.head_dim, A(0));
+    careful_.walk(p_, s_, chunk_, decays_[reverse], h0_ + h, reverse, state, with_output ? y_.get() : nullptr);
+    bound_[h] = largest(state, round_up(p_.state_dim * s_.head_dim, W));
+    if (!with_output) return;
+    if (both_) {
+      std::vector<A> entering(s_.state);
+      unpack(arriving(index, h), entering.data());
+      careful_.walk(p_, s_, chunk_, decays_[1], h0_ + h, true, entering.data(), y_);
+    }
+    write(h0_ + h);
+  }
+
+  void unpack(const U* state, A* out) const {
+    if constexpr (kPairs) {
+      for (int64_t n = 0; n < p_.state_dim; ++n)
+        for (int64_t m = 0; m < s_.head_dim; ++m) {
+          const uint32_t pair = state[n / 2 * s_.head_dim + m].bits;
+          out[n * s_.head_dim + m] = widen(bf16{static_cast<uint16_t>(n % 2 ? pair >> 16 : pair & 0xffff)});
+        }
+    } else {
+      std::copy(state, state + s_.state, out);
+    }
   }
 
   // The next chunk's rows, while this one is computed.
@@ -266,7 +339,11 @@ class Scan {
   Chunk chunk_;
   Decays<A> decays_[2];
   Buffer<A> x_, b_rows_, scaled_, factor_, cb_, cb_reverse_, y_;
-  Buffer<A> state_;     // per head of the bundle
+  Buffer<A> state_;  // per head of the bundle
+  // Largest magnitudes: of states at hand per head, of those that enter chunks, of B and C.
+  std::vector<double> bound_, arriving_bound_;
+  double b_most_[2] = {}, c_most_[2] = {};
+  Careful<T> careful_;
   Buffer<U> arriving_;  // per chunk and head of the bundle
   Buffer<U> c_, c_reverse_, bt_, m_;
   Buffer<U> rows_of_units_, x_units_, scaled_units_, state_units_;  // of pairs only

@@ -149,9 +149,13 @@ class Decays {
   Buffer<A> weight;                  // of this direction in the output
   Buffer<A> row, col, carry, leave;  // carry_i: from the chunk's entry to i; leave_j: from j to its exit
   Buffer<A> block;
-  A total = A(0);  // from entry to exit
+  A total = A(0);      // from entry to exit
+  double steps = 0;    // sum of |step|
+  double weights = 1;  // no weight of a visit exceeds it
+  double growth = 1;   // no product of decays exceeds it: 1, unless a step is negative
 
  private:
+  static constexpr A kNothing = A(-1024);                             // so is exp of this
   static constexpr A kNever = A(-1267650600228229401496703205376.0);  // -2^100: exp of it is 0
 
   // Log-decays summed up to a visit, in two parts, and its segment; of W visits.
@@ -194,21 +198,28 @@ class Decays {
       step[i] = on ? step[i] : A(0);
       segment_[i] = static_cast<A>(c.segment[reverse_][i]);
     }
+    weights = 1;
     if (!gate) return;
     for (int64_t i = 0; i < c.visits; ++i) {
       const A g = gate[p.gate_per_token ? c.tokens[i] * p.heads : 0];
-      if (c.keep[i]) weight[i] = reverse_ ? 1 - g : g;
+      if (!c.keep[i]) continue;
+      weight[i] = reverse_ ? 1 - g : g;
+      weights += std::abs(static_cast<double>(weight[i]));
     }
   }
 
   void accumulate(const SsdScanParams& p, int64_t h) {
     const wide_t<A> rate = static_cast<const A*>((reverse_ ? p.reverse : p.forward).A)[h];
-    wide_t<A> s = 0;
+    wide_t<A> s = 0, up = 0, length = 0;
     for (int64_t k = 0; k < size_; ++k) {
       const int64_t i = reverse_ ? size_ - 1 - k : k;
-      sum_[i] = s += step[i] * rate;
+      // A step longer than this leaves nothing either, and would drown the steps after it in the sum.
+      const wide_t<A> x = step[i] * rate, change = x < kNothing ? kNothing : x;
+      length += std::abs(step[i]), up += change > 0 ? change : 0;
+      sum_[i] = s += change;
       sum_high_[i] = static_cast<A>(s), sum_low_[i] = static_cast<A>(s - sum_high_[i]);
     }
+    steps = static_cast<double>(s == s ? length : s), growth = std::exp(static_cast<double>(up));
   }
 
   Buffer<wide_t<A>> sum_;

@@ -9,7 +9,8 @@
 // The carried states add the same terms with a chunk's edge in place of i or j.
 #include <numeric>
 
-#include "ssd_scan.h"
+#include "ssd_scan_careful.h"
+#include "ssd_scan_sums.h"
 
 namespace linmu {
 namespace LINMU_ISA {
@@ -38,44 +39,6 @@ inline void gemm_in_parts(int64_t m, int64_t n, int64_t k, const A* a, int64_t l
     gemm<A>(m, n, std::min(k - l, kPart), a + l, lda, 1, b + l * ldb, ldb, out, ldo, {A(1), nullptr});
 }
 
-// Heads [first, last) of one task, and where each adds the gradients of what it shares with heads of other tasks:
-// slots of group_heads heads, summed in order when all tasks are done.
-template <class A>
-struct Shared {
-  A* data = nullptr;  // (B, L, slots, dim)
-  Buffer<A> own;      // data, unless that is the gradient itself
-  int64_t group_heads = 1, slots = 0, dim = 0;
-
-  int64_t slot(int64_t head) const { return head / group_heads; }
-  bool starts(int64_t head) const { return head % group_heads == 0; }
-
-  // Adds the chunk's tile to the slot, or stores it there when nothing has been.
-  void add(const Chunk& c, int64_t length, int64_t slot, bool first, const A* tile) const {
-    constexpr int64_t W = Simd<A>::width;
-    const int64_t ld = round_up(dim, W);
-    for (int64_t i = 0; i < c.visits; ++i, tile += ld) {
-      A* out = data + ((c.batch * length + c.tokens[i]) * slots + slot) * dim;
-      int64_t n = 0;
-      for (; n + W <= dim; n += W) store(out + n, first ? load(tile + n) : load(out + n) + load(tile + n));
-      for (; n < dim; ++n) out[n] = first ? tile[n] : out[n] + tile[n];
-    }
-  }
-};
-
-// Sums over tokens of one batch row and head, by direction.
-template <class Wide>
-struct Totals {
-  Wide A[2] = {}, dt_bias[2] = {}, D = 0, gate = 0;
-};
-
-template <class A>
-struct Plan {
-  ScanSizes sizes;
-  int64_t unit;  // heads per task
-  Shared<A> x, B[2], C[2];
-  std::vector<Totals<wide_t<A>>> totals;  // (B, H)
-};
-
 template <class T>
 class ScanGrad {
   using A = acc_t<T>;
@@ -96,6 +59,7 @@ class ScanGrad {
     for (int d = 0; d < 2; ++d) {
       if (!direction(d).on) continue;
       passed_[d] = Buffer<A>(s_.bundle * s_.chunks * s_.state), running_[d] = Buffer<A>(s_.bundle * s_.state);
+      passed_bound_[d].resize(s_.bundle * s_.chunks), running_bound_[d].resize(s_.bundle);
       b_tile_[d] = Buffer<A>(q_ * np_), c_tile_[d] = Buffer<A>(q_ * np_);
       k_[d] = Buffer<A>(q_ * q_), dk_[d] = Buffer<A>(q_ * q_);
       db_[d] = Buffer<A>(q_ * np_), dc_[d] = Buffer<A>(q_ * np_);
@@ -117,8 +81,15 @@ class ScanGrad {
       enter(c);
       for (int64_t h = 0; h < s_.bundle; ++h) {
         gather_head(h, false);
-        if (f) keep(0, c, h), advance_state(0, running(0, h));
-        if (r) keep(1, c, h), advance_adjoint(1, running(1, h));
+        if (f) keep(0, c, h);
+        if (r) keep(1, c, h);
+        if (!stays_finite<A>(bound(c, h))) {
+          if (f) by_definition(0, h, running(0, h), nullptr);
+          if (r) by_definition(1, h, nullptr, running(1, h));
+          continue;
+        }
+        if (f) advance_state(0, h);
+        if (r) advance_adjoint(1, h);
       }
     }
     if (!f && g_.initial_state) save_adjoints(1);
@@ -146,13 +117,15 @@ class ScanGrad {
     const int64_t at = (b_ * p_.heads + h0_) * p_.head_dim * p_.state_dim;
     for (int64_t h = 0; h < s_.bundle; ++h)
       load_state(from ? static_cast<const A*>(from) + at + h * p_.head_dim * p_.state_dim : nullptr, p_.head_dim,
-                 p_.state_dim, false, np_, s_.state, running(d, h));
+                 p_.state_dim, false, np_, s_.state, running(d, h)),
+          running_bound_[d][h] = largest(running(d, h), s_.state);
   }
   void start_adjoints(int d, const void* from) {
     const int64_t at = (b_ * p_.heads + h0_) * p_.head_dim * p_.state_dim;
     for (int64_t h = 0; h < s_.bundle; ++h)
       load_state(from ? static_cast<const A*>(from) + at + h * p_.head_dim * p_.state_dim : nullptr, p_.head_dim,
-                 p_.state_dim, true, pp_, s_.state, running(d, h));
+                 p_.state_dim, true, pp_, s_.state, running(d, h)),
+          running_bound_[d][h] = largest(running(d, h), s_.state);
   }
   void save_adjoints(int d) {
     const int64_t at = (b_ * p_.heads + h0_) * p_.head_dim * p_.state_dim;
@@ -163,6 +136,7 @@ class ScanGrad {
 
   void keep(int d, int64_t c, int64_t h) {
     std::copy(running(d, h), running(d, h) + s_.state, passed_[d] + (c * s_.bundle + h) * s_.state);
+    passed_bound_[d][c * s_.bundle + h] = running_bound_[d][h];
   }
 
   void enter(int64_t index) {
@@ -173,6 +147,7 @@ class ScanGrad {
       if (!direction(d).on) continue;
       if (of_b(d) == d) gather<T>(direction(d).B, chunk_, h0_ / s_.per_b, p_.state_dim, q_, b_tile_[d]);
       if (of_c(d) == d) gather<T>(direction(d).C, chunk_, h0_ / s_.per_c, p_.state_dim, q_, c_tile_[d]);
+      b_most_[d] = largest(b_tile_[of_b(d)] + 0, rows_ * np_), c_most_[d] = largest(c_tile_[of_c(d)] + 0, rows_ * np_);
     }
   }
 
@@ -180,19 +155,101 @@ class ScanGrad {
     const int64_t group = (h0_ + h) / s_.per_x;
     if (group != gathered_) {
       gather<T>(p_.x, chunk_, group, p_.head_dim, q_, x_);
+      x_most_ = largest(x_ + 0, rows_ * pp_);
       if (with_transpose) transpose<A>(x_, pp_, q_, pp_, xt_, q_);
     }
     gathered_ = group;
     gather<T>(g_.grad_y, chunk_, h0_ + h, p_.head_dim, q_, dy_);
+    dy_most_ = largest(dy_ + 0, rows_ * pp_);
     for (int d = 0; d < 2; ++d)
       if (direction(d).on) decays_[d].move_to(p_, chunk_, h0_ + h, d);
   }
 
-  void advance_state(int d, A* state) {
+  double weights() const {
+    return std::max(direction(0).on ? decays_[0].weights : 0.0, direction(1).on ? decays_[1].weights : 0.0);
+  }
+  double next_state(int d, double state) const {
+    return decays_[d].growth * (state + b_most_[d] * x_most_ * decays_[d].steps);
+  }
+  double next_adjoint(int d, double adjoint) const {
+    return decays_[d].growth * (adjoint + c_most_[d] * dy_most_ * decays_[d].weights * static_cast<double>(rows_));
+  }
+
+  // Of everything that is summed for this chunk and head.
+  double bound(int64_t c, int64_t h) const {
+    const double N = static_cast<double>(p_.state_dim), P = static_cast<double>(p_.head_dim), x = x_most_,
+                 dy = dy_most_ * weights();
+    const double gram = P * x * dy, Q = static_cast<double>(rows_) * static_cast<double>(s_.bundle);
+    double most = x + dy + gram, pairs = 0;
+    for (int d = 0; d < 2; ++d) {
+      if (!direction(d).on) continue;
+      const double kept = passed_bound_[d][c * s_.bundle + h], now = running_bound_[d][h];
+      const double state = next_state(d, d ? now : kept), adjoint = next_adjoint(d, d ? kept : now);
+      const double b = b_most_[d], cs = c_most_[d], products = N * b * cs,
+                   steps = 1 + decays_[d].growth * decays_[d].steps;
+      pairs += products * gram * Q * steps;
+      most += (products + b * steps) * (1 + gram + dy) + Q * steps * (gram * (products + b + cs) + products * dy);
+      most += state * P * dy * (1 + N * cs) + adjoint * steps * (P * x + N * b) * (1 + N * b) + state * adjoint * N * P;
+    }
+    // Sums over pairs cancel: beyond this range a large pair would take the precision of those it does not concern.
+    constexpr double kRange = 1180591620717411303424.0;  // 2^70
+    return pairs < kRange ? most : std::numeric_limits<double>::infinity();
+  }
+
+  // The state (P, N) moves with the scan, the adjoint (N, P) against it; of either the one that is given is kept.
+  void by_definition(int d, int64_t h, A* state, A* adjoint) {
+    std::vector<A> moved(s_.state);
+    if (state) transpose<A>(state, np_, pp_, np_, moved.data(), pp_);
+    if (state && !adjoint) {
+      careful_.walk(p_, s_, chunk_, decays_[d], h0_ + h, d, moved.data(), nullptr);
+    } else {
+      std::vector<A> unread(q_ * std::max(np_, pp_));
+      careful_.gradients(p_, s_, chunk_, decays_[d], h0_ + h, d, moved.data(), adjoint, dy_, unread.data(),
+                         unread.data(), unread.data());
+    }
+    if (state) transpose<A>(moved.data(), pp_, np_, pp_, state, np_);
+    running_bound_[d][h] = largest(state ? state : adjoint, np_ * pp_);
+  }
+
+  void gradients_by_definition(int64_t c, int64_t h) {
+    Totals<Wide>& sums = plan_.totals[b_ * p_.heads + h0_ + h];
+    const A skip = p_.D ? static_cast<const A*>(p_.D)[h0_ + h] : A(0);
+    for (int64_t i = 0; p_.D && i < chunk_.visits; ++i)
+      for (int64_t n = 0; n < p_.head_dim; ++n) {
+        dx_[i * pp_ + n] += skip * dy_[i * pp_ + n];
+        sums.D += static_cast<Wide>(dy_[i * pp_ + n]) * x_[i * pp_ + n];
+      }
+    std::vector<A> dot[2], state(s_.state), adjoint(s_.state);
+    for (int d = 0; d < 2; ++d) {
+      if (!direction(d).on) continue;
+      const A *from = d ? running(d, h) : passed(d, c, h), *back = d ? passed(d, c, h) : running(d, h);
+      transpose<A>(from, np_, pp_, np_, state.data(), pp_);
+      std::copy(back, back + s_.state, adjoint.begin());
+      careful_.gradients(p_, s_, chunk_, decays_[d], h0_ + h, d, state.data(), adjoint.data(), dy_, dx_, db_[of_b(d)],
+                         dc_[of_c(d)]);
+      if (d)
+        transpose<A>(state.data(), pp_, np_, pp_, running(d, h), np_);
+      else
+        std::copy(adjoint.begin(), adjoint.end(), running(d, h));
+      running_bound_[d][h] = largest(running(d, h), np_ * pp_);
+      for (int64_t t = 0; t < chunk_.visits; ++t)
+        step_gradient(d, h0_ + h, t, careful_.decay[t], careful_.step[t], sums);
+      dot[d] = careful_.dot;
+    }
+    if (g_.gate)
+      for (int64_t t = 0; t < chunk_.visits; ++t)
+        gate_gradient(h0_ + h, t, chunk_.keep[t] ? Wide(dot[0][t]) - dot[1][t] : Wide(0), sums);
+  }
+
+  void advance_state(int d, int64_t h) {
+    A* state = running(d, h);
+    running_bound_[d][h] = next_state(d, running_bound_[d][h]);
     scale_rows<A>(b_tile_[of_b(d)], rows_, np_, decays_[d].leave, decays_[d].step, scratch_);
     gemm<A>(p_.head_dim, np_, chunk_.visits, x_, 1, pp_, scratch_, np_, state, np_, {decays_[d].total, nullptr});
   }
-  void advance_adjoint(int d, A* adjoint) {
+  void advance_adjoint(int d, int64_t h) {
+    A* adjoint = running(d, h);
+    running_bound_[d][h] = next_adjoint(d, running_bound_[d][h]);
     scale_rows<A>(dy_, rows_, pp_, decays_[d].carry, decays_[d].weight, scratch_);
     gemm<A>(p_.state_dim, pp_, chunk_.visits, c_tile_[of_c(d)], 1, np_, scratch_, pp_, adjoint, pp_,
             {decays_[d].total, nullptr});
@@ -207,7 +264,7 @@ class ScanGrad {
       std::fill(db_[d].get(), db_[d] + q_ * np_, A(0));
       std::fill(dc_[d].get(), dc_[d] + q_ * np_, A(0));
     }
-    bool first = true;
+    bool first = true, products = false;
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t head = h0_ + h;
       if (h == 0 || plan_.x.starts(head)) {
@@ -215,12 +272,15 @@ class ScanGrad {
         first = plan_.x.starts(head);
       }
       gather_head(h, true);
-      head_gradients(c, h);
+      if (stays_finite<A>(bound(c, h)))
+        products = true, head_gradients(c, h);
+      else
+        gradients_by_definition(c, h);
       if (h + 1 == s_.bundle || plan_.x.starts(head + 1))
         plan_.x.add(chunk_, p_.length, plan_.x.slot(head), first, dx_);
     }
     for (int d = 0; d < 2; ++d) {
-      if (!direction(d).on || of_k(d) != d) continue;
+      if (!products || !direction(d).on || of_k(d) != d) continue;
       gemm<A>(rows_, np_, chunk_.visits, dk_[d], q_, 1, b_tile_[of_b(d)], np_, dc_[of_c(d)], np_, {A(1), nullptr});
       gemm<A>(rows_, np_, chunk_.visits, dk_[d], 1, q_, c_tile_[of_c(d)], np_, db_[of_b(d)], np_, {A(1), nullptr});
     }
@@ -257,11 +317,11 @@ class ScanGrad {
       carried(d, d ? mine : other, d ? other : mine);
       small_gradients(d, h0_ + h, sums);
       if (d)
-        advance_state(1, mine);
+        advance_state(1, h);
       else
-        advance_adjoint(0, mine);
+        advance_adjoint(0, h);
     }
-    if (g_.gate) gate_gradient(h0_ + h, sums);
+    if (g_.gate) gate_gradients(h0_ + h, sums);
   }
 
   // One row of W columns j0.. of row i: adds to M and dK, and gives E.
@@ -342,35 +402,45 @@ class ScanGrad {
       behind += static_cast<Wide>(w.step[t]) * depart_[d][t];
     }
     Wide ahead = 0;
-    const A rate = static_cast<const A*>(direction(d).A)[head];
-    A* out = static_cast<A*>(grads(d).dt ? grads(d).dt : g_.forward.dt) + b_ * p_.length * p_.heads + head;
-    const bool add = d == 1 && !grads(1).dt;
     for (int64_t k = n - 1; k >= 0; --k) {
       const int64_t t = d ? n - 1 - k : k;
       ahead += flow_[d][t] + static_cast<Wide>(w.weight[t]) * arrive_[d][t];
-      const bool on = d == 0 || chunk_.keep[t];
-      const Wide decay = on ? decay_sum_[t] + ahead : 0;
-      Wide dt = on ? rate * decay + column_[d][t] + static_cast<Wide>(w.weight[t]) * own_[d][t] + depart_[d][t] : 0;
-      if (p_.dt_softplus && w.raw[t] <= A(20)) dt /= 1 + std::exp(-static_cast<double>(w.raw[t]));
-      sums.A[d] += w.step[t] * decay;
-      sums.dt_bias[d] += dt;
-      A& at = out[chunk_.tokens[t] * p_.heads];
-      at = static_cast<A>(add ? at + dt : dt);
+      const Wide step = static_cast<Wide>(w.weight[t]) * own_[d][t] + column_[d][t] + depart_[d][t];
+      step_gradient(d, head, t, decay_sum_[t] + ahead, step, sums);
     }
   }
 
-  void gate_gradient(int64_t head, Totals<Wide>& sums) {
-    A* out = static_cast<A*>(g_.gate) + b_ * p_.length * p_.heads + head;
+  // From the gradients of a visit's log-decay and of its step as it enters the state.
+  void step_gradient(int d, int64_t head, int64_t t, Wide decay, Wide step, Totals<Wide>& sums) {
+    const Decays<A>& w = decays_[d];
+    const Wide rate = static_cast<const A*>(direction(d).A)[head];
+    A* out = static_cast<A*>(grads(d).dt ? grads(d).dt : g_.forward.dt) + b_ * p_.length * p_.heads + head;
+    A& at = out[chunk_.tokens[t] * p_.heads];
+    const bool add = d == 1 && !grads(1).dt;
+    Wide dt = 0;
+    if (d == 0 || chunk_.keep[t]) {
+      dt = rate * decay + step;
+      if (p_.dt_softplus && w.raw[t] <= A(20)) dt /= 1 + std::exp(-static_cast<double>(w.raw[t]));
+      if (decay != 0) sums.A[d] += w.step[t] * decay;  // after a restart nothing decays, whatever the step
+      sums.dt_bias[d] += dt;
+    }
+    at = static_cast<A>(add ? at + dt : dt);
+  }
+
+  void gate_gradients(int64_t head, Totals<Wide>& sums) {
     const auto output = [&](int d, int64_t t) {
       return static_cast<Wide>(row_[d][t]) + own_[d][t] * decays_[d].step[t] + arrive_[d][t];
     };
     for (int64_t t = 0; t < chunk_.visits; ++t) {
-      const Wide grad = chunk_.keep[t] ? output(0, t) - output(1, t) : 0;
-      if (p_.gate_per_token)
-        out[chunk_.tokens[t] * p_.heads] = static_cast<A>(grad);
-      else
-        sums.gate += grad;
+      gate_gradient(head, t, chunk_.keep[t] ? output(0, t) - output(1, t) : 0, sums);
     }
+  }
+
+  void gate_gradient(int64_t head, int64_t t, Wide grad, Totals<Wide>& sums) {
+    if (p_.gate_per_token)
+      static_cast<A*>(g_.gate)[(b_ * p_.length + chunk_.tokens[t]) * p_.heads + head] = static_cast<A>(grad);
+    else
+      sums.gate += grad;
   }
 
   const SsdScanBwdParams& g_;
@@ -380,6 +450,10 @@ class ScanGrad {
   int64_t b_ = 0, h0_ = 0, rows_ = 0, gathered_ = -1;
   Chunk chunk_;
   Decays<A> decays_[2];
+  Careful<T> careful_;
+  // Largest magnitudes, for `bound`: of states and adjoints per head, at hand and passed; of tiles.
+  std::vector<double> running_bound_[2], passed_bound_[2];
+  double b_most_[2] = {}, c_most_[2] = {}, x_most_ = 0, dy_most_ = 0;
   const int64_t q_, np_, pp_;  // padded sizes of a chunk, a state row, a head
   Buffer<A> passed_[2], running_[2];
   Buffer<A> b_tile_[2], c_tile_[2], db_[2], dc_[2], k_[2], dk_[2];
@@ -397,67 +471,6 @@ class ScanGrad {
 inline int64_t heads_per_task(const SsdScanParams& p, const ScanSizes& s) {
   const int64_t groups = std::lcm(std::lcm(s.per_x, s.per_b), std::lcm(s.per_c, s.bundle));
   return p.batch * (p.heads / groups) >= p.threads.count ? groups : s.bundle;
-}
-
-template <class T>
-void plan_shared(const SsdScanParams& p, int64_t unit, int64_t per, int64_t dim, void* out, Shared<acc_t<T>>& s) {
-  using A = acc_t<T>;
-  if (!out) return;
-  s.group_heads = std::min(unit, per), s.slots = p.heads / s.group_heads, s.dim = dim;
-  if (std::is_same_v<T, A> && s.group_heads == per) {
-    s.data = static_cast<A*>(out);
-  } else {
-    s.own = Buffer<A>(p.batch * p.length * s.slots * dim);
-    s.data = s.own;
-  }
-}
-
-// The slots of each group, summed in order.
-template <class T>
-void reduce(const SsdScanParams& p, const Shared<acc_t<T>>& s, int64_t per, void* out) {
-  using A = acc_t<T>;
-  if (!s.own) return;
-  const int64_t parts = per / s.group_heads, groups = s.slots / parts, W = Simd<A>::width;
-  p.threads.run(p.batch * p.length, 1 + 16384 / (s.slots * s.dim + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * groups; i < end * groups; ++i) {
-      const A* from = s.data + i * parts * s.dim;
-      T* to = static_cast<T*>(out) + i * s.dim;
-      for (int64_t n = 0; n < s.dim; n += W) {
-        const int rest = static_cast<int>(std::min<int64_t>(W, s.dim - n));
-        vec<A> sum{};
-        for (int64_t k = 0; k < parts; ++k) {
-          const A* at = from + k * s.dim + n;
-          sum += rest == W ? load(at) : load_n(at, rest);
-        }
-        if (rest == W)
-          store(to + n, sum);
-        else
-          store_n(to + n, sum, rest);
-      }
-    }
-  });
-}
-
-template <class A>
-void reduce_totals(const SsdScanBwdParams& g, const std::vector<Totals<wide_t<A>>>& totals) {
-  const SsdScanParams& p = g.scan;
-  for (int64_t h = 0; h < p.heads; ++h) {
-    Totals<wide_t<A>> t;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const Totals<wide_t<A>>& one = totals[b * p.heads + h];
-      for (int d = 0; d < 2; ++d) t.A[d] += one.A[d], t.dt_bias[d] += one.dt_bias[d];
-      t.D += one.D, t.gate += one.gate;
-    }
-    if (!g.reverse.A) t.A[0] += t.A[1];
-    if (!g.reverse.dt_bias) t.dt_bias[0] += t.dt_bias[1];
-    const auto put = [&](void* to, wide_t<A> value) {
-      if (to) static_cast<A*>(to)[h] = static_cast<A>(value);
-    };
-    put(g.forward.A, t.A[0]), put(g.reverse.A, t.A[1]);
-    put(g.forward.dt_bias, t.dt_bias[0]), put(g.reverse.dt_bias, t.dt_bias[1]);
-    put(g.D, t.D);
-    if (!p.gate_per_token) put(g.gate, t.gate);
-  }
 }
 
 template <class T>

@@ -19,8 +19,9 @@ def branch_mix_norm(
         m = lam * m + (1 - lam) * other
     else:
         on = mask[..., None]
-        other = torch.where(on, other, 0.0)  # b is not looked at where the mask is off, NaN or not
-        m = torch.where(on, lam * m + (1 - lam) * other, m)
+        # Neither b nor mix is looked at where the mask is off, NaN or not, and mix gets no gradient from there.
+        lam, other, seen = torch.where(on, lam, 1.0), torch.where(on, other, 0.0), torch.where(on, m, 0.0)
+        m = torch.where(on, lam * seen + (1 - lam) * other, m)
     if norm == "layer":
         m = m - m.mean(-1, keepdim=True)
     if norm != "none":

@@ -18,10 +18,13 @@ def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, restart: Tensor, keep: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (outer) B[t], y[t] = h[t] C[t]; all per head, in visiting order."""
+    # 0 times what is not finite is a NaN, in a gradient too: what takes no part is taken out before it is multiplied.
+    x, dt, B, C = (torch.where(keep.view(*keep.shape, *[1] * (t.dim() - 2)), t, 0.0) for t in (x, dt, B, C))
     ys = [x.new_zeros(x.shape[0], 0, *x.shape[2:])]
     for t in range(x.shape[1]):
-        state = torch.where(restart[:, t, None, None, None], 0.0, state)
-        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (B, H, 1, 1)
+        new = restart[:, t, None]
+        state = torch.where(new[..., None, None], 0.0, state)
+        decay = torch.where(new, 0.0, torch.exp(torch.where(new, 0.0, dt[:, t]) * A))[..., None, None]  # (B, H, 1, 1)
         moved = decay * state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
         m = keep[:, t, None, None, None]
         state = torch.where(m, moved, state)
@@ -79,7 +82,9 @@ def ssd_scan(
             y = y + r
         else:
             g = (gate.to(acc).expand(batch, length, heads) if gate.dim() == 1 else visit(gate.to(acc)))[..., None]
-            y = torch.where(keep[..., None, None], g * y + (1 - g) * r, y)
+            on = keep[..., None, None]
+            blend = torch.where(on, g, 1.0) * torch.where(on, y, 0.0) + (1 - torch.where(on, g, 1.0)) * r
+            y = torch.where(on, blend, y)
     if D is not None:
         y = y + D.to(acc)[:, None] * xs
     y = visited(y, inverse).to(x.dtype)
