@@ -444,7 +444,7 @@ def test_initial_decay():
         (dict(normalizer=True), "normalizer must be off without a feature_map, and with skip, got True"),
         (dict(conv_width=1), "MMATEConfig: conv_width must be 0, or 2 to 8, got 1"),
         (dict(window=(4, 4)), r"MMATEConfig: window must be of type tuple\[int, int, int\], got \(4, 4\)"),
-        (dict(window=(4, 4, 0)), r"MMATEConfig: window must be three sizes >= 1, got \(4, 4, 0\)"),
+        (dict(window=(4, 4, 0)), r"MMATEConfig: window must be three sizes in \[1, 1048576\], got \(4, 4, 0\)"),
         (dict(swin="False"), "MMATEConfig: swin must be of type bool, got 'False'"),
         (dict(text_window="256"), "MMATEConfig: text_window must be of type int, got '256'"),
         (dict(text_window=True), "MMATEConfig: text_window must be of type int, got True"),
