@@ -15,9 +15,7 @@ except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[distill]' (`python -m linmu_ops.env` does without)")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-OPTION_HELP = (
-    'name=value of MMATEConfig, e.g. "text_window=16"; "preset=paper" to start from PAPER, the paper-like block.'
-)
+OPTION_HELP = 'name=value of the block\'s options, e.g. "text_window=16"; "preset=paper" for the paper\'s block.'
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
 
 

@@ -23,8 +23,9 @@ from pydantic import (
 )
 
 from distill.data.tasks import GROUPS, check_options
-from distill.stages import RECIPES, STAGES, Stage
-from linmu_models.config import parse_mmate
+from distill.stages import PRESETS, STAGES, Stage
+from linmu_models.config import parse_options
+from linmu_ops.nn import ExactConfig, MMATEConfig
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -240,7 +241,7 @@ class StageConfig(_Table):
     steps: Count | None = None
     """0 skips the stage: the next one goes on from the one before."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    train: Annotated[list[Literal["flex", "swin", "lora"]], Field(min_length=1)] | None = None
+    train: Annotated[list[Literal["scan", "windows", "lora"]], Field(min_length=1)] | None = None
     """Kinds of parameters that are trained, in the place of the table's."""
     losses: dict[Literal["hidden", "token", "sequence", "supervised"], Weight] | None = None
     """Weight of each loss, in the place of the table's; one that is not named is not used."""
@@ -261,12 +262,13 @@ class Config(_Table):
     """Results go to `output/name`."""
     seed: Count = 0
     teacher: TeacherConfig
-    recipe: Literal["exact", "paper"] = "exact"
-    """Where all other options start: what the tables in `bench/reports` chose, or the paper's; see `RECIPES`."""
+    preset: Literal["exact", "paper", "literal"] = "exact"
+    """Where all other options start: what the tables in `bench/reports` chose, the paper's structure, or the paper to
+    the letter; see `distill.stages.PRESETS`."""
     student: dict[str, Any] = Field({}, validate_default=True)
-    """Options of the M-MATE block that differ from the recipe's: the fields of `linmu_ops.nn.MMATEConfig`; and
-    `keep_attention`, a list of decoder layers that stay quadratic, negative ones counted from the end. Once read, it
-    holds every option, so that a run is not gone on with when the library's have changed."""
+    """Options of the block that differ from the preset's: the fields of `linmu_ops.nn.ExactConfig`, or of
+    `MMATEConfig`; and `keep_attention`, a list of decoder layers that stay quadratic, negative ones counted from the
+    end. Once read, it holds every option, so that a run is not gone on with when the library's have changed."""
     data: DataConfig = TaskData()
     losses: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -294,8 +296,8 @@ class Config(_Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _start_from_recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
-        for name, start in RECIPES.get(str(values.get("recipe", "exact")), {}).items():
+    def _start_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, start in PRESETS.get(str(values.get("preset", "exact")), {}).items():
             if name == "calibrate_step_sizes" and values.get("calibrate") is False:
                 continue
             given = values.get(name, start)
@@ -308,15 +310,14 @@ class Config(_Table):
     @field_validator("student")
     @classmethod
     def _write_out_student(cls, student: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        recipe = info.data.get("recipe", "exact")
-        if student.get("preset", recipe) != recipe:
-            raise ValueError(f"preset must be the recipe's, {recipe!r}, got {student['preset']!r}; set recipe")
-        options = {"preset": recipe, **student}
+        if "preset" in student:
+            raise ValueError(f"preset must stand above all tables, got it in [student]: {student['preset']!r}")
+        options = {"preset": info.data.get("preset", "exact"), **student}
         layers = options.get("keep_attention", [])
         if not isinstance(layers, list | tuple) or not all(type(layer) is int for layer in layers):
             raise ValueError(f"keep_attention must be a list of layers, got {layers!r}")
         kept = {"keep_attention": options.pop("keep_attention")} if "keep_attention" in options else {}
-        return {**dataclasses.asdict(parse_mmate(options)), **kept}
+        return {**dataclasses.asdict(parse_options(options)), **kept}
 
     @model_validator(mode="after")
     def _check_block_input(self) -> "Config":
@@ -329,8 +330,11 @@ class Config(_Table):
     @model_validator(mode="after")
     def _check_skipped(self) -> "Config":
         trained = [number for number in (1, 2, 3) if self.stage(number).steps]
-        if trained == [1] and self.student["swin"] and self.student["mix"] != "softmax":
-            raise ValueError("student.swin must be false where only stage 1 has steps: it trains without Local-Swin")
+        if trained == [1] and isinstance(self.block, MMATEConfig) and self.block.swin:
+            raise ValueError(
+                "student.branches must be 'flex' where only stage 1 has steps: it trains without Local-Swin, got "
+                f"{self.block.branches!r}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -338,6 +342,12 @@ class Config(_Table):
         if self.calibrate_step_sizes and not self.calibrate:
             raise ValueError("calibrate_step_sizes must be false where calibrate is false, got true")
         return self
+
+    @property
+    def block(self) -> MMATEConfig | ExactConfig:
+        """Options of the student's block."""
+        options = {name: value for name, value in self.student.items() if name != "keep_attention"}
+        return parse_options({"preset": self.preset, **options})
 
     @property
     def folder(self) -> Path:
@@ -377,7 +387,7 @@ class Config(_Table):
             row.number,
             row.title,
             row.trainable if changes.train is None else tuple(changes.train),
-            row.local_swin,
+            row.windows,
             row.losses if changes.losses is None else {k: w for k, w in changes.losses.items() if w},
             changes.learning_rate or row.learning_rate,
             row.steps if changes.steps is None else changes.steps,

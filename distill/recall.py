@@ -51,7 +51,7 @@ class Memory(nn.Module):
         dim = HEADS * head_dim
         self.key, self.value = nn.Embedding(KEYS, dim), nn.Embedding(VALUES, dim)
         self.norm, self.last = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        options = MMATEConfig(swin=False, reverse=False, rotary=False, head_norm=True, initial_decay=0.9999)
+        options = MMATEConfig(branches="flex", reverse=False, head_norm=True, initial_decay=0.9999)
         self.mixer = MMATE(dim, HEADS, config=options) if scan else Attention(dim)
         self.head = nn.Linear(dim, VALUES)
 

@@ -135,7 +135,7 @@ def _stages(folder: Path, config: Config) -> str:
 
 def _trained(stage: Stage) -> str:
     """What a stage trained, as far as its options can tell."""
-    parts = {"flex": "Flex-MA", "swin": "Local-Swin", "lora": "LoRA"}
+    parts = {"scan": "Flex-MA", "windows": "Local-Swin", "lora": "LoRA"}
     told = " + ".join(name for kind, name in parts.items() if kind in stage.trainable)
     frozen = ", ".join(f"`{pattern}`" for pattern in stage.freeze).replace("|", r"\|")  # it stands in a table
     return f"{told}, without {frozen}" if frozen else told
@@ -259,7 +259,7 @@ def write_report(
         "",
         _VISION_LANGUAGE if sees_images(teacher.config) else _LANGUAGE,
         _INTRODUCTION,
-        *([_EXACT.format(**config.student)] if config.student["mix"] == "softmax" else []),
+        *([_EXACT.format(**config.student)] if config.preset == "exact" else []),
         "## What was converted",
         "",
         _conversion(folder),

@@ -31,7 +31,7 @@ from distill.student import (
     merge_lora,
     mixers,
     own_state,
-    set_local_swin,
+    set_windows,
     trainable_parameters,
     what_is_read,
 )
@@ -39,6 +39,7 @@ from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_t
 from distill.train import StageTrainer, Teacher
 from linmu_models.generate import copy_processor
 from linmu_models.modeling import IN_FLOAT32, sees_images
+from linmu_ops.nn import MMATEConfig
 
 TEACHER = "teacher"
 
@@ -90,9 +91,8 @@ class Run:
     def fresh_student(self, *, lora: bool = False) -> Student:
         """A new student with the teacher's weights; random numbers depend on the seed alone."""
         torch.manual_seed(self.config.seed)
-        options = dict(self.config.student)
-        kept = options.pop("keep_attention", ())
-        model = linmu_models.convert(self.teacher, options, kept, share_frozen=self.config.teacher.inside)
+        kept = self.config.student.get("keep_attention", ())
+        model = linmu_models.convert(self.teacher, self.config.block, kept, share_frozen=self.config.teacher.inside)
         blocks = mixers(model, self.teacher)
         handle = add_lora(model, self.config.lora, self.config.seed) if lora else None
         # In half precision, small updates would be rounded away.
@@ -108,7 +108,7 @@ class Run:
         state, _ = handoff.load_result(self.folder, number, self.teacher_hash, self.config)
         student = self.fresh_student(lora=self.config.has_lora(number) if lora is None else lora)
         load_own_state(student.model, state)
-        set_local_swin(student.blocks.values(), number == 0 or STAGES[number - 1].local_swin)
+        set_windows(student.blocks.values(), number == 0 or STAGES[number - 1].windows)
         return student
 
     # -- steps of a run ------------------------------------------------------------------------------------------
@@ -136,11 +136,13 @@ class Run:
         if (counts or tasks) and not fits_tasks(self.teacher, self.tokenizer):
             wanted = "data.sets must be given" if tasks else "evaluation.samples must be 0"
             raise RunError(f"{wanted}: {self.config.teacher.path} cannot be shown the built-in tasks; {UNFIT}")
-        options = self.config.student
         if not sees_images(self.teacher.config):
-            for name, idle in (("reverse", True), ("swin", not options["text_window"])):
-                if options[name] and idle:
-                    raise RunError(f"student.{name} must be false: {self.config.teacher.path} is text only, got true")
+            options, why = self.config.block, f"{self.config.teacher.path} is text only"
+            windows = isinstance(options, MMATEConfig) and options.swin and not options.text_window
+            if options.reverse and not (windows and not options.flex):
+                raise RunError(f"student.reverse must be false: {why}, got true")
+            if windows:
+                raise RunError(f"student.branches must be 'flex' without text_window: {why}, got {options.branches!r}")
         try:
             student = self.fresh_student(lora=self.config.has_lora(len(STAGES)))
         except ConfigError:
@@ -213,7 +215,7 @@ class Run:
             return
         student = self.student_after(number - 1, lora=config.has_lora(number))
         _, start = handoff.load_result(self.folder, 0, self.teacher_hash, config)
-        set_local_swin(student.blocks.values(), stage.local_swin)
+        set_windows(student.blocks.values(), stage.windows)
         if config.gradient_checkpointing and stage.block_input == "student":
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
         source = build_source(

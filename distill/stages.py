@@ -14,8 +14,8 @@ class Stage:
     number: int
     title: str
     trainable: tuple[str, ...]
-    """Kinds of parameters: `flex` (Flex-MA, the block's norm), `swin` (Local-Swin, the branch weights), `lora`."""
-    local_swin: bool
+    """Kinds of parameters: `scan` (Flex-MA, the block's norm), `windows` (Local-Swin, the branch weights), `lora`."""
+    windows: bool
     """Whether the window branch takes part in the forward pass."""
     losses: Mapping[str, float]
     """Weight of each loss that is used: `hidden` (Eq. 6), `token` (7), `sequence` (8), `supervised` (9)."""
@@ -33,15 +33,15 @@ _ANSWER = {"token": 0.5, "sequence": 0.5, "supervised": 0.5}
 
 # fmt: off
 STAGES = (
-    Stage(1, "Flex-MA",               ("flex",),                False, _IMITATE, 5e-4, 10_000),
-    Stage(2, "Flex-MA + Local-Swin",  ("flex", "swin"),         True,  _IMITATE, 5e-4, 15_000),
-    Stage(3, "M-MATE + LoRA on FFNs", ("flex", "swin", "lora"), True,  _ANSWER,  2e-5, 25_000),
+    Stage(1, "Flex-MA",               ("scan",),                   False, _IMITATE, 5e-4, 10_000),
+    Stage(2, "Flex-MA + Local-Swin",  ("scan", "windows"),         True,  _IMITATE, 5e-4, 15_000),
+    Stage(3, "M-MATE + LoRA on FFNs", ("scan", "windows", "lora"), True,  _ANSWER,  2e-5, 25_000),
 )
 # fmt: on
 
 _BLOCKS = {"block_input": "teacher", "losses": {"hidden": 1.0}}
-_OUTPUT, _WINDOW = RECIPE_FREEZES = r"flex\.o_proj", r"swin\.[qkv]_"
-RECIPES: dict[str, dict[str, Any]] = {
+_OUTPUT, _WINDOW = PRESET_FREEZES = r"self_attn\.o_proj", r"windows\.[qkv]_"
+PRESETS: dict[str, dict[str, Any]] = {
     # What is exact from the start stays so; each block learns by itself what it lacks, and then all of them together.
     "exact": {
         "calibrate_step_sizes": True,
@@ -51,5 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "stage3": {"freeze": [_OUTPUT, _WINDOW]},
     },
     "paper": {},
+    # Eq. 6 is absolute, and the paper sets no sizes before it trains.
+    "literal": {"calibrate": False, "losses": {"relative_hidden": False}},
 }
 """Options of a run that go with a preset of the block of the same name, and what they are where a file does not say."""

@@ -12,34 +12,35 @@ from transformers import PreTrainedModel
 from distill.config import ConfigError, LoraConfig
 from distill.losses import kept_positions, num_weighed
 from distill.parallel import gathered
-from distill.stages import RECIPE_FREEZES, Stage
+from distill.stages import PRESET_FREEZES, Stage
 from distill.teacher import Batch, model_inputs
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
-from linmu_ops.nn import MMATE
+from linmu_ops.nn import ExactConfig, ExactMMATE
 
-# Parts of an M-MATE block that belong to the window branch, or weigh it against the other.
-_SWIN = re.compile(r"(swin|mix)")
+# Parts of a block that belong to the windows, or weigh them against the scan.
+_WINDOWS = re.compile(r"(windows|mix|share\.)")
 # Parts that act on visual tokens alone; so do the others of the window branch where text has no window.
-_REVERSE = re.compile(r"flex\.(reverse_|gate)")
+_REVERSE = re.compile(r"scan\.(reverse_|gate)")
 
 # Linear maps that make step sizes (and with them decays), gates, or the weights of the branches.
-_CONTROLS = re.compile(r"(reverse_)?dt_proj|gate_proj|z_proj|mix_proj|mix_rest")
+_CONTROLS = re.compile(r"(reverse_)?dt_proj|gate_proj|z_proj|mix_proj|share")
 
 
 def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer -> the block that took the place of its attention; layers that kept attention are not in it."""
     pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
-    return {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "flex") and not hasattr(theirs, "flex")}
+    return {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "scan") and not hasattr(theirs, "scan")}
 
 
-def set_local_swin(blocks: Iterable[nn.Module], on: bool) -> None:
-    """Switch the window branch of M-MATE blocks on (where they have one) or off; off, a block gives Norm(y_flex).
+def set_windows(blocks: Iterable[nn.Module], on: bool) -> None:
+    """Switch the windows of the paper's blocks on (where they have some) or off; off, a block gives Norm(y_flex).
 
-    Where the branches are mixed as softmax would, it stays on: the scan stands for what the window leaves out.
+    Those of `ExactMMATE` stay on: its scan stands for what they leave out.
     """
     for block in blocks:
-        block.swin_enabled = block.swin is not None and (on or block.config.mix == "softmax")
+        if not isinstance(block.config, ExactConfig):
+            block.windows_enabled = block.windows is not None and on
 
 
 def trainable_parameters(
@@ -52,22 +53,22 @@ def trainable_parameters(
 
     Raises:
         ConfigError: a pattern in `stage.freeze` matches no parameter of the stage, or nothing is left to train. The
-            recipes' own patterns may match nothing: a block may be without the part.
+            presets' own patterns may match nothing: a block may be without the part.
     """
-    windows_off = not stage.local_swin and any(block.config.mix != "softmax" for block in blocks.values())
-    if "swin" in stage.trainable and windows_off:
-        raise ConfigError(f"stage{stage.number}.train must be without 'swin': Local-Swin is off in this stage")
+    windows_off = not stage.windows and not all(isinstance(b.config, ExactConfig) for b in blocks.values())
+    if "windows" in stage.trainable and windows_off:
+        raise ConfigError(f"stage{stage.number}.train must be without 'windows': Local-Swin is off in this stage")
     last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
     unreached: set[int] = set()
     for layer, block in blocks.items():
         for name, parameter in block.named_parameters():
-            in_swin = bool(_SWIN.match(name))
-            on_visual = _REVERSE.match(name) or (in_swin and not block.config.text_window)
+            in_windows = bool(_WINDOWS.match(name))
+            on_visual = _REVERSE.match(name) or (in_windows and not block.config.text_window)
             if on_visual and layer == last and "hidden" not in stage.losses:
                 unreached.add(id(parameter))
             else:
-                kinds[id(parameter)] = "swin" if in_swin else "flex"
+                kinds[id(parameter)] = "windows" if in_windows else "scan"
     chosen = {}
     for name, parameter in student.named_parameters():
         kind = "lora" if ".lora_" in name else kinds.get(id(parameter))
@@ -75,7 +76,7 @@ def trainable_parameters(
             chosen[name] = parameter
     for pattern in stage.freeze:
         hit = [name for name in chosen if re.search(pattern, name)]
-        if not hit and pattern not in RECIPE_FREEZES:
+        if not hit and pattern not in PRESET_FREEZES:
             raise ConfigError(f"stage{stage.number}.freeze: {pattern!r} matches no trainable parameter")
         for name in hit:
             del chosen[name]
@@ -106,9 +107,9 @@ def beyond_windows(student: nn.Module) -> set[str]:
     return {
         f"{path}.{name}"
         for path, block in student.named_modules()
-        if isinstance(block, MMATE) and block.config.mix == "softmax"
+        if isinstance(block, ExactMMATE)
         for name, _ in block.named_parameters()
-        if name.startswith(("flex.", "mix_rest."))
+        if name.startswith(("scan.", "share."))
     }
 
 
@@ -116,7 +117,7 @@ def decaying(student: nn.Module) -> set[str]:
     """Names of parameters that weight decay may pull to 0: weights of linear maps from channels to channels.
 
     Decays, step sizes, gates, norms and biases are no weights: pulling them to 0 would shorten the memory. What starts
-    as the identity (learned feature maps, convolutions) is at 0 further from it than anywhere else.
+    as the identity (learned feature maps) is at 0 further from it than anywhere else.
     """
     return {
         f"{path}.weight"

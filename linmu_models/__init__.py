@@ -8,7 +8,7 @@
 Importing this package makes saved LinMU models known to transformers' Auto classes.
 """
 
-from linmu_ops.nn import EXACT, PAPER, MMATEConfig
+from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig
 
 from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
 from . import families as _families  # noqa: F401  registers
@@ -29,7 +29,9 @@ def families() -> list[str]:
 
 __all__ = [
     "EXACT",
+    "LITERAL",
     "PAPER",
+    "ExactConfig",
     "LinmuAttention",
     "LinmuCacheLayer",
     "LinmuInputs",

@@ -21,17 +21,17 @@ _TOGETHER = 8
 
 @torch.no_grad()
 def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], *, step_sizes: bool = False) -> None:
-    """Scale each M-MATE block of `student` such that its output is as large as that of the teacher's attention.
+    """Scale each block of `student` such that its output is as large as that of the teacher's attention.
 
     The root mean squares over all tokens that are not padding are made equal, with what the teacher's attention sees
-    as input; see `MMATE.calibrate`.
+    as input; see the block's `calibrate`.
 
     Args:
         student: made from `teacher` by `convert`, on the same devices.
         teacher: runs once for each batch and each few layers, so that what is kept is that of a few layers.
         batches: keywords of the teacher's forward; `labels` are left out.
         step_sizes: before that, fit each block's step sizes to the attention that tokens get from text (see
-            `FlexMA.fit_step_sizes`), so that from the start it remembers what the teacher looks at; and in all other
+            `Scan.fit_step_sizes`), so that from the start it remembers what the teacher looks at; and in all other
             fits, let a token count half by what text reads of it in later layers. The attention of text is computed in
             full for this, in one more run of the teacher, a few hundred rows at a time.
     """
@@ -55,10 +55,10 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
                 every = dict(layout=common.layout, attention_mask=padding, seq_idx=sequences)
                 kept.append(({**arguments, **every}, output))
         for number, block, kept in zip(numbers, blocks, seen, strict=True):
-            if looks and block.flex is not None:
+            if looks and block.scan is not None:
                 hidden = [arguments["hidden_states"] for arguments, _ in kept]
                 found = [batch.at_layer(number, states) for batch, states in zip(looks, hidden, strict=True)]
-                block.flex.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+                block.scan.fit_step_sizes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
             block.calibrate(kept, [batch.later[number] for batch in looks] or None)
 
 

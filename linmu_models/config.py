@@ -9,17 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from linmu_ops.nn import MMATEConfig
-from linmu_ops.nn.config import PRESETS
+from linmu_ops.nn import PRESETS, ExactConfig, MMATEConfig
 
-FORMAT = 1
+FORMAT = 2
+# What the field calls the blocks, by their options.
+BLOCKS: dict[str, type[MMATEConfig | ExactConfig]] = {"MMATE": MMATEConfig, "ExactMMATE": ExactConfig}
 
 
-def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) -> dict[str, Any]:
+def linmu_field(options: MMATEConfig | ExactConfig, keep_attention: Iterable[int], layers: int) -> dict[str, Any]:
     """The JSON-able `linmu` field.
 
     Args:
-        mmate: options of the M-MATE block.
+        options: of the block.
         keep_attention: decoder layers that stay quadratic; negative ones count from the end.
         layers: how many decoder layers there are.
 
@@ -27,7 +28,9 @@ def linmu_field(mmate: MMATEConfig, keep_attention: Iterable[int], layers: int) 
         ValueError: a layer that does not exist.
     """
     kept = _kept_layers(keep_attention, -layers, layers)
-    return {"format": FORMAT, "mmate": dataclasses.asdict(mmate), "keep_attention": sorted({i % layers for i in kept})}
+    block = next(name for name, kind in BLOCKS.items() if isinstance(options, kind))
+    layers_kept = sorted({i % layers for i in kept})
+    return {"format": FORMAT, "block": block, "options": dataclasses.asdict(options), "keep_attention": layers_kept}
 
 
 def _kept_layers(value: Any, low: int, layers: int) -> list[int]:
@@ -42,33 +45,37 @@ def _kept_layers(value: Any, low: int, layers: int) -> list[int]:
     return [int(index) for index in kept]
 
 
-def parse_mmate(options: MMATEConfig | Mapping[str, Any]) -> MMATEConfig:
+def parse_options(options: MMATEConfig | ExactConfig | Mapping[str, Any]) -> MMATEConfig | ExactConfig:
     """`options`, or of a (JSON) dict of those that differ from the ones of `preset`, "exact" where it is not given.
 
     Raises:
         ValueError: an unknown preset or option.
     """
-    if isinstance(options, MMATEConfig):
+    if isinstance(options, MMATEConfig | ExactConfig):
         return options
     if not isinstance(options, Mapping):
-        raise ValueError(f"linmu: M-MATE options must be an MMATEConfig or a dict, got {options!r}")
+        raise ValueError(f"linmu: options must be an MMATEConfig, an ExactConfig or a dict, got {options!r}")
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     preset = changes.pop("preset", "exact")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"linmu: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    known = {f.name for f in dataclasses.fields(MMATEConfig)}
-    unknown = sorted(map(str, set(changes) - known))
-    if unknown:
-        names = ", ".join(["preset", *sorted(known)])
-        raise ValueError(f"linmu: M-MATE options must be among {names}, got {', '.join(unknown)}")
+    _check_known(changes, type(PRESETS[preset]), ("preset",))
     return dataclasses.replace(PRESETS[preset], **changes)
 
 
-def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig, frozenset[int]]:
-    """(M-MATE options, layers that keep attention) of a LinMU configuration.
+def _check_known(options: Mapping[str, Any], kind: type[MMATEConfig | ExactConfig], others: tuple[str, ...]) -> None:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(map(str, set(options) - known))
+    if unknown:
+        names = ", ".join([*others, *sorted(known)])
+        raise ValueError(f"linmu: options must be among {names}, got {', '.join(unknown)}")
+
+
+def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, frozenset[int]]:
+    """(options of the block, layers that keep attention) of a LinMU configuration.
 
     Raises:
-        ValueError: there is no `linmu` field, a newer format wrote it, or a part of it is not what it must be.
+        ValueError: there is no `linmu` field, it is of another format, or a part of it is not what it must be.
     """
     field = getattr(config, "linmu", None)
     if not field:
@@ -81,15 +88,18 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig, frozenset[int]]:
     number = field.get("format", FORMAT)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"linmu: format must be a number >= 1, got {number!r}")
-    if number > FORMAT:
-        raise ValueError(f"linmu: the model's format must be <= {FORMAT}, got {number}; update linmu")
-    unknown = sorted(map(str, set(field) - {"format", "mmate", "keep_attention"}))
+    if number != FORMAT:
+        todo = "update linmu" if number > FORMAT else "convert the teacher again: one block with all options became two"
+        raise ValueError(f"linmu: the model's format must be {FORMAT}, got {number}; {todo}")
+    names = ("format", "block", "options", "keep_attention")
+    unknown = sorted(map(str, set(field) - set(names)))
     if unknown:
-        raise ValueError(f"linmu: fields must be among format, mmate, keep_attention, got {', '.join(unknown)}")
-    mmate = field.get("mmate", {})
-    if not isinstance(mmate, Mapping):
-        raise ValueError(f"linmu: mmate must be a dict of options, got {mmate!r}")
+        raise ValueError(f"linmu: fields must be among {', '.join(names)}, got {', '.join(unknown)}")
+    block, options = field.get("block", "ExactMMATE"), field.get("options", {})
+    if not isinstance(block, str) or block not in BLOCKS:
+        raise ValueError(f"linmu: block must be one of {', '.join(BLOCKS)}, got {block!r}")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"linmu: options must be a dict, got {options!r}")
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    # What an older version did not know is off in the preset "paper".
-    options = parse_mmate({"preset": "paper", **mmate})
-    return options, frozenset(_kept_layers(field.get("keep_attention", ()), 0, layers))
+    _check_known(options, BLOCKS[block], ())
+    return BLOCKS[block](**options), frozenset(_kept_layers(field.get("keep_attention", ()), 0, layers))

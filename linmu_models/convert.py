@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linmu_ops.nn import EXACT, MMATEConfig
+from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 from .calibrate import calibrate
-from .config import linmu_field, parse_mmate
-from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel
+from .config import linmu_field, parse_options
+from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel, linmu_attention
 from .report import TensorRow, TransferReport
 from .teachers import check_teacher
 
 
 def convert(
     teacher: PreTrainedModel,
-    config: MMATEConfig | Mapping[str, Any] = EXACT,
+    config: MMATEConfig | ExactConfig | Mapping[str, Any] = EXACT,
     keep_attention: Iterable[int] = (),
     *,
     calibration: Iterable[Mapping[str, Any]] = (),
@@ -36,14 +35,13 @@ def convert(
     Args:
         teacher: a loaded `...ForConditionalGeneration` (or `...ForCausalLM`) of one of `linmu_models.families()`, of
             any floating dtype, on any device or device map, or on the meta device.
-        config: options of the block. `EXACT`, what conversion fares best with (`bench/reports`); `PAPER`, the
-            structure of the paper's; or a dict of options that differ from `EXACT`'s, or from those of its `"preset"`:
-            `{"window": (4, 8, 8)}`, `{"preset": "paper", "window": (4, 8, 8)}`. A family's `forced_options` (which
-            channels rotate together; no causal windows where a teacher's image tokens see each other) are put over it.
+        config: options of the block, and with them which block. `EXACT`, what conversion fares best with
+            (`bench/reports`): an `ExactMMATE`. `PAPER` or `LITERAL`: an `MMATE`. Or a dict of options that differ from
+            `EXACT`'s, or from those of its `"preset"`: `{"text_window": 512}`, `{"preset": "paper", "z_gate": True}`.
         keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
             the end.
         calibration: a few batches of inputs, as keywords of the teacher's forward. If given, each block's output is
-            scaled to the size of what the attention it replaces makes of them (`MMATE.calibrate`).
+            scaled to the size of what the attention it replaces makes of them (the block's `calibrate`).
         share_frozen: use the teacher's memory for everything but the blocks, and freeze it in the student
             (`requires_grad` False). For distillation: two models, one vision tower, one set of MLPs and embeddings.
 
@@ -58,10 +56,10 @@ def convert(
         TypeError: not such a model.
     """
     family = _family(teacher)
-    options = dataclasses.replace(parse_mmate(config), **family.forced_options)
+    options = parse_options(config)
     layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     keep_attention = linmu_field(options, keep_attention, layers)["keep_attention"]
-    check_teacher(teacher, keep_attention, options)
+    check_teacher(teacher, keep_attention, options, family.facts)
     with torch.device("meta"):
         student: Any = family(_student_config(teacher, family, options, keep_attention))
     memo: dict[int, nn.Parameter] = {}
@@ -75,7 +73,7 @@ def convert(
     linear_names = [f"{layer_names[id(student.linmu_layers()[i])]}.self_attn" for i in report.linear_layers]
     report.rows += _take(student, teacher, linear_names, share_frozen, memo)
     for name in linear_names:
-        block, rows = _block(student.get_submodule(name), teacher.get_submodule(name), options, name)
+        block, rows = _block(student.get_submodule(name), teacher.get_submodule(name), options, family.facts, name)
         student.set_submodule(name, block)
         report.rows += rows
     student.linmu_report = report
@@ -118,7 +116,9 @@ def _family(teacher: Any) -> type[LinmuModel]:
     return family
 
 
-def _student_config(teacher: Any, family: Any, options: MMATEConfig, keep_attention: Iterable[int]) -> Any:
+def _student_config(
+    teacher: Any, family: Any, options: MMATEConfig | ExactConfig, keep_attention: Iterable[int]
+) -> Any:
     values = teacher.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         values.pop(key, None)
@@ -153,11 +153,11 @@ def _take(
 
 
 def _block(
-    blueprint: LinmuAttention, attention: Any, options: MMATEConfig, name: str
-) -> tuple[LinmuAttention, list[TensorRow]]:
+    blueprint: Any, attention: Any, options: MMATEConfig | ExactConfig, facts: Mapping[str, bool], name: str
+) -> tuple[Any, list[TensorRow]]:
     weight: Tensor = attention.q_proj.weight
     with torch.device(weight.device):
-        block = LinmuAttention(attention, options, blueprint.layer_idx, blueprint.text_only)
+        block = linmu_attention(attention, options, blueprint.layer_idx, blueprint.text_only, **facts)
     for parameter_name, parameter in block.named_parameters():
         if not IN_FLOAT32.search(f"{name}.{parameter_name}"):
             parameter.data = parameter.data.to(weight.dtype)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, CompileConfig, GenerationMixin, TextStreamer
 
-from linmu_ops.nn import EXACT, MMATEConfig
+from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 from .cache import cache_bytes
 from .chat import ChatProcessor, to_model
-from .config import parse_mmate
+from .config import parse_options
 from .convert import convert
 from .media import UnreadableError, read_image, read_video
 from .modeling import FAMILIES, auto_class
@@ -38,7 +38,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def convert_folder(
     teacher: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    config: MMATEConfig | Mapping[str, Any] = EXACT,
+    config: MMATEConfig | ExactConfig | Mapping[str, Any] = EXACT,
     keep_attention: Iterable[int] = (),
     dtype: str = "auto",
 ) -> TransferReport:
@@ -63,7 +63,7 @@ def convert_folder(
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
-    options = parse_mmate(config)  # before the weights are read
+    options = parse_options(config)  # before the weights are read
     student = convert(load_model(folder, dtype), options, keep_attention)
     student.save_pretrained(out)
     copy_processor(folder, out)

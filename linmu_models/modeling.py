@@ -1,4 +1,4 @@
-"""What every LinMU model is: its teacher's transformers class, with M-MATE blocks in the place of attention."""
+"""What every LinMU model is: its teacher's transformers class, with linear blocks in the place of attention."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from transformers.masking_utils import create_masks_for_generate as create_atten
 from transformers.modeling_utils import AttentionInterface
 
 from linmu_ops import TokenLayout
-from linmu_ops.nn import MMATE, MMATEConfig
-from linmu_ops.nn.local_swin import Near
+from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn.state import in_checkpoint
 
 from .cache import linear_layer
@@ -51,7 +50,7 @@ def auto_class(config: PreTrainedConfig) -> type[Any]:
 
 # The few parameters per head or channel that stay float32 in a half-precision model: decay and step sizes need it.
 IN_FLOAT32 = re.compile(
-    r"self_attn\.(mix|mix_rest\.bias|norm\.weight|norm\.bias|flex\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm|D))$"
+    r"self_attn\.(mix|share\.bias|norm\.weight|norm\.bias|scan\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm))$"
 )
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
@@ -86,21 +85,15 @@ def attention_window(attention: Any) -> int | None:
     return window or None
 
 
-def _nothing_far(swin: nn.Module, args: Any, inputs: Mapping[str, Any], out: Any) -> Any:
-    """No token lies beyond the window of another."""
-    near = out if isinstance(out, Near) else out[0]
-    near = near._replace(beyond=torch.zeros_like(near.beyond))
-    return near if isinstance(out, Near) else (near, *out[1:])
-
-
-class LinmuAttention(MMATE):
-    """An `MMATE` with the interface of the transformers attention module it replaces.
+class LinmuAttention:
+    """Mixed into a block: the interface of the transformers attention module whose place it takes.
 
     Args:
         attention: that module; sizes, biases, scale and norms of q and k are read off it, its weights are not.
         config: options of the block.
         layer_idx: index of the decoder layer.
         text_only: the model has no visual tokens, which see text by the first tokens of their row and by the scan.
+        facts: of the teacher's family, `interleaved_rotary` and `causal_windows` of the block.
 
     Attributes:
         beside_attention: other layers of the model keep their attention.
@@ -111,7 +104,14 @@ class LinmuAttention(MMATE):
     beside_attention = False
     all_near = False
 
-    def __init__(self, attention: nn.Module, config: MMATEConfig, layer_idx: int, text_only: bool = False) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        config: MMATEConfig | ExactConfig,
+        layer_idx: int,
+        text_only: bool = False,
+        **facts: bool | None,
+    ) -> None:
         head_dim = attention.head_dim
         norm = getattr(attention, "q_norm", None)
         window = attention_window(attention)
@@ -119,7 +119,8 @@ class LinmuAttention(MMATE):
         self.text_only = text_only
         self.all_near = text_only and window is not None and window <= config.text_window
         if self.all_near:
-            config = dataclasses.replace(config, text_window=window, sink_tokens=0)
+            sinks = {"sink_tokens": 0} if isinstance(config, ExactConfig) else {}
+            config = dataclasses.replace(config, text_window=window, **sinks)
         super().__init__(
             attention.q_proj.in_features,
             attention.q_proj.out_features // head_dim,
@@ -131,9 +132,10 @@ class LinmuAttention(MMATE):
             qk_norm=None if norm is None else lambda _: copy.deepcopy(norm),
             scale=attention.scaling,
             config=config,
+            **facts,
         )
-        if self.all_near and self.mix_rest is not None and self.swin is not None:
-            self.swin.register_forward_hook(_nothing_far, with_kwargs=True)
+        if self.all_near and self.windows is not None:
+            self.windows.nothing_beyond = True
 
     def forward(
         self,
@@ -181,6 +183,26 @@ class LinmuAttention(MMATE):
         layer.packed = seq_idx is not None
         layer.advance(state, hidden_states.shape[1])
         return out, None
+
+
+class LinmuMMATE(LinmuAttention, MMATE):
+    """The paper's block in a decoder layer."""
+
+
+class LinmuExactMMATE(LinmuAttention, ExactMMATE):
+    """The default block in a decoder layer."""
+
+
+def linmu_attention(
+    attention: nn.Module,
+    config: MMATEConfig | ExactConfig,
+    layer_idx: int,
+    text_only: bool = False,
+    **facts: bool | None,
+) -> LinmuMMATE | LinmuExactMMATE:
+    """The block of these options in the place of an attention module; arguments as `LinmuAttention`."""
+    kind = LinmuExactMMATE if isinstance(config, ExactConfig) else LinmuMMATE
+    return kind(attention, config, layer_idx, text_only, **facts)
 
 
 class HoldsBlocks:
@@ -236,8 +258,8 @@ class LinmuModel(HoldsBlocks):
 
     _is_stateful = True
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
-    # What the teacher's rotary embedding forces on the options.
-    forced_options: ClassVar[Mapping[str, Any]] = {}
+    # What the block is told of the teacher's attention: see `linmu_ops.nn.Block`.
+    facts: ClassVar[Mapping[str, bool]] = {}
 
     config: Any
     model: nn.Module
@@ -249,7 +271,9 @@ class LinmuModel(HoldsBlocks):
         options, kept = read_linmu(config)
         for index, layer in enumerate(self.linmu_layers()):
             if index not in kept:
-                layer.self_attn = LinmuAttention(layer.self_attn, options, index, not sees_images(config))
+                layer.self_attn = linmu_attention(
+                    layer.self_attn, options, index, not sees_images(config), **self.facts
+                )
         for module in {self.inner_model, self.get_decoder()}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linmu_ops import LinmuWarning
-from linmu_ops.nn import MMATEConfig
+from linmu_ops.nn import ExactConfig, MMATEConfig
 from linmu_ops.nn._inputs import apply_rotary
 
 from .hooks import attention_modules, record_inputs, record_outputs
@@ -31,11 +31,14 @@ KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention")
 TOKENS = 12  # of the probe
 
 
-def check_teacher(teacher: PreTrainedModel, keep: Iterable[int], options: MMATEConfig) -> None:
+def check_teacher(
+    teacher: PreTrainedModel, keep: Iterable[int], options: MMATEConfig | ExactConfig, facts: Mapping[str, bool]
+) -> None:
     """Refuse a teacher some layer of which, other than those of `keep`, a block cannot stand for.
 
     Args:
-        options: of the blocks, with what the family says of its teachers.
+        options: of the blocks.
+        facts: what the blocks are told of the attention of this family.
 
     Raises:
         ValueError: it has a part, or an option is set, that a block has no place for; or a layer's output is not what
@@ -57,7 +60,7 @@ def check_teacher(teacher: PreTrainedModel, keep: Iterable[int], options: MMATEC
             f"position), got {rope['llama_4_scaling_beta']!r}"
         )
     causal = all(getattr(a, "is_causal", True) for a in (getattr(layers[i], "self_attn", None) for i in linear))
-    if not causal and options.causal_windows:
+    if not causal and facts.get("causal_windows", isinstance(options, ExactConfig)):
         raise ValueError("convert: the teacher's attention must be causal, got one that sees later tokens")
     if not causal:
         warnings.warn("convert: text of a prompt sees later text in the teacher, but not in a block", LinmuWarning, 3)
@@ -83,7 +86,7 @@ def check_teacher(teacher: PreTrainedModel, keep: Iterable[int], options: MMATEC
         if index in linear:
             _check_parts(attention, index)
     if next(teacher.parameters()).device.type != "meta":
-        _check_values(teacher, linear, options.rotary_interleaved)
+        _check_values(teacher, linear, facts.get("interleaved_rotary", False))
 
 
 def _check_parts(attention: Any, index: int) -> None:

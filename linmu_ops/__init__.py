@@ -10,7 +10,7 @@ from ._registry import LinmuWarning, explain, use_impl
 from .branch_mix_norm import branch_mix_norm
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_step import causal_conv1d_step
-from .nn import MMATE, FlexMA, GridAttention, LocalSwin, MMATEConfig, MMATEState
+from .nn import MMATE, ExactConfig, ExactMMATE, GridAttention, MMATEConfig, MMATEState
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
 from .token_layout import TokenLayout, WindowTable, major_scan_order
@@ -21,10 +21,10 @@ _registry.load_binaries()
 __version__ = "0.1.0"
 __all__ = [
     "MMATE",
-    "FlexMA",
+    "ExactConfig",
+    "ExactMMATE",
     "GridAttention",
     "LinmuWarning",
-    "LocalSwin",
     "MMATEConfig",
     "MMATEState",
     "TokenLayout",

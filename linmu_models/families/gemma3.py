@@ -20,4 +20,4 @@ class LinmuGemma3Config(Gemma3Config):
 class LinmuGemma3ForConditionalGeneration(SquarePlaceholders, LinmuModel, Gemma3ForConditionalGeneration):
     config_class = LinmuGemma3Config
     config: LinmuGemma3Config
-    forced_options: ClassVar = {"causal_windows": False}  # tokens of an image see each other
+    facts: ClassVar = {"causal_windows": False}  # tokens of an image see each other

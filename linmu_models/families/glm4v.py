@@ -20,7 +20,7 @@ class LinmuGlm4vConfig(Glm4vConfig):
 class LinmuGlm4vForConditionalGeneration(LinmuModel, Glm4vForConditionalGeneration):
     config_class = LinmuGlm4vConfig
     config: LinmuGlm4vConfig
-    forced_options: ClassVar = {"rotary_interleaved": True}
+    facts: ClassVar = {"interleaved_rotary": True}
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         merge = self.config.vision_config.spatial_merge_size

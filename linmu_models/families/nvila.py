@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from linmu_models.layout import Block, Placeholders, VisualUnit, build_layout, to_numpy
 from linmu_ops import TokenLayout
-from linmu_ops.nn import EXACT, MMATEConfig
+from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 
 def convert_nvila(
-    model: Any, config: MMATEConfig | Mapping[str, Any] = EXACT, keep_attention: Iterable[int] = ()
+    model: Any,
+    config: MMATEConfig | ExactConfig | Mapping[str, Any] = EXACT,
+    keep_attention: Iterable[int] = (),
 ) -> Any:
     """Replace the decoder of a loaded NVILA model by a linear one, in place.
 

@@ -20,4 +20,4 @@ class LinmuPaliGemmaConfig(PaliGemmaConfig):
 class LinmuPaliGemmaForConditionalGeneration(SquarePlaceholders, LinmuModel, PaliGemmaForConditionalGeneration):
     config_class = LinmuPaliGemmaConfig
     config: LinmuPaliGemmaConfig
-    forced_options: ClassVar = {"causal_windows": False}  # tokens of an image see each other
+    facts: ClassVar = {"causal_windows": False}  # tokens of an image see each other

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._registry import LinmuWarning
-from .config import MMATEConfig
 
 NAMES = {  # in transformers, timm, torchvision, diffusers
     "q": ("q_proj", "query", "to_q", "wq"),
@@ -51,6 +50,8 @@ ALIBI_ARGUMENTS = ("alibi", "position_bias")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "dropout", "resid_dropout", "proj_drop", "to_out")
 
+OP = "from_attention"  # what errors begin with
+
 
 class Parts(NamedTuple):
     """The linear maps of an attention module, the bias None where there is none, and what they are called there."""
@@ -65,8 +66,11 @@ def first(module: Any, names: tuple[str, ...]) -> Any:
     return next((getattr(module, n) for n in names if getattr(module, n, None) is not None), None)
 
 
-def read(attention: nn.Module, heads: int | None, config: MMATEConfig) -> Parts:
-    """The parts of an attention module; what a block cannot do as it does is refused by name."""
+def read(attention: nn.Module, heads: int | None, reach: int) -> Parts:
+    """The parts of an attention module; what a block cannot do as it does is refused by name.
+
+    reach: how many tokens the block's windows hold, if they are causal as the module's.
+    """
     kind = type(attention).__name__
     used: set[str] = set()
     weights: dict[str, Tensor] = {}
@@ -80,24 +84,24 @@ def read(attention: nn.Module, heads: int | None, config: MMATEConfig) -> Parts:
     missing = [part for part in "qkvo" if part not in weights and (fused is None or part == "o")]
     if missing:
         raise ValueError(
-            f"MMATE: {kind} must have a projection for {', '.join(missing)}, under a name such as "
+            f"{OP}: {kind} must have a projection for {', '.join(missing)}, under a name such as "
             f"{', '.join(NAMES[missing[0]])}; or call load_attention_weights"
         )
     if heads is None:
-        raise ValueError(f"MMATE: num_heads must be given for {kind}, got None")
+        raise ValueError(f"{OP}: num_heads must be given for {kind}, got None")
     if fused is not None:
         _split(attention, heads, fused, weights, biases, names)
     used |= set(names.values())
     width = weights["o"].shape[1]
     if weights["q"].shape[0] == 2 * width:
         raise ValueError(
-            f"MMATE: {kind}.{names['q']} must have {width} rows, one for each column of {names['o']}, got {2 * width}: "
+            f"{OP}: {kind}.{names['q']} must have {width} rows, one for each column of {names['o']}, got {2 * width}: "
             "a block has no place for an output gate"
         )
     for part, weight in weights.items():
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             dtype = str(weight.dtype).removeprefix("torch.")
-            raise TypeError(f"MMATE: {kind}.{names[part]}.weight must be of a float dtype, got {dtype}; dequantise it")
+            raise TypeError(f"{OP}: {kind}.{names[part]}.weight must be of a float dtype, got {dtype}; dequantise it")
     norms: dict[str, nn.Module | None] = {}
     for part in ("q_norm", "k_norm"):
         name = next((n for n in NAMES[part] if getattr(attention, n, None) is not None), None)
@@ -108,8 +112,8 @@ def read(attention: nn.Module, heads: int | None, config: MMATEConfig) -> Parts:
             used.add(name)
             _check_norm(kind, name, norms[part], width // heads)
     if (norms["q_norm"] is None) != (norms["k_norm"] is None):
-        raise ValueError(f"MMATE: {kind} must have norms of both queries and keys, or none, got one of them")
-    _refuse_the_rest(attention, used, config)
+        raise ValueError(f"{OP}: {kind} must have norms of both queries and keys, or none, got one of them")
+    _refuse_the_rest(attention, used, reach)
     return Parts(weights, biases, names, norms)
 
 
@@ -151,7 +155,7 @@ def _split(
     rows = torch.arange(weight.shape[0])
     if len(rows) < width or (len(rows) - width) % (2 * size):
         raise ValueError(
-            f"MMATE: {kind}.{name} must have (H + 2 G) P rows with H P = {width} and P = {size}, got {len(rows)}"
+            f"{OP}: {kind}.{name} must have (H + 2 G) P rows with H P = {width} and P = {size}, got {len(rows)}"
         )
     layout = _layout(attention, name)
     if layout == "joined":
@@ -179,7 +183,7 @@ def _layout(attention: nn.Module, name: str) -> str:
     known = name != "query_key_value" and (name != "c_attn" or type(module).__name__ == "Conv1D")
     if not known or kind.startswith("CodeGen"):
         raise ValueError(
-            f"MMATE: {kind}.{name} must order queries, keys and values in a way that is known, got one that is not; "
+            f"{OP}: {kind}.{name} must order queries, keys and values in a way that is known, got one that is not; "
             "call load_attention_weights"
         )
     return "joined"
@@ -189,7 +193,7 @@ def _check_norm(kind: str, name: str, norm: Any, size: int) -> None:
     sizes = {tuple(p.shape) for p in norm.parameters()}
     if sizes - {(size,), (1,), ()}:
         largest = max(map(math.prod, sizes))
-        raise ValueError(f"MMATE: {kind}.{name} must be a norm of one head of {size} channels, got one of {largest}")
+        raise ValueError(f"{OP}: {kind}.{name} must be a norm of one head of {size} channels, got one of {largest}")
 
 
 def _values(attention: nn.Module, name: str) -> Iterator[Any]:
@@ -201,12 +205,12 @@ def _values(attention: nn.Module, name: str) -> Iterator[Any]:
         yield getattr(config, name)
 
 
-def _refuse_the_rest(attention: nn.Module, used: set[str], config: MMATEConfig) -> None:
+def _refuse_the_rest(attention: nn.Module, used: set[str], reach: int) -> None:
     """Whatever else changes the result of the module, and would be lost."""
     kind = type(attention).__name__
 
     def refuse(name: str, what: str, value: Any) -> None:
-        raise ValueError(f"MMATE: {kind} must be without {name}, {what}, which a block cannot do, got {value}")
+        raise ValueError(f"{OP}: {kind} must be without {name}, {what}, which a block cannot do, got {value}")
 
     for name, (neutral, what) in NEUTRAL.items():
         for value in _values(attention, name):
@@ -218,8 +222,7 @@ def _refuse_the_rest(attention: nn.Module, used: set[str], config: MMATEConfig) 
         takes = name in inspect.signature(attention.forward).parameters
         if takes and not any(value is False for value in _values(attention, "alibi")):
             refuse(name, "ALiBi", "an argument of its forward")
-    table = ("relative_position_bias", "relative_position_bias_table", "rel_pos", "rel_pos_bias")
-    allowed = used | (set(table) if config.relative_bias else set()) | {"in_proj_bias"}
+    allowed = used | {"in_proj_bias"}
     for name, parameter in attention.named_parameters(recurse=False):
         if name not in allowed:
             refuse(name, "a parameter", f"shape {tuple(parameter.shape)}")
@@ -227,19 +230,18 @@ def _refuse_the_rest(attention: nn.Module, used: set[str], config: MMATEConfig) 
         changes = not isinstance(child, nn.Identity) and (list(child.parameters()) or "norm" in name.lower())
         if name not in allowed and changes:
             refuse(name, "a module", type(child).__name__)
-    reach = max(config.text_window, math.prod(config.window) if config.causal_windows else 0)
     for name in WINDOWS:
         for value in _values(attention, name):
             if isinstance(value, int) and 0 < value < reach and _slides(attention):
                 raise ValueError(
-                    f"MMATE: {kind}.{name} must not be shorter than the block's windows of {reach} tokens, got {value}"
+                    f"{OP}: {kind}.{name} must not be shorter than the block's windows of {reach} tokens, got {value}"
                 )
     for name in DROPOUTS:
         for value in _values(attention, name):
             inside = [m for m in value.modules() if isinstance(m, nn.Dropout)] if isinstance(value, nn.Module) else []
             rate = max((m.p for m in inside), default=value if isinstance(value, float) else 0.0)
             if rate > 0:
-                warnings.warn(f"MMATE: {kind}.{name} of {rate} is left out of the block", LinmuWarning, stacklevel=5)
+                warnings.warn(f"{OP}: {kind}.{name} of {rate} is left out of the block", LinmuWarning, stacklevel=5)
 
 
 def _slides(attention: nn.Module) -> bool:

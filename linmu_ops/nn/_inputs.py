@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .._traced_layout import TracedGrid
 from ..token_layout import TokenLayout
+from .state import MMATEState
 
 Rotary = tuple[Tensor, Tensor]
 Triple = tuple[int, int, int]
@@ -19,6 +21,26 @@ Triple = tuple[int, int, int]
 Windows = tuple[Triple, Triple, str, Triple | None, Triple | None]
 
 _RIDGE = 1e-3
+
+
+class Call(NamedTuple):
+    """What one forward gives every part of a block beside the hidden states; checked, and without padding's values.
+
+    Attributes:
+        layout: where the visual tokens are; None where no token is visual.
+        rotary: (cos, sin), each (B or 1, L, R), or None.
+        mask: (B, L) bool, False at padding, or None.
+        state: what an earlier call left, or None.
+        keep: whether the state after these tokens is wanted.
+        seq_idx: (B, L) int32, the number of a token's sequence, 0, 1, ...; None where each row is one.
+    """
+
+    layout: TokenLayout | None
+    rotary: Rotary | None
+    mask: Tensor | None
+    state: MMATEState | None
+    keep: bool
+    seq_idx: Tensor | None
 
 
 def check_inputs(
@@ -110,16 +132,15 @@ def _grid_layout(grid: tuple[int, ...], num_text: int, batch_size: int) -> Token
     return TokenLayout(blocks, list(range(size)) * batch_size, batch_size, size + num_text)
 
 
-def without_padding(
-    hidden_states: Tensor, rotary: Rotary | None, attention_mask: Tensor | None
-) -> tuple[Tensor, Rotary | None]:
+def without_padding(hidden_states: Tensor, call: Call) -> tuple[Tensor, Call]:
     """Both, 0 at padding: what is there, NaN or Inf, must not reach a real token through a product with 0."""
-    if attention_mask is None:
-        return hidden_states, rotary
-    padding = ~attention_mask[..., None]
-    if rotary is not None:
-        rotary = (rotary[0].masked_fill(padding, 0), rotary[1].masked_fill(padding, 0))
-    return hidden_states.masked_fill(padding, 0), rotary
+    if call.mask is None:
+        return hidden_states, call
+    padding = ~call.mask[..., None]
+    if call.rotary is not None:
+        cos, sin = (t.masked_fill(padding, 0) for t in call.rotary)
+        call = call._replace(rotary=(cos, sin))
+    return hidden_states.masked_fill(padding, 0), call
 
 
 def number_sequences(

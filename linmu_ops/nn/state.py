@@ -9,20 +9,18 @@ from torch import Tensor, nn
 
 
 class MMATEState(NamedTuple):
-    """Decode state of one `MMATE` layer. Fields are None where the option they serve is off.
+    """Decode state of one block. Fields are None where the option they serve is off.
 
     Attributes:
-        ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan; with a normaliser of P + 8,
-            with `feature_dim` of that N.
-        conv: (B, K - 1, channels). The last inputs of the convolution, oldest first.
+        ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan. In `ExactMMATE` P is the
+            head size plus 8, for the sum of the weights, and N is `feature_dim`.
         keys, values: (B, G, s + w, P), keys rotated. The first s tokens of the row, then the last w of `text_window`,
             token i at s + i % w, so that a step writes one place and moves nothing.
         sinks: (B, s) bool. Which of the first s are text, and have come.
-        seen: (B,) int64. Tokens so far, with `text_window` or `mix="softmax"`.
+        seen: (B,) int64. Tokens so far, with `text_window`.
     """
 
     ssm: Tensor | None = None
-    conv: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
     sinks: Tensor | None = None
@@ -89,7 +87,7 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
         if tensor is not None and tensor.shape[0] != batch:
             raise ValueError(f"{op}: state.{name} must have B={batch} rows, got {tensor.shape[0]}")
         kind = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        if name in ("conv", "keys", "values") and tensor is not None and not _is_wide(tensor.dtype):
+        if name in ("keys", "values") and tensor is not None and not _is_wide(tensor.dtype):
             raise TypeError(f"{op}: state.{name} must be float64, float32, bfloat16 or float16, got {kind}")
         if name == "ssm" and tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(

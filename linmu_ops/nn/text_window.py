@@ -40,21 +40,21 @@ class Sinks(NamedTuple):
         return Sinks(*(take(t, last)[:, 0] for t in self))
 
     def join(
-        self, q: Tensor, y: Tensor, mass: Tensor, index: Tensor, scale: float, distance: int = 1
+        self, q: Tensor, y: Tensor, lse: Tensor, index: Tensor, scale: float, distance: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Add those that lie `distance` or more before each token to attention y (B, L, H, P), whose scores have the
-        log-sum-exp `mass` (B, L, H), of queries q."""
+        log-sum-exp `lse` (B, L, H), of queries q."""
         groups, seen = self.keys.shape[-2], self.at_least(distance, index)
         keys, values, broken = finite(self.keys, self.values)
         sink = "blsgp" if keys.dim() == 5 else "bsgp"
         with torch.autocast(q.device.type, enabled=False):
-            grouped = q.to(mass.dtype).unflatten(2, (groups, q.shape[2] // groups))  # (B, L, G, H / G, P)
-            scores = torch.einsum(f"blgrp,{sink}->blgrs", grouped, keys.to(mass.dtype)).flatten(2, 3) * scale
+            grouped = q.to(lse.dtype).unflatten(2, (groups, q.shape[2] // groups))  # (B, L, G, H / G, P)
+            scores = torch.einsum(f"blgrp,{sink}->blgrs", grouped, keys.to(lse.dtype)).flatten(2, 3) * scale
             scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-            total = torch.cat((mass[..., None], scores), dim=-1).logsumexp(-1)
+            total = torch.cat((lse[..., None], scores), dim=-1).logsumexp(-1)
             weights = (scores - total[..., None]).exp().unflatten(2, (groups, q.shape[2] // groups))
-            added = torch.einsum(f"blgrs,{sink}->blgrp", weights, values.to(mass.dtype)).flatten(2, 3)
-            joined = ((mass - total).exp()[..., None] * y.to(mass.dtype) + added).to(y.dtype)
+            added = torch.einsum(f"blgrs,{sink}->blgrp", weights, values.to(lse.dtype)).flatten(2, 3)
+            joined = ((lse - total).exp()[..., None] * y.to(lse.dtype) + added).to(y.dtype)
         poisoned = (seen & _of_tokens(broken.bool())).any(-1)
         return joined.masked_fill(poisoned[..., None, None], torch.nan), total
 
@@ -152,16 +152,16 @@ def causal_window_attention(
     own, earlier = finite(k, v), None if keys is None or values is None else finite(keys, values)
     first_ones = None if sinks is None else finite(sinks.keys, sinks.values)
     k, v, broken = (around(t, *(None if o is None else o[i] for o in (earlier, first_ones))) for i, t in enumerate(own))
-    y, mass = rule(q if chosen is None else q[chosen], k, v, mask, scale)
+    y, lse = rule(q if chosen is None else q[chosen], k, v, mask, scale)
     poisoned = (mask & broken.bool()[:, None]).any(-1)[..., None]
-    y, mass = y.masked_fill(poisoned[..., None], torch.nan), mass.masked_fill(poisoned, torch.nan)
+    y, lse = y.masked_fill(poisoned[..., None], torch.nan), lse.masked_fill(poisoned, torch.nan)
     if chosen is not None:
-        y, mass = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, mass))
+        y, lse = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, lse))
     # Not a view: kernels differ in the strides of what they return.
-    y, mass = (t.reshape(batch, chunks * size, *t.shape[2:]) for t in (y, mass))
+    y, lse = (t.reshape(batch, chunks * size, *t.shape[2:]) for t in (y, lse))
     if within is not None:
-        return y.index_select(1, within), mass.index_select(1, within)
-    return y[:, :length], mass[:, :length]
+        return y.index_select(1, within), lse.index_select(1, within)
+    return y[:, :length], lse[:, :length]
 
 
 def chunk_size(window: int) -> int:
@@ -182,18 +182,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
     return y, y[..., 0, :0]
 
 
-def attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same with the log-sum-exp of the scores, in the accumulate dtype."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if not torch.compiler.is_dynamo_compiling() and _transforms.active():
         return _differentiable(q, k, v, mask, scale)
     if torch.is_grad_enabled():
-        return _AttendWithMass.apply(q, k, v, mask, scale)
-    return _attend_with_mass(q, k, v, mask, scale)
+        return _AttendWithLse.apply(q, k, v, mask, scale)
+    return _attend_with_lse(q, k, v, mask, scale)
 
 
-def _attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, mask, scale)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
@@ -203,40 +203,40 @@ def _attend_with_mass(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: floa
 
 
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`_attend_with_mass` as often as asked, and forwards: PyTorch keeps scores and weights for it."""
+    """`_attend_with_lse` as often as asked, and forwards: PyTorch keeps scores and weights for it."""
     acc = accumulate_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         scores = _grouped(q, k.shape[2]).to(acc) @ k.permute(0, 2, 3, 1).to(acc) * scale
         scores = scores.unflatten(2, (q.shape[1], -1)).masked_fill(~mask[:, None, :, None], -torch.inf)
-        mass = scores.logsumexp(-1)
-        weights = (scores - mass[..., None]).exp().to(v.dtype).to(acc)
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse[..., None]).exp().to(v.dtype).to(acc)
         y = (weights.flatten(2, 3) @ v.transpose(1, 2).to(acc)).to(v.dtype)
-    return _ungrouped(y, q), mass.transpose(1, 2).flatten(2)
+    return _ungrouped(y, q), lse.transpose(1, 2).flatten(2)
 
 
-class _AttendWithMass(torch.autograd.Function):
+class _AttendWithLse(torch.autograd.Function):
     """Keeps neither scores nor weights, of which a query has as many as its window has keys."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        y, mass = _attend_with_mass(q, k, v, mask, scale)
-        ctx.save_for_backward(q, k, v, mask, mass)
+        y, lse = _attend_with_lse(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, mask, lse)
         ctx.scale = scale
-        return y, mass
+        return y, lse
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dmass: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, mass = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             _, pull = torch.func.vjp(lambda a, b, c: _differentiable(a, b, c, mask, ctx.scale), q, k, v)[:2]
-            return (*pull((dy, dmass)), None, None)
+            return (*pull((dy, dlse)), None, None)
         groups = k.shape[2]
-        mass, dmass = (t.unflatten(2, (groups, t.shape[2] // groups)).transpose(1, 2) for t in (mass, dmass))
-        weights = _scores(q, k, mask, ctx.scale).sub_(mass[..., None]).exp_()
+        lse, dlse = (t.unflatten(2, (groups, t.shape[2] // groups)).transpose(1, 2) for t in (lse, dlse))
+        weights = _scores(q, k, mask, ctx.scale).sub_(lse[..., None]).exp_()
         dy = _grouped(dy, groups)
         dweights = _product(dy, v.permute(0, 2, 3, 1)).view_as(weights)
         dscores = dweights.mul_(weights)
-        dscores = dscores.addcmul_(weights, (dmass - dscores.sum(-1))[..., None]).to(q.dtype).flatten(2, 3)
+        dscores = dscores.addcmul_(weights, (dlse - dscores.sum(-1))[..., None]).to(q.dtype).flatten(2, 3)
         dq = _ungrouped(_product(dscores, k.transpose(1, 2)) * ctx.scale, q)
         dk = _product(dscores.mT, _grouped(q, groups)).transpose(1, 2) * ctx.scale
         dv = _product(weights.to(v.dtype).flatten(2, 3).mT, dy).transpose(1, 2)

@@ -1,26 +1,27 @@
-"""Weights of an attention layer into both branches of an `MMATE` (LinMU, arXiv:2601.01322, Eq. 4-5)."""
+"""Weights of an attention layer into the parts of a block (LinMU, arXiv:2601.01322, Eq. 4-5)."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ._attention import HEADS, SCALES, first, read
-from .config import PAPER
 
 if TYPE_CHECKING:
-    from .mmate import MMATE
+    from .block import Block
 
-# (branch, its module, the attention's part)
+B = TypeVar("B", bound="Block")
+# (the block's module, the attention's part); a block has some of these modules
 PARTS = (
-    ("flex", "c_proj", "q"), ("flex", "b_proj", "k"), ("flex", "x_proj", "v"), ("flex", "o_proj", "o"),
-    ("flex", "reverse_c_proj", "q"), ("flex", "reverse_b_proj", "k"),
-    ("flex", "c_norm", "q_norm"), ("flex", "b_norm", "k_norm"),
-    ("swin", "q_proj", "q"), ("swin", "k_proj", "k"), ("swin", "v_proj", "v"), ("swin", "o_proj", "o"),
-    ("swin", "q_norm", "q_norm"), ("swin", "k_norm", "k_norm"),
+    ("scan.c_proj", "q"), ("scan.b_proj", "k"), ("scan.x_proj", "v"),
+    ("scan.reverse_c_proj", "q"), ("scan.reverse_b_proj", "k"), ("scan.c_norm", "q_norm"), ("scan.b_norm", "k_norm"),
+    ("windows.q_proj", "q"), ("windows.k_proj", "k"), ("windows.v_proj", "v"),
+    ("windows.q_norm", "q_norm"), ("windows.k_norm", "k_norm"),
+    ("o_proj", "o"), ("scan_o_proj", "o"), ("windows_o_proj", "o"),
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ class TransferRow(NamedTuple):
 
 @torch.no_grad()
 def load_attention_weights(
-    block: MMATE,
+    block: Block,
     *,
     q_weight: Tensor,
     k_weight: Tensor,
@@ -48,10 +49,10 @@ def load_attention_weights(
     k_norm: nn.Module | None = None,
     names: dict[str, str] | None = None,
 ) -> list[TransferRow]:
-    """Copy C <- q, B <- k, X <- v, O <- o into `block.flex`, and q, k, v, o into `block.swin`.
+    """Copy C <- q, B <- k, X <- v into `block.scan`, q, k, v into `block.windows`, and o into its output projections.
 
     Args:
-        block: MMATE.
+        block: `MMATE` or `ExactMMATE`.
         q_weight, k_weight, v_weight, o_weight: (H P, D), (G P, D), (G P, D), (D, H P).
         q_bias, k_bias, v_bias, o_bias: their biases. One that is None becomes 0 where the block has a bias.
         q_norm, k_norm: norms of queries and keys per head, of the class that the block's `qk_norm` makes.
@@ -72,18 +73,20 @@ def load_attention_weights(
     for part, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         given[part] = {} if norm is None else dict(norm.state_dict())
     sources: dict[str, str] = {}
-    for branch_name, module_name, part in PARTS:
-        module = getattr(getattr(block, branch_name), module_name, None)
+    op = block._name
+    modules = dict(block.named_modules())
+    for module_name, part in PARTS:
+        module = modules.get(module_name)
         if module is None:
             continue
         have = dict(module.state_dict(keep_vars=True))
         for key, value in given[part].items():
-            name = f"{branch_name}.{module_name}.{key}"
+            name = f"{module_name}.{key}"
             if key not in have:
-                raise ValueError(f"MMATE: {name} must exist to hold {names[part]}.{key}, got a block built without it")
+                raise ValueError(f"{op}: {name} must exist to hold {names[part]}.{key}, got a block built without it")
             if have[key].shape != value.shape:
                 raise ValueError(
-                    f"MMATE: {names[part]}.{key} must be {tuple(have[key].shape)} for {name}, got {tuple(value.shape)}"
+                    f"{op}: {names[part]}.{key} must be {tuple(have[key].shape)} for {name}, got {tuple(value.shape)}"
                 )
             have[key].copy_(value)
             sources[name] = f"{names[part]}.{key}"
@@ -96,7 +99,7 @@ def load_attention_weights(
 
 
 def from_attention(
-    cls: type[MMATE],
+    cls: type[B],
     attention: nn.Module,
     *,
     num_heads: int | None = None,
@@ -104,32 +107,39 @@ def from_attention(
     head_dim: int | None = None,
     layer_idx: int = 0,
     **options: Any,
-) -> MMATE:
+) -> B:
     """Build a block from an attention module and copy its weights.
 
     Args:
-        cls: MMATE.
+        cls: `MMATE` or `ExactMMATE`.
         attention: a module with linear projections under the names of transformers, timm, diffusers or
             `torch.nn.MultiheadAttention`, separate or fused, and norms of queries and keys per head, if any. A dropout
             is left out, with a warning.
         num_heads: the module's num_heads, num_attention_heads or config.num_attention_heads if None.
         num_kv_heads: from the shape of the key projection if None.
         head_dim: from the shape of the query projection if None.
-        layer_idx: of `MMATE`.
-        options: other arguments of `MMATE` (scale, config). scale: the module's own `scaling` or `scale` if not given.
+        layer_idx: of the block.
+        options: other arguments of the block (scale, config). scale: the module's own `scaling` or `scale` if not
+            given.
 
     Raises:
         ValueError: no projection of a known name, no number of heads, or something else that changes the module's
             result and a block cannot do, by its name. TypeError: quantised weights.
     """
     heads = num_heads or first(attention, HEADS) or first(getattr(attention, "config", None), HEADS)
-    weights, biases, names, norms = read(attention, heads, options.get("config", PAPER))
+    config = options.get("config") or cls.default_config
+    causal = options.get("causal_windows")
+    causal = cls.default_causal_windows if causal is None else causal
+    reach = max(config.text_window, math.prod(config.window) if causal else 0)
+    weights, biases, names, norms = read(attention, heads, reach)
     q, k, v, o = (weights[part] for part in "qkvo")
     head_dim = head_dim or q.shape[0] // heads
     query_norm = norms["q_norm"]
     scale = first(attention, SCALES)
     if isinstance(scale, (Tensor, nn.Module)):
-        raise ValueError(f"MMATE: scale must be given for {type(attention).__name__}, whose own is learned, got None")
+        raise ValueError(
+            f"from_attention: scale must be given for {type(attention).__name__}, whose own is learned, got None"
+        )
     options.setdefault("scale", scale if isinstance(scale, float) else None)
     block = cls(
         o.shape[0], heads, num_kv_heads or k.shape[0] // head_dim, head_dim, layer_idx=layer_idx,

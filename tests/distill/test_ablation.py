@@ -16,12 +16,11 @@ from distill.config import ConfigError
 from distill.evaluation import wilson_interval
 from distill.run import RunError
 from distill.train import StageTrainer
-from linmu_models.config import parse_mmate
 
 SHIPPED = Path(__file__).parents[2] / "distill/configs/ablations"
 BASE = """
 name = "base"
-recipe = "paper"
+preset = "paper"
 output = "{output}"
 calibration_batches = 1
 teacher = {{path = "{teacher}", max_new_tokens = 3}}
@@ -117,7 +116,7 @@ def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
         {**record, "from": "two", "row": record["row"].replace("other", "causal")} for record in records
     ]
     # A row that is not what it was: its lines are not shown, and its folder is not taken for its own.
-    path.write_text(path.read_text().replace("reverse = false", "skip = true"))
+    path.write_text(path.read_text().replace("reverse = false", "z_gate = true"))
     with pytest.raises(RunError, match=r"other/0 holds a run with other options; delete it, or rename the row"):
         run_table(path, ["other"])
     assert "2 lines of" in run_table(path, ["first"]).read_text()
@@ -184,9 +183,7 @@ def test_shipped_tables_are_valid(path):
     table = Table(path)
     assert table.config.seeds == 3 and not table.config.unequal_compute
     for row in table.runs:
-        options = dict(table.run_config(row, 0).student)
-        options.pop("keep_attention", None)
-        parse_mmate(options)
+        assert table.run_config(row, 0).block
 
 
 def test_tables_are_merged_and_all_else_is_replaced():

@@ -6,7 +6,6 @@ import pytest
 
 from distill.config import Config, ConfigError, LossConfig, StageConfig, load_config, parse_config
 from distill.stages import STAGES
-from linmu_models.config import parse_mmate
 from linmu_ops.nn import EXACT, PAPER
 
 MINIMAL = {"name": "x", "teacher": {"path": "t"}}
@@ -17,7 +16,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "distill/configs").glob("*.toml"))
 def test_shipped_configs_are_valid(path):
     config = load_config(path)
     assert config.name == path.stem.replace("_scan", "-scan")
-    parse_mmate(config.student)
+    assert config.block
     assert [config.stage(i).number for i in (1, 2, 3)] == [1, 2, 3]
 
 
@@ -59,14 +58,17 @@ def test_the_7b_config_trains_as_long_as_the_paper():
             "f: stage3.block_input must be 'student' with the loss",
         ),
         ({"mixed_precision": "fp8"}, "f: mixed_precision: "),
-        ({"recipe": "none"}, "f: recipe: "),
+        ({"preset": "none"}, "f: preset: "),
         (
             {"data": {"options": {"needle": {"batch_frames": 9}}}},
             "f: data: options.needle.frames must be [least, most] beside batch_frames",
         ),
         ({"student": {"wibble": 1}}, "f: student"),
-        ({"student": {"swin": "no"}}, "f: student: MMATEConfig: swin must be of type bool, got 'no'"),
-        ({"student": {"preset": "paper"}}, "f: student: preset must be the recipe's, 'exact', got 'paper'; set recipe"),
+        ({"student": {"reverse": "no"}}, "f: student: ExactConfig: reverse must be of type bool, got 'no'"),
+        (
+            {"student": {"preset": "paper"}},
+            "f: student: preset must stand above all tables, got it in [student]: 'paper'",
+        ),
         ({"student": {"keep_attention": 3}}, "f: student: keep_attention must be a list of layers, got 3"),
         ({"data": {"mixture": {"reed": 1}}}, "f: data: mixture must be of the groups read, line, "),
         (
@@ -83,7 +85,7 @@ def test_the_7b_config_trains_as_long_as_the_paper():
             {"data": {"sets": {"a": {"format": "text", "files": ["x"]}}}},
             "f: stage3.losses must not have `sequence` where all data is plain text",
         ),
-        ({"student": {"swin": False}}, "f: student"),
+        ({"student": {"branches": "flex"}}, "f: student"),
         (
             {"calibrate": False, "calibrate_step_sizes": True},
             "f: calibrate_step_sizes must be false where calibrate is false",
@@ -111,12 +113,12 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_the_table_is_the_papers():
-    rows = [(s.trainable, s.local_swin, dict(s.losses), s.learning_rate) for s in STAGES]
+    rows = [(s.trainable, s.windows, dict(s.losses), s.learning_rate) for s in STAGES]
     half = dict.fromkeys(("hidden", "token"), 0.5)
     assert rows == [
-        (("flex",), False, half, 5e-4),
-        (("flex", "swin"), True, half, 5e-4),
-        (("flex", "swin", "lora"), True, dict.fromkeys(("token", "sequence", "supervised"), 0.5), 2e-5),
+        (("scan",), False, half, 5e-4),
+        (("scan", "windows"), True, half, 5e-4),
+        (("scan", "windows", "lora"), True, dict.fromkeys(("token", "sequence", "supervised"), 0.5), 2e-5),
     ]
     assert [s.number for s in STAGES] == [1, 2, 3]
 
@@ -127,13 +129,13 @@ def test_overrides():
     )
     stage = config.stage(2)
     assert (stage.steps, stage.learning_rate, stage.losses) == (7, 1e-3, {"token": 1.0})
-    assert (stage.block_input, stage.freeze) == ("teacher", (r"flex\.o_proj", r"swin\.[qkv]_"))
-    assert parse_config({**MINIMAL, "recipe": "paper"}).stage(1) == STAGES[0]
+    assert (stage.block_input, stage.freeze) == ("teacher", (r"self_attn\.o_proj", r"windows\.[qkv]_"))
+    assert parse_config({**MINIMAL, "preset": "paper"}).stage(1) == STAGES[0]
 
 
-def test_recipes():
-    exact, paper = parse_config(MINIMAL), parse_config({**MINIMAL, "recipe": "paper"})
-    assert [parse_mmate(c.student) for c in (exact, paper)] == [EXACT, PAPER]
+def test_presets():
+    exact, paper = parse_config(MINIMAL), parse_config({**MINIMAL, "preset": "paper"})
+    assert [c.block for c in (exact, paper)] == [EXACT, PAPER]
     assert tuple(paper.stage(i) for i in (1, 2, 3)) == STAGES
     assert not paper.calibrate_step_sizes and paper.losses.hidden_average == "tokens"
     assert exact.calibrate_step_sizes and exact.losses.hidden_average == "read"
@@ -173,4 +175,4 @@ def test_fingerprints_follow_what_a_stage_depends_on():
     assert first.fingerprint(2) != longer.fingerprint(2)
     other = parse_config({**MINIMAL, "checkpoints": {"every": 3}, "evaluation": {"samples": 1}, "output": "/x"})
     assert [first.fingerprint(i) for i in (1, 2, 3)] == [other.fingerprint(i) for i in (1, 2, 3)]
-    assert first.fingerprint(1) != parse_config({**MINIMAL, "student": {"norm": "rms"}}).fingerprint(1)
+    assert first.fingerprint(1) != parse_config({**MINIMAL, "student": {"z_gate": False}}).fingerprint(1)

@@ -223,7 +223,7 @@ def test_it_is_distilled(made):
 
     stage = {"steps": 2, "learning_rate": 1e-3}
     config = parse_config({
-        "name": "tiny", "recipe": "paper", "output": str(made / "runs"),
+        "name": "tiny", "preset": "paper", "output": str(made / "runs"),
         "teacher": {"path": str(made / "teacher"), "max_new_tokens": 4},
         "data": pictures("train.parquet"), "calibration_batches": 1,
         "stage1": stage, "stage2": stage, "stage3": stage,

@@ -69,8 +69,8 @@ def test_what_a_language_model_has_no_use_for_is_refused(folder, tmp_path):
               "evaluation": {"samples": 0}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
     with pytest.raises(RunError, match=r"student.reverse must be false: .* is text only, got true"):
         distill(parse_config(values))
-    with pytest.raises(RunError, match=r"student\.swin must be false"):
-        distill(parse_config({**values, "recipe": "paper", "student": {"reverse": False}}))
+    with pytest.raises(RunError, match=r"student\.branches must be 'flex' without text_window"):
+        distill(parse_config({**values, "preset": "paper", "student": {"reverse": False}}))
 
 
 def test_held_out_text_counts_once(folder, tmp_path):
@@ -103,14 +103,14 @@ def test_built_in_tasks_are_for_models_that_can_be_shown_them(folder, tmp_path):
         distill(parse_config({**values, "data": data}))
 
 
-@pytest.mark.parametrize("recipe, student", [("exact", {"text_window": 8}), ("paper", {"swin": False})])
-def test_a_language_model_is_distilled(folder, tmp_path, recipe, student):
+@pytest.mark.parametrize("preset, student", [("exact", {"text_window": 8}), ("paper", {"branches": "flex"})])
+def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     def sets(name):
         return {"max_tokens": 128, "text_length": 64, "sets": {"t": {"format": "text", "files": [str(folder / name)]}}}
 
     config = parse_config(
         {
-            "name": "r", "recipe": recipe, "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
+            "name": "r", "preset": preset, "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
             "student": {"reverse": False, **student}, "data": sets("train.txt"), "calibration_batches": 1,
             "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "held_out_batches": 2, "speed_lengths": [16],
                            "speed_new_tokens": 2},

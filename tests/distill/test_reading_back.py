@@ -215,7 +215,7 @@ def test_a_whole_run_refuses_a_checkpoint_with_code_in_one_line(tmp_path, finish
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
     toml = tmp_path / "c.toml"
     toml.write_text(
-        f'name = "r"\nrecipe = "paper"\noutput = "{config.output}"\ncalibration_batches = 1\n'
+        f'name = "r"\npreset = "paper"\noutput = "{config.output}"\ncalibration_batches = 1\n'
         f'[teacher]\npath = "{config.teacher.path}"\nmax_new_tokens = 3\n'
         "[data]\nbatch_size = 2\nturns = 2\nmixture = {where = 1, video = 1}\n"
         "[evaluation]\nsamples = 0\n[checkpoints]\nevery = 1\n"

@@ -35,14 +35,14 @@ def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
     config = parse_config(
         run_values(
             tmp_path, teacher, evaluation=NO_SPEED, student={"keep_attention": [-1], "text_window": 4},
-            lora={"target": r".*self_attn\.(flex|swin)\.[cbxoqkv]_proj"}, stage1={"steps": 0}, stage2={"steps": 0},
+            lora={"target": r".*self_attn\.(scan|windows)\.[cbxqkv]_proj"}, stage1={"steps": 0}, stage2={"steps": 0},
             stage3={"steps": 2, "learning_rate": 1e-2, "train": ["lora"], "losses": {"supervised": 1}},
         )
     )  # fmt: skip
     distill(config)
     before, *_, after = _states(config)
     changed = _changed(before, after)
-    assert changed and all(".flex." in name or ".swin." in name for name in changed)
+    assert changed and all(".scan." in name or ".windows." in name for name in changed)
     assert all("layers.0.self_attn" in name and ".lora_" in name for name in changed)
     assert list(json.loads((config.folder / "evaluation.json").read_text())) == ["teacher", "initial", "stage 3"]
     run, saved = Run(config), AutoModelForImageTextToText.from_pretrained(config.folder / "student").eval()
@@ -56,10 +56,10 @@ def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
 
 def test_exact_near_and_learnt_far(teacher, tmp_path):
     """The default: what makes the windows exact stays, the scan and its share learn, and Local-Swin is never off."""
-    frozen = [r"flex\.o_proj", r"swin\.[qkv]_"]
+    frozen = [r"self_attn\.o_proj", r"windows\.[qkv]_"]
     config = parse_config(
         run_values(
-            tmp_path, teacher, recipe="exact", evaluation=NO_SPEED,
+            tmp_path, teacher, preset="exact", evaluation=NO_SPEED,
             data={"batch_size": 2, "turns": 2, "mixture": {"video": 1}},
             student={"text_window": 4, "sink_tokens": 2, "window": [2, 2, 2], "image_window": [1, 2, 2]},
             **{f"stage{i}": {"steps": 2, "learning_rate": 1e-2} for i in (1, 2, 3)},
@@ -67,9 +67,9 @@ def test_exact_near_and_learnt_far(teacher, tmp_path):
     )  # fmt: skip
     distill(config)
     initial, first, second, third = _states(config)
-    assert any(".flex." in name for name in _changed(initial, first))
-    assert not any(".swin." in name or "mix_rest" in name for name in _changed(initial, first))
-    assert any("mix_rest" in name for name in _changed(first, second))
+    assert any(".scan." in name for name in _changed(initial, first))
+    assert not any(".windows." in name or ".share." in name for name in _changed(initial, first))
+    assert any(".share." in name for name in _changed(first, second))
     assert not any(re.search("|".join(frozen), name) for name in _changed(initial, third))
     run, saved = Run(config), AutoModelForImageTextToText.from_pretrained(config.folder / "student").eval()
     ids = torch.arange(20, 36)[None]
@@ -87,10 +87,10 @@ def test_blocks_alone_without_lora(teacher, tmp_path):
     config = parse_config(
         run_values(
             tmp_path, teacher, evaluation={"samples": 0, "speed_lengths": []}, losses={"temperature": 2.0},
-            student={"swin": False, "reverse": False, "head_norm": True, "conv_width": 2},
-            stage1={"steps": 2, "losses": {"hidden": 1}, "block_input": "teacher", "freeze": [r"flex\.[cbxo]_proj"]},
+            student={"branches": "flex", "reverse": False, "head_norm": True},
+            stage1={"steps": 2, "losses": {"hidden": 1}, "block_input": "teacher", "freeze": [r"scan(\.[cbx]|_o)_p"]},
             stage2={"steps": 2, "losses": {"hidden": 1}, "block_input": "teacher"},
-            stage3={"steps": 2, "losses": {"token": 1}, "train": ["flex"]},
+            stage3={"steps": 2, "losses": {"token": 1}, "train": ["scan"]},
         )
     )  # fmt: skip
     distill(config)
@@ -102,7 +102,7 @@ def test_blocks_alone_without_lora(teacher, tmp_path):
 
 
 def test_within_the_windows_nothing_is_learnt_and_that_is_said(teacher, tmp_path):
-    config = parse_config(run_values(tmp_path, teacher, recipe="exact", evaluation=NO_SPEED))
+    config = parse_config(run_values(tmp_path, teacher, preset="exact", evaluation=NO_SPEED))
     with pytest.warns(LinmuWarning, match=r"stage 1: nothing that was looked at lay beyond the windows.*\.layers\.0\."):
         distill(config)
     told = [json.loads(line) for line in (config.folder / "stage1/metrics.jsonl").read_text().splitlines()]
@@ -119,16 +119,16 @@ def test_nothing_trained_is_the_calibrated_start(teacher, tmp_path):
 
 
 def test_a_recipe_that_ends_without_local_swin_is_refused():
-    values = {"name": "x", "recipe": "paper", "teacher": {"path": "t"}, "stage2": {"steps": 0}, "stage3": {"steps": 0}}
-    with pytest.raises(ConfigError, match=r"student\.swin must be false where only stage 1 has steps"):
+    values = {"name": "x", "preset": "paper", "teacher": {"path": "t"}, "stage2": {"steps": 0}, "stage3": {"steps": 0}}
+    with pytest.raises(ConfigError, match=r"student\.branches must be 'flex' where only stage 1 has steps"):
         parse_config(values)
-    assert parse_config({**values, "student": {"swin": False}}).stage(2).steps == 0
-    assert parse_config({**values, "recipe": "exact"}).stage(2).steps == 0  # its windows are never off
+    assert parse_config({**values, "student": {"branches": "flex"}}).stage(2).steps == 0
+    assert parse_config({**values, "preset": "exact"}).stage(2).steps == 0  # its windows are never off
 
 
 def test_a_recipes_patterns_may_match_nothing_others_may_not(teacher, tmp_path):
     """And what cannot work is found before the first stage, not after it."""
-    values = run_values(tmp_path, teacher, recipe="exact", student={"text_window": 4, "window": [2, 2, 2]})
+    values = run_values(tmp_path, teacher, preset="exact", student={"text_window": 4, "window": [2, 2, 2]})
     Run(parse_config({**values, "stage3": {"steps": 2, "train": ["lora"]}})).check_stages()
     run = Run(parse_config({**values, "stage3": {"steps": 2, "freeze": ["nonsense"]}}))
     with pytest.raises(ConfigError, match=r"stage3\.freeze: 'nonsense' matches no trainable parameter"):
@@ -136,20 +136,20 @@ def test_a_recipes_patterns_may_match_nothing_others_may_not(teacher, tmp_path):
     with pytest.raises(ConfigError, match=r"stage3\.freeze"):  # before anything is made
         distill(run.config)
     assert not (run.folder / "stage0").exists()
-    alone = {**values, "recipe": "paper", "student": {"swin": False}, "stage2": {"steps": 2, "train": ["swin"]}}
+    alone = {**values, "preset": "paper", "student": {"branches": "flex"}, "stage2": {"steps": 2, "train": ["windows"]}}
     with pytest.raises(ConfigError, match="stage2 trains nothing: it has no trainable parameter"):
         Run(parse_config(alone)).check_stages()
     with pytest.raises(ConfigError, match=r"lora\.target: 'x' matches no linear layer"):
         Run(parse_config({**values, "lora": {"target": "x"}})).check_stages()
-    paper = {**values, "recipe": "paper", "student": {}}
-    with pytest.raises(ConfigError, match=r"stage1.train must be without 'swin': Local-Swin is off"):
-        Run(parse_config({**paper, "stage1": {"steps": 2, "train": ["swin"]}})).check_stages()
-    with pytest.raises(RunError, match=r"keep_attention must be a list of layers in \[-2, 2\), got 99"):
+    paper = {**values, "preset": "paper", "student": {}}
+    with pytest.raises(ConfigError, match=r"stage1.train must be without 'windows': Local-Swin is off"):
+        Run(parse_config({**paper, "stage1": {"steps": 2, "train": ["windows"]}})).check_stages()
+    with pytest.raises(RunError, match=r"keep_attention must hold layers in \[-2, 2\), got 99"):
         Run(parse_config({**paper, "student": {"keep_attention": [99]}})).check_stages()
 
 
 def test_fingerprints_follow_the_recipe():
     values = {"name": "x", "teacher": {"path": "t"}}
     plain = parse_config(values).fingerprint(3)
-    for change in ({"stage3": {"train": ["flex"]}}, {"student": {"keep_attention": [0]}}):
+    for change in ({"stage3": {"train": ["scan"]}}, {"student": {"keep_attention": [0]}}):
         assert parse_config({**values, **change}).fingerprint(3) != plain

@@ -86,10 +86,10 @@ def test_each_stage_starts_from_the_one_before(finished):
     def moved(a, b):
         return {n for n in states[a] if not torch.equal(states[a][n], states[b][n])}
 
-    assert moved(0, 1) and not any(".swin." in name or ".mix" in name for name in moved(0, 1))
-    assert any(".swin." in name for name in moved(1, 2))
+    assert moved(0, 1) and not any(".windows" in name or ".mix" in name for name in moved(0, 1))
+    assert any(".windows" in name for name in moved(1, 2))
     # What acts on visual tokens only in the last layer is out of reach of the answers' losses.
-    assert not any("layers.1." in name and (".swin." in name or ".reverse_" in name) for name in moved(2, 3))
+    assert not any("layers.1." in name and (".windows" in name or ".reverse_" in name) for name in moved(2, 3))
     assert {name for name in states[3] if ".lora_" in name} == set(states[3]) - set(states[2])
 
 
@@ -132,7 +132,7 @@ def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_
     with pytest.raises(HandoffError, match="distilled from another teacher"):
         Run(parse_config({**values, "teacher": {"path": other}})).student_after(1)
     with pytest.raises(HandoffError, match="a student with other options"):
-        Run(parse_config({**values, "student": {"initial_mix": 0.7}})).student_after(1)
+        Run(parse_config({**values, "student": {"initial_scale": 0.7}})).student_after(1)
     with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
         distill(parse_config({**values, "stage1": {"steps": 3}}), resume=True)
 
@@ -234,7 +234,7 @@ def test_a_damaged_result_is_refused(teacher, tmp_path):
 def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     from distill.student import hidden_kinds, mean_squares
 
-    config = parse_config(run_values(tmp_path, teacher, student={"norm": "rms"}))
+    config = parse_config(run_values(tmp_path, teacher, student={"branches": "flex"}))
     run = Run(config)
     run.prepare()
     _, facts = handoff.load_result(config.folder, 0, run.teacher_hash, config)

@@ -200,7 +200,7 @@ def config(folder, output, **changes):
         "videos": {"format": "llava_video", "files": [str(folder / "videos.json")], "folder": str(folder)},
     }
     values = {
-        "name": "r", "recipe": "paper", "output": str(output),
+        "name": "r", "preset": "paper", "output": str(output),
         "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
         "data": {"sets": sets, "max_tokens": 200, "window": 8, "frames": 4},
         "evaluation": {"samples": 0, "speed_lengths": []},
@@ -239,10 +239,10 @@ def beside_text(folder, output, **changes):
     return config(folder, output, data=data, **{f"stage{i}": {"steps": 8} for i in (1, 2, 3)}, **changes)
 
 
-@pytest.mark.parametrize("recipe, student", [("paper", {}), ("exact", {"text_window": 4, "window": [1, 1, 1]})])
-def test_text_beside_pictures(folder, tmp_path, recipe, student):
+@pytest.mark.parametrize("preset, student", [("paper", {}), ("exact", {"text_window": 4, "window": [1, 1, 1]})])
+def test_text_beside_pictures(folder, tmp_path, preset, student):
     """Batches of text alone give nothing to what acts on visual tokens, and have no question for the teacher."""
-    mixed = beside_text(folder, tmp_path, recipe=recipe, student=student)
+    mixed = beside_text(folder, tmp_path, preset=preset, student=student)
     distill(mixed)
     for number in (1, 2, 3):
         counts = json.loads((stage_folder(mixed.folder, number) / "manifest.json").read_text())["data"]

@@ -12,7 +12,7 @@ import torch
 
 from distill.checkpoint import CheckpointStore
 from distill.config import ConfigError
-from distill.student import add_lora, merge_lora, mixers, own_state, set_local_swin, trainable_parameters
+from distill.student import add_lora, merge_lora, mixers, own_state, set_windows, trainable_parameters
 from distill.teacher import (
     AnswerCache,
     own_answers,
@@ -37,9 +37,9 @@ def test_a_stage_trains_what_the_table_says(tmp_path, number):
     trainer.run()
     changed = {name for name, p in trainer.student.named_parameters() if not torch.equal(p, before[name])}
     assert changed == set(trainer.trainable)
-    kinds = {"flex": r".flex.", "swin": ".swin.", "mix": ".mix", "lora": ".lora_", "norm": ".self_attn.norm."}
+    kinds = {"scan": ".scan", "windows": ".windows", "mix": ".mix", "lora": ".lora_", "norm": ".self_attn.norm."}
     seen = {kind for kind, mark in kinds.items() if any(mark in name for name in changed)}
-    assert seen == [{"flex", "norm"}, {"flex", "norm", "swin", "mix"}, set(kinds)][number - 1]
+    assert seen == [{"scan", "norm"}, {"scan", "norm", "windows", "mix"}, set(kinds)][number - 1]
     assert all("visual" not in name for name in changed)
     if number == 3:
         assert all(".mlp." in name for name in changed if ".lora_" in name)
@@ -181,7 +181,7 @@ def test_nan_stops_the_run_and_says_where(tmp_path):
     def spoil(step):
         if step == 6:
             with torch.no_grad():
-                block.flex.x_proj.weight[0, 0] = torch.nan
+                block.scan.x_proj.weight[0, 0] = torch.nan
 
     trainer.on_step = spoil
     with pytest.raises(TrainingError, match=r"stage 1, step 7: the loss is not finite: hidden = nan.* is at step 4"):
@@ -193,7 +193,7 @@ def test_nan_stops_the_run_and_says_where(tmp_path):
 
 def test_nan_gradient_names_the_parameter(tmp_path):
     trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 1)
-    attention_modules(trainer.student)[0].flex.o_proj.bias.register_hook(lambda grad: grad * torch.nan)
+    attention_modules(trainer.student)[0].scan.o_proj.bias.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(
         TrainingError, match=r"step 1: the gradient's norm is nan; it is not finite in .*layers.0.*o_proj.bias"
     ):
@@ -210,8 +210,8 @@ def test_a_parameter_without_gradient_is_an_error(tmp_path):
 def test_a_stage_whose_branch_is_off_is_an_error(tmp_path):
     """Stage 2 with Local-Swin still off would train half of what it should, silently."""
     trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 2)
-    set_local_swin(attention_modules(trainer.student), False)
-    with pytest.raises(TrainingError, match=r"no gradient reaches .*swin"):
+    set_windows(attention_modules(trainer.student), False)
+    with pytest.raises(TrainingError, match=r"no gradient reaches .*windows"):
         trainer.run()
 
 
@@ -228,7 +228,7 @@ def test_steps_in_which_student_and_teacher_are_equal_do_not_count(tmp_path):
 def test_a_gradient_that_stays_zero_is_an_error(tmp_path):
     config = tiny.tiny_config(tmp_path, stage1={"steps": 12})
     trainer = tiny.stage_trainer(config, 1)
-    attention_modules(trainer.student)[0].flex.o_proj.bias.register_hook(torch.zeros_like)
+    attention_modules(trainer.student)[0].scan.o_proj.bias.register_hook(torch.zeros_like)
     with pytest.raises(TrainingError, match=r"step 10: the gradient has been 0 in every step for .*o_proj.bias"):
         trainer.run()
 

@@ -5,40 +5,36 @@ import tiny
 import torch
 
 from distill.student import add_lora, decaying
-from linmu_ops import MMATE
-from linmu_ops.nn.config import PRESETS, MMATEConfig
+from linmu_ops import MMATE, ExactConfig, ExactMMATE, MMATEConfig
+from linmu_ops.nn import PRESETS
 
-DECAYED = {
-    *(f"{branch}.{name}_proj.weight" for branch, names in (("flex", "cbxo"), ("swin", "qkvo")) for name in names),
-    "flex.reverse_b_proj.weight",
-    "flex.reverse_c_proj.weight",
-}
+PROJECTIONS = [
+    *(f"scan.{way}{name}_proj" for way, names in (("", "cbx"), ("reverse_", "cb")) for name in names),
+    *(f"windows.{name}_proj" for name in "qkv"), "o_proj", "scan_o_proj", "windows_o_proj",
+]  # fmt: skip
+DECAYED = {f"{name}.weight" for name in PROJECTIONS}
 KEPT = {
     # norms and biases
-    "norm.weight", "norm.bias", "flex.head_norm", "flex.c_norm.weight", "flex.b_norm.weight", "swin.q_norm.weight",
-    "swin.k_norm.weight", "swin.bias", "flex.z_proj.bias", "flex.conv.bias", "mix_rest.bias",
-    *(f"{branch}.{name}_proj.bias" for branch, names in (("flex", "cbxo"), ("swin", "qkvo")) for name in names),
-    "flex.reverse_b_proj.bias", "flex.reverse_c_proj.bias",
+    "norm.weight", "norm.bias", "scan.head_norm", "scan.c_norm.weight", "scan.b_norm.weight", "windows.q_norm.weight",
+    "windows.k_norm.weight", "scan.z_proj.bias", "share.bias", *(f"{name}.bias" for name in PROJECTIONS),
     # decays and step sizes
-    *(f"flex.{way}{name}" for way in ("", "reverse_") for name in ("A_log", "dt_bias", "dt_proj.weight")),
+    *(f"scan.{way}{name}" for way in ("", "reverse_") for name in ("A_log", "dt_bias", "dt_proj.weight")),
     # gates, and the weights of the branches
-    "flex.gate", "flex.gate_proj.weight", "flex.z_proj.weight", "mix", "mix_proj.weight", "mix_rest.weight",
+    "scan.gate", "scan.gate_proj.weight", "scan.z_proj.weight", "mix", "mix_proj.weight", "share.weight",
     # what starts as the identity, or as a size
-    "flex.b_map", "flex.c_map", "flex.conv.weight", "flex.scale", "flex.D",
+    "scan.b_map", "scan.c_map", "scan.scale",
 }  # fmt: skip
 EVERY = {
     **PRESETS,
-    "all of the paper's": MMATEConfig(
-        reverse_projections="separate", gate="token", conv_width=4, z_gate=True, head_norm=True, skip=True, mix="token",
-        relative_bias=True, image_window=None, norm="layer", text_window=8,
-    ),
-    "channel, rms": MMATEConfig(mix="channel", norm="rms"),
-}  # fmt: skip
+    "all of the paper's": MMATEConfig(literal=True, z_gate=True, head_norm=True, text_window=8),
+    "windows alone": MMATEConfig(branches="swin"),
+}
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_parameter_is_of_one_of_two_kinds(name):
-    block = MMATE(24, 4, 2, qkv_bias=True, out_bias=True, qk_norm=torch.nn.RMSNorm, config=EVERY[name])
+    block_class = ExactMMATE if isinstance(EVERY[name], ExactConfig) else MMATE
+    block = block_class(24, 4, 2, qkv_bias=True, out_bias=True, qk_norm=torch.nn.RMSNorm, config=EVERY[name])
     names = {n for n, _ in block.named_parameters()}
     assert names <= DECAYED | KEPT
     assert decaying(block) == names & DECAYED

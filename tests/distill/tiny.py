@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from distill.config import Config, parse_config
-from distill.student import add_lora, mixers, set_local_swin, trainable_parameters
+from distill.student import add_lora, mixers, set_windows, trainable_parameters
 from distill.teacher import AnswerCache, Transcripts
 from distill.train import StageTrainer, Teacher
 
@@ -100,7 +100,7 @@ def teacher_model(seed=0):
     return model
 
 
-class Flex(nn.Module):
+class Scan(nn.Module):
     """Causal linear attention."""
 
     def __init__(self, attention):
@@ -114,7 +114,7 @@ class Flex(nn.Module):
         return self.o_proj(scores @ x / scores.sum(-1, keepdim=True).clamp(min=1e-3))
 
 
-class Swin(nn.Module):
+class Windows(nn.Module):
     """Something of each token's own."""
 
     def __init__(self, attention):
@@ -131,18 +131,18 @@ class StandIn(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
-        self.flex, self.swin = Flex(attention), Swin(attention)
+        self.scan, self.windows = Scan(attention), Windows(attention)
         self.mix = nn.Parameter(torch.zeros(1))
         self.norm = nn.LayerNorm(attention.q_proj.in_features)
-        self.swin_enabled = True
-        self.config = SimpleNamespace(text_window=1, mix="scalar")
+        self.windows_enabled = True
+        self.config = SimpleNamespace(text_window=1)
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         mask = hidden_states.new_ones(hidden_states.shape[:2]) if attention_mask is None else attention_mask[:, 0, -1]
-        out = self.flex(hidden_states, mask.to(hidden_states.dtype))
-        if self.swin_enabled:
+        out = self.scan(hidden_states, mask.to(hidden_states.dtype))
+        if self.windows_enabled:
             share = self.mix.sigmoid()
-            out = share * out + (1 - share) * self.swin(hidden_states)
+            out = share * out + (1 - share) * self.windows(hidden_states)
         return self.norm(out), None
 
 
@@ -159,7 +159,7 @@ def student_model(teacher, inside=True, seed=1):
 def tiny_config(tmp_path, **changes) -> Config:
     values = {
         "name": "tiny",
-        "recipe": "paper",
+        "preset": "paper",
         "output": str(tmp_path),
         "teacher": {"path": "none", "max_new_tokens": 6},
         "checkpoints": {"every": 4, "keep": 2},
@@ -179,7 +179,7 @@ def stage_trainer(config, number, accelerator=None, *, teacher=None, student=Non
     student = student or student_model(teacher, inside)
     blocks = mixers(student, teacher)
     stage = config.stage(number)
-    set_local_swin(blocks.values(), stage.local_swin)
+    set_windows(blocks.values(), stage.windows)
     if "lora" in stage.trainable:
         add_lora(student, config.lora, config.seed)
     trainable = trainable_parameters(student, blocks, stage)

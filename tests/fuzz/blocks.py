@@ -1,4 +1,4 @@
-"""Random blocks: MMATE with any options against its definition, in pieces, token by token, and in padded batches."""
+"""Random blocks: either, with any options against its definition, in pieces, token by token, and in padded batches."""
 
 from __future__ import annotations
 
@@ -14,25 +14,32 @@ import torch
 from hypothesis import reject
 from hypothesis import strategies as st
 
-from linmu_ops import MMATE, MMATEConfig, TokenLayout
-from linmu_ops.nn.config import CHOICES
+from linmu_ops import MMATE, ExactConfig, ExactMMATE, MMATEConfig, TokenLayout
 
 from .tensors import seeds
 
 WINDOWS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)).map(list)
-# Values of options that are neither a switch nor a choice; those of an option that is not there any more are not used.
+DECAYS = st.sampled_from((0.5, 0.9999, (0.9, 0.999)))
+# Values of options that are no switch; and of the facts of a teacher.
 VALUES: dict[str, st.SearchStrategy[Any]] = dict(
-    feature_dim=st.sampled_from((4, 8, 11)), initial_gate=st.sampled_from((0.1, 0.9)),
-    initial_decay=st.sampled_from((0.5, 0.9999, (0.9, 0.999))), initial_scale=st.sampled_from((0.5, 8.0)),
-    conv_width=st.integers(2, 8), window=WINDOWS, image_window=st.none() | WINDOWS, text_window=st.integers(1, 9),
-    sink_tokens=st.integers(1, 5), initial_mix=st.sampled_from((0.2, 0.9)), norm_eps=st.just(1e-5),
+    branches=st.sampled_from(("flex", "swin")), feature_dim=st.sampled_from((4, 8, 11)), initial_decay=DECAYS,
+    initial_scale=st.sampled_from((0.5, 8.0)), window=WINDOWS, image_window=st.none() | WINDOWS,
+    text_window=st.integers(1, 9), sink_tokens=st.integers(0, 5),
 )  # fmt: skip
-KNOWN = {f.name for f in dataclasses.fields(MMATEConfig)}
-SWITCHES = [f.name for f in dataclasses.fields(MMATEConfig) if isinstance(f.default, bool)]
-options = st.fixed_dictionaries({}, optional={
-    **{k: st.just(not getattr(MMATEConfig(), k)) for k in SWITCHES},
-    **{k: st.sampled_from(v) for k, v in CHOICES.items()}, **{k: v for k, v in VALUES.items() if k in KNOWN},
-})  # fmt: skip
+
+
+def options_of(config: type[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    fields = dataclasses.fields(config)
+    switches = {f.name: st.just(not f.default) for f in fields if isinstance(f.default, bool)}
+    return st.fixed_dictionaries(
+        {}, optional=switches | {f.name: VALUES[f.name] for f in fields if f.name not in switches}
+    )
+
+
+options = st.tuples(st.just("MMATE"), options_of(MMATEConfig)) | st.tuples(
+    st.just("ExactMMATE"), options_of(ExactConfig)
+)
+facts = st.fixed_dictionaries({}, optional=dict(interleaved_rotary=st.just(True), causal_windows=st.booleans()))
 # Of a row: [text before, gaps, sizes] of each block, then text.
 rows = st.tuples(
     st.lists(
@@ -42,7 +49,7 @@ rows = st.tuples(
     st.integers(1, 6),
 ).map(list)  # fmt: skip
 cases = st.fixed_dictionaries(dict(
-    seed=seeds, options=options, layer_idx=st.integers(0, 5),
+    seed=seeds, options=options, facts=facts, layer_idx=st.integers(0, 5),
     heads=st.sampled_from(([1, 1], [2, 1], [2, 2], [4, 2])), head_dim=st.sampled_from((2, 4, 6)),
     rotary=st.integers(0, 3), qk_norm=st.booleans(), bias=st.booleans(), rows=st.lists(rows, min_size=1, max_size=3),
 ))  # fmt: skip
@@ -59,18 +66,21 @@ def definition() -> Any:
     return module
 
 
-def build(case: dict[str, Any]) -> MMATE:
+def build(case: dict[str, Any]) -> MMATE | ExactMMATE:
     """A block in float64, every parameter moved off its neutral start."""
+    name, given = case["options"]
+    kind, block_class = {"MMATE": (MMATEConfig, MMATE), "ExactMMATE": (ExactConfig, ExactMMATE)}[name]
+    small = {} if given.get("branches") == "flex" else dict(window=(2, 2, 2), image_window=(1, 2, 3))
     try:
-        config = MMATEConfig(**dict(window=(2, 2, 2), image_window=(1, 2, 3)) | case["options"])
+        config = kind(**small | given)
     except ValueError:
         reject()
     torch.manual_seed(case["seed"])
     H, G = case["heads"]
     norm = functools.partial(torch.nn.RMSNorm, eps=1e-6) if case["qk_norm"] else None
-    block = MMATE(
+    block = block_class(
         DIM, H, G, case["head_dim"], layer_idx=case["layer_idx"], qkv_bias=case["bias"], out_bias=case["bias"],
-        qk_norm=norm, config=config,
+        qk_norm=norm, config=config, **case["facts"],
     )  # fmt: skip
     with torch.no_grad():
         for p in block.parameters():
@@ -107,7 +117,7 @@ class Prompt:
             self.blocks.append(blocks)
             self.z.append(torch.randn(length, DIM, generator=g, dtype=torch.float64))
             angle = torch.randn(length, R, generator=g, dtype=torch.float64)
-            if case["options"].get("rotary_interleaved"):
+            if case["facts"].get("interleaved_rotary"):
                 angle = angle.repeat_interleave(2, -1)
             else:
                 angle = torch.cat((angle, angle), -1)
@@ -131,7 +141,7 @@ def defined(case: dict[str, Any]) -> None:
     block, prompt = build(case), Prompt(case)
     for i in range(len(prompt.z)):
         turn = prompt.turns[i]
-        close(block(**prompt.call(i))[0], definition().mmate(block, prompt.z[i], prompt.blocks[i], turn))
+        close(block(**prompt.call(i))[0], definition().block(block, prompt.z[i], prompt.blocks[i], turn))
 
 
 carried_cases = st.tuples(cases, st.lists(st.integers(1, 60), max_size=4), st.booleans()).map(

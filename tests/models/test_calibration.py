@@ -15,8 +15,7 @@ from distill.teacher import load_teacher, model_inputs
 from linmu_models.attention_mass import record_mass
 from linmu_models.calibrate import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs
-from linmu_ops.nn import FlexMA
-from linmu_ops.nn.config import MMATEConfig
+from linmu_ops.nn import MMATE, MMATEConfig
 
 from . import tiny
 
@@ -32,17 +31,16 @@ def attention_outputs(model, batches):
     return [torch.cat(layer) for layer in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("norm", ["rms", "none"])
 @pytest.mark.parametrize("family", list(tiny.BUILDERS))
-def test_blocks_take_the_size_of_attention(family, norm):
+def test_blocks_take_the_size_of_attention(family):
     """In layer 0, whose input is the teacher's, to rounding."""
     teacher = tiny.teacher(family)
     kinds = ("text", "text") if tiny.example(family) is None else ("images", "image")
     batches = [tiny.left_padded([tiny.example(family, kind) for kind in kinds]), tiny.example(family, kinds[1])]
-    options = dict(preset="paper", norm=norm, swin=norm != "none")  # Without a norm, only y_flex is scaled.
+    options = dict(preset="paper", branches="flex")  # the scan's output is what is scaled
     student = linmu_models.convert(teacher, options, keep_attention=[1], calibration=iter(batches))
     ours, theirs = attention_outputs(student, batches)[0], attention_outputs(teacher, batches)[0]
-    if norm == "none" and (bias := attention_modules(teacher)[0].o_proj.bias) is not None:
+    if (bias := attention_modules(teacher)[0].o_proj.bias) is not None:
         ours, theirs = ours - bias, theirs - bias  # a copy, which is not scaled
     torch.testing.assert_close(ours.square().mean(), theirs.square().mean(), rtol=1e-3, atol=0)
     assert not any(module._forward_hooks for module in attention_modules(teacher))
@@ -87,7 +85,7 @@ def test_step_sizes_are_fitted_in_units_of_the_rows_mean():
 
 def test_step_sizes_follow_attention():
     """Where log mass is linear in the hidden states, step sizes become proportional to it; their mean stays."""
-    block = FlexMA(16, 4, config=MMATEConfig(initial_decay=0.999))
+    block = MMATE(16, 4, config=MMATEConfig(initial_decay=0.999)).scan
     z, direction = torch.randn(400, 16), torch.randn(16, 4) / 4
     mass = (z @ direction).exp()
     mass = mass / mass.mean(0)
@@ -104,7 +102,7 @@ def test_fitted_step_sizes_are_part_of_calibration(family):
     student = linmu_models.convert(teacher)
     linmu_models.calibrate(student, teacher, [batch], step_sizes=True)
     for layer in student.linmu_layers():
-        assert layer.self_attn.flex.dt_proj.weight.count_nonzero() > 0
+        assert layer.self_attn.scan.dt_proj.weight.count_nonzero() > 0
     with torch.no_grad():
         assert torch.isfinite(student(**batch).logits).all()
 
@@ -132,7 +130,7 @@ def test_starts_nearer_to_the_teacher():
 def test_half_precision_and_errors():
     teacher = tiny.BUILDERS["qwen2"]().to(torch.bfloat16)
     batch = tiny.example("qwen2", "text")
-    options, batches = {"preset": "paper", "swin": False}, [{**batch, "labels": batch["input_ids"]}]
+    options, batches = {"preset": "paper", "branches": "flex"}, [{**batch, "labels": batch["input_ids"]}]
     student = linmu_models.convert(teacher, options, calibration=batches)
     with torch.no_grad():
         assert torch.isfinite(student(**batch).logits).all()

@@ -58,8 +58,8 @@ ONE_LINE = [
     *(("convert", "@teacher", "@new", "--keep-attention", n) for n in ("99", "-9")),
     *(("convert", "@teacher", "@new", "--option", o) for o in (
         "", "=", "window", "window=1", "window=[1,2]", "text_window=1e12", "text_window=1000000000000",
-        "text_window=-1", "norm_eps=NaN", "initial_scale=Infinity", "preset=x", "preset=[]", "preset=1", f"{BAD}=1",
-        f"norm={BAD}", "mix=null")),
+        "text_window=-1", "initial_decay=NaN", "initial_scale=Infinity", "preset=x", "preset=[]", "preset=1",
+        f"{BAD}=1", f"branches={BAD}", "z_gate=null")),
     ("generate", "@teacher", "--prompt", ""),
     ("generate", "@teacher", "--prompt", os.fsdecode(b"caf\xe9")),
     ("generate", "@teacher", "--prompt", "<image>"),

@@ -42,7 +42,7 @@ def test_reports_every_tensor(tmp_path):
     assert {r.source for r in report.rows if r.source} == set(theirs)
     assert report.count("new") < 0.01 * report.count("copied")
     text = str(report)
-    assert "flex.c_proj.weight" in text and "self_attn.q_proj.weight" in text and len(text.splitlines()) < 60
+    assert "scan.c_proj.weight" in text and "self_attn.q_proj.weight" in text and len(text.splitlines()) < 60
     report.save(tmp_path / "report.json")
     assert TransferReport.load(tmp_path / "report.json") == report
     student.save_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_shares_what_stays_frozen():
     theirs = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
         if ".self_attn." in name and "text_model" in name:
-            assert p.requires_grad and name not in theirs
+            assert p.requires_grad and (name not in theirs or p.data_ptr() != theirs[name].data_ptr())
         else:
             assert not p.requires_grad and p.data_ptr() == theirs[name].data_ptr()
     assert all(p.requires_grad for p in teacher.parameters())
@@ -97,17 +97,20 @@ def test_ties_embeddings_as_the_teacher_does():
 
 def test_options():
     teacher = tiny.teacher("qwen2_5_vl")
-    changes = {"window": [4, 2, 2], "conv_width": 3, "norm": "rms"}
+    changes = {"window": [4, 2, 2], "z_gate": False}
     student = linmu_models.convert(teacher, changes)
     block = student.get_decoder().layers[1].self_attn
     assert isinstance(block, linmu_models.LinmuAttention) and block.layer_idx == 1
-    wanted = dataclasses.replace(linmu_models.EXACT, window=(4, 2, 2), conv_width=3, norm="rms")
+    wanted = dataclasses.replace(linmu_models.EXACT, window=(4, 2, 2), z_gate=False)
     assert block.config == wanted
-    assert student.config.linmu["mmate"]["window"] == (4, 2, 2)
+    assert student.config.linmu["options"]["window"] == (4, 2, 2)
     assert isinstance(student, tiny.hf.Qwen2_5_VLForConditionalGeneration)
     papers = linmu_models.convert(teacher, {"preset": "paper", **changes}).get_decoder().layers[1].self_attn.config
-    assert papers == linmu_models.MMATEConfig(window=(4, 2, 2), conv_width=3, norm="rms")
-    assert linmu_models.convert(tiny.teacher("glm4v")).config.linmu["mmate"]["rotary_interleaved"]
+    assert papers == linmu_models.MMATEConfig(window=(4, 2, 2), z_gate=False)
+    literal = linmu_models.convert(teacher, linmu_models.LITERAL).get_decoder().layers[1].self_attn
+    assert literal.config == linmu_models.LITERAL and literal.scan.scale is None
+    glm = linmu_models.convert(tiny.teacher("glm4v")).get_decoder().layers[0].self_attn
+    assert glm.shape.interleaved_rotary and not block.shape.interleaved_rotary
 
 
 @pytest.mark.parametrize("options", [tiny.NARROW, {"preset": "paper"}], ids=["exact", "paper"])
@@ -124,7 +127,7 @@ def test_half_precision(family, options):
     kept = {n.rpartition(".")[2] for n, p in student.named_parameters() if p.dtype == torch.float32}
     assert {"A_log", "dt_bias", "reverse_A_log", "gate", "scale"} <= kept
     assert ("mix" in kept) == ("preset" in options)
-    assert student.get_decoder().layers[0].self_attn.flex.c_proj.weight.dtype == torch.bfloat16
+    assert student.get_decoder().layers[0].self_attn.scan.c_proj.weight.dtype == torch.bfloat16
 
 
 def test_meta_device():
@@ -149,7 +152,7 @@ def test_device_map(tmp_path):
 @pytest.mark.filterwarnings("ignore:Some parameters are on the meta device")
 def test_parts_offloaded_to_disk(tmp_path):
     """A student is brought in layer by layer by accelerate's hooks; a teacher is refused."""
-    student, inputs = linmu_models.convert(tiny.teacher("qwen2_5_vl"), {"conv_width": 3}), tiny.example("qwen2_5_vl")
+    student, inputs = linmu_models.convert(tiny.teacher("qwen2_5_vl")), tiny.example("qwen2_5_vl")
     student.save_pretrained(tmp_path / "student")
     tiny.teacher("qwen2_5_vl").save_pretrained(tmp_path / "teacher")
     parts = ["model.visual", "lm_head", *(f"model.language_model.{p}" for p in ("embed_tokens", "norm", "rotary_emb"))]
@@ -167,10 +170,7 @@ def test_parts_offloaded_to_disk(tmp_path):
         linmu_models.convert(load(tmp_path / "teacher"))
 
 
-EVERYTHING = dict(
-    preset="paper", conv_width=3, z_gate=True, head_norm=True, skip=True, norm="layer", text_window=4, gate="token",
-    mix="token", reverse_projections="separate", relative_bias=True, image_window=None, window=(2, 2, 2),
-)  # fmt: skip
+EVERYTHING = dict(preset="literal", z_gate=True, head_norm=True, text_window=4, image_window=None, window=(2, 2, 2))
 
 
 @pytest.mark.parametrize("options", [tiny.NARROW, EVERYTHING], ids=["exact", "everything"])
@@ -197,8 +197,8 @@ def test_configuration_alone_builds_the_model():
     fresh = tiny.hf.AutoModelForImageTextToText.from_config(copy.deepcopy(config))
     blocks = [layer.self_attn for layer in fresh.get_decoder().layers]
     assert [isinstance(b, linmu_models.LinmuAttention) for b in blocks] == [True, False, True]
-    flex = blocks[0].flex
-    assert flex.c_proj.weight.std() < 0.05 and flex.dt_proj.weight.abs().max() == 0 and (flex.scale == 3).all()
+    scan = blocks[0].scan
+    assert scan.c_proj.weight.std() < 0.05 and scan.dt_proj.weight.abs().max() == 0 and (scan.scale == 3).all()
     assert torch.isfinite(fresh(**tiny.example("qwen2_5_vl")).logits).all()
 
 
@@ -240,7 +240,7 @@ def test_refuses_what_it_cannot_convert():
         linmu_models.convert(bert)
     with pytest.raises(ValueError, match=r"options must be among .*, got wibble"):
         linmu_models.convert(teacher, {"wibble": 1})
-    with pytest.raises(ValueError, match="preset must be one of exact, paper, got 'none'"):
+    with pytest.raises(ValueError, match="preset must be one of exact, paper, literal, got 'none'"):
         linmu_models.convert(teacher, {"preset": "none"})
     with pytest.raises(ValueError, match=r"keep_attention must hold layers in \[-3, 3\), got 3"):
         linmu_models.convert(teacher, keep_attention=[3])

@@ -1,4 +1,4 @@
-"""Where nothing lies beyond a token's window, a student made with softmax's mix is its teacher, before any training."""
+"""Where nothing lies beyond a token's window, a student is its teacher, before any training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import linmu_models
 
 from . import tiny
 
-WIDE = dict(
-    mix="softmax", causal_windows=True, text_window=64, sink_tokens=64, window=(64, 64, 64), image_window=None,
-    head_norm=True, z_gate=True,
-)  # fmt: skip
+WIDE = dict(text_window=64, sink_tokens=64, window=(64, 64, 64), image_window=None)
 
 # An image is several blocks, which do not see each other; a prompt's text sees what is later in it; the teacher has
 # narrow windows of its own.
@@ -38,7 +35,7 @@ def test_logits_are_the_teachers(family):
 def test_an_image_whose_tokens_see_each_other_has_no_causal_windows(family):
     teacher, batch = tiny.teacher(family), tiny.example(family, "image")
     student = linmu_models.convert(teacher)
-    assert not student.linmu_layers()[0].self_attn.config.causal_windows
+    assert not student.linmu_layers()[0].self_attn.shape.causal_windows
 
     def distance():
         with torch.no_grad():
@@ -46,6 +43,6 @@ def test_an_image_whose_tokens_see_each_other_has_no_causal_windows(family):
 
     nearer = distance()
     for layer in student.linmu_layers():
-        swin = layer.self_attn.swin
-        swin.config = dataclasses.replace(swin.config, causal_windows=True)
+        windows = layer.self_attn.windows
+        windows.shape = dataclasses.replace(windows.shape, causal_windows=True)
     assert nearer < 0.5 * distance()

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import linmu_models
+from linmu_ops import MMATE
 
 from . import tiny
 
@@ -94,7 +95,7 @@ def attention_inputs(model, inputs, layer):
 
 
 @pytest.mark.parametrize("family", VISUAL)
-def test_local_swin_starts_as_attention_inside_windows(family):
+def test_windows_start_as_attention_inside_windows(family):
     teacher, inputs = tiny.teacher(family), richest(family)
     options = linmu_models.MMATEConfig(window=(2, 2, 2), image_window=(1, 2, 2))
     linear = linmu_models.convert(teacher, options)
@@ -113,10 +114,10 @@ def test_local_swin_starts_as_attention_inside_windows(family):
         with torch.no_grad():
             without = {k: v for k, v in seen.items() if k not in ("cache", "past_key_values")}
             expected, _ = attention(**{**without, "attention_mask": allowed[None, None]})
-            got = (
-                linear.get_decoder()
-                .layers[layer]
-                .self_attn.swin(seen["hidden_states"], layout=layout, position_embeddings=seen["position_embeddings"])
+            block = linear.get_decoder().layers[layer].self_attn
+            block.scan_enabled = False
+            got = MMATE.forward(
+                block, seen["hidden_states"], layout=layout, position_embeddings=seen["position_embeddings"]
             )
         at = layout.positions.tolist()
         torch.testing.assert_close(got[:, at], expected[:, at], rtol=1e-4, atol=1e-5)

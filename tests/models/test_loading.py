@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 import linmu_models
-from linmu_models import MMATEConfig
+from linmu_models import ExactConfig
 
 from . import tiny
 
@@ -41,13 +41,12 @@ class ReadOnly(torch.Tensor):
         raise NotImplementedError(function)
 
 
-@pytest.mark.parametrize("options", [{}, {"reverse_projections": "separate", "conv_width": 3, "mix": "scalar"}])
+@pytest.mark.parametrize("options", [{}, {"preset": "paper", "z_gate": True}])
 def test_what_is_loaded_is_never_written_to(options):
     """Of a block that is loaded in part, the rest begins as it does in a new one."""
-    preset = {"preset": "paper"} if "mix" in options else {}
-    student = linmu_models.convert(tiny.teacher("qwen2"), {**preset, **options})
+    student = linmu_models.convert(tiny.teacher("qwen2"), options)
     block = student.model.layers[0].self_attn
-    missing = {"flex.dt_bias", "flex.gate", "flex.scale"}
+    missing = {"scan.dt_bias", "scan.gate", "scan.scale"}
     begun = {name: p.detach().clone() for name, p in block.named_parameters() if name in missing}
     assert begun.keys() == missing
     kept = {}
@@ -104,7 +103,7 @@ def test_torchao(folder, logits):
 
     options = {"device_map": "cpu", "quantization_config": hf.TorchAoConfig(Int8WeightOnlyConfig())}
     model = hf.AutoModelForCausalLM.from_pretrained(folder, **options)
-    assert type(model.model.layers[0].self_attn.flex.o_proj.weight.data) is not torch.Tensor
+    assert type(model.model.layers[0].self_attn.o_proj.weight.data) is not torch.Tensor
     with torch.no_grad():
         error = (model(**tiny.example("qwen2", "text")).logits - logits).norm() / logits.norm()
     assert error < 0.05
@@ -135,25 +134,26 @@ WRONG = [
     ({"format": "1"}, "format must be a number >= 1, got '1'"),
     ({"format": 0}, "format must be a number >= 1, got 0"),
     ({"format": True}, "format must be a number >= 1, got True"),
-    ({"format": 99}, "format must be <= 1, got 99; update linmu"),
-    ({"mmate": {}, "wibble": 1}, "fields must be among format, mmate, keep_attention, got wibble"),
-    ({"mmate": "paper"}, "mmate must be a dict of options, got 'paper'"),
-    ({"mmate": None}, "mmate must be a dict of options, got None"),
-    ({"mmate": {"wibble": 1}}, "options must be among .* got wibble"),
-    ({"mmate": {"preset": []}}, r"preset must be one of exact, paper, got \(\)"),
-    ({"mmate": {"text_window": 10**12}}, r"text_window must be in \[0, 1048576\], got 1000000000000"),
-    ({"mmate": {"text_window": -1}}, "text_window must be in .* got -1"),
-    ({"mmate": {"text_window": "4"}}, "text_window must be of type int, got '4'"),
-    ({"mmate": {"sink_tokens": 10**12, "mix": "softmax", "text_window": 4}}, "sink_tokens must be in "),
-    ({"mmate": {"window": [10**12, 1, 1]}}, "window must be three sizes in"),
-    ({"mmate": {"window": [4, 4]}}, "window must be of type"),
-    ({"mmate": {"window": None}}, "window must be of type"),
-    ({"mmate": {"image_window": [0, 1, 1]}}, "image_window must be three sizes in"),
-    ({"mmate": {"feature_dim": 10**12, "feature_map": "hedgehog", "head_norm": True}}, r"feature_dim must be in \[0, "),
-    ({"mmate": {"initial_scale": float("nan")}}, "initial_scale must be finite, got nan"),
-    ({"mmate": {"norm_eps": -1.0}}, "norm_eps must be in"),
-    ({"mmate": {"norm_eps": float("inf")}}, "norm_eps must be in"),
-    ({"mmate": {"initial_decay": [0.5]}}, "initial_decay must be of type"),
+    ({"format": 99}, "format must be 2, got 99; update linmu"),
+    ({"format": 1, "mmate": {}, "keep_attention": []}, "format must be 2, got 1; convert the teacher again"),
+    ({"options": {}, "wibble": 1}, "fields must be among format, block, options, keep_attention, got wibble"),
+    ({"options": "paper"}, "options must be a dict, got 'paper'"),
+    ({"block": "paper"}, "block must be one of MMATE, ExactMMATE, got 'paper'"),
+    ({"block": []}, r"block must be one of MMATE, ExactMMATE, got \[\]"),
+    ({"options": None}, "options must be a dict, got None"),
+    ({"options": {"wibble": 1}}, "options must be among .* got wibble"),
+    ({"options": {"text_window": 10**12}}, r"text_window must be in \[1, 1048576\], got 1000000000000"),
+    ({"options": {"text_window": -1}}, "text_window must be in .* got -1"),
+    ({"options": {"text_window": "4"}}, "text_window must be of type int, got '4'"),
+    ({"options": {"sink_tokens": 10**12}}, "sink_tokens must be in "),
+    ({"options": {"window": [10**12, 1, 1]}}, "window must be three sizes in"),
+    ({"options": {"window": [4, 4]}}, "window must be of type"),
+    ({"options": {"window": None}}, "window must be of type"),
+    ({"options": {"image_window": [0, 1, 1]}}, "image_window must be three sizes in"),
+    ({"options": {"feature_dim": 10**12}}, r"feature_dim must be in \[0, "),
+    ({"options": {"initial_scale": float("nan")}}, "initial_scale must be finite and > 0, got nan"),
+    ({"block": "MMATE", "options": {"branches": "none"}}, "branches must be one of both, flex, swin, got 'none'"),
+    ({"options": {"initial_decay": [0.5]}}, "initial_decay must be of type"),
     ({"keep_attention": [99]}, r"keep_attention must hold layers in \[0, 3\), got 99"),
     ({"keep_attention": [-1]}, "keep_attention must hold layers"),
     ({"keep_attention": ["1"]}, "keep_attention must hold layers .* got '1'"),
@@ -173,11 +173,12 @@ def test_a_wrong_configuration_is_one_line(folder, tmp_path, linmu, says):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("linmu, says", [w for w in WRONG if isinstance(w[0], dict) and w[0] and "mmate" in w[0]
+@pytest.mark.parametrize("linmu, says", [w for w in WRONG if isinstance(w[0], dict) and w[0] and "options" in w[0]
                                          and "wibble" not in w[0]], ids=lambda x: json.dumps(x)[:50])  # fmt: skip
 def test_convert_refuses_the_same_options(linmu, says):
-    options = linmu["mmate"]
-    options = {"preset": "paper", **options} if isinstance(options, dict) else options
+    options = linmu["options"]
+    preset = {"MMATE": "paper"}.get(linmu.get("block"), "exact")
+    options = {"preset": preset, **options} if isinstance(options, dict) else options
     with pytest.raises(ValueError) as caught:
         linmu_models.convert(tiny.teacher("qwen2"), options)
     assert len(str(caught.value).splitlines()) == 1
@@ -199,7 +200,7 @@ def test_any_record_loads_or_is_one_line(folder, tmp_path):
     for _ in range(400):
         record = json.loads(json.dumps(good))
         inside = rng.random() < 0.8
-        target = record["mmate"] if inside else record
+        target = record["options"] if inside else record
         target[rng.choice([*target, "other"])] = rng.choice(values)
         config.linmu = record
         try:
@@ -208,9 +209,9 @@ def test_any_record_loads_or_is_one_line(folder, tmp_path):
         except ValueError as error:
             said.append(str(error))
     assert len(said) > 100
-    assert all(len(s.splitlines()) == 1 and s.startswith(("linmu: ", "MMATEConfig: ")) for s in said)
+    assert all(len(s.splitlines()) == 1 and s.startswith(("linmu: ", "ExactConfig: ", "MMATEConfig: ")) for s in said)
 
 
 def test_a_saved_record_holds_every_option(folder):
     good = json.loads((folder / "config.json").read_text())["linmu"]
-    assert MMATEConfig(**good["mmate"]) == linmu_models.config.parse_mmate({**tiny.NARROW})
+    assert ExactConfig(**good["options"]) == linmu_models.config.parse_options({**tiny.NARROW})

@@ -202,7 +202,7 @@ def test_the_probe_leaves_no_trace():
     teacher = copy.deepcopy(tiny.teacher("qwen2")).train()
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    check_teacher(teacher, [], linmu_models.EXACT)
+    check_teacher(teacher, [], linmu_models.EXACT, {})
     assert teacher.training and torch.equal(torch.random.get_rng_state(), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
     with torch.device("meta"):

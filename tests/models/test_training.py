@@ -24,7 +24,7 @@ def grads(model, inputs):
     return out.loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-PAPERS = {"preset": "paper", "conv_width": 3, "z_gate": True, "head_norm": True, "skip": True, "norm": "layer"}
+PAPERS = {"preset": "literal", "z_gate": True, "head_norm": True}
 
 
 @pytest.mark.parametrize("options", [tiny.NARROW, PAPERS], ids=["exact", "paper"])
@@ -37,7 +37,7 @@ def test_gradients_reach_every_part_of_a_block(family, options):
     for name in blocks:
         assert f"{prefix}.{name}" in found, name
         # k has no bias that matters: softmax does not see it; the scan does.
-        if not name.endswith("swin.k_proj.bias"):
+        if not name.endswith("windows.k_proj.bias"):
             assert found[f"{prefix}.{name}"].abs().max() > 0, name
 
 
@@ -93,7 +93,7 @@ def test_adapters_train_and_merge(family, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     moved = {n for n, p in adapted.named_parameters() if n in before and not torch.equal(p, before[n])}
-    assert any("lora_B" in n for n in moved) and any("flex.dt_proj" in n for n in moved)
+    assert any("lora_B" in n for n in moved) and any("scan.dt_proj" in n for n in moved)
     adapted.eval()
     with torch.no_grad():
         expected = adapted(**inputs).logits

@@ -7,13 +7,14 @@ import warnings
 
 import pytest
 import torch
+from blocks import block_class
 from torch import nn
 
-from linmu_ops import MMATE, LinmuWarning, MMATEConfig
+from linmu_ops import MMATE, ExactMMATE, LinmuWarning, MMATEConfig
 from linmu_ops.nn import EXACT
 
 hf = pytest.importorskip("transformers")
-ALONE = MMATEConfig(flex=False, text_window=16)  # the windows, which hold every token here, and nothing else
+ALONE = MMATEConfig(branches="swin", text_window=16)  # the windows, which hold every token here, and nothing else
 D, H, P, L = 32, 4, 8, 7
 
 
@@ -93,7 +94,7 @@ def test_is_the_same_attention(name):
     for config in (ALONE, EXACT):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            block = MMATE.from_attention(attention, config=config)
+            block = block_class(config).from_attention(attention, config=config)
         torch.testing.assert_close(block(h), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -141,7 +142,7 @@ def test_refused_by_name(name):
     takes = inspect.signature(_class(path)).parameters
     attention = make(path, config(), **(dict(layer_idx=0) if "layer_idx" in takes else {}))
     with pytest.raises(ValueError, match=words) as error:
-        MMATE.from_attention(attention, config=EXACT, **(dict(num_heads=H) if name == "codegen" else {}))
+        ExactMMATE.from_attention(attention, config=EXACT, **(dict(num_heads=H) if name == "codegen" else {}))
     assert "\n" not in str(error.value)
 
 
@@ -166,7 +167,7 @@ def test_diffusers():
     attention, h = Diffusers(), torch.randn(2, L, D)
     q, k, v = (p(h).unflatten(2, (H, P)).transpose(1, 2) for p in (attention.to_q, attention.to_k, attention.to_v))
     y = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.4)
-    block = MMATE.from_attention(attention, config=MMATEConfig(flex=False, window=(1, 1, L), image_window=None))
+    block = MMATE.from_attention(attention, config=MMATEConfig(branches="swin", window=(1, 1, L), image_window=None))
     torch.testing.assert_close(block(h, grid=(1, 1, L)), attention.to_out[0](y.transpose(1, 2).flatten(2)))
 
 

@@ -10,26 +10,26 @@ import warnings
 
 import pytest
 import torch
+from blocks import block_class
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import linmu_ops
 from linmu_ops import MMATEConfig
-from linmu_ops.nn.config import EXACT
+from linmu_ops.nn import EXACT, LITERAL
 
 DIM, HEADS = 24, 4
 CONFIGS = {
     "paper": MMATEConfig(),
     "exact": EXACT,
     "window": MMATEConfig(text_window=3),
-    "window-conv": MMATEConfig(text_window=4, conv_width=4),
-    "conv-separate": MMATEConfig(conv_width=3, reverse_projections="separate", gate="token"),
+    "literal": LITERAL,
 }
 
 
 def block(name, dtype=torch.float64):
     torch.manual_seed(0)
-    made = linmu_ops.MMATE(DIM, HEADS, config=CONFIGS[name]).to(dtype).eval()
+    made = block_class(CONFIGS[name])(DIM, HEADS, config=CONFIGS[name]).to(dtype).eval()
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -180,8 +180,8 @@ class Exported(torch.nn.Module):
 
 
 def export_cases():
-    quick = {("paper", "frames", True), ("window-conv", "text", False)}
-    for config in ("paper", "exact", "window-conv", "conv-separate"):
+    quick = {("paper", "frames", True), ("window", "text", False)}
+    for config in ("paper", "exact", "window", "literal"):
         for kind in ("grid", "frames", "text"):
             for strict in (True, False):
                 marks = () if (config, kind, strict) in quick else pytest.mark.sweep

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mmate import DIM, OPTIONS, build
+from blocks import DIM, OPTIONS, build
 
 from linmu_ops import TokenLayout
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_nothing_in_nothing_out(name):
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     for B, L in ((0, 5), (2, 0), (0, 0)):
         mask = torch.ones(B, L, dtype=torch.bool)
         rotary = (torch.ones(B, L, 2, dtype=torch.float64), torch.zeros(B, L, 2, dtype=torch.float64))
@@ -33,12 +33,12 @@ def test_nothing_in_nothing_out(name):
 
 
 def test_a_grid_of_no_rows():
-    assert build()(torch.randn(0, 12, DIM, dtype=torch.float64), grid=(1, 3, 4)).shape == (0, 12, DIM)
+    assert build(OPTIONS["default"])(torch.randn(0, 12, DIM, dtype=torch.float64), grid=(1, 3, 4)).shape == (0, 12, DIM)
 
 
 @torch.no_grad()
 def test_an_empty_turn_changes_no_state():
-    block = build(**OPTIONS["exact_conv"])
+    block = build(OPTIONS["exact"])
     _, state = block(torch.randn(2, 9, DIM, dtype=torch.float64), return_state=True)
     before = [None if t is None else t.clone() for t in state]
     assert block(torch.randn(2, 0, DIM, dtype=torch.float64), state=state).shape == (2, 0, DIM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mmate import DIM, OPTIONS, build, layout_of, prompt
+from blocks import DIM, OPTIONS, build, layout_of, prompt
 
 VALUES = {"nan": torch.nan, "inf": torch.inf, "huge": 1e30}
 PAD = 4
@@ -41,7 +41,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_padding(name, value):
-    block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     side = ("left", "right", "inside")[list(OPTIONS).index(name) % 3]
     z, rotary, blocks, mask = padded_call(side)
     if side == "inside":
@@ -59,7 +59,7 @@ def test_padding(name, value):
 @torch.no_grad()
 def test_padding_of_later_turns(name):
     """A row that has ended, and a turn that is padded on either side, after a state."""
-    block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z, (cos, sin), _ = prompt(dtype=torch.float32)
     for mask in ([[True], [False]], [[True, True, True], [False, True, True]], [[True, True], [True, False]]):
         mask = torch.tensor(mask)
@@ -79,7 +79,7 @@ def test_padding_of_later_turns(name):
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_other_rows(name, value):
-    block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z, rotary, blocks = prompt(dtype=torch.float32)
     call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
     found = []
@@ -96,7 +96,7 @@ def test_other_rows(name, value):
 @torch.no_grad()
 def test_later_text(name, value):
     """Text before a token that broke, to rounding: a scan that meets odd values may sum in another order."""
-    block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z = torch.randn(1, 20, DIM)
     whole = block(z)
     for at in (1, 9, 19):
@@ -110,7 +110,7 @@ def test_later_text(name, value):
 @torch.no_grad()
 def test_other_sequences(name, value):
     """Of a packed row: those before and behind one that broke, and the state of the last, to rounding."""
-    block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z = torch.randn(1, 20, DIM)
     number = torch.tensor([[0] * 7 + [1] * 6 + [2] * 7], dtype=torch.int32)
     found = []

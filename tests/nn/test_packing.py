@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_mmate import DIM, OPTIONS, SMALL, build, layout_of
+from blocks import DIM, OPTIONS, build, layout_of
 
-from linmu_ops import MMATE, MMATEConfig
+from linmu_ops import ExactConfig, ExactMMATE
 
 # Each row's sequences: (length, blocks of it). Shorter than the sinks, than the taps and than the windows, and longer.
 ROWS = [
@@ -52,7 +52,7 @@ def alone(block, z, rotary, part):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_sequence_is_as_alone(name, dtype):
     """Outputs, the state of each row's last sequence, and gradients."""
-    block = build(dtype=dtype, perturb=0.1, **OPTIONS[name])
+    block = build(OPTIONS[name], dtype=dtype, perturb=0.1)
     z, rotary, number, layout, _, parts = packed(dtype)
     z.requires_grad_()
     out, state = block(z, layout=layout, position_embeddings=rotary, seq_idx=number, return_state=True)
@@ -75,8 +75,8 @@ def test_each_sequence_is_as_alone(name, dtype):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_neighbour_changes_no_bit(name):
-    """Outputs, the state, and the gradients of a loss over all tokens stay when all other tokens are changed."""
-    block = build(dtype=torch.float32, perturb=0.1, **OPTIONS[name])
+    """Outputs, state and gradients stay when all other tokens are changed."""
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z, rotary, number, layout, _, parts = packed(torch.float32)
     weigh = torch.randn_like(z)
     for row, mine, _ in parts:
@@ -93,14 +93,14 @@ def test_a_neighbour_changes_no_bit(name):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["default", "all", "conv", "text_window", "exact", "exact_conv", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["default", "all", "text_window", "exact", "exact_wide"])
 @pytest.mark.parametrize("pads", [((0, 1, 2), (0,)), ((25, 26), (24, 25, 26)), ((9, 10, 11), (2, 3)), ((0, 4, 26), ())])
 @torch.no_grad()
 def test_padding(name, pads):
     """Anywhere, with any number: before, after, between and within the sequences."""
     if pads[0] == (0, 4, 26):
         pads = ((0, 10, 26), (1, 25))
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, rotary, number, layout, mask, parts = packed(torch.float64, pads)
     for junk in (0.0, torch.nan):
         t = z.masked_fill(~mask[..., None], junk)
@@ -123,8 +123,8 @@ def test_padding(name, pads):
 @torch.no_grad()
 def test_windows_longer_than_a_chunk():
     """Sequences that begin within chunks of queries, and sinks of each."""
-    options = dict(mix="softmax", text_window=100, sink_tokens=3, window=(2, 2, 2), image_window=None)
-    block = MMATE(DIM, 2, config=MMATEConfig(**{**SMALL, **options})).double()
+    config = ExactConfig(text_window=100, sink_tokens=3, window=(2, 2, 2), image_window=None)
+    block = ExactMMATE(DIM, 2, config=config).double()
     sizes = [70, 5, 190, 64, 1]
     z = torch.randn(1, sum(sizes), DIM, dtype=torch.float64)
     number = torch.repeat_interleave(torch.arange(5, dtype=torch.int32), torch.tensor(sizes))[None]
@@ -132,17 +132,16 @@ def test_windows_longer_than_a_chunk():
     torch.testing.assert_close(whole, torch.cat([block(t) for t in z.split(sizes, 1)], 1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["exact", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["exact", "exact_wide"])
 def test_calibration_counts_within_sequences(name):
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, rotary, number, layout, _, parts = packed(torch.float64)
     call = dict(layout=layout, position_embeddings=rotary, seq_idx=number)
-    found = block.swin.mass_beyond(z, **call)
+    found = block.windows.lse_beyond(z, block._call(z, layout, None, rotary, None, None, False, number))
     for row, mine, inside in parts:
-        own = dict(
-            layout=layout_of([inside], len(mine)), position_embeddings=tuple(t[row : row + 1, mine] for t in rotary)
-        )
-        every = zip(found, block.swin.mass_beyond(z[row : row + 1, mine], **own), strict=True)
+        own, turned = z[row : row + 1, mine], tuple(t[row : row + 1, mine] for t in rotary)
+        one = block._call(own, layout_of([inside], len(mine)), None, turned, None, None, False, None)
+        every = zip(found, block.windows.lse_beyond(own, one), strict=True)
         (inside, inside_alone), (rest, rest_alone), (beyond, beyond_alone) = ((a[row, mine], b[0]) for a, b in every)
         assert torch.equal(beyond, beyond_alone)
         torch.testing.assert_close(inside, inside_alone, rtol=1e-12, atol=1e-12)
@@ -151,7 +150,7 @@ def test_calibration_counts_within_sequences(name):
 
 
 def test_errors():
-    block = build()
+    block = build(OPTIONS["default"])
     z, rotary, number, layout, _, _ = packed(torch.float64)
     call = dict(layout=layout, position_embeddings=rotary)
     with pytest.raises(TypeError, match="MMATE: seq_idx must be int32, got int64"):

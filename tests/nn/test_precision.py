@@ -8,10 +8,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from blocks import block_class
 
-from linmu_ops import MMATE, MMATEConfig, TokenLayout
+from linmu_ops import ExactMMATE, MMATEConfig, TokenLayout
 from linmu_ops.nn import EXACT
-from linmu_ops.nn.text_window import attend_with_mass
+from linmu_ops.nn.text_window import attend_with_lse
 
 # Each block is its attention, exactly: nothing lies beyond its windows. (config, where the image of 6 tokens begins)
 BLOCKS = {
@@ -19,8 +20,8 @@ BLOCKS = {
     "sinks": (dataclasses.replace(EXACT, text_window=8), None),
     "image": (EXACT, 3),
     "image_first": (dataclasses.replace(EXACT, text_window=8, sink_tokens=6), 4),
-    "windows_alone": (MMATEConfig(flex=False, text_window=16), None),
-    "windows_and_image": (MMATEConfig(flex=False, text_window=16, causal_windows=True), 0),
+    "windows_alone": (MMATEConfig(branches="swin", text_window=16), None),
+    "windows_and_image": (MMATEConfig(branches="swin", text_window=16), 0),
 }
 BIASES = {"keys_40": (0, 40), "keys_400": (0, 400), "both_40": (40, 40)}
 DTYPES = [torch.bfloat16, torch.float16]
@@ -56,7 +57,7 @@ def error(got, exact):
 def test_prefill_and_steps(name, biases, dtype):
     config, image = BLOCKS[name]
     attention, h = biased(biases), torch.randn(4, L, 64).to(dtype)
-    block = MMATE.from_attention(attention, config=config)
+    block = block_class(config).from_attention(attention, config=config, causal_windows=True)
     layout = None
     if image is not None:
         layout = TokenLayout([(row, 1, 2, 3) for row in range(4)], list(range(image, image + 6)) * 4, 4, L)
@@ -91,7 +92,7 @@ def test_gradients_of_the_windows(biases, dtype):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
 
     every = (
-        gradients(lambda *t: attend_with_mass(*t, mask, 32**-0.5)[0], dtype), gradients(theirs, dtype),
+        gradients(lambda *t: attend_with_lse(*t, mask, 32**-0.5)[0], dtype), gradients(theirs, dtype),
         gradients(theirs, torch.float64),
     )  # fmt: skip
     for ours, baseline, exact in zip(*every, strict=True):
@@ -105,9 +106,9 @@ def test_what_lies_beyond_the_window(dtype):
     attention, h = biased((10, 40)), torch.randn(4, 48, 64).to(dtype)
     config = dataclasses.replace(EXACT, text_window=16)
     attention.load_state_dict({name: t.to(dtype) for name, t in attention.state_dict().items()})
-    block = MMATE.from_attention(attention, config=config)
+    block = ExactMMATE.from_attention(attention, config=config)
     block.calibrate([(dict(hidden_states=h.float()), pytorch(attention, h, torch.float32))])
-    assert block.mix_rest.bias.abs().max() > 100
+    assert block.share.bias.abs().max() > 100
     for name, p in block.named_parameters():
         if p.dim() > 1 or "_proj" in name:  # as a converted model of half precision holds them
             p.data = p.data.to(dtype)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_mmate import OPTIONS, build, layout_of, prompt
+from blocks import OPTIONS, build, layout_of, prompt
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from linmu_ops import MMATE, GridAttention, MMATEConfig, TokenLayout
+from linmu_ops import MMATE, GridAttention, TokenLayout
 
 COMPILED = ["default", "all", "no_flex", "exact"]
 
 
-def float_call(seed=0, **options):
-    block = build(dtype=torch.float32, perturb=0.1, **options)
+def float_call(name, seed=0):
+    block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z, rotary, blocks = prompt(seed=seed, dtype=torch.float32)
     return block, z, dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "layer", "conv", "exact_conv"])
+@pytest.mark.parametrize("name", [*COMPILED, "literal", "exact_wide"])
 def test_autocast_and_bfloat16(name):
-    block, z, call = float_call(**OPTIONS[name])
+    block, z, call = float_call(name)
     exact = block(z, **call)
     with torch.autocast("cpu", torch.bfloat16):
         out, state = block(z, **call, return_state=True)
@@ -49,7 +50,7 @@ def test_autocast_and_bfloat16(name):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile(name):
     """One graph, whatever the layout."""
-    block, z, call = float_call(**OPTIONS[name])
+    block, z, call = float_call(name)
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     others = [TokenLayout([(0, 1, 2, n), (1, 1, n, 3)], [*range(3, 3 + 2 * n), *range(3 * n)], 2, 24) for n in (4, 3)]
@@ -65,7 +66,7 @@ def test_compile(name):
 @torch.no_grad()
 def test_generated_code():
     """Through PyTorch's own backend: of a window with sinks its C++ does not compile as long as masks are joined."""
-    block = build(dtype=torch.float32, **{**OPTIONS["exact"], "text_window": 16})
+    block = build(dataclasses.replace(OPTIONS["exact"], text_window=16), dtype=torch.float32)
     z, (cos, sin), _ = prompt(1, dtype=torch.float32)
     z, cos, sin = (torch.cat([t] * 5, dim=1) for t in (z, cos, sin))
     torch.compiler.reset()
@@ -73,9 +74,9 @@ def test_generated_code():
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(z, **call), block(z, **call))
 
 
-@pytest.mark.parametrize("options", [dict(text_window=3, norm="rms"), OPTIONS["exact"]])
-def test_compiled_gradients(options):
-    block, z, call = float_call(**options)
+@pytest.mark.parametrize("name", ["text_window", "exact"])
+def test_compiled_gradients(name):
+    block, z, call = float_call(name)
     block.prepare_layout(call["layout"], z.device)
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -84,11 +85,11 @@ def test_compiled_gradients(options):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "conv"])
+@pytest.mark.parametrize("name", COMPILED)
 @torch.no_grad()
 def test_compiled_steps(name):
     """Decoding compiles once, and updates the state where it lies."""
-    block, z, call = float_call(**OPTIONS[name])
+    block, z, call = float_call(name)
     rotary = call["position_embeddings"]
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="eager")
@@ -107,7 +108,7 @@ def test_compiled_steps(name):
 
 def test_compiled_grid():
     """A grid needs no preparation: the layout is built while tracing."""
-    block = build(dtype=torch.float32)
+    block = build(OPTIONS["default"], dtype=torch.float32)
     vision = GridAttention(block, (1, 4, 5), prefix_tokens=2)
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend="eager")
@@ -120,14 +121,14 @@ def test_compiled_grid():
 
 @pytest.mark.slow
 def test_inductor():
-    block, z, call = float_call(**OPTIONS["all"])
+    block, z, call = float_call("all")
     block.prepare_layout(call["layout"], z.device)
     out = torch.compile(block, fullgraph=True)(z, **call)
     torch.testing.assert_close(out, block(z, **call), rtol=1e-4, atol=1e-5)
 
 
 def test_checkpointing():
-    block, z, call = float_call(**OPTIONS["all"])
+    block, z, call = float_call("all")
     z.requires_grad_()
     wrt = [z, *block.parameters()]
     plain = torch.autograd.grad(block(z, **call).square().sum(), wrt)
@@ -143,17 +144,17 @@ def test_checkpointing():
 
 
 def test_copies():
-    block, z, call = float_call(**OPTIONS["all"])
+    block, z, call = float_call("all")
     out = block(z, **call)
     assert torch.equal(copy.deepcopy(block)(z, **call), out)
-    other, _, _ = float_call(**OPTIONS["all"])
+    other, _, _ = float_call("all")
     other.load_state_dict(block.state_dict())
     assert torch.equal(other(z, **call), out)
 
 
 def test_meta_device():
     """Built without memory, then given memory and its start, as transformers loads models."""
-    config = MMATEConfig(**OPTIONS["all"])
+    config = OPTIONS["all"]
     torch.manual_seed(0)
     expected = MMATE(12, 4, config=config)
     with torch.device("meta"):
@@ -163,7 +164,7 @@ def test_meta_device():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
     block.reset_new_parameters()
-    for name in ("mix", "flex.dt_bias", "flex.A_log", "flex.conv.weight", "flex.z_proj.bias", "norm.weight", "flex.D"):
+    for name in ("mix", "scan.dt_bias", "scan.A_log", "scan.head_norm", "scan.z_proj.bias", "norm.weight"):
         assert torch.equal(block.get_parameter(name), expected.get_parameter(name))
 
 
@@ -179,7 +180,7 @@ def test_distributed(name):
     """DDP without find_unused_parameters: every parameter gets a gradient in every step that has visual tokens."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
-        block, z, call = float_call(**OPTIONS[name])
+        block, z, call = float_call(name)
         parallel = nn.parallel.DistributedDataParallel(block)
         parallel.register_comm_hook(None, as_is)
         for _ in range(2):  # the second step is the one that fails where a gradient was missing
@@ -190,7 +191,7 @@ def test_distributed(name):
 
 def test_no_quadratic_tensor():
     """The largest tensor of a long text with a text window grows with L, not with its square."""
-    block = build(dtype=torch.float32, **OPTIONS["all"])
+    block = build(OPTIONS["all"], dtype=torch.float32)
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

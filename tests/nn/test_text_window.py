@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linmu_ops.nn.text_window import Sinks, attend, attend_with_mass, causal_window_attention, chunk_size
+from linmu_ops.nn.text_window import Sinks, attend, attend_with_lse, causal_window_attention, chunk_size
 
 
 @pytest.mark.parametrize("length, window, batch", [(300, 100, 2), (130, 64, 1), (50, 128, 2), (257, 65, 3), (65, 1, 1)])
@@ -22,13 +22,13 @@ def test_against_a_dense_mask(length, window, batch):
     mask = torch.cat((mask, seen), dim=2)
     dense = [torch.cat((t, s), dim=1) for t, s in zip((k, v), sink, strict=True)]
     scores = torch.einsum("bihp,bjhp->bhij", q[:, before:], dense[0].repeat_interleave(2, dim=2)) * 0.3
-    mass = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1).transpose(1, 2)
+    lse = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1).transpose(1, 2)
     expected, _ = attend(q[:, before:], *dense, mask, 0.3)
     state = (k[:, before - window : before], v[:, before - window : before], valid.new_ones(batch, window))
     sinks = Sinks(*sink, valid.new_ones(batch, 3))
     size = chunk_size(window)
     chosen = torch.arange(0, batch * -(-length // size), 2)
-    for rule in (attend, attend_with_mass):
+    for rule in (attend, attend_with_lse):
         for some in (None, chosen):
             y, found = causal_window_attention(
                 rule, q[:, before:], k[:, before:], v[:, before:], valid, window, 0.3, *state, sinks, seen, some
@@ -38,8 +38,8 @@ def test_against_a_dense_mask(length, window, batch):
             made = made.repeat_interleave(size).view(batch, -1)[:, :length]
             torch.testing.assert_close(y[made], expected[made])
             assert not y[~made].any()
-            if rule is attend_with_mass:
-                torch.testing.assert_close(found[made], mass[made])
+            if rule is attend_with_lse:
+                torch.testing.assert_close(found[made], lse[made])
 
 
 def _example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,22 +48,22 @@ def _example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return q, k, v, (torch.rand(2, 3, 7) < 0.6) | (torch.arange(7) == 2)
 
 
-def test_gradients_of_attention_and_its_mass():
+def test_gradients_of_attention_and_its_lse():
     q, k, v, mask = _example(torch.float64)
     inputs = tuple(t.requires_grad_() for t in (q, k, v))
-    assert torch.autograd.gradcheck(lambda *t: attend_with_mass(*t, mask, 0.3), inputs)
+    assert torch.autograd.gradcheck(lambda *t: attend_with_lse(*t, mask, 0.3), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_as_good_as_pytorchs(dtype):
     """Twice the error that the same expression makes in the same dtype, against float64."""
     *exact, mask = _example(torch.float64)
-    dy, dmass = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6)
+    dy, dlse = torch.randn(2, 3, 6, 8), torch.randn(2, 3, 6)
 
     def gradients(rule, dtype):
         inputs = [t.to(dtype).requires_grad_() for t in exact]
-        y, mass = rule(*inputs, mask, 0.3)
-        return torch.autograd.grad((y, mass), inputs, (dy.to(y.dtype), dmass.to(mass.dtype)))
+        y, lse = rule(*inputs, mask, 0.3)
+        return torch.autograd.grad((y, lse), inputs, (dy.to(y.dtype), dlse.to(lse.dtype)))
 
     def plain(q, k, v, mask, scale):
         k, v = (t.repeat_interleave(3, dim=2) for t in (k, v))
@@ -72,7 +72,7 @@ def test_gradients_are_as_good_as_pytorchs(dtype):
         return torch.einsum("bihj,bjhp->bihp", scores.softmax(-1).to(v.dtype), v), scores.logsumexp(-1)
 
     for ours, theirs, true in zip(
-        gradients(attend_with_mass, dtype), gradients(plain, dtype), gradients(plain, torch.float64), strict=True
+        gradients(attend_with_lse, dtype), gradients(plain, dtype), gradients(plain, torch.float64), strict=True
     ):
         bound = 2 * (theirs - true).abs().max() + torch.finfo(dtype).eps * true.abs().max()
         assert (ours - true).abs().max() <= bound
@@ -89,7 +89,7 @@ def test_no_scores_are_kept():
 
     valid = torch.ones(1, length, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        causal_window_attention(attend_with_mass, q, k, v, valid, window, 0.5)
+        causal_window_attention(attend_with_lse, q, k, v, valid, window, 0.5)
     assert sizes and max(sizes) < length * window * 8
 
 
@@ -97,7 +97,7 @@ def test_under_autocast_it_computes_in_half_precision():
     q, k, v, mask = _example(torch.float32)
     inputs = [t.requires_grad_() for t in (q, k, v)]
     with torch.autocast("cpu", torch.bfloat16):
-        y, mass = attend_with_mass(q, k, v, mask, 0.3)
-    assert y.dtype == torch.bfloat16 and mass.dtype == torch.float32
-    for t, gradient in zip(inputs, torch.autograd.grad(y.float().sum() + mass.sum(), inputs), strict=True):
+        y, lse = attend_with_lse(q, k, v, mask, 0.3)
+    assert y.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    for t, gradient in zip(inputs, torch.autograd.grad(y.float().sum() + lse.sum(), inputs), strict=True):
         assert gradient.dtype == t.dtype and gradient.isfinite().all()

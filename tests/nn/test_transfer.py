@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from linmu_ops import MMATE, GridAttention, MMATEConfig
+from linmu_ops import MMATE, ExactMMATE, GridAttention, MMATEConfig, window_attention
 from linmu_ops._testing import assert_within_twice
+from linmu_ops.nn import LITERAL
 
 transformers = pytest.importorskip("transformers")
 
@@ -28,28 +29,32 @@ class Attention(nn.Module):
         nn.init.normal_(self.k_norm.weight)
 
 
-COPIES = dict(
-    c_proj="q_proj", b_proj="k_proj", x_proj="v_proj", o_proj="o_proj", c_norm="q_norm", b_norm="k_norm",
-    reverse_c_proj="q_proj", reverse_b_proj="k_proj",
-)  # fmt: skip
+COPIES = {
+    "scan.c_proj": "q_proj", "scan.b_proj": "k_proj", "scan.x_proj": "v_proj", "scan_o_proj": "o_proj",
+    "scan.c_norm": "q_norm", "scan.b_norm": "k_norm", "scan.reverse_c_proj": "q_proj", "scan.reverse_b_proj": "k_proj",
+    "windows.q_proj": "q_proj", "windows.k_proj": "k_proj", "windows.v_proj": "v_proj", "windows_o_proj": "o_proj",
+    "windows.q_norm": "q_norm", "windows.k_norm": "k_norm", "o_proj": "o_proj",
+}  # fmt: skip
 
 
-def test_from_attention():
+@pytest.mark.parametrize("cls, config", [(MMATE, LITERAL), (ExactMMATE, None)])
+def test_from_attention(cls, config):
     attention = Attention().double()
-    config = MMATEConfig(reverse_projections="separate", conv_width=4, norm="rms")
-    block = MMATE.from_attention(attention, layer_idx=3, config=config)
-    assert (block.flex.num_heads, block.flex.num_kv_heads, block.flex.head_dim) == (4, 2, 6)
-    assert block.flex.softmax_scale == block.swin.softmax_scale == 0.3
+    block = cls.from_attention(attention, layer_idx=3, config=config)
+    shape = block.shape
+    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale) == (4, 2, 6, 0.3)
     assert block.layer_idx == 3
-    assert block.norm.weight.dtype == torch.float64
+    assert block.scan.dt_bias.dtype == torch.float64
+    modules, found = dict(block.named_modules()), set()
     for mine, theirs in COPIES.items():
-        for name, value in getattr(attention, theirs).named_parameters():
-            assert torch.equal(getattr(block.flex, mine).get_parameter(name), value)
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
-        for key, value in getattr(attention, name).named_parameters():
-            copied = getattr(block.swin, name).get_parameter(key)
+        for name, value in getattr(attention, theirs).named_parameters() if mine in modules else ():
+            copied = modules[mine].get_parameter(name)
             assert torch.equal(copied, value)
             assert copied.data_ptr() != value.data_ptr()
+            found.add(f"{mine}.{name}")
+    new = {"scan.dt_proj", "scan.reverse_dt_proj", "scan.gate_proj", "scan.z_proj", "mix_proj", "norm", "share"}
+    rest = {n for n, _ in block.named_parameters() if n not in found and n.rpartition(".")[0] not in new}
+    assert all((n.startswith("scan.") and n.count(".") == 1) or n == "mix" for n in rest)
 
 
 def test_report():
@@ -62,14 +67,14 @@ def test_report():
     )  # fmt: skip
     assert [r.name for r in rows] == [name for name, _ in block.named_parameters()]
     by_name = {r.name: r for r in rows}
-    assert by_name["flex.c_proj.weight"][1:] == ("q_proj.weight", "copied")
-    assert by_name["swin.o_proj.weight"][1:] == ("out.weight", "copied")
-    assert by_name["flex.b_norm.weight"][1:] == ("k_norm.weight", "copied")
-    assert by_name["flex.A_log"][1:] == ("", "new")
+    assert by_name["scan.c_proj.weight"][1:] == ("q_proj.weight", "copied")
+    assert by_name["windows_o_proj.weight"][1:] == ("out.weight", "copied")
+    assert by_name["scan.b_norm.weight"][1:] == ("k_norm.weight", "copied")
+    assert by_name["scan.A_log"][1:] == ("", "new")
     new = {r.name for r in rows if r.how == "new"}
     assert new == {
-        "mix", "flex.scale", "flex.gate", "flex.dt_bias", "flex.A_log", "flex.dt_proj.weight",
-        "flex.reverse_dt_bias", "flex.reverse_A_log", "flex.reverse_dt_proj.weight",
+        "mix", "scan.scale", "scan.gate", "scan.dt_bias", "scan.A_log", "scan.dt_proj.weight",
+        "scan.reverse_dt_bias", "scan.reverse_A_log", "scan.reverse_dt_proj.weight",
     }  # fmt: skip
 
 
@@ -77,24 +82,24 @@ def test_missing_biases_become_zero():
     attention = Attention(bias=False)
     attention.v_proj = nn.Linear(12, 12)
     block = MMATE.from_attention(attention)
-    assert torch.equal(block.flex.x_proj.bias, attention.v_proj.bias)
-    assert not block.flex.c_proj.bias.any()
-    assert not block.swin.k_proj.bias.any()
+    assert torch.equal(block.scan.x_proj.bias, attention.v_proj.bias)
+    assert not block.scan.c_proj.bias.any()
+    assert not block.windows.k_proj.bias.any()
 
 
 def test_load_errors():
     attention = Attention()
     weights = {f"{p}_weight": getattr(attention, f"{p}_proj").weight for p in "qkvo"}
-    with pytest.raises(ValueError, match=r"q_proj.weight must be \(12, 12\) for flex.c_proj.weight, got \(24, 12\)"):
+    with pytest.raises(ValueError, match=r"q_proj.weight must be \(12, 12\) for scan.c_proj.weight, got \(24, 12\)"):
         MMATE(12, 4, 2, 3).load_attention_weights(**weights)
-    with pytest.raises(ValueError, match=r"flex.c_proj.bias must exist to hold q_proj.bias"):
+    with pytest.raises(ValueError, match=r"scan.c_proj.bias must exist to hold q_proj.bias"):
         MMATE(12, 4, 2, 6).load_attention_weights(**weights, q_bias=attention.q_proj.bias)
-    with pytest.raises(ValueError, match=r"flex.c_norm.weight must exist to hold q_norm.weight"):
+    with pytest.raises(ValueError, match=r"scan.c_norm.weight must exist to hold q_norm.weight"):
         MMATE(12, 4, 2, 6).load_attention_weights(**weights, q_norm=attention.q_norm)
-    with pytest.raises(ValueError, match="MMATE: Linear must have a projection for q, k, v, o"):
+    with pytest.raises(ValueError, match="from_attention: Linear must have a projection for q, k, v, o"):
         MMATE.from_attention(nn.Linear(3, 3))
     del attention.num_heads
-    with pytest.raises(ValueError, match="MMATE: num_heads must be given for Attention, got None"):
+    with pytest.raises(ValueError, match="from_attention: num_heads must be given for Attention, got None"):
         MMATE.from_attention(attention)
 
 
@@ -111,7 +116,7 @@ def test_fused_projections(fused):
         layer.qkv.load_state_dict(dict(weight=torch_layer.in_proj_weight, bias=torch_layer.in_proj_bias))
         layer.proj.load_state_dict(torch_layer.out_proj.state_dict())
     z = torch.randn(2, 20, 12)
-    block = MMATE.from_attention(layer, config=MMATEConfig(flex=False, window=(1, 5, 4), image_window=None))
+    block = MMATE.from_attention(layer, config=MMATEConfig(branches="swin", window=(1, 5, 4), image_window=None))
     expected = torch_layer(z, z, z)[0]
     torch.testing.assert_close(block(z, grid=(1, 5, 4)), expected)
 
@@ -126,9 +131,7 @@ def test_calibrate():
         target[~mask] = 1e6
         batches.append((dict(hidden_states=torch.randn(2, 12, 12), attention_mask=mask), target))
     size = torch.cat([t[mask] for _, t in batches]).square().mean().sqrt()
-    plain = dict(norm="none")
-    for more in (dict(norm="rms"), dict(norm="layer"), plain, dict(head_norm=True), dict(feature_map="relu2")):
-        options = {**plain, **more}
+    for options in ({}, dict(head_norm=True), dict(z_gate=True), dict(branches="flex")):
         block = MMATE.from_attention(Attention(), config=MMATEConfig(**options))
         assert block.calibrate(batches) == pytest.approx(size.item())
         with torch.no_grad():
@@ -147,8 +150,8 @@ def test_vision_transformer():
     """The five lines of GridAttention's docstring; CLS reads every patch, patches do not read CLS."""
     model = vit()
     for i, layer in enumerate(model.layers):
-        mmate = MMATE.from_attention(layer.attention, layer_idx=i)
-        layer.attention = GridAttention(mmate, grid=(1, 4, 4), prefix_tokens=1, return_weights=True)
+        block = MMATE.from_attention(layer.attention, layer_idx=i)
+        layer.attention = GridAttention(block, grid=(1, 4, 4), prefix_tokens=1, return_weights=True)
     pixels = torch.randn(2, 3, 32, 32, requires_grad=True)
     out = model(pixels).last_hidden_state
     assert out.shape == (2, 17, 24)
@@ -166,8 +169,8 @@ def test_vision_transformer():
 def test_vision_transformer_trains():
     model = vit().train()
     for i, layer in enumerate(model.layers):
-        mmate = MMATE.from_attention(layer.attention, layer_idx=i)
-        layer.attention = GridAttention(mmate, grid=(1, 4, 4), prefix_tokens=1, return_weights=True)
+        block = MMATE.from_attention(layer.attention, layer_idx=i)
+        layer.attention = GridAttention(block, grid=(1, 4, 4), prefix_tokens=1, return_weights=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     pixels, target = torch.randn(4, 3, 32, 32), torch.randn(4, 24)
     losses = []
@@ -181,21 +184,23 @@ def test_vision_transformer_trains():
 
 
 class SwinLayerOverOps(nn.Module):
-    """A transformers SwinLayer whose attention is an MMATE: no partition, roll, pad or mask."""
+    """A transformers SwinLayer whose attention is the op: no partition, roll, pad or mask."""
 
-    def __init__(self, layer, layer_idx, **options):
+    def __init__(self, layer, layer_idx):
         super().__init__()
-        self.norm1, self.norm2, self.mlp = layer.layernorm_before, layer.layernorm_after, layer.mlp
+        self.layer, self.heads = layer, layer.attention.num_attention_heads
         side = layer.window_size
-        config = MMATEConfig(window=(1, side, side), image_window=None, wrap="mask", relative_bias=True, **options)
-        self.mmate = MMATE.from_attention(layer.attention, layer_idx=layer_idx, config=config)
-        table = layer.attention.relative_position_bias.relative_position_bias_table
-        with torch.no_grad():
-            self.mmate.swin.bias.copy_(table.T.reshape(self.mmate.swin.bias.shape))
+        self.window = dict(window=(1, side, side), shift=(0, *[side // 2 * (layer_idx % 2)] * 2), wrap="mask")
+        self.projections = [getattr(layer.attention, f"{n}_proj") for n in "qkvo"]
 
     def forward(self, hidden_states, input_dimensions, **kwargs):
-        x = hidden_states + self.mmate(self.norm1(hidden_states), grid=(1, *input_dimensions))
-        return x + self.mlp(self.norm2(x)), None
+        z = self.layer.layernorm_before(hidden_states)
+        q, k, v = (p(z).unflatten(-1, (self.heads, -1)) for p in self.projections[:3])
+        table = self.layer.attention.relative_position_bias.relative_position_bias_table
+        span = [2 * w - 1 for w in self.window["window"]]
+        y = window_attention(q, k, v, grid=(1, *input_dimensions), bias=table.T.reshape(-1, *span), **self.window)
+        x = hidden_states + self.projections[3](y.flatten(2))
+        return x + self.layer.mlp(self.layer.layernorm_after(x)), None
 
 
 def swin():
@@ -210,20 +215,17 @@ def swin():
 
 
 def test_swin_stage():
-    """With the scan off, a Swin stage over the ops is the Swin stage; with it on, it trains from there."""
+    """A Swin over the op is the Swin, and trains."""
     model = swin()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(pixels).last_hidden_state
         exact = copy.deepcopy(model).double()(pixels.double()).last_hidden_state
-    for options in (dict(flex=False), dict(initial_mix=0.01)):
-        ours = copy.deepcopy(model)
-        for stage in ours.encoder.layers:
-            for i, layer in enumerate(stage.blocks):
-                stage.blocks[i] = SwinLayerOverOps(layer, i, **options)
-        got = ours(pixels).last_hidden_state
-        if not options.get("flex", True):
-            assert_within_twice(got.detach(), exact, expected)
-        else:
-            got.sum().backward()
-            assert all(p.grad is not None for p in ours.parameters())
+    ours = copy.deepcopy(model)
+    for stage in ours.encoder.layers:
+        for i, layer in enumerate(stage.blocks):
+            stage.blocks[i] = SwinLayerOverOps(layer, i)
+    got = ours(pixels).last_hidden_state
+    assert_within_twice(got.detach(), exact, expected)
+    got.sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())

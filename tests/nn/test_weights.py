@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import socket
 
 import pytest
 import torch
-from test_mmate import OPTIONS, build, prompt
+from blocks import OPTIONS, block_class, build, prompt
 from torch import nn
 
-from linmu_ops import MMATE, MMATEConfig
+from linmu_ops import MMATEConfig
 
-NAMES = ["default", "conv", "text_window", "exact_conv", "normalizer_exact", "windows_alone"]
-CASES = {**OPTIONS, "windows_alone": dict(flex=False, text_window=3)}
+NAMES = ["default", "literal", "text_window", "exact", "exact_wide", "windows_alone"]
+CASES = {**OPTIONS, "windows_alone": MMATEConfig(branches="swin", text_window=3)}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def block_of(name, dtype):
     """Sizes that quantisers take; what is not a matrix stays float32, as in a converted model."""
-    config = MMATEConfig(**{**CASES[name], "window": (2, 2, 2), "image_window": None})
+    config = dataclasses.replace(CASES[name], window=(2, 2, 2), image_window=None)
     torch.manual_seed(0)
-    block = MMATE(64, 2, 1, 32, config=config).eval().requires_grad_(False)
+    block = block_class(config)(64, 2, 1, 32, config=config).eval().requires_grad_(False)
     for key, p in block.named_parameters():
         if p.dim() > 1:
             p.copy_(torch.randn_like(p) * 0.1)
@@ -130,7 +131,7 @@ class Stub(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["exact_conv", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["exact", "exact_wide"])
 def test_maps_without_a_weight(name, dtype):
     held = block_of(name, dtype)
     plain = copy.deepcopy(held)
@@ -174,7 +175,7 @@ def test_lora(name, dtype):
     assert_alike(held, block_of(name, dtype), dtype)
 
 
-@pytest.mark.parametrize("name", ["default", "exact_conv", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["default", "exact", "exact_wide"])
 def test_fsdp2_with_mixed_precision(name):
     """Parameters are float32 and sharded; a call computes in bfloat16."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -198,7 +199,7 @@ def test_fsdp2_with_mixed_precision(name):
 
 
 def test_a_state_of_bytes_is_refused():
-    block = build(**OPTIONS["text_window"])
+    block = build(OPTIONS["text_window"])
     z, rotary, _ = prompt(1)
     state = block.init_state(1)
     state = state._replace(keys=state.keys.byte())

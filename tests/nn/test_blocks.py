@@ -4,145 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
+from pathlib import Path
 
 import definition
 import pytest
 import torch
+from blocks import DIM, GROUPS, HEADS, OPTIONS, P, build, layout_of, pieces, prompt, rows
 from torch import nn
 
-from linmu_ops import MMATE, MMATEConfig, TokenLayout
+from linmu_ops import MMATE, ExactConfig, ExactMMATE, MMATEConfig, TokenLayout
+from linmu_ops.nn import EXACT, LITERAL, PAPER
+from linmu_ops.nn.config import decay_range
 
-DIM, HEADS, GROUPS, P = 12, 4, 2, 4
-# Windows that the blocks exceed, so that shifts and partial windows occur.
-SMALL = dict(window=(2, 2, 2), image_window=(1, 2, 3))
-OPTIONS = {
-    "default": {},
-    "no_rotary": dict(rotary=False),
-    "interleaved": dict(rotary_interleaved=True),
-    "causal": dict(reverse=False),
-    "separate": dict(reverse_projections="separate"),
-    "token_gate": dict(gate="token"),
-    "in_place": dict(major_scan=False),
-    "long_memory": dict(initial_decay=(0.9, 0.999)),
-    "conv": dict(conv_width=4),
-    "conv_separate": dict(conv_width=3, reverse_projections="separate"),
-    "z_gate": dict(z_gate=True),
-    "relu2": dict(feature_map="relu2"),
-    "hedgehog": dict(feature_map="hedgehog", head_norm=True),
-    "hedgehog_separate": dict(feature_map="hedgehog", head_norm=True, reverse_projections="separate"),
-    "wide": dict(feature_map="hedgehog", feature_dim=11, head_norm=True),
-    "wide_exact": dict(
-        feature_map="hedgehog", feature_dim=16, normalizer=True, mix="softmax", causal_windows=True, text_window=3
-    ),
-    "head_norm": dict(head_norm=True),
-    "skip": dict(skip=True),
-    "no_shift": dict(shift_alternate=False),
-    "mask": dict(wrap="mask"),
-    "same_window": dict(image_window=None),
-    "bias": dict(relative_bias=True, image_window=None),
-    "text_window": dict(text_window=3),
-    "channel": dict(mix="channel"),
-    "token_mix": dict(mix="token"),
-    "softmax_mix": dict(mix="softmax"),
-    "causal_windows": dict(causal_windows=True),
-    "normalizer": dict(feature_map="relu2", normalizer=True),
-    "normalizer_exact": dict(
-        feature_map="hedgehog", normalizer=True, mix="softmax", causal_windows=True, text_window=3, sink_tokens=2,
-        z_gate=True, reverse_projections="separate",
-    ),
-    "exact": dict(mix="softmax", causal_windows=True, text_window=3, sink_tokens=2, head_norm=True, z_gate=True),
-    "exact_conv": dict(
-        mix="softmax", text_window=4, sink_tokens=5, conv_width=4, norm="rms", relative_bias=True, image_window=None
-    ),
-    "rms": dict(norm="rms"),
-    "layer": dict(norm="layer", mix="channel"),
-    "no_swin": dict(swin=False, norm="rms"),
-    "no_flex": dict(flex=False),
-    "all": dict(
-        reverse_projections="separate", gate="token", conv_width=4, z_gate=True, head_norm=True, skip=True,
-        text_window=5, mix="token", norm="layer",
-    ),
-}  # fmt: skip
+EXACTS = [name for name, config in OPTIONS.items() if isinstance(config, ExactConfig)]
+FACTS = {
+    "interleaved": dict(interleaved_rotary=True),
+    "causal": dict(causal_windows=True),
+    "free": dict(causal_windows=False),
+}
 
 
-class Norm(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x):
-        return nn.functional.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
-
-
-def build(layer_idx=1, dtype=torch.float64, perturb=0.3, **options):
-    """A block with every parameter moved off its neutral start."""
-    config = MMATEConfig(**{**SMALL, **options})
-    block = MMATE(DIM, HEADS, GROUPS, P, layer_idx=layer_idx, qkv_bias=True, out_bias=True, qk_norm=Norm, config=config)
-    with torch.no_grad():
-        for p in block.parameters():
-            p.add_(perturb * torch.randn_like(p))
-    return block.to(dtype)
+def option_texts(config):
+    """The part of a config's docstring that belongs to each option, in its order."""
+    found, name = {}, None
+    for line in config.__doc__.splitlines():
+        start = re.match(r" {8}(\w+): ", line)
+        if start:
+            name = start[1]
+        if line.startswith("        ") and name:
+            found[name] = f"{found.get(name, '')} {line.strip()}"
+    return found
 
 
-def prompt(batch=2, seed=0, dtype=torch.float64):
-    """Hidden states, rotary and blocks: text, video, text, image, text; the second row one image with gaps."""
-    g = torch.Generator().manual_seed(seed)
-    L = 24
-    z = torch.randn(batch, L, DIM, generator=g, dtype=torch.float64).to(dtype)
-    angle = torch.randn(batch, L, 1, generator=g, dtype=torch.float64)
-    cos, sin = angle.cos().expand(-1, -1, 2).to(dtype), angle.sin().expand(-1, -1, 2).to(dtype)
-    blocks = [
-        [((3, 1, 3), list(range(2, 11))), ((1, 2, 3), list(range(13, 19)))],
-        [((1, 3, 2), [4, 5, 7, 8, 10, 11])],
-    ]
-    return z, (cos, sin), blocks[:batch]
-
-
-def layout_of(blocks, length):
-    table = [(row, *size) for row, many in enumerate(blocks) for size, _ in many]
-    return TokenLayout(table, [p for many in blocks for _, positions in many for p in positions], len(blocks), length)
-
-
-def rows(block, z, rotary, blocks):
-    return torch.stack(
-        [definition.mmate(block, z[i], blocks[i], tuple(t[i] for t in rotary)) for i in range(len(blocks))]
-    )
+def tables_and_rows():
+    """Of every measured table, the names of its rows, from its page."""
+    pages = Path(__file__).parents[2] / "bench" / "reports"
+    return {page.stem: re.findall(r"^\| ([\w.-]+) \|", page.read_text(), re.M) for page in pages.glob("*.md")}
 
 
 @pytest.mark.parametrize(
-    "options, layer_idx", [({}, i) for i in range(4)] + [(o, 1) for o in OPTIONS.values()], ids=[*"0123", *OPTIONS]
+    "name, layer_idx", [(n, i) for n in ("default", "exact") for i in range(4)] + [(n, 1) for n in OPTIONS]
 )
-def test_definition(options, layer_idx):
-    block = build(layer_idx, **options)
+def test_definition(name, layer_idx):
+    block = build(OPTIONS[name], layer_idx)
     z, rotary, blocks = prompt()
     got = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
     torch.testing.assert_close(got, rows(block, z, rotary, blocks), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("branch, rule", [("flex", definition.flex_ma), ("swin", definition.local_swin)])
-def test_a_branch_alone(branch, rule):
-    """FlexMA and LocalSwin are modules of their own, with their own part of the state."""
-    block = build(conv_width=4)
-    module = getattr(block, branch)
+@pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS)
+@pytest.mark.parametrize("name", ["default", "exact"])
+def test_facts_of_a_teacher(name, facts):
+    block = build(OPTIONS[name], **facts)
     z, rotary, blocks = prompt()
-    call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
-    expected = torch.stack([rule(module, z[i], blocks[i], tuple(t[i] for t in rotary)) for i in range(2)])
-    out, state = module(z, **call, return_state=True)
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-    _, both = block(z, **call, return_state=True)
-    kept = ("ssm", "conv") if branch == "flex" else ()
-    for name in state._fields:
-        assert torch.equal(getattr(state, name), getattr(both, name)) if name in kept else getattr(state, name) is None
-    with torch.no_grad():
-        step = tuple(t[:, :1] for t in rotary)
-        more = module(z[:, :1], position_embeddings=step, state=both)
-        again = rule(module, torch.cat((z[0], z[0, :1])), blocks[0], tuple(torch.cat((t[0], t[0, :1])) for t in rotary))
-        torch.testing.assert_close(more[0, 0], again[-1], rtol=1e-9, atol=1e-9)
+    got = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    torch.testing.assert_close(got, rows(block, z, rotary, blocks), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_every_parameter_learns(options):
-    block = build(**options)
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+def test_every_parameter_learns(config):
+    block = build(config)
     z, rotary, blocks = prompt()
     z.requires_grad_()
     out = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
@@ -154,17 +77,16 @@ def test_every_parameter_learns(options):
 
 def test_every_parameter_learns_from_the_start():
     """Neutral starts must not be saddle points: no new parameter has a zero gradient at its initial value."""
-    config = MMATEConfig(**{**SMALL, **OPTIONS["all"]})
-    block = MMATE(DIM, HEADS, GROUPS, P, config=config).double()
+    block = MMATE(DIM, HEADS, GROUPS, P, config=OPTIONS["all"]).double()
     z, rotary, blocks = prompt()
     out = block(z, layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
     (out * torch.randn_like(out)).sum().backward()
     assert not [name for name, p in block.named_parameters() if not p.grad.abs().sum() > 0]
 
 
-@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact", "exact_wide"])
 def test_text_sees_nothing_later(name):
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, (cos, sin), blocks = prompt(1)
     L = z.shape[1]
     changed = z.repeat(L, 1, 1)  # row i differs from row 0 from token i on
@@ -179,17 +101,11 @@ def test_text_sees_nothing_later(name):
         assert moved[later:].max() > 0 or (name == "no_flex" and text[later:].all())
 
 
-def pieces(t, cuts):
-    return [t[:, a:b] for a, b in zip([0, *cuts], [*cuts, t.shape[1]], strict=True)]
-
-
 @pytest.mark.parametrize("grad", [False, True], ids=["in_place", "grad"])
-@pytest.mark.parametrize(
-    "name", ["default", "all", "no_swin", "no_flex", "conv", "exact", "exact_conv", "normalizer_exact"]
-)
+@pytest.mark.parametrize("name", ["default", "all", "no_swin", "no_flex", *EXACTS])
 def test_cached_is_uncached(name, grad):
     """Prefill, a later chunk with an image, then single tokens: the same outputs as in one call."""
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, rotary, blocks = prompt(1)
     L = z.shape[1]
     whole = block(z, layout=layout_of(blocks, L), position_embeddings=rotary)
@@ -213,9 +129,9 @@ def test_cached_is_uncached(name, grad):
 
 
 @pytest.mark.parametrize("cuts", [[9], [3, 5], range(1, 25)], ids=["chunks", "short", "steps"])
-@pytest.mark.parametrize("name", ["conv", "text_window", "normalizer_exact", "exact_conv"])
+@pytest.mark.parametrize("name", ["default", "text_window", "exact", "exact_wide"])
 def test_gradients_flow_through_the_state(name, cuts):
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, rotary, _ = prompt(1)
     z.requires_grad_()
     whole = block(z, position_embeddings=rotary)
@@ -229,9 +145,9 @@ def test_gradients_flow_through_the_state(name, cuts):
     torch.testing.assert_close(chunked, grad)
 
 
-@pytest.mark.parametrize("name", ["default", "conv"])
+@pytest.mark.parametrize("name", ["default", "exact"])
 def test_a_backward_pass_does_not_read_a_state_that_was_overwritten(name):
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, rotary, _ = prompt(1)
     step = dict(position_embeddings=tuple(t[:, :1] for t in rotary))
     with torch.no_grad():
@@ -244,12 +160,15 @@ def test_a_backward_pass_does_not_read_a_state_that_was_overwritten(name):
 
 
 def test_a_state_of_something_else_is_refused_untouched():
-    block = build(**OPTIONS["normalizer_exact"]).requires_grad_(False)
+    block = build(OPTIONS["exact"]).requires_grad_(False)
     z, rotary, _ = prompt(1)
     step = dict(position_embeddings=tuple(t[:, :1] for t in rotary))
     for state, line in (
-        (block.init_state(2), "MMATE: state.ssm must have B=1 rows, got 2"),
-        (build(**{**OPTIONS["normalizer_exact"], "text_window": 4}).init_state(1), "state.keys must be of .* 5 tokens"),
+        (block.init_state(2), "ExactMMATE: state.ssm must have B=1 rows, got 2"),
+        (
+            build(dataclasses.replace(OPTIONS["exact"], text_window=4)).init_state(1),
+            "state.keys must be of .* 5 tokens",
+        ),
     ):
         before = [t.clone() for t in state if t is not None]
         with torch.no_grad(), pytest.raises(ValueError, match=line):
@@ -259,7 +178,7 @@ def test_a_state_of_something_else_is_refused_untouched():
 
 def test_the_first_state_is_of_the_weights_precision():
     """Though some parameters of a half precision block are float32; and autocast may begin with a state at hand."""
-    block = build(**OPTIONS["exact_conv"], dtype=torch.float32).requires_grad_(False)
+    block = build(OPTIONS["exact"], dtype=torch.float32).requires_grad_(False)
     z, rotary, _ = prompt(1)
     z, turn = z.float(), tuple(t.float() for t in rotary)
     whole = block(z, position_embeddings=turn)
@@ -272,18 +191,16 @@ def test_the_first_state_is_of_the_weights_precision():
                 with torch.autocast("cpu", torch.bfloat16, enabled=second):
                     out = block(z[:, i : i + 1], position_embeddings=tuple(t[:, i : i + 1] for t in turn), state=state)
         torch.testing.assert_close(out.float()[:, 0], whole[:, -1], rtol=0.1, atol=0.1 * float(whole.abs().max()))
-    half = block.bfloat16()
-    half.norm.float()
-    state = half.init_state(1)
-    assert state.keys.dtype == state.conv.dtype == torch.bfloat16 and state.ssm.dtype == torch.float32
+    state = block.bfloat16().init_state(1)
+    assert state.keys.dtype == torch.bfloat16 and state.ssm.dtype == torch.float32
 
 
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
-@pytest.mark.parametrize("name", ["default", "all", "conv", "exact", "exact_conv", "softmax_mix", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["default", "all", *EXACTS])
 @torch.no_grad()
 def test_padding(name, side):
     """A batch of different lengths is each row alone, then and in later steps."""
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, (cos, sin), blocks = prompt()
     L, pad = z.shape[1], 3
     kept = {"left": range(pad, L), "right": range(L - pad), "inside": [0, *range(1 + pad, L)]}[side]
@@ -318,9 +235,9 @@ def test_padding(name, side):
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["all", "exact", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["all", "exact", "exact_wide"])
 def test_a_finished_row_keeps_its_state(name):
-    block = build(**OPTIONS[name]).requires_grad_(False)
+    block = build(OPTIONS[name]).requires_grad_(False)
     z, rotary, _ = prompt()
     _, state = block(z, position_embeddings=rotary, return_state=True)
     before = [t.clone() for t in state if t is not None]
@@ -333,67 +250,67 @@ def test_a_finished_row_keeps_its_state(name):
     assert not torch.equal(kept[0][0], before[0][0])
 
 
-@pytest.mark.parametrize("name", ["all", "exact_conv", "normalizer_exact"])
+@pytest.mark.parametrize("name", ["all", "exact", "exact_wide"])
 def test_state_is_constant_and_moves_with_beams(name):
-    block = build(**OPTIONS[name])
+    block = build(OPTIONS[name])
     z, rotary, _ = prompt()
     sizes = []
     for L in (2, 24):
         _, state = block(z[:, :L], position_embeddings=tuple(t[:, :L] for t in rotary), return_state=True)
         sizes.append([t.shape for t in state if t is not None])
     assert sizes[0] == sizes[1] == [t.shape for t in block.init_state(2) if t is not None]
-    assert state.ssm.shape == (2, HEADS, P + 8 * block.config.normalizer, P)
+    assert state.ssm.shape == (2, HEADS, *block.scan.state_size)
     index = torch.tensor([1, 1, 0])
-    for moved, rows in ((state.reorder(index), index), (state.repeat(2), [0, 0, 1, 1])):
-        assert all(b is None or torch.equal(a, b[rows]) for a, b in zip(moved, state, strict=True))
+    for moved, kept in ((state.reorder(index), index), (state.repeat(2), [0, 0, 1, 1])):
+        assert all(b is None or torch.equal(a, b[kept]) for a, b in zip(moved, state, strict=True))
     assert block.init_state(2, dtype=torch.bfloat16).ssm.dtype == torch.float32
 
 
 def test_a_block_made_from_attention_is_that_attention_where_nothing_is_beyond():
     """And still is when everything but its attention weights has changed."""
     torch.manual_seed(0)
-    config = MMATEConfig(mix="softmax", causal_windows=True, text_window=16, sink_tokens=4, window=(3, 4, 4))
-    block = MMATE(DIM, HEADS, GROUPS, P, qkv_bias=True, config=config).double()
+    config = ExactConfig(text_window=16, sink_tokens=4, window=(3, 4, 4))
+    block = ExactMMATE(DIM, HEADS, GROUPS, P, qkv_bias=True, config=config).double()
     for own, other in (("c", "q"), ("b", "k"), ("x", "v")):
-        getattr(block.flex, f"{own}_proj").load_state_dict(getattr(block.swin, f"{other}_proj").state_dict())
+        getattr(block.scan, f"{own}_proj").load_state_dict(getattr(block.windows, f"{other}_proj").state_dict())
     z = torch.randn(2, 24, DIM, dtype=torch.float64)
     layout = layout_of([[((2, 1, 3), list(range(2, 8)))], [((1, 2, 3), [4, 5, 7, 8, 10, 11])]], 24)
-    q, k, v = (t.transpose(1, 2) for t in block.swin._projected(z))
+    q, k, v = (t.transpose(1, 2) for t in block.windows._projected(z))
     y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    attention = block.flex.o_proj(y.transpose(1, 2).flatten(2))
+    attention = block.o_proj(y.transpose(1, 2).flatten(2))
     beyond = torch.arange(24) > 15 + 2  # tokens 0 and 1 are sinks, 2 and 3 are visual
     for _ in range(2):
         out = block(z, layout=layout)
         torch.testing.assert_close(out[0, ~beyond], attention[0, ~beyond])
         assert (out[0, beyond] - attention[0, beyond]).abs().max() > 1e-3
         with torch.no_grad():
-            for name, p in block.flex.named_parameters():
-                if "o_proj" not in name:
-                    p.add_(torch.randn_like(p))
-            block.mix_rest.weight.normal_()
+            for p in block.scan.parameters():
+                p.add_(torch.randn_like(p))
+            block.share.weight.normal_()
 
 
-@pytest.mark.parametrize("name", ["exact", "normalizer_exact"])
-def test_the_mix_is_fitted_to_the_mass_beyond_the_window(name):
-    block = build(**OPTIONS[name])
+@pytest.mark.parametrize("name", EXACTS)
+def test_the_share_is_fitted_to_the_mass_beyond_the_window(name):
+    block = build(OPTIONS[name])
     z, rotary, blocks = prompt()
-    call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
-    inside, rest, beyond = block.swin.mass_beyond(z, **call)
+    inputs = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    call = block._call(z, inputs["layout"], None, rotary, None, None, False, None)
+    inside, rest, beyond = block.windows.lse_beyond(z, call)
     for i in range(2):
-        _, mask, mass = definition.near_attention(block.swin, z[i], blocks[i], tuple(t[i] for t in rotary))
-        every = definition.near_attention(block.swin, z[i], blocks[i], tuple(t[i] for t in rotary), causal=True)[2]
+        turned = tuple(t[i] for t in rotary)
+        _, mask, mass = definition.near_attention(block.windows, z[i], blocks[i], turned)
+        every = definition.near_attention(block.windows, z[i], blocks[i], turned, causal=True)[2]
         torch.testing.assert_close(inside[i].exp(), mass.sum(-1).T)
         torch.testing.assert_close(rest[i].exp(), (every.sum(-1) - mass.sum(-1)).T, rtol=1e-6, atol=1e-9)
         assert torch.equal(beyond[i], (torch.ones_like(mask).tril() & ~mask).sum(1))
     use = beyond > 0
 
     def error(at=use):
-        known = beyond[..., None].log() if name == "exact" else block.flex.log_total(z, **call)
-        share = (inside - block.mix_rest(z) - known).sigmoid()
+        share = (inside - block.share(z) - block.scan(z, call)[0].log_total).sigmoid()
         return (share - (inside - rest).sigmoid())[at].abs().mean()
 
     before = error()
-    batches = [(dict(hidden_states=z, **call), torch.randn_like(z))]
+    batches = [(dict(hidden_states=z, **inputs), torch.randn_like(z))]
     block.calibrate(batches)
     assert error() < 0.5 * before
     few = use & (use.flatten().cumsum(0).view_as(use) % 5 == 0)
@@ -403,11 +320,11 @@ def test_the_mix_is_fitted_to_the_mass_beyond_the_window(name):
 
 
 def test_branches_can_be_switched_off():
-    block = build(norm="rms")
+    block = build(OPTIONS["literal"])
     z, rotary, blocks = prompt()
     call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
     both = block(z, **call)
-    for branch in ("flex", "swin"):
+    for branch in ("scan", "windows"):
         setattr(block, f"{branch}_enabled", False)
         torch.testing.assert_close(block(z, **call), rows(block, z, rotary, blocks), rtol=1e-9, atol=1e-9)
         setattr(block, f"{branch}_enabled", True)
@@ -415,53 +332,88 @@ def test_branches_can_be_switched_off():
 
 
 def test_grid_is_a_layout():
-    block = build(window=(2, 2, 2), image_window=None)
+    block = build(OPTIONS["same_window"])
     z = torch.randn(2, 24, DIM, dtype=torch.float64)
     layout = TokenLayout.from_grid((2, 3, 4), 2)
     assert torch.equal(block(z, grid=(2, 3, 4)), block(z, layout=layout))
 
 
-def test_config_is_json():
-    config = MMATEConfig(**OPTIONS["all"], initial_decay=(0.9, 0.99))
-    assert MMATEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+@pytest.mark.parametrize("config", [*OPTIONS.values(), PAPER, LITERAL, EXACT])
+def test_config_is_json(config):
+    assert type(config)(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_initial_decay():
     for decay in (0.985, (0.9, 0.999)):
-        flex = MMATE(DIM, HEADS, config=MMATEConfig(initial_decay=decay)).flex
-        first, last = MMATEConfig(initial_decay=decay).decays
-        got = torch.exp(-nn.functional.softplus(flex.dt_bias) * flex.A_log.exp())
-        torch.testing.assert_close(got[[0, -1]], torch.tensor([first, last]))
+        scan = MMATE(DIM, HEADS, config=MMATEConfig(initial_decay=decay)).scan
+        got = torch.exp(-nn.functional.softplus(scan.dt_bias) * scan.A_log.exp())
+        torch.testing.assert_close(got[[0, -1]], torch.tensor(decay_range(decay)))
+
+
+def test_the_literal_start_is_mamba2s():
+    """-A uniform in [1, 16], dt log-uniform in [0.001, 0.1], and its projection a linear map's own start."""
+    scan = MMATE(64, 64, config=LITERAL).scan
+    for proj, bias, A_log in scan._directions():
+        dt = nn.functional.softplus(bias)
+        assert 1e-3 <= dt.min() < 4e-3 and 3e-2 < dt.max() <= 0.1001
+        assert 1 <= A_log.exp().min() < 4 and 12 < A_log.exp().max() <= 16
+        assert 0 < proj.weight.std() < 1 / math.sqrt(64)
+    assert scan.scale is None and scan.reverse_c_proj is not None and scan.gate_proj is not None
+
+
+def test_presets_are_what_they_say():
+    """`LITERAL` departs from `PAPER` in what the paper states, and in nothing else."""
+    changed = {k for k, v in dataclasses.asdict(LITERAL).items() if v != getattr(PAPER, k)}
+    assert changed == {"literal", "initial_decay", "initial_scale"}
+    block = MMATE(DIM, HEADS, config=LITERAL)
+    assert block.norm.kind == "layer" and block.mix_proj is not None
+    with pytest.raises(ValueError, match="MMATE: calibrate must not be called with literal=True"):
+        block.calibrate([])
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "config, options, message",
     [
-        (dict(norm="batch"), "MMATEConfig: norm must be one of none, rms, layer, got 'batch'"),
-        (dict(initial_decay=1.0), r"MMATEConfig: initial_decay must be in \(0, 1\), got 1.0"),
-        (dict(feature_map="hedgehog"), 'head_norm must be on with feature_map="hedgehog" and without normalizer'),
-        (dict(feature_dim=8), 'feature_dim must be 0 with a feature_map other than "hedgehog", got 8'),
-        (dict(normalizer=True), "normalizer must be off without a feature_map, and with skip, got True"),
-        (dict(conv_width=1), "MMATEConfig: conv_width must be 0, or 2 to 8, got 1"),
-        (dict(window=(4, 4)), r"MMATEConfig: window must be of type tuple\[int, int, int\], got \(4, 4\)"),
-        (dict(window=(4, 4, 0)), r"MMATEConfig: window must be three sizes in \[1, 1048576\], got \(4, 4, 0\)"),
-        (dict(swin="False"), "MMATEConfig: swin must be of type bool, got 'False'"),
-        (dict(text_window="256"), "MMATEConfig: text_window must be of type int, got '256'"),
-        (dict(text_window=True), "MMATEConfig: text_window must be of type int, got True"),
-        (dict(initial_decay=(0.9, None)), "MMATEConfig: initial_decay must be of type float | tuple"),
-        (dict(relative_bias=True), "MMATEConfig: image_window must be None where relative_bias is on"),
-        (dict(flex=False, swin=False), "MMATEConfig: swin must be on where flex is off"),
-        (dict(mix="softmax", swin=False), 'MMATEConfig: mix must be other than "softmax" where a branch is off'),
-        (dict(sink_tokens=4), 'MMATEConfig: sink_tokens must be 0 without mix="softmax" and text_window, got 4'),
+        (MMATEConfig, dict(branches="none"), "MMATEConfig: branches must be one of both, flex, swin, got 'none'"),
+        (MMATEConfig, dict(initial_decay=1.0), r"MMATEConfig: initial_decay must be in \(0, 1\), got 1.0"),
+        (MMATEConfig, dict(window=(4, 4)), r"window must be of type tuple\[int, int, int\], got \(4, 4\)"),
+        (MMATEConfig, dict(window=(4, 4, 0)), r"MMATEConfig: window must be three sizes in .*, got \(4, 4, 0\)"),
+        (MMATEConfig, dict(reverse="False"), "MMATEConfig: reverse must be of type bool, got 'False'"),
+        (MMATEConfig, dict(text_window="256"), "MMATEConfig: text_window must be of type int, got '256'"),
+        (MMATEConfig, dict(text_window=True), "MMATEConfig: text_window must be of type int, got True"),
+        (MMATEConfig, dict(initial_decay=(0.9, None)), "MMATEConfig: initial_decay must be of type float"),
+        (MMATEConfig, dict(initial_scale=float("nan")), "initial_scale must be finite and > 0, got nan"),
+        (MMATEConfig, dict(branches="flex", text_window=8), 'text_window must be left out with branches="flex", got 8'),
+        (MMATEConfig, dict(branches="swin", reverse=False), 'reverse must be left out with branches="swin"'),
+        (MMATEConfig, dict(branches="swin", z_gate=True), 'z_gate must be left out with branches="swin", got True'),
+        (ExactConfig, dict(text_window=0), r"ExactConfig: text_window must be in \[1, 1048576\], got 0"),
+        (ExactConfig, dict(sink_tokens=-1), r"ExactConfig: sink_tokens must be in \[0, 1048576\], got -1"),
+        (ExactConfig, dict(feature_dim=10**12), r"ExactConfig: feature_dim must be in \[0, 4096\]"),
+        (ExactConfig, dict(initial_decay=None), "ExactConfig: initial_decay must be of type float"),
     ],
 )
-def test_config_errors(options, message):
+def test_config_errors(config, options, message):
     with pytest.raises(ValueError, match=message):
-        MMATEConfig(**options)
+        config(**options)
+
+
+def test_every_option_names_what_justifies_it():
+    """An equation or section of the paper, or the table and row that measured it."""
+    tables = tables_and_rows()
+    for config in (MMATEConfig, ExactConfig):
+        names = [f.name for f in dataclasses.fields(config)]
+        assert len(names) <= 12
+        words = option_texts(config)
+        assert list(words) == names
+        for name, text in words.items():
+            cited = re.findall(r"`(\w+)/([\w.-]+)`", text)
+            assert cited or re.search(r"Eq\. \d|[Ss]ection \d|Algorithm \d|Table \d", text), name
+            for table, row in cited:
+                assert row in tables[table], (name, table, row)
 
 
 def test_errors():
-    block = build()
+    block = build(OPTIONS["default"])
     z = torch.randn(2, 6, DIM, dtype=torch.float64)
     layout = TokenLayout.from_grid((1, 2, 3), 2)
     with pytest.raises(ValueError, match=r"MMATE: hidden_states must be \(B, L, D\) with D=12"):
@@ -478,3 +430,5 @@ def test_errors():
         MMATE(DIM, 4, 3)
     with pytest.raises(ValueError, match="MMATE: num_heads must divide dim=12 where head_dim is not given, got 5"):
         MMATE(DIM, 5)
+    with pytest.raises(TypeError, match="MMATE: config must be a MMATEConfig, got a ExactConfig"):
+        MMATE(DIM, 4, config=EXACT)

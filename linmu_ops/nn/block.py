@@ -1,0 +1,273 @@
+"""What both blocks are: a scan and windows in the place of an attention layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._dims import accumulate_dtype
+from ..token_layout import TokenLayout
+from . import transfer
+from ._inputs import Call, Rotary, check_inputs, number_sequences, prepare_layout, without_padding
+from .config import ExactConfig, MMATEConfig
+from .scan import Scan
+from .shape import AttentionShape
+from .state import MMATEState, activations, check_state, continue_state
+from .windows import Windows
+
+
+class Block(nn.Module):
+    """A linear-time block in the place of an attention layer: `MMATE` or `ExactMMATE`.
+
+    Both take the same call. Text is causal: no text token sees a later token (within a visual block that text
+    interrupts, it sees the block's other visual tokens).
+
+    Args:
+        dim: model size D.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G, a divisor of H; H if None.
+        head_dim: head size P; D / H if None.
+        layer_idx: sets the major-scan order (mod 4) and the window shift (mod 2).
+        qkv_bias, out_bias: whether the projections from q, k, v, and to the output, have biases.
+        qk_norm: makes the norm of queries and keys, given the head size; None for none.
+        scale: the attention's softmax scale; 1/sqrt(head_dim) if None.
+        interleaved_rotary: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...
+        causal_windows: within its window a visual token attends to no later one, as in a causal teacher. None for what
+            the block usually stands in: False in `MMATE`, True in `ExactMMATE`.
+        config: every other choice; the block's default if None.
+
+    Attributes:
+        scan, windows: its parts; None where the config has them off.
+    """
+
+    default_config: ClassVar[MMATEConfig | ExactConfig]
+    default_causal_windows: ClassVar[bool]
+
+    config: Any
+    scan: Scan | None
+    windows: Windows | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        layer_idx: int = 0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        scale: float | None = None,
+        interleaved_rotary: bool = False,
+        causal_windows: bool | None = None,
+        config: MMATEConfig | ExactConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = self.default_config if config is None else config
+        if not isinstance(self.config, type(self.default_config)):
+            wanted, got = type(self.default_config).__name__, type(config).__name__
+            raise TypeError(f"{self._name}: config must be a {wanted}, got a {got}")
+        self.shape = AttentionShape.of(
+            self._name, dim, num_heads, num_kv_heads, head_dim, layer_idx=layer_idx, qkv_bias=qkv_bias,
+            out_bias=out_bias, qk_norm=qk_norm, scale=scale, interleaved_rotary=interleaved_rotary,
+            causal_windows=self.default_causal_windows if causal_windows is None else causal_windows,
+        )  # fmt: skip
+        self._build()
+        self.reset_new_parameters()
+
+    _name: ClassVar[str]
+
+    @property
+    def dim(self) -> int:
+        """Model size D."""
+        return self.shape.dim
+
+    @property
+    def layer_idx(self) -> int:
+        """Index of the decoder layer."""
+        return self.shape.layer_idx
+
+    def _build(self) -> None:
+        raise NotImplementedError
+
+    def reset_new_parameters(self) -> None:
+        """Initialise every parameter that attention does not have."""
+        raise NotImplementedError
+
+    def _output_projection(self) -> nn.Module:
+        """One of its maps to the model size."""
+        raise NotImplementedError
+
+    def _mix(self, hidden_states: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
+        """out (B, L, D), and the state after these tokens where `call.keep` asks for it."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: TokenLayout | None = None,
+        grid: Sequence[int] | None = None,
+        position_embeddings: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        state: MMATEState | None = None,
+        return_state: bool = False,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MMATEState]:
+        """Mix tokens.
+
+        Args:
+            hidden_states: (B, L, D) float.
+            layout: where the visual tokens of these L tokens are; no visual token if None.
+            grid: (T, H, W) with T*H*W = L: every token is visual, in t, y, x order. Instead of layout.
+            position_embeddings: (cos, sin), each (B or 1, L, R), R <= head size, of these L tokens.
+            attention_mask: (B, L) bool, False at padding, which may lie anywhere among text. No other token sees it,
+                whatever its hidden states and position embeddings hold.
+            state: what an earlier call left. Under `torch.no_grad` or inference mode it is updated in place (its
+                tensors keep their addresses). With gradients on, and inside a checkpoint, it is left as it is.
+            return_state: also return the state after these tokens.
+            seq_idx: (B, L) int32. Rows of several sequences: one begins at a token whose number differs from the one
+                before. Each is as if it were alone; padding may have any number. A visual block lies in one sequence
+                (checked on a CPU). Not with state; the state returned is that of the row's last sequence.
+
+        Returns:
+            out: (B, L, D). With return_state: (out, state); state is the one given if that was updated in place.
+            The rows of padding are finite and mean nothing.
+
+        Notes:
+            Linear in L. One text token with a state and gradients off is one `ssd_step`. A visual block must lie
+            within one call. A batch without visual tokens gives the parameters that act on these alone no gradient:
+            train on such batches under DDP with find_unused_parameters=True.
+        """
+        call = self._call(
+            hidden_states, layout, grid, position_embeddings, attention_mask, state, return_state, seq_idx
+        )
+        hidden_states, call = without_padding(hidden_states, call)
+        out, new = self._mix(hidden_states, call)
+        new = continue_state(state, new)
+        return (out, new) if return_state else out
+
+    def _call(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout | None,
+        grid: Sequence[int] | None,
+        position_embeddings: Rotary | None,
+        attention_mask: Tensor | None,
+        state: MMATEState | None,
+        return_state: bool,
+        seq_idx: Tensor | None,
+    ) -> Call:
+        layout = check_inputs(
+            self._name, hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.layer_windows
+        )
+        if state is not None:
+            check_state(self._name, state, hidden_states.shape[0], self._kept_tokens)
+        seq_idx = number_sequences(self._name, seq_idx, hidden_states, attention_mask, layout, state)
+        keep = return_state or state is not None
+        return Call(layout, position_embeddings, attention_mask, state, keep, seq_idx)
+
+    @property
+    def layer_windows(self) -> Any:
+        """Windows and shifts of this layer, as `TokenLayout.window_table` takes them; None without windows."""
+        return None if self.windows is None else self.windows.layer_windows
+
+    @property
+    def _kept_tokens(self) -> int:
+        """Tokens whose keys the state has."""
+        return 0 if self.windows is None else self.windows.sink_tokens + self.windows.text_window
+
+    def prepare_layout(self, layout: TokenLayout, device: torch.device | str) -> None:
+        """Compute what `forward` reads from `layout`, which keeps it. Before a compiled `forward`, whose graph cannot
+        build it; needless otherwise, and for `grid`. Every layout so prepared runs through the same graph."""
+        prepare_layout(layout, device, self.layer_idx, self.layer_windows)
+
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MMATEState:
+        """The state before the first token: zeros. dtype and device of the hidden states; where None, those that the
+        block's weights, quantised, offloaded or not, take."""
+        own = activations(self, self._output_projection())
+        dtype, device = dtype or own[0], device or own[1]
+        state = MMATEState()
+        if self.scan is not None:
+            shape = (batch_size, self.shape.num_heads, *self.scan.state_size)
+            state = state._replace(ssm=torch.zeros(shape, dtype=accumulate_dtype(dtype), device=device))
+        if self.windows is not None and self.windows.text_window:
+            shape = (batch_size, self.shape.num_kv_heads, self._kept_tokens, self.shape.head_dim)
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+            seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            state = state._replace(keys=keys, values=values, seen=seen)
+            if self.windows.sink_tokens:
+                sinks = torch.zeros(batch_size, self.windows.sink_tokens, dtype=torch.bool, device=device)
+                state = state._replace(sinks=sinks)
+        return state
+
+    @classmethod
+    def from_attention(cls, attention: nn.Module, *, layer_idx: int = 0, **options: Any) -> Self:
+        """A block with the shape, device, dtype and weights of an attention layer; see `transfer.from_attention`."""
+        return transfer.from_attention(cls, attention, layer_idx=layer_idx, **options)
+
+    def load_attention_weights(
+        self,
+        *,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        v_weight: Tensor,
+        o_weight: Tensor,
+        q_bias: Tensor | None = None,
+        k_bias: Tensor | None = None,
+        v_bias: Tensor | None = None,
+        o_bias: Tensor | None = None,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        names: dict[str, str] | None = None,
+    ) -> list[transfer.TransferRow]:
+        """Copy an attention layer's weights into the scan and the windows; see `transfer.load_attention_weights`."""
+        return transfer.load_attention_weights(
+            self, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight, q_bias=q_bias,
+            k_bias=k_bias, v_bias=v_bias, o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, names=names,
+        )  # fmt: skip
+
+    def calibrate(
+        self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None
+    ) -> float:
+        """Give the block the size of what it replaces; after the weights are loaded, before training.
+
+        Args:
+            batches: (arguments of `forward`, hidden_states among them; the teacher's output (B, L, D)).
+            weights: for each batch (B, L) >= 0, how much a token counts where the far share is fitted, beside a count
+                that all have and that is as much in all; None: all count the same.
+
+        Returns:
+            The targets' root mean square over all tokens that are not padding.
+        """
+        raise NotImplementedError
+
+
+def root_mean_square(
+    batches: Sequence[tuple[Mapping[str, Any], Tensor]], value: Callable[[Mapping[str, Any], Tensor], Tensor]
+) -> float:
+    """Of `value(inputs, target)`, (B, L, D), over all tokens that are not padding."""
+    total, count = 0.0, 0
+    for inputs, target in batches:
+        mask, v = inputs.get("attention_mask"), value(inputs, target).double()
+        v = v if mask is None else v[mask]
+        total, count = total + v.square().sum().item(), count + v.numel()
+    return math.sqrt(total / max(count, 1))
+
+
+class WideLinear(nn.Linear):
+    """A linear map whose output is in the accumulate dtype, also under autocast: it is compared with scores, whose
+    common part 16 bits cannot hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        acc = accumulate_dtype(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))

@@ -1,0 +1,80 @@
+"""What a block takes over from the attention layer whose place it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes and facts of an attention layer.
+
+    Attributes:
+        dim: model size D.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G, a divisor of H.
+        head_dim: head size P.
+        layer_idx: index of the decoder layer. It sets the major-scan order (mod 4) and the window shift (mod 2).
+        qkv_bias, out_bias: whether the projections from q, k, v, and to the output, have biases.
+        qk_norm: makes the norm of queries and keys, given the head size; None for none.
+        scale: the softmax scale.
+        interleaved_rotary: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...
+        causal_windows: within its window a visual token attends to no later one.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_idx: int
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: Callable[[int], nn.Module] | None
+    scale: float
+    interleaved_rotary: bool
+    causal_windows: bool
+
+    @classmethod
+    def of(
+        cls,
+        block: str,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        head_dim: int | None,
+        *,
+        scale: float | None,
+        **facts: object,
+    ) -> AttentionShape:
+        """Fill in what is None, and check the rest.
+
+        Raises:
+            ValueError: a size does not divide another; `block` names the block in the message.
+        """
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"{block}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"{block}: num_heads must divide dim={dim} where head_dim is not given, got {num_heads}")
+        size = dim // num_heads if head_dim is None else head_dim
+        return cls(dim, num_heads, kv_heads, size, scale=size**-0.5 if scale is None else scale, **facts)  # type: ignore[arg-type]
+
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """New linear maps to queries (H P), keys (G P) and values (G P)."""
+        query, group = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return (
+            nn.Linear(self.dim, query, bias=self.qkv_bias),
+            nn.Linear(self.dim, group, bias=self.qkv_bias),
+            nn.Linear(self.dim, group, bias=self.qkv_bias),
+        )
+
+    def output_projection(self) -> nn.Linear:
+        """A new linear map from the heads (H P) to the model size."""
+        return nn.Linear(self.num_heads * self.head_dim, self.dim, bias=self.out_bias)
+
+    def norm(self) -> nn.Module:
+        """A new norm of queries or keys."""
+        return self.qk_norm(self.head_dim) if self.qk_norm else nn.Identity()
