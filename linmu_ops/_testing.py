@@ -107,7 +107,7 @@ class Judge:
         def moved(value: Any) -> Any:
             if not (isinstance(value, Tensor) and value.is_floating_point()):
                 return value
-            signs = torch.randint(0, 2, value.shape, generator=self.generator).to(value.device) * 2 - 1
+            signs = torch.randint(0, 2, value.shape, generator=self.generator).to(value.device, torch.float64) * 2 - 1
             step = torch.finfo(value.dtype).eps / (4 if value.element_size() == 2 else 1)
             return to_double(value) * (1 + signs * step)
 
