@@ -1,35 +1,11 @@
 // The scan of one chunk and head by its definition, visit by visit. Products over whole chunks multiply what a visit
 // may not see by 0, which hides only what is finite: where they could meet anything else, the walks come here.
 #pragma once
+#include "finite.h"
 #include "ssd_scan.h"
 
 namespace linmu {
 namespace LINMU_ISA {
-
-// The largest magnitude among vectors; infinite if one element is not finite.
-template <class A>
-class Largest {
-  using Bits = decltype(vec<A>{} < vec<A>{});
-
- public:
-  void see(vec<A> v) {
-    const Bits magnitude = (Bits)v & ~(Bits)(-vec<A>{});  // as integers, magnitudes order as they are, NaN last
-    most_ = magnitude > most_ ? magnitude : most_;
-  }
-  double value() const {
-    A most = A(0);
-    for (int w = 0; w < Simd<A>::width; ++w) {
-      A x;
-      const auto bits = most_[w];
-      std::memcpy(&x, &bits, sizeof(x));
-      if (!(x <= most)) most = x == x ? x : std::numeric_limits<A>::infinity();
-    }
-    return most;
-  }
-
- private:
-  Bits most_{};
-};
 
 // Of the chunk's rows of one group.
 template <class T>
@@ -46,20 +22,6 @@ inline double largest(const SsdScanTensor& t, const Chunk& c, int64_t group, int
   }
   return most.value();
 }
-// Of a padded tile.
-template <class A>
-inline double largest(const A* tile, int64_t size) {
-  Largest<A> most;
-  for (int64_t i = 0; i < size; i += Simd<A>::width) most.see(load(tile + i));
-  return most.value();
-}
-
-// Whether no sum bounded by `most` can overflow; never of a NaN.
-template <class A>
-inline bool stays_finite(double most) {
-  return most < static_cast<double>(std::numeric_limits<A>::max()) / 16;
-}
-
 template <class T>
 class Careful {
   using A = acc_t<T>;

@@ -3,7 +3,9 @@
 // maximum (Dao et al. 2022, arXiv:2205.14135). Windows up to kKeys tokens take one block: a plain softmax.
 #include <cmath>
 #include <limits>
+#include <vector>
 
+#include "finite.h"
 #include "window_attention_tile.h"
 
 namespace linmu {
@@ -62,6 +64,7 @@ class Forward : Packing<T> {
     if (p.causal) Base::positions(positions_, tokens, n);
     lds_ = std::min(kKeys, round_up(n, N));
     for (int64_t r = 0; r < groups; ++r) {
+      if (p.causal) take_out(v_ + r * apart, n);
       Base::transposed(kt_, k_ + r * apart, n);
       const U* values = Base::summed_over(vn_, v_ + r * apart, n);
       for (int64_t i = begin; i < end; ++i) {
@@ -74,6 +77,24 @@ class Forward : Packing<T> {
   }
 
  private:
+  // What a query does not see has a weight of 0, which hides only what is finite: the rest is taken out of the rows of
+  // values, and added to the sums of the queries that see it.
+  void take_out(C* rows, int64_t n) {
+    broken_.clear();
+    if (std::isfinite(largest(rows, n * ld))) return;
+    for (int64_t j = 0; j < n; ++j) {
+      C* row = rows + j * ld;
+      if (std::isfinite(largest(row, ld))) continue;
+      Broken b{positions_[j], std::vector<A>(ld)};
+      for (int64_t m = 0; m < ld; m += W) {
+        const vec<A> all = load(row + m), kept = all - all == vec<A>{} ? all : vec<A>{};
+        store(b.values.data() + m, all - all == vec<A>{} ? vec<A>{} : all);
+        store(row + m, kept);
+      }
+      broken_.push_back(std::move(b));
+    }
+  }
+
   // The nq queries from q0 of head h, rows q, in the window of n tokens that starts at `first` of the table.
   void attend(int64_t first, int64_t n, int64_t q0, int64_t nq, int64_t h, const C* q, const U* values) {
     const int32_t* tokens = p.tokens + first + q0;
@@ -89,6 +110,9 @@ class Forward : Packing<T> {
               N, o_, ld, k0 > 0);
     }
     for (int64_t i = 0; i < nq; ++i) {
+      for (const Broken& b : broken_)
+        for (int64_t m = 0; b.position <= positions_[q0 + i] && m < ld; m += W)
+          store(o_ + i * ld + m, load(o_ + i * ld + m) + load(b.values.data() + m));
       T* out = static_cast<T*>(p.out) + (tokens[i] * p.heads + h) * p.head_dim;
       copy(out, o_ + i * ld, p.head_dim, A(1) / sum_[i]);
       static_cast<A*>(p.lse)[(first + q0 + i) * p.heads + h] = max_[i] * unit_ + std::log(sum_[i]);
@@ -153,6 +177,11 @@ class Forward : Packing<T> {
   A *scores_, *o_;
   int32_t* coords_;
   Position<A>* positions_;
+  struct Broken {
+    Position<A> position;
+    std::vector<A> values;  // 0 where they are finite
+  };
+  std::vector<Broken> broken_;
   A max_[kQueries], sum_[kQueries];
 };
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "finite.h"
 #include "window_attention_tile.h"
 
 namespace linmu {
@@ -93,6 +94,7 @@ class Backward : Packing<T> {
       Base::transposed(kt_, k_ + r * apart, n);
       Base::transposed(vt_, v_ + r * apart, n);
       const U* keys = Base::summed_over(kn_, k_ + r * apart, n);
+      most_k_ = p.causal ? largest(k_ + r * apart, apart) : 0, most_v_ = p.causal ? largest(v_ + r * apart, apart) : 0;
       std::fill(dk_, dk_ + n * ld, A(0));
       std::fill(dv_, dv_ + n * ld, A(0));
       for (int64_t head = r * shared_; head < (r + 1) * shared_; ++head)
@@ -103,7 +105,11 @@ class Backward : Packing<T> {
             Base::rows(q_, p.q, tokens + q0, nq, h, 1, 0, true);
             Base::rows(do_, b_.grad_out, tokens + q0, nq, h, 1, 0, false);
           }
-          queries(first, n, q0, nq, h, q_ + at, do_ + at, keys, sums ? sums + h * p.bias_size : nullptr);
+          double* of_head = sums ? sums + h * p.bias_size : nullptr;
+          if (p.causal && n > 1 && !stays_ordinary(first, n, q0, nq, h, q_ + at, do_ + at))
+            seen_pairs(first, n, q0, nq, h, q_ + at, do_ + at, k_ + r * apart, v_ + r * apart, of_head);
+          else
+            queries(first, n, q0, nq, h, q_ + at, do_ + at, keys, of_head);
         }
       for (int64_t j = 0; j < n; ++j) {
         const int64_t at = (tokens[j] * p.groups + g + r) * p.head_dim;
@@ -149,6 +155,65 @@ class Backward : Packing<T> {
     for (int64_t i = 0; i < nq; ++i)
       turn_row<true>(p, static_cast<T*>(b_.dq) + (tokens[i] * p.heads + h) * P, dq_ + i * ld, tokens[i],
                      static_cast<A>(p.scale));
+  }
+
+  // Whether `queries` meets nothing but finite numbers: it multiplies what a query does not see by 0, which hides no
+  // others.
+  bool stays_ordinary(int64_t first, int64_t n, int64_t q0, int64_t nq, int64_t h, const C* q, const C* grad) const {
+    double of_lse = 0;
+    for (int64_t i = 0; i < nq; ++i) {
+      const int64_t at = (first + q0 + i) * p.heads + h;
+      if (!std::isfinite(static_cast<const A*>(p.lse)[at])) return false;
+      const double g = b_.grad_lse ? std::abs(static_cast<const A*>(b_.grad_lse)[at]) : 0;
+      of_lse = g <= of_lse ? of_lse : g;
+    }
+    const double P = static_cast<double>(p.head_dim), most_q = largest(q, nq * ld), most_grad = largest(grad, nq * ld);
+    const double score = P * most_q * most_k_ * std::max(1.0, std::abs(p.scale));
+    const double change = 2 * P * most_grad * most_v_ + of_lse;
+    const double sum = change * (1 + most_q + most_k_) + most_grad;
+    return stays_finite<A>(score) && stays_finite<A>(sum * static_cast<double>(n * shared_));
+  }
+
+  // As `queries`, by the definition: of no pair but those that are seen.
+  void seen_pairs(int64_t first, int64_t n, int64_t q0, int64_t nq, int64_t h, const C* q, const C* grad, const C* k,
+                  const C* v, double* sums) {
+    const int32_t* tokens = p.tokens + first + q0;
+    const A scale = static_cast<A>(p.scale);
+    std::vector<A> weights(n), changes(n);
+    std::vector<int64_t> seen;
+    for (int64_t i = 0; i < nq; ++i, q += ld, grad += ld) {
+      const int64_t at = (first + q0 + i) * p.heads + h;
+      A total = 0, products = 0;
+      seen.clear();
+      for (int64_t j = 0; j < n; ++j) {
+        if (positions_[j] > positions_[q0 + i]) continue;
+        seen.push_back(j);
+        A score = product(q, k + j * ld) * scale;
+        if (p.bias) score += static_cast<const A*>(p.bias)[h * p.bias_size + relative(q0 + i, j)];
+        weights[j] = std::exp(score - static_cast<const A*>(p.lse)[at]);
+        changes[j] = product(grad, v + j * ld);
+        total += weights[j], products += weights[j] * changes[j];
+      }
+      const A delta = products / total - (b_.grad_lse ? static_cast<const A*>(b_.grad_lse)[at] : A(0));
+      std::fill(dq_, dq_ + ld, A(0));
+      for (const int64_t j : seen) {
+        const A weight = weights[j] / total, change = weight * (changes[j] - delta);
+        add(dq_, change, k + j * ld);
+        add(dk_ + j * ld, change, q);
+        add(dv_ + j * ld, weight, grad);
+        if (sums) sums[relative(q0 + i, j)] += change;
+      }
+      turn_row<true>(p, static_cast<T*>(b_.dq) + (tokens[i] * p.heads + h) * p.head_dim, dq_, tokens[i], scale);
+    }
+  }
+  int64_t relative(int64_t query, int64_t key) const { return coords_[query] - coords_[key] + (p.bias_size - 1) / 2; }
+  A product(const C* a, const C* b) const {
+    vec<A> total{};
+    for (int64_t i = 0; i < ld; i += W) total += load(a + i) * load(b + i);
+    return sum<A>(total);
+  }
+  void add(A* to, A factor, const C* from) const {
+    for (int64_t i = 0; i < ld; i += W) store(to + i, load(to + i) + load(from + i) * factor);
   }
 
   A dot(const T* a, const T* b) const {
@@ -253,6 +318,7 @@ class Backward : Packing<T> {
   A *weights_, *ds_, *dq_, *dk_, *dv_;
   int32_t* coords_;
   Position<A>* positions_;
+  double most_k_ = 0, most_v_ = 0;                      // of a head's rows, where that is asked
   A delta_[kQueries], lse_[kQueries];                   // delta: of a row's products less its gradient of lse
   alignas(64) A bias_row_[pack][pack > 1 ? kKeys : 1];  // score gradients before they are rounded
 };

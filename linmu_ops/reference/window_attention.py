@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .._dims import accumulate_dtype
 
+FEW = 16  # queries of a causal window at a time
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x: (B, L, H, P); cos, sin: (B or 1, L, R). Turns the first R elements of each head, R even."""
@@ -38,6 +40,55 @@ def _check(tokens: Tensor, offsets: Tensor, coords: Tensor | None, num_tokens: i
         require(coords is None or bool(((coords >= 0) & (coords <= centre)).all()), f"coords must be in 0..{centre}")
 
 
+def _biased(scores: Tensor, table: Tensor | None, queries: Tensor | None, keys: Tensor | None) -> Tensor:
+    """Of (H, i, j) scores."""
+    if table is None or queries is None or keys is None:
+        return scores
+    return scores + table[:, queries[:, None] - keys + table.shape[1] // 2]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor | None, coords: Tensor | None, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a window's q (n, G, H / G, P), k and v (n, G, P): out, as q, and the log-sum-exps (n, H)."""
+    scores = _biased(torch.einsum("igrp,jgp->grij", q, k).flatten(0, 1) * scale, table, coords, coords)
+    weights = scores.softmax(-1).unflatten(0, q.shape[1:3])
+    return torch.einsum("grij,jgp->igrp", weights, v), scores.logsumexp(-1).T
+
+
+def _attend_to_earlier(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor | None, coords: Tensor | None, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, of each query with the keys at its position or before.
+
+    0 times what is not finite is a NaN, in a gradient too: keys that no query of a few sees are left out of their
+    products, and among the few themselves what is not seen is taken out pair by pair.
+    """
+    order = at.argsort()
+    q, k, v = q[order], k[order], v[order]
+    c = None if coords is None else coords[order]
+    outs, norms = [], []
+    for first in range(0, len(at), FEW):
+        few, before = slice(first, min(first + FEW, len(at))), slice(0, first)
+        m = few.stop - first
+        seen = torch.ones(m, m, dtype=torch.bool, device=q.device).tril()  # (i, j)
+        q_pairs = torch.where(seen[:, :, None, None, None], q[few][:, None], 0.0)
+        k_pairs, v_pairs = (torch.where(seen[:, :, None, None], t[few], 0.0) for t in (k, v))
+        earlier = torch.einsum("igrp,jgp->grij", q[few], k[before])
+        own = torch.einsum("ijgrp,ijgp->grij", q_pairs, k_pairs)
+        scores = torch.cat((earlier, own), -1).flatten(0, 1) * scale
+        if c is not None:
+            scores = _biased(scores, table, c[few], c[: few.stop])
+        hidden = torch.cat((seen.new_zeros(m, first), ~seen), 1)
+        scores = scores.masked_fill(hidden, -math.inf)
+        weights = scores.softmax(-1).unflatten(0, q.shape[1:3])
+        of_earlier = torch.einsum("grij,jgp->igrp", weights[..., :first], v[before])
+        outs.append(of_earlier + torch.einsum("grij,ijgp->igrp", weights[..., first:], v_pairs))
+        norms.append(scores.logsumexp(-1).T)
+    back = order.argsort()
+    return torch.cat(outs)[back], torch.cat(norms)[back]
+
+
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, offsets: Tensor, coords: Tensor | None, window: list[int],
     scale: float, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
@@ -57,14 +108,10 @@ def window_attention(
     ends = offsets.tolist()
     for begin, end in itertools.pairwise(ends):
         at = tokens[begin:end].long()
+        c = None if table is None or coords is None else coords[begin:end].long()
         qw = q_[at].unflatten(1, (groups, heads // groups))  # (n, G, H / G, P)
-        scores = torch.einsum("igrp,jgp->grij", qw, k_[at]).flatten(0, 1) * scale  # (H, n, n)
-        if table is not None and coords is not None:
-            c = coords[begin:end].long()
-            scores = scores + table[:, c[:, None] - c + table.shape[1] // 2]
-        if causal:
-            scores = scores.masked_fill(at > at[:, None], -math.inf)
-        weights = scores.softmax(-1).unflatten(0, (groups, -1))
-        out = out.index_put((at,), torch.einsum("grij,jgp->igrp", weights, v_[at]).flatten(1, 2))
-        lse.append(scores.logsumexp(-1).T)
+        attend = _attend_to_earlier if causal else _attend
+        values, norms = attend(qw, k_[at], v_[at], scale, table, c, at)
+        out = out.index_put((at,), values.flatten(1, 2))
+        lse.append(norms)
     return out.unflatten(0, q.shape[:2]).to(q.dtype), torch.cat(lse)

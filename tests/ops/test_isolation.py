@@ -57,6 +57,16 @@ def windows(**options):
     return dict(q=q, k=k, v=v, bias=torch.randn(4, 3, 5, generator=g), window=(2, 3), return_lse=True) | options
 
 
+def one_window(**options):
+    """A causal one of a few blocks of queries and of keys, whose middle is spoiled."""
+    g = torch.Generator().manual_seed(1)
+    L = 2 * LENGTH
+    q, k, v = (torch.randn(1, L, n, 5, generator=g) for n in (2, 1, 1))
+    angle = torch.randn(1, L, 2, generator=g).repeat(1, 1, 2)
+    inputs = dict(q=q, k=k, v=v, grid=(L,), window=(L,), shift=(9,), cos=angle.cos(), sin=angle.sin())
+    return inputs | dict(causal=True, return_lse=True) | options
+
+
 def other_calls():
     g = torch.Generator().manual_seed(1)
 
@@ -79,6 +89,9 @@ def other_calls():
                                              "weight": None}),
         "windows": ("window_attention", windows(grid=(5, 6), shift=(1, 1), wrap="mask")),
         "windows of blocks": ("window_attention", windows(layout=blocks)),
+        "windows, causal": ("window_attention", windows(grid=(5, 6), shift=(1, 1), causal=True)),
+        "windows of blocks, causal": ("window_attention", windows(layout=blocks, causal=True)),
+        "one window, causal": ("window_attention", one_window(scale=-0.3)),
     }  # fmt: skip
 
 
@@ -114,7 +127,8 @@ def call(op, impl, inputs, wrt, weights):
 
 
 def spoiled(inputs, weights, name, value):
-    at = AT if inputs.get("x", inputs.get("q", inputs.get("a"))).shape[1] == LENGTH else 12
+    length = inputs.get("x", inputs.get("q", inputs.get("a"))).shape[1]
+    at = {LENGTH: AT, 2 * LENGTH: 70}.get(length, 12)
     source = weights[0] if name == "weights" else inputs[name]
     changed = source.clone()
     changed[:1, at] = value if isinstance(value, float) else changed[:1, at] * value[0] + value[1]
@@ -131,7 +145,7 @@ def clean_call(which, dtype):
     inputs = {k: v.to(dtype) if k in narrow else v for k, v in inputs.items()}
     if dtype == torch.float64:
         inputs = {k: to_double(v) for k, v in inputs.items()}
-    wrt = [k for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()]
+    wrt = [k for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point() and k not in ("cos", "sin")]
     if inputs.get("direction") == "reverse":
         wrt = [k for k in wrt if f"reverse_{k}" not in inputs]
     exact = {k: to_double(v) for k, v in inputs.items()}
@@ -196,6 +210,23 @@ def test_nothing_else_changes_in_other_dtypes(which, name, value, dtype):
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_older_processors(isa):
     rerun_with_isa(isa, __file__, "test_nothing_else_changes and cpu")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "weights"])
+@pytest.mark.parametrize("which", [c for c in CALLS if "causal" in c])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_hides_a_nan_from_the_queries_that_see_it(impl, which, name):
+    nothing_is_hidden(which, name, impl)
+
+
+def nothing_is_hidden(which, name, impl, dtype=torch.float32):
+    """What is NaN by the reference is so by the implementation."""
+    inputs, wrt, weights, _ = clean_call(which, dtype)
+    values, given = spoiled(inputs, weights, name, math.nan)
+    op = CALLS[which][0]
+    got, want = (call(op, i, values, wrt, given) for i in (impl, "reference"))
+    assert any(w.isnan().any() for w in want)
+    assert all(g.isnan()[w.isnan()].all() for g, w in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

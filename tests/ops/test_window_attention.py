@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import linmu_ops
 from linmu_ops import TokenLayout, window_attention
-from linmu_ops._testing import assert_same_bits, assert_within_twice, check_against_reference, to_double
+from linmu_ops._testing import assert_same_bits, check_against_reference, to_double
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GRID = dict(B=2, H=4, G=2, P=16)
@@ -90,31 +90,12 @@ def gradients(f, inputs, wrt, seed=0):
     return [out, *torch.autograd.grad(out, [leaves[k] for k in wrt], weights)]
 
 
-def reversed_windows(monkeypatch):
-    """The same windows, tokens in the opposite order: the same definition, other sums."""
-    table = TokenLayout.window_table
-
-    def flipped(self, *args):
-        tokens, offsets, coords, most = table(self, *args)
-        return tokens.flip(0), (len(tokens) - offsets).flip(0), coords.flip(0), most
-
-    monkeypatch.setattr(TokenLayout, "window_table", lambda *a: linmu_ops.WindowTable(*flipped(*a)))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_forward_and_backward(case, dtype, monkeypatch):
+def test_forward_and_backward(case, dtype):
     inputs = make_inputs(case, dtype)
     wrt = ["q", "k", "v", *(["bias"] if "bias" in inputs else [])]
-    if dtype != torch.float64:
-        check_against_reference(window_attention, by_reference, inputs, wrt)
-        return
-    # The definition in float64 cannot be its own baseline; summed in another order it can.
-    got, exact = gradients(window_attention, inputs, wrt), gradients(by_reference, inputs, wrt)
-    reversed_windows(monkeypatch)
-    baseline = gradients(by_reference, inputs, wrt)
-    for name, *values in zip(["out", *wrt], got, exact, baseline, strict=True):
-        assert_within_twice(*values, name)
+    check_against_reference(window_attention, by_reference, inputs, wrt)
 
 
 def with_lse(attend):
