@@ -26,7 +26,12 @@ build: .venv/ready
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10 -m "not sweep"
 
-test-all: setup
+# Libraries that quantise weights are loud wherever transformers is imported: only what tests them has them.
+.venv/quantized: .venv/ready
+	$(INSTALL) "bitsandbytes; platform_machine == 'x86_64'" torchao
+	touch $@
+
+test-all: setup .venv/quantized
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 # Random cases of ops and blocks without a fixed seed, by the kernels of every instruction set.
