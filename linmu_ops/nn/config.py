@@ -83,10 +83,10 @@ class MMATEConfig(_Options):
             place; `open/no-major-scan`.
         initial_decay: decay of the state per token at the start, in (0, 1): exp(dt A) with A = -1, so that the scan is
             an exponential average. A pair spreads the memory length 1/(1 - decay) geometrically over the heads. None:
-            Mamba-2's start, the paper's "standard initialization" (section 3.2). `open/decay-0.9999`,
+            Mamba-2's start, the paper's "standard initialization". `open/decay-0.9999`,
             `open/decay-plain`.
         initial_scale: start of a learned scale of C . B per head, in units of the softmax scale; `needles/scale-3`.
-            None: no such scale, C is W_Q z as in Eq. 4.
+            None: no scale at all, C is W_Q z as in Eq. 4.
         head_norm: RMSNorm of y per head, before the output projection; `open/no-head-norm`.
         z_gate: multiply y by silu(W_z z + b), 1 at the start; `open/no-z-gate`.
 

@@ -234,7 +234,7 @@ class Scan(nn.Module):
         dtype = B.dtype
         B, C = self.b_norm(B).to(dtype), self.c_norm(C).to(dtype)
         B, C = apply_rotary(B, rotary, interleaved), apply_rotary(C, rotary, interleaved)
-        scale: Tensor | float = self.shape.scale
+        scale: Tensor | float = 1.0  # as in Eq. 4
         if self.scale is not None:
             scale = (self.scale.to(accumulate_dtype(dtype)) * self.shape.scale)[:, None]
         if self.b_map is None or self.c_map is None:

@@ -87,7 +87,7 @@ def scan(m, z, blocks=(), rotary=None):
     X = heads(m.x_proj(z), H, P)
     Bs = [p(z) for p in (m.b_proj, m.reverse_b_proj) if p is not None]
     Cs = [p(z) for p in (m.c_proj, m.reverse_c_proj) if p is not None]
-    scale = m.shape.scale * (1 if m.scale is None else m.scale[:, None])
+    scale = 1 if m.scale is None else m.shape.scale * m.scale[:, None]
     Bs = [rotate(m.b_norm(heads(b, H, P)), rotary, m.shape.interleaved_rotary) for b in Bs]
     Cs = [rotate(m.c_norm(heads(t, H, P)), rotary, m.shape.interleaved_rotary) * scale for t in Cs]
     if m.b_map is not None:
