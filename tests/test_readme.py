@@ -1,18 +1,33 @@
-"""The README's Python runs, block after block, as a newcomer would paste it."""
+"""The Python of README and of the pages in docs/ runs, block after block, as a newcomer would paste it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_runs(tmp_path, capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) >= 3
+def run(page, tmp_path):
     scope: dict = {}
-    for block in blocks:
-        exec(compile(block.replace("/tmp/linmu-student", str(tmp_path)), str(README), "exec"), scope)
+    for block in BLOCK.findall(page.read_text()):
+        exec(compile(block.replace("/tmp/linmu-student", str(tmp_path)), str(page), "exec"), scope)
+    return scope
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.stem)
+def test_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # README loads the teacher of the checkout
+    run(page, tmp_path)
+
+
+def test_readme_shows_all_it_offers(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scope = run(ROOT / "README.md", tmp_path)
     assert scope["y"].shape == (2, 1000, 8, 64)
-    assert "copied" in capsys.readouterr().out
+    assert type(scope["student"]).__name__.startswith("Linmu")
+    assert (tmp_path / "model.safetensors").exists()
