@@ -139,6 +139,7 @@ def test_nothing_is_left_to_do():
 
 # Written by programs.
 GENERATED = ("bench/reports/", "bench/results/", "distill/results/", "distill/teachers/")
+WIDTH = 120
 
 
 def pages():
@@ -152,6 +153,16 @@ def pages():
                 elif not code:
                     lines.append((number, line))
             yield file, lines
+
+
+def test_no_line_of_a_page_is_long():
+    long = [
+        f"{file.relative_to(ROOT)}:{number}"
+        for file, lines in pages()
+        for number, line in lines
+        if len(line) > WIDTH and not line.startswith(("|", "    "))
+    ]
+    assert not long
 
 
 def test_links_and_images_exist():
