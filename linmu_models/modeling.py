@@ -97,8 +97,8 @@ class LinmuAttention:
 
     Attributes:
         beside_attention: other layers of the model keep their attention.
-        all_near: the attention of a text-only model has a sliding window that is not longer than the block's, which is
-            then as short.
+        all_near: the attention has a sliding window that is not longer than the block's of text, which is then as
+            short; text sees nothing else.
     """
 
     beside_attention = False
@@ -115,11 +115,12 @@ class LinmuAttention:
         head_dim = attention.head_dim
         norm = getattr(attention, "q_norm", None)
         window = attention_window(attention)
-        # All that text sees in such an attention is near: there is no first token, and nothing far, to look at.
+        # All that text sees in such an attention is near: there is no first token, and nothing far, to look at. Visual
+        # tokens see text by both.
         self.text_only = text_only
-        self.all_near = text_only and window is not None and window <= config.text_window
+        self.all_near = window is not None and window <= config.text_window
         if self.all_near:
-            sinks = {"sink_tokens": 0} if isinstance(config, ExactConfig) else {}
+            sinks = {"sink_tokens": 0} if text_only and isinstance(config, ExactConfig) else {}
             config = dataclasses.replace(config, text_window=window, **sinks)
         super().__init__(
             attention.q_proj.in_features,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -65,11 +66,12 @@ def check_teacher(
     if not causal:
         warnings.warn("convert: text of a prompt sees later text in the teacher, but not in a block", LinmuWarning, 3)
     windows = [attention_window(getattr(layers[i], "self_attn", None)) for i in linear]
-    shortest = min((w for w in windows if w), default=options.text_window)
-    if shortest < options.text_window and sees_images(teacher.config):
+    shortest = min((w for w in windows if w), default=None)
+    largest = max(math.prod(w) for w in (options.window, options.image_window) if w)
+    if shortest is not None and shortest < largest and sees_images(teacher.config):
         warnings.warn(
-            f"convert: text sees {shortest} tokens back in some layers of the teacher, and "
-            f"text_window={options.text_window} in their blocks",
+            f"convert: visual tokens see up to {largest} of their block, and {shortest} tokens back in some layers of "
+            "the teacher",
             LinmuWarning,
             3,
         )

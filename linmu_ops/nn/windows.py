@@ -68,8 +68,8 @@ class Windows(nn.Module):
         with_lse: also give the log-sum-exp of the scores, and how many tokens lie beyond.
 
     Attributes:
-        nothing_beyond: no token is told to lie beyond a window, as the attention that this one stands for has no longer
-            one.
+        nothing_beyond: text sees no sink, and is told of no token beyond its window: the attention that this one stands
+            for has no longer one.
     """
 
     nothing_beyond = False
@@ -117,9 +117,9 @@ class Windows(nn.Module):
             index = index - start
         order = None if call.mask is None else real_tokens_first(call.mask)
         sinks = self._sinks(turned_k, v, real, visual, seen, order, start, call)
-        before = None if sinks is None else sinks.at_least(self.text_window, index)
+        before = None if sinks is None or self.nothing_beyond else sinks.at_least(self.text_window, index)
         y, lse, new = self._text(turned_q, turned_k, v, order, seen, call, rule, sinks, before)
-        if sinks is not None and call.seq_idx is not None:
+        if sinks is not None and call.seq_idx is not None and not self.nothing_beyond:
             y, lse = sinks.join(turned_q, y, lse, index, self.shape.scale, self.text_window)
         count = (index + 1).clamp(max=self.text_window)
         if before is not None:
@@ -138,10 +138,12 @@ class Windows(nn.Module):
             y = torch.where(visual[..., None, None], self._visual(q, k, v, call), y)
         if not self.with_lse:
             return Near(y, None, None), new
-        return Near(y, lse, self._told((index + 1 - count).clamp(min=0))), new
+        return Near(y, lse, self._told((index + 1 - count).clamp(min=0), visual)), new
 
-    def _told(self, beyond: Tensor) -> Tensor:
-        return torch.zeros_like(beyond) if self.nothing_beyond else beyond
+    def _told(self, beyond: Tensor, visual: Tensor | None = None) -> Tensor:
+        if not self.nothing_beyond:
+            return beyond
+        return torch.zeros_like(beyond) if visual is None else beyond.masked_fill(~visual, 0)
 
     def _projected(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(p(z), self.shape.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -246,7 +248,7 @@ class Windows(nn.Module):
                 rings = [torch.cat(both, dim=2) for both in zip(first, rings, strict=True)]
             there = None if sinks is None else sinks.there
             new = new._replace(keys=rings[0], values=rings[1], sinks=there)
-        if seq_idx is not None:
+        if seq_idx is not None or before is None:
             sinks = before = None
         if order is not None:
             q, k, v, valid = (take(t, order) for t in (q, k, v, valid))
@@ -299,6 +301,8 @@ class Windows(nn.Module):
             came = (place == seen[:, None]) if real is None else (place == seen[:, None]) & real
             sinks = sinks | came
             before = sinks & (place < (total - window)[:, None])
+            if self.nothing_beyond:
+                before = torch.zeros_like(before)
             # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
             mask = torch.cat((before.byte(), mask.byte()), dim=1).bool()
             beyond = beyond - before.sum(1, keepdim=True)

@@ -176,9 +176,21 @@ def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_a_sliding_window_of_a_model_with_images_is_told():
-    with pytest.warns(LinmuWarning, match="text sees 6 tokens back in some layers of the teacher, and text_window=256"):
-        linmu_models.convert(llava("mistral", sliding_window=6))
+def test_text_of_a_model_with_images_keeps_its_sliding_window():
+    with pytest.warns(LinmuWarning, match="visual tokens see up to 512 of their block, and 6 tokens back"):
+        student = linmu_models.convert(teacher := llava("mistral", sliding_window=6))
+    block = student.get_decoder().layers[0].self_attn
+    # Visual tokens see text by the first tokens and by the scan.
+    assert (block.config.text_window, block.config.sink_tokens, block.all_near) == (6, 4, True)
+    ids = torch.tensor([tiny.text_ids(30), tiny.text_ids(30, 1)])
+    options = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    mask = torch.ones_like(ids)
+    theirs, mine = (m.generate(ids, attention_mask=mask, **options) for m in (teacher, student))
+    assert torch.equal(theirs.sequences, mine.sequences)
+    for a, b in zip(theirs.logits, mine.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_a_longer_sliding_window_is_left_to_the_scan():
