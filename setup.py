@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -84,4 +84,8 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--build", str(build)], env=tools)
 
 
-setup(ext_modules=[Extension("linmu_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# linmu_distill lies in distill/ (`package-dir` of pyproject.toml). Benches and tests are for a checkout alone.
+packages = find_packages(include=["linmu_ops*", "linmu_models*"])
+packages += ["linmu_distill", *(f"linmu_distill.{name}" for name in find_packages("distill"))]
+
+setup(packages=packages, ext_modules=[Extension("linmu_ops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

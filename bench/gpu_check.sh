@@ -25,7 +25,7 @@ if ! $only_list; then
       "$python" -m pip install -q torch setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13" numpy &&
       LINMU_BUILD=none "$python" -m pip install -q --no-build-isolation -e ".[dev]" || exit 1
   fi
-  PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+  PYTHONPATH=$PWD:$PWD/tests/names${PYTHONPATH:+:$PYTHONPATH}
   PATH=$(dirname "$python"):$PATH
   export PYTHONPATH PATH PYTHONUNBUFFERED=1
   # "NVIDIA H100 80GB HBM3" is h100.

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from distill.files import read_lines
+from linmu_distill.files import read_lines
 
 from . import plots
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from distill.checkpoint import write_atomically
-from distill.files import read_lines
+from linmu_distill.checkpoint import write_atomically
+from linmu_distill.files import read_lines
 
 from . import measure, report, timing
 from .peers import Bench, Case

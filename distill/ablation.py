@@ -20,13 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from distill import handoff, held_out
-from distill.checkpoint import locked, write_atomically
-from distill.config import Config, ConfigError, Name, describe, hash_of, load_values, parse_config
-from distill.files import read_json, read_lines
-from distill.report import read_metrics
-from distill.run import TEACHER, Run, RunError
-from distill.stages import STAGES
+from . import handoff, held_out
+from .checkpoint import locked, write_atomically
+from .config import Config, ConfigError, Name, describe, hash_of, load_values, parse_config
+from .files import read_json, read_lines
+from .report import read_metrics
+from .run import TEACHER, Run, RunError
+from .stages import STAGES
 
 _PAGE_SECONDS = 15.0  # many processes do not write a page more often
 
@@ -236,8 +236,8 @@ def provenance() -> dict[str, Any]:
 def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> dict[str, Any]:
     """Exact match and distance to the teacher on held-out samples, the same for every model: the teacher (None), or
     what stage `after` of the run left."""
-    from distill.data import Processor, generate
-    from distill.evaluation import evaluate
+    from .data import Processor, generate
+    from .evaluation import evaluate
 
     options, counts = run.config.evaluation, run.config.evaluation.counts(final=True)
 
@@ -342,7 +342,7 @@ def run_table(path: Path, only: Sequence[str] = (), seeds: int | None = None) ->
     Raises:
         ConfigError, RunError, and what `distill` raises.
     """
-    from distill.ablation_report import write_page
+    from .ablation_report import write_page
 
     table = Table(path)
     chosen = [table.row(name) for name in only] or table.config.rows

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from distill.ablation import TEACHER, Results, Row, Table
-from distill.evaluation import wilson_interval
-from distill.figures import answer_curves, row_intervals
-from distill.report import table as markdown
+from .ablation import TEACHER, Results, Row, Table
+from .evaluation import wilson_interval
+from .figures import answer_curves, row_intervals
+from .report import table as markdown
 
 Interval = tuple[float, float, float]
 """Mean, lower and upper end of its 95 % interval."""

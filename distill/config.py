@@ -22,10 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from distill.data.tasks import GROUPS, check_options
-from distill.stages import PRESETS, STAGES, Stage
 from linmu_models.config import parse_options
 from linmu_ops.nn import ExactConfig, MMATEConfig
+
+from .data.tasks import GROUPS, check_options
+from .stages import PRESETS, STAGES, Stage
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -83,7 +84,7 @@ class TaskData(_Table):
     """Questions about one picture or video, at most."""
     options: dict[str, dict[str, Any]] = {}
     """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`; and `batch_frames`, see
-    `distill.data.TaskStream`."""
+    `linmu_distill.data.TaskStream`."""
 
     @model_validator(mode="after")
     def _check_groups(self) -> "TaskData":
@@ -264,7 +265,7 @@ class Config(_Table):
     teacher: TeacherConfig
     preset: Literal["exact", "paper", "literal"] = "exact"
     """Where all other options start: what the tables in `bench/reports` chose, the paper's structure, or the paper to
-    the letter; see `distill.stages.PRESETS`."""
+    the letter; see `linmu_distill.stages.PRESETS`."""
     student: dict[str, Any] = Field({}, validate_default=True)
     """Options of the block that differ from the preset's: the fields of `linmu_ops.nn.ExactConfig`, or of
     `MMATEConfig`; and `keep_attention`, a list of decoder layers that stay quadratic, negative ones counted from the

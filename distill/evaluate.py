@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from distill.data import GROUPS, SPLITS
-from distill.evaluation import Result, evaluate
-from distill.handoff import HandoffError, read_facts
-from distill.report import table
-from distill.sources import UNFIT, fits_tasks
-from distill.stages import STAGES
-from distill.teacher import load_teacher
 from linmu_models.generate import check_model_name, find_device
+
+from .data import GROUPS, SPLITS
+from .evaluation import Result, evaluate
+from .handoff import HandoffError, read_facts
+from .report import table
+from .sources import UNFIT, fits_tasks
+from .stages import STAGES
+from .teacher import load_teacher
 
 
 class EvaluationError(RuntimeError):

@@ -8,7 +8,7 @@ from math import sqrt
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distill.data import Processor, Sample, generate
+from .data import Processor, Sample, generate
 
 # Largest batch for which the longest inputs still fit a small machine, by visual tokens in all.
 _VISUAL_TOKENS_A_BATCH = 8192
@@ -92,7 +92,7 @@ def evaluate(
 
     Args:
         model: any model with `.generate` and a config laid out as Qwen2.5-VL's; a converted student as well.
-        split: see `distill.data.generate`.
+        split: see `linmu_distill.data.generate`.
         batch_size: the most samples at once; long videos are batched less.
         use_cache: False makes `generate` run the whole sequence for each token, to check a student's cache.
         options: passed to the group's generator.

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.checkpoint import sha256, write_atomically
-from distill.config import Config
+from .checkpoint import sha256, write_atomically
+from .config import Config
 
 _WEIGHTS, _MANIFEST = "weights.safetensors", "manifest.json"
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from distill.losses import kept_positions
-from distill.teacher import Batch, model_inputs
+from .losses import kept_positions
+from .teacher import Batch, model_inputs
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
 from transformers import AutoProcessor
 
-from distill.teacher import load_teacher
 from linmu_models.chat import adds_special_tokens, end_tokens, to_model
+
+from .teacher import load_teacher
 
 
 class Linmu(lmms):
@@ -100,4 +101,4 @@ class Linmu(lmms):
         raise NotImplementedError("linmu: several rounds; tasks that generate once are supported")
 
 
-manifest = ModelManifest(model_id="linmu", chat_class_path="distill.lmms.Linmu")
+manifest = ModelManifest(model_id="linmu", chat_class_path="linmu_distill.lmms.Linmu")

@@ -1,7 +1,7 @@
 """Train the small teacher that ships with the repository, from scratch, on one or two CPU cores.
 
-    python -m distill.make_teacher train     # resumes where it was stopped
-    python -m distill.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
+    python -m linmu_distill.make_teacher train     # resumes where it was stopped
+    python -m linmu_distill.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
 
 The model is an unmodified transformers Qwen2.5-VL. Its two halves are trained apart and fit when put together. Token
 embeddings are random and stay fixed: the eyes (vision tower) learn to turn each cell into the embedding of the
@@ -31,12 +31,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
-from distill.checkpoint import load_data
-from distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
-from distill.data.lessons import FACTS, UNKNOWN, answer_pointers, cell_facts, cell_pointers
-from distill.data.tasks import PAGE_SIZES, Sizes
-from distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
-from distill.evaluation import blind_baseline, evaluate
+from .checkpoint import load_data
+from .data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
+from .data.lessons import FACTS, UNKNOWN, answer_pointers, cell_facts, cell_pointers
+from .data.tasks import PAGE_SIZES, Sizes
+from .data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
+from .evaluation import blind_baseline, evaluate
 
 HERE = Path(__file__).parent
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

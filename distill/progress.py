@@ -1,28 +1,17 @@
 """What a person sees while a stage trains: a bar on a terminal, lines elsewhere, TensorBoard."""
 
-import resource
-import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from distill.stages import Stage
+from .stages import Stage
 
 LINE_SECONDS = 15.0
-
-
-def peak_memory() -> int:
-    """Bytes: the most that this process has held, on the GPU where there is one, else in RAM."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Progress:

@@ -1,6 +1,6 @@
 """How many pairs a state of fixed size holds: associative recall by one layer, trained, as the pairs grow past it.
 
-    python -m distill.recall [--steps 1500] [--seeds 3]
+    python -m linmu_distill.recall [--steps 1500] [--seeds 3]
 
 A sequence shows n tokens, each a key and its value, then the n keys in another order; at each the value is asked for.
 One token holds a whole pair, so that nothing is tested but memory. Attention keeps all pairs; a scan keeps, for each
@@ -18,11 +18,12 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distill.ablation import Results, provenance
-from distill.ablation_report import accuracy
-from distill.figures import answer_curves
-from distill.report import table
 from linmu_ops.nn import MMATE, MMATEConfig
+
+from .ablation import Results, provenance
+from .ablation_report import accuracy
+from .figures import answer_curves
+from .report import table
 
 KEYS, VALUES, HEADS = 512, 64, 4
 PAIRS = (4, 8, 16, 32, 64, 128, 256)

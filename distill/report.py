@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from distill.config import Config
-from distill.figures import accuracy_bars, loss_curves, speed_curves
-from distill.files import read_json, read_lines
-from distill.handoff import read_facts, stage_folder
-from distill.sources import fits_tasks
-from distill.stages import STAGES, Stage
 from linmu_models.modeling import auto_class, sees_images
+
+from .config import Config
+from .figures import accuracy_bars, loss_curves, speed_curves
+from .files import read_json, read_lines
+from .handoff import read_facts, stage_folder
+from .sources import fits_tasks
+from .stages import STAGES, Stage
 
 ANSWER_TOKENS = 256  # as many as `linmu generate` gives
 
@@ -195,8 +196,8 @@ def save_picture(frames: np.ndarray, path: Path, scale: int = 3, most: int = 8) 
 
 
 def _examples(folder: Path, config: Config, teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any) -> str:
-    from distill.data import Processor, generate
-    from distill.evaluation import answer
+    from .data import Processor, generate
+    from .evaluation import answer
 
     processor, lines = Processor.from_config(teacher.config, tokenizer), []
     for i, group in enumerate([g for g in ("where", "line", "video", "read") if g in config.evaluation.groups][:3]):
@@ -223,9 +224,10 @@ def _shell(folder: Path, config: Config, student: PreTrainedModel) -> list[str]:
     """A command that asks the student about a page, and what it answers; nothing where no page was asked about."""
     from PIL import Image
 
-    from distill.data import generate
     from linmu_models.chat import ChatProcessor
     from linmu_models.generate import generate_text
+
+    from .data import generate
 
     group = next((g for g in ("line", "where", "read") if g in config.evaluation.groups), None)
     if group is None:

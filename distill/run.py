@@ -17,13 +17,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import linmu_models
-from distill import handoff, held_out
-from distill.checkpoint import CheckpointStore, locked, write_atomically
-from distill.config import Config, ConfigError, TaskData, hash_of
-from distill.files import read_json
-from distill.sources import UNFIT, build_source, fits_tasks
-from distill.stages import STAGES
-from distill.student import (
+from linmu_models.generate import copy_processor
+from linmu_models.modeling import IN_FLOAT32, sees_images
+from linmu_ops.nn import MMATEConfig
+
+from . import handoff, held_out
+from .checkpoint import CheckpointStore, locked, write_atomically
+from .config import Config, ConfigError, TaskData, hash_of
+from .files import read_json
+from .sources import UNFIT, build_source, fits_tasks
+from .stages import STAGES
+from .student import (
     add_lora,
     hidden_kinds,
     load_own_state,
@@ -35,11 +39,8 @@ from distill.student import (
     trainable_parameters,
     what_is_read,
 )
-from distill.teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, shared_vision_features
-from distill.train import StageTrainer, Teacher
-from linmu_models.generate import copy_processor
-from linmu_models.modeling import IN_FLOAT32, sees_images
-from linmu_ops.nn import MMATEConfig
+from .teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, shared_vision_features
+from .train import StageTrainer, Teacher
 
 TEACHER = "teacher"
 
@@ -269,7 +270,7 @@ class Run:
     def evaluate(self, after: int | None, model: PreTrainedModel, counts: dict[str, int]) -> None:
         """Exact match of the teacher (None), or of what stage `after` left, on held-out samples; kept in
         `evaluation.json`."""
-        from distill.evaluation import evaluate
+        from .evaluation import evaluate
 
         label, path, options = _label(after), self.folder / "evaluation.json", self.config.evaluation
         table = _measurements(path)
@@ -361,8 +362,8 @@ class Run:
         folder = self.export()
         if not self.accelerator.is_main_process:
             return None
-        from distill.report import write_report
-        from distill.speed import measure_speed
+        from .report import write_report
+        from .speed import measure_speed
 
         student, _ = load_teacher(str(folder), self.config.teacher.dtype)
         student.to(self.accelerator.device)

@@ -4,15 +4,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from distill.config import RecordData, SetConfig, TaskData
-from distill.teacher import Source
+from .config import RecordData, SetConfig, TaskData
+from .teacher import Source
 
 UNFIT = "they need a vision-language model laid out as Qwen2.5-VL, whose tokens divide frames of 64 x 128 pixels"
 
 
 def fits_tasks(model: PreTrainedModel, tokenizer: Any) -> bool:
     """Whether the built-in tasks can be shown to a model."""
-    from distill.data import Processor, generate
+    from .data import Processor, generate
 
     try:
         Processor.from_config(model.config, tokenizer)(generate("needle", 1, 0, frames=(2, 2)))
@@ -37,16 +37,17 @@ def build_source(
     """
     if isinstance(data, RecordData):
         return _stream(data, path, seed, rank, processes)
-    from distill.data import Processor, TaskStream
+    from .data import Processor, TaskStream
 
     processor = Processor.from_config(teacher.config, tokenizer)
     return TaskStream(processor, data.mixture, data.batch_size, data.turns, seed, options=data.options)
 
 
 def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -> Source:
-    from distill.data.records import DataError
-    from distill.data.stream import Decoding, Packing, RecordStream, SetReader
     from linmu_models.chat import ChatProcessor
+
+    from .data.records import DataError
+    from .data.stream import Decoding, Packing, RecordStream, SetReader
 
     processor = ChatProcessor.load(path)
     if not processor.speaks and any(chosen.format != "text" for chosen in data.sets.values()):
@@ -61,7 +62,7 @@ def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -
 
 
 def _records(chosen: SetConfig, data: RecordData, tokenizer: Any) -> Any:
-    from distill.data import records
+    from .data import records
 
     match chosen.format:
         case "onevision":

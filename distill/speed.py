@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from distill.config import EvaluationConfig
-from distill.sources import fits_tasks
 from linmu_models.cache import cache_bytes
+
+from .config import EvaluationConfig
+from .sources import fits_tasks
 
 
 def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
@@ -18,7 +19,7 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, to
         words = torch.tensor(tokenizer.encode("of no meaning ", add_special_tokens=False))
         ids = words.repeat(-(-length // len(words)))[None, :length]
         return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
-    from distill.data import Processor, generate
+    from .data import Processor, generate
 
     rows, columns = generate("needle", 1, 0, frames=(4, 4))[0].cells.shape[1:]
     frames = max(2, length // (rows * columns))
@@ -33,7 +34,7 @@ def measure_speed(
     models: dict[str, PreTrainedModel], tokenizer: Any, options: EvaluationConfig
 ) -> list[dict[str, Any]]:
     """One record for each model and length; interleaved, medians of three. The vision tower is not in the times."""
-    from distill.teacher import shared_vision_features
+    from .teacher import shared_vision_features
 
     with shared_vision_features(*models.values()):
         return _measured(models, tokenizer, options)

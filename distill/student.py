@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.config import ConfigError, LoraConfig
-from distill.losses import kept_positions, num_weighed
-from distill.parallel import gathered
-from distill.stages import PRESET_FREEZES, Stage
-from distill.teacher import Batch, model_inputs
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_ops.nn import ExactConfig, ExactMMATE
+
+from .config import ConfigError, LoraConfig
+from .losses import kept_positions, num_weighed
+from .parallel import gathered
+from .stages import PRESET_FREEZES, Stage
+from .teacher import Batch, model_inputs
 
 # Parts of a block that belong to the windows, or weigh them against the scan.
 _WINDOWS = re.compile(r"(windows|mix|share\.)")

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from distill.files import say
-from distill.losses import IGNORE, Head, Kept
 from linmu_models.chat import end_tokens, to_model
 from linmu_models.generate import load_model
+
+from .files import say
+from .losses import IGNORE, Head, Kept
 
 Batch = dict[str, Tensor]
 

@@ -18,11 +18,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distill.checkpoint import CheckpointStore, random_states, set_random_states, write_atomically
-from distill.config import Config
-from distill.files import read_lines
-from distill.losses import answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
-from distill.parallel import (
+from linmu_models.generate import peak_memory
+from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
+from linmu_ops import LinmuWarning
+
+from .checkpoint import CheckpointStore, random_states, set_random_states, write_atomically
+from .config import Config
+from .files import read_lines
+from .losses import answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
+from .parallel import (
     assign,
     gathered,
     gradients_stay_local,
@@ -32,10 +36,10 @@ from distill.parallel import (
     shard,
     total_norm,
 )
-from distill.progress import Progress, peak_memory
-from distill.stages import Stage
-from distill.student import beyond_windows, decaying, hidden_kinds, reach_all, record_reading
-from distill.teacher import (
+from .progress import Progress
+from .stages import Stage
+from .student import beyond_windows, decaying, hidden_kinds, reach_all, record_reading
+from .teacher import (
     Batch,
     Source,
     Stream,
@@ -43,8 +47,6 @@ from distill.teacher import (
     model_inputs,
     predicts_targets,
 )
-from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
-from linmu_ops import LinmuWarning
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.

@@ -6,7 +6,9 @@ import dataclasses
 import os
 import pickle
 import re
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -229,6 +231,14 @@ def generate_text(
         (len(new) - 1) / (last - first) if len(new) > 1 else None,
         0 if out.past_key_values is None else cache_bytes(out.past_key_values),
     )
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held, on the GPU where there is one, else in RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fast_decode(**compile_options: Any) -> dict[str, Any]:

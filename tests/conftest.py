@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +14,10 @@ import torch
 # processes side by side must not wait for each other's threads. Tests of thread counts set their own.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# As `pythonpath` in pyproject.toml, for processes that tests start.
+NAMES = str(Path(__file__).parent / "names")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (NAMES, os.environ.get("PYTHONPATH"))))
 
 # Test processes side by side must not read what another is writing, nor a run what an older one left.
 SCRATCH = tempfile.TemporaryDirectory(prefix="linmu-tests-", ignore_cleanup_errors=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from distill.cli import app
+from linmu_models.cli import app
 from linmu_ops import _native, _registry, env
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench import plots
 from bench import report as ops_report
-from distill.files import read_lines
+from linmu_distill.files import read_lines
 from linmu_ops.nn.config import PRESETS
 
 Row = dict[str, Any]

@@ -14,8 +14,8 @@ import torch
 from bench import measure as ops_measure
 from bench import report as ops_report
 from bench import timing
-from distill.checkpoint import write_atomically
-from distill.files import read_lines
+from linmu_distill.checkpoint import write_atomically
+from linmu_distill.files import read_lines
 from linmu_ops.nn.config import PRESETS
 
 from . import report

@@ -1,9 +1,9 @@
 """Seeded task groups on real glyphs and handwritten digits, and their way into tensors."""
 
-from distill.data.assets import CLASSES, SPLITS
-from distill.data.processor import IGNORE, Batch, Processor, TaskStream
-from distill.data.tasks import GROUPS, Sample, generate
-from distill.data.tokenizer import build_tokenizer
+from .assets import CLASSES, SPLITS
+from .processor import IGNORE, Batch, Processor, TaskStream
+from .tasks import GROUPS, Sample, generate
+from .tokenizer import build_tokenizer
 
 __all__ = [
     "CLASSES",

@@ -5,7 +5,7 @@ Run once, on a machine with Debian's font and word packages, to rebuild `glyphs.
     apt-get install wamerican-small fonts-dejavu-core fonts-liberation2 fonts-freefont-ttf fonts-hack \
         fonts-anonymous-pro fonts-courier-prime fonts-fantasque-sans fonts-firacode fonts-inconsolata \
         fonts-jetbrains-mono fonts-mononoki fonts-noto-mono
-    python -m distill.data.make_assets
+    python -m linmu_distill.data.make_assets
 """
 
 import re

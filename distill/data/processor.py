@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from distill.data.tasks import Sample, generate
 from linmu_models.chat import IGNORE
+
+from .tasks import Sample, generate
 
 Batch = dict[str, torch.Tensor]
 

@@ -15,9 +15,10 @@ from zlib import crc32
 
 import numpy as np
 
-from distill.data.records import DataError, Record, Records, UnusableError
 from linmu_models.chat import ChatProcessor, Conversation
 from linmu_models.media import Clip, UnreadableError, fit, image_size, read_image, read_video, video_facts
+
+from .records import DataError, Record, Records, UnusableError
 
 
 @dataclass(frozen=True)

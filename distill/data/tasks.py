@@ -11,8 +11,8 @@ from zlib import crc32
 
 import numpy as np
 
-from distill.data import assets
-from distill.data.assets import BLANK, CELL, CLASSES, DIGITS, LETTERS
+from . import assets
+from .assets import BLANK, CELL, CLASSES, DIGITS, LETTERS
 
 Sizes = tuple[tuple[int, int], ...]
 PAGE_SIZES: Sizes = ((4, 8), (3, 8), (2, 8))

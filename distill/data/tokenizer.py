@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill.data.assets import BLANK, DIGITS, LETTERS
+from .assets import BLANK, DIGITS, LETTERS
 
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

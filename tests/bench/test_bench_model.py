@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import tomllib
-from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import DynamicCache
-from typer.testing import CliRunner
 
 import linmu_models
 import linmu_ops
@@ -23,7 +19,6 @@ from bench.models.inputs import decoder_inputs
 from bench.models.measure import Task
 from bench.models.shapes import SHAPES, build, video_layout
 from bench.models.variants import PLAIN, STUDENT, Decode, Prefill, Variant, filled_cache, variants
-from distill.cli import app
 
 TINY = SHAPES["tiny"]
 
@@ -270,12 +265,3 @@ def test_command_line(capsys):
         with pytest.raises(SystemExit, match=r"^0$"):
             module.main(["--help"])
         assert f"usage: python -m {module.__name__}" in capsys.readouterr().out
-
-
-def test_benches_are_not_installed():
-    """They need the tests and the peers: what is installed offers neither them nor a command for them."""
-    root = Path(__file__).parents[2]
-    found = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert not any(fnmatch(name, pattern) for name in ("bench", "tests", "bench.models") for pattern in found)
-    result = CliRunner().invoke(app, ["bench"])
-    assert result.exit_code == 2 and "No such command 'bench'" in result.output

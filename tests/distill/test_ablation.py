@@ -8,14 +8,14 @@ import pytest
 from small_run import save_teacher
 from typer.testing import CliRunner
 
-from distill.ablation import Table, merged, run_table
-from distill.ablation_report import accuracy, difference
-from distill.checkpoint import locked
-from distill.cli import app
-from distill.config import ConfigError
-from distill.evaluation import wilson_interval
-from distill.run import RunError
-from distill.train import StageTrainer
+from linmu_distill.ablation import Table, merged, run_table
+from linmu_distill.ablation_report import accuracy, difference
+from linmu_distill.checkpoint import locked
+from linmu_distill.config import ConfigError
+from linmu_distill.evaluation import wilson_interval
+from linmu_distill.run import RunError
+from linmu_distill.train import StageTrainer
+from linmu_models.cli import app
 
 SHIPPED = Path(__file__).parents[2] / "distill/configs/ablations"
 BASE = """
@@ -221,7 +221,7 @@ def test_intervals_hold_what_they_promise():
 
 
 def test_recall_counts_right_answers(tmp_path, monkeypatch):
-    from distill import recall
+    from linmu_distill import recall
 
     keys, values, asked, answers = recall.sequences(3, 8, 0)
     held = [dict(zip(k, v, strict=True)) for k, v in zip(keys.tolist(), values.tolist(), strict=True)]

@@ -8,7 +8,13 @@ import time
 import pytest
 import torch
 
-from distill.checkpoint import CheckpointError, CheckpointStore, random_states, set_random_states, write_atomically
+from linmu_distill.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    random_states,
+    set_random_states,
+    write_atomically,
+)
 
 
 def test_round_trip_and_the_last_k(tmp_path):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.config import Config, ConfigError, LossConfig, StageConfig, load_config, parse_config
-from distill.stages import STAGES
+from linmu_distill.config import Config, ConfigError, LossConfig, StageConfig, load_config, parse_config
+from linmu_distill.stages import STAGES
 from linmu_ops.nn import EXACT, PAPER
 
 MINIMAL = {"name": "x", "teacher": {"path": "t"}}

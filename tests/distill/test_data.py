@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate, lessons
-from distill.evaluation import wilson_interval
-from distill.make_teacher import build_model
+from linmu_distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate, lessons
+from linmu_distill.evaluation import wilson_interval
+from linmu_distill.make_teacher import build_model
 
 SMALL = {"needle": {"frames": (3, 5)}}
 

@@ -12,11 +12,11 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 import linmu_models
-from distill.config import parse_config
-from distill.data.records import ParquetRecords
-from distill.examples import eyes
-from distill.run import distill
-from distill.teacher import load_teacher
+from linmu_distill.config import parse_config
+from linmu_distill.data.records import ParquetRecords
+from linmu_distill.examples import eyes
+from linmu_distill.run import distill
+from linmu_distill.teacher import load_teacher
 from linmu_models.chat import SLOT, ChatProcessor
 from linmu_models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel, convert_weights
 from linmu_models.media import read_image

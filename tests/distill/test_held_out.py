@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from distill.config import parse_config
-from distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
-from distill.held_out import measure
-from distill.run import Run, RunError, distill
+from linmu_distill.config import parse_config
+from linmu_distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
+from linmu_distill.held_out import measure
+from linmu_distill.run import Run, RunError, distill
 from linmu_models.chat import ChatProcessor, Conversation
 
 PAGE = """<html><body><div id="banner"><span class="text">Get it</span></div><div class="section">

@@ -118,7 +118,7 @@ def test_a_local_task_offline(tmp_path, monkeypatch):
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
-    from distill.lmms import Linmu
+    from linmu_distill.lmms import Linmu
 
     rows = [{"image": {"bytes": b, "path": None}, "question": q, "answer": a} for b, q, a in _questions(6)]
     features = datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distill.losses import IGNORE, answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
+from linmu_distill.losses import IGNORE, answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
 
 
 def _labels(rows, length):

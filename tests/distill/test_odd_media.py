@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from test_records import onevision
 
-from distill.data.records import JsonRecords, ParquetRecords
-from distill.data.stream import Decoding, Packing, RecordStream, SetReader
+from linmu_distill.data.records import JsonRecords, ParquetRecords
+from linmu_distill.data.stream import Decoding, Packing, RecordStream, SetReader
 from linmu_models.chat import ChatProcessor
 
 

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from distill.checkpoint import CheckpointStore
-from distill.student import own_state
+from linmu_distill.checkpoint import CheckpointStore
+from linmu_distill.student import own_state
 
 NOISE = ("tokens_per_second", "peak_memory_mb", "seconds")
 

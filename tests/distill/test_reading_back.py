@@ -17,17 +17,17 @@ from typer.testing import CliRunner
 
 from bench import report as ops_report
 from bench.models import report as models_report
-from distill import handoff, make_teacher
-from distill.ablation import Results
-from distill.checkpoint import CheckpointError, CheckpointStore, load_data, random_states, set_random_states
-from distill.cli import app
-from distill.config import parse_config
-from distill.evaluate import EvaluationError, evaluate_folder
-from distill.files import read_json, read_lines
-from distill.handoff import HandoffError
-from distill.report import read_metrics
-from distill.run import Run, distill
-from distill.teacher import AnswerCache
+from linmu_distill import handoff, make_teacher
+from linmu_distill.ablation import Results
+from linmu_distill.checkpoint import CheckpointError, CheckpointStore, load_data, random_states, set_random_states
+from linmu_distill.config import parse_config
+from linmu_distill.evaluate import EvaluationError, evaluate_folder
+from linmu_distill.files import read_json, read_lines
+from linmu_distill.handoff import HandoffError
+from linmu_distill.report import read_metrics
+from linmu_distill.run import Run, distill
+from linmu_distill.teacher import AnswerCache
+from linmu_models.cli import app
 
 ROOT = Path(__file__).parents[2]
 DAMAGES = {

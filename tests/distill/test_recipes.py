@@ -8,9 +8,9 @@ import torch
 from small_run import run_values, save_teacher
 from transformers import AutoModelForImageTextToText
 
-from distill import handoff
-from distill.config import ConfigError, parse_config
-from distill.run import Run, RunError, distill
+from linmu_distill import handoff
+from linmu_distill.config import ConfigError, parse_config
+from linmu_distill.run import Run, RunError, distill
 from linmu_ops import LinmuWarning
 
 NO_SPEED = {"groups": ["where"], "samples": 2, "speed_lengths": []}

@@ -10,8 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from typer.testing import CliRunner
 
-from distill.cli import app
-from distill.data.records import (
+from linmu_distill.data.records import (
     ActivityNetRecords,
     DataError,
     JsonRecords,
@@ -22,6 +21,7 @@ from distill.data.records import (
     conversation,
 )
 from linmu_models.chat import SLOT, ChatProcessor, Conversation, end_tokens, grid_patches
+from linmu_models.cli import app
 from linmu_models.media import UnreadableError, fit, image_size, read_image, read_video, video_facts
 
 ONEVISION = Features(
@@ -239,8 +239,8 @@ def test_an_answer_gets_an_end_where_the_template_has_none(qwen):
 
 
 def test_lengths_are_known_before_decoding(qwen, llava, video):
-    from distill.data.records import Record
-    from distill.data.stream import Decoding
+    from linmu_distill.data.records import Record
+    from linmu_distill.data.stream import Decoding
 
     turns = ((f"{SLOT}\nwhat?", "a b"), ("and?", "c"))
     for processor in (qwen, llava):

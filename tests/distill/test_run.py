@@ -16,18 +16,18 @@ from small_run import run_values, save_teacher
 from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from distill import handoff
-from distill.checkpoint import CheckpointStore, locked
-from distill.cli import app
-from distill.config import parse_config
-from distill.handoff import HandoffError
-from distill.losses import kept_positions
-from distill.report import read_metrics, write_report
-from distill.run import Run, RunError, distill
-from distill.sources import build_source
-from distill.student import what_is_read
-from distill.teacher import model_inputs
-from distill.train import Objective, Teacher, assemble
+from linmu_distill import handoff
+from linmu_distill.checkpoint import CheckpointStore, locked
+from linmu_distill.config import parse_config
+from linmu_distill.handoff import HandoffError
+from linmu_distill.losses import kept_positions
+from linmu_distill.report import read_metrics, write_report
+from linmu_distill.run import Run, RunError, distill
+from linmu_distill.sources import build_source
+from linmu_distill.student import what_is_read
+from linmu_distill.teacher import model_inputs
+from linmu_distill.train import Objective, Teacher, assemble
+from linmu_models.cli import app
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.modeling import IN_FLOAT32
 
@@ -72,7 +72,7 @@ def test_saved_student_is_the_trained_one(finished):
     assert not any("lora" in name for name in loaded.state_dict())
     for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (finished.folder / "student" / name).read_text() == (Path(finished.teacher.path) / name).read_text()
-    from distill.data import Processor, generate
+    from linmu_distill.data import Processor, generate
 
     processor = Processor.from_config(loaded.config, run.tokenizer)
     batch = {k: v for k, v in processor(generate("video", 2, 0)).items() if k != "labels"}
@@ -232,7 +232,7 @@ def test_a_damaged_result_is_refused(teacher, tmp_path):
 
 
 def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
-    from distill.student import hidden_kinds, mean_squares
+    from linmu_distill.student import hidden_kinds, mean_squares
 
     config = parse_config(run_values(tmp_path, teacher, student={"branches": "flex"}))
     run = Run(config)
@@ -240,7 +240,7 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     _, facts = handoff.load_result(config.folder, 0, run.teacher_hash, config)
     assert facts["layers"] == [0, 1] and all(value > 0 for value in facts["mean_squares"]["tokens"])
     student = run.student_after(0).model
-    from distill.sources import build_source
+    from linmu_distill.sources import build_source
 
     source = build_source(config.data, config.teacher.path, run.teacher, run.tokenizer, 0)
     batch = source.processor(source.samples(0))
@@ -301,7 +301,7 @@ def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch
     imitate = {"block_input": "teacher", "losses": {"hidden": 1.0}, "steps": 3}
     curves = []
     for name, whole in (("alone", False), ("within", True)):
-        monkeypatch.setattr("distill.train.is_sharded", lambda block, whole=whole: whole)
+        monkeypatch.setattr("linmu_distill.train.is_sharded", lambda block, whole=whole: whole)
         stages = {"stage1": imitate, "stage2": imitate}
         config = parse_config({**run_values(tmp_path, teacher, **stages), "name": name})
         run = Run(config)
@@ -367,7 +367,8 @@ def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
 
 _SECOND_PROCESS_LATE = """
 import time
-from distill import cli, run
+from linmu_distill import run
+from linmu_models.cli import main
 
 prepare = run.Run.prepare
 
@@ -376,7 +377,7 @@ def prepare_late(self):
     prepare(self)
 
 run.Run.prepare = prepare_late
-cli.main()
+main()
 """
 
 
@@ -396,7 +397,8 @@ def test_accelerate_launch(teacher, tmp_path, parallel):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     root = Path(__file__).parents[2]
     # `--cpu` would start one process, or ask for MPI.
-    environment = {**os.environ, "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(root), os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
     command += [str(program), "distill", str(path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -7,10 +7,10 @@ import tiny
 import torch
 from small_run import run_values, save_teacher
 
-from distill.config import parse_config
-from distill.run import Run
-from distill.speed import measure_speed
-from distill.teacher import shared_vision_features
+from linmu_distill.config import parse_config
+from linmu_distill.run import Run
+from linmu_distill.speed import measure_speed
+from linmu_distill.teacher import shared_vision_features
 
 
 def _features(model, pixels, grid):

@@ -15,17 +15,17 @@ from test_train import curve
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
 
-from distill import run
-from distill.checkpoint import CheckpointStore
-from distill.cli import app
-from distill.config import parse_config
-from distill.data.records import JsonRecords, ParquetRecords
-from distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
-from distill.handoff import stage_folder
-from distill.run import Run, distill
-from distill.teacher import AnswerCache, Stream
-from distill.train import Interrupted, StageTrainer, TrainingError
+from linmu_distill import run
+from linmu_distill.checkpoint import CheckpointStore
+from linmu_distill.config import parse_config
+from linmu_distill.data.records import JsonRecords, ParquetRecords
+from linmu_distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
+from linmu_distill.handoff import stage_folder
+from linmu_distill.run import Run, distill
+from linmu_distill.teacher import AnswerCache, Stream
+from linmu_distill.train import Interrupted, StageTrainer, TrainingError
 from linmu_models.chat import ChatProcessor
+from linmu_models.cli import app
 from linmu_models.media import UnreadableError
 
 

@@ -10,16 +10,16 @@ import pytest
 import tiny
 import torch
 
-from distill.checkpoint import CheckpointStore
-from distill.config import ConfigError
-from distill.student import add_lora, merge_lora, mixers, own_state, set_windows, trainable_parameters
-from distill.teacher import (
+from linmu_distill.checkpoint import CheckpointStore
+from linmu_distill.config import ConfigError
+from linmu_distill.student import add_lora, merge_lora, mixers, own_state, set_windows, trainable_parameters
+from linmu_distill.teacher import (
     AnswerCache,
     own_answers,
     predicts_targets,
     prompts,
 )
-from distill.train import Interrupted, Objective, TrainingError, assemble, checksums, learning_rate
+from linmu_distill.train import Interrupted, Objective, TrainingError, assemble, checksums, learning_rate
 from linmu_models.hooks import attention_modules, record_outputs
 
 
@@ -432,7 +432,7 @@ class TestOwnAnswers:
         ended = [(s, a) for s, a in zip(samples, answers, strict=True) if None not in a]
         own = [tiny.Sample(s.seed, tuple((q, x) for (q, _), x in zip(s.turns, a, strict=True))) for s, a in ended]
         mixed = [own[0], samples[0], own[1]]
-        from distill.losses import kept_positions
+        from linmu_distill.losses import kept_positions
 
         batch = source.processor(mixed)
         kept = kept_positions(batch["labels"])

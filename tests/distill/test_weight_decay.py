@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from distill.student import add_lora, decaying
+from linmu_distill.student import add_lora, decaying
 from linmu_ops import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn import PRESETS
 

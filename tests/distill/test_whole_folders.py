@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from typer.testing import CliRunner
 
 import linmu_models
-from distill.cli import app
-from distill.config import parse_config
-from distill.data import Processor, generate
-from distill.evaluation import answer
-from distill.run import distill
+from linmu_distill.config import parse_config
+from linmu_distill.data import Processor, generate
+from linmu_distill.evaluation import answer
+from linmu_distill.run import distill
 from linmu_models.chat import ChatProcessor
+from linmu_models.cli import app
 
 TEACHER = Path(__file__).parents[2] / "distill/teachers/tiny"
 

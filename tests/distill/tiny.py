@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from distill.config import Config, parse_config
-from distill.student import add_lora, mixers, set_windows, trainable_parameters
-from distill.teacher import AnswerCache, Transcripts
-from distill.train import StageTrainer, Teacher
+from linmu_distill.config import Config, parse_config
+from linmu_distill.student import add_lora, mixers, set_windows, trainable_parameters
+from linmu_distill.teacher import AnswerCache, Transcripts
+from linmu_distill.train import StageTrainer, Teacher
 
 PAD, BOS, EOS, IMAGE, VIDEO, START, END, FIRST = range(8)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import linmu_models
-from distill.config import load_config
-from distill.sources import build_source
-from distill.teacher import load_teacher, model_inputs
+from linmu_distill.config import load_config
+from linmu_distill.sources import build_source
+from linmu_distill.teacher import load_teacher, model_inputs
 from linmu_models.attention_mass import record_mass
 from linmu_models.calibrate import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs

@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from distill.cli import app
+from linmu_models.cli import app
 from linmu_models.generate import convert_folder, generate_text, load
 
 from . import tiny

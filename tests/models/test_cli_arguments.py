@@ -8,7 +8,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from distill.cli import app
+from linmu_models.cli import app
 
 from . import tiny
 from .test_cli import folders  # noqa: F401

@@ -1,0 +1,173 @@
+"""The console command `linmu`. What takes long to import is imported inside the commands.
+
+Other packages add commands by entry points of the group `linmu.commands`: a command's name, and its function.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ImportError as e:
+    sys.exit(f"linmu: {e}: pip install 'linmu[models]' (`python -m linmu_ops.env` does without)")
+
+OURS = ("linmu_models", "linmu_distill")
+OF_DISTILL = ("distill", "evaluate")  # named in `linmu --help`, installed or not
+OPTION_HELP = 'name=value of the block\'s options, e.g. "text_window=16"; "preset=paper" for the paper\'s block.'
+DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
+
+
+def _added() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="linmu.commands")}
+
+
+class Commands(TyperGroup):
+    """Our own commands, then those that other packages add."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        own = super().list_commands(ctx)
+        return [*own, *(name for name in dict.fromkeys([*OF_DISTILL, *sorted(_added())]) if name not in own)]
+
+    def get_command(self, ctx: typer.Context, name: str) -> typer.core.TyperCommand | None:
+        own = super().get_command(ctx, name)
+        if own is not None:
+            return own
+        point = _added().get(name)
+        if point is None and name not in OF_DISTILL:
+            return None
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        try:
+            if point is None:
+                raise ImportError("linmu_distill is not installed")
+            alone.command(name)(point.load())
+        except ImportError as error:
+            alone.command(name, context_settings=ANYTHING)(_missing(name, error))
+        return typer.main.get_command(alone)
+
+
+ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _missing(name: str, error: ImportError) -> Callable[[], None]:
+    said = f"`linmu {name}` cannot be loaded: {error}: pip install 'linmu[distill]'"
+
+    def missing() -> None:
+        stop(said)
+
+    missing.__doc__ = f"Not available: {error}."
+    return missing
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _linmu() -> None:
+    """LinMU: linear-attention ops and models."""
+
+
+@app.command()
+def env(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print versions and binaries, and try every op and implementation."""
+    from linmu_ops.env import main as run
+
+    raise typer.Exit(run(["--json"] if json else []))
+
+
+@app.command()
+def convert(
+    teacher: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the hub.")],
+    out: Annotated[str, typer.Argument(help="Folder to save the linear model in.")],
+    keep_attention: Annotated[list[int] | None, typer.Option(help="A layer that stays quadratic; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help=OPTION_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
+) -> None:
+    """Make a model linear, untrained; prints where each tensor comes from."""
+    import json
+
+    from rich.console import Console
+    from safetensors import SafetensorError
+
+    from .generate import convert_folder
+
+    options = {}
+    for item in option or ():
+        name, _, value = item.partition("=")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    try:
+        with Console(stderr=True).status(f"making {teacher} linear"):
+            report = convert_folder(teacher, out, options, keep_attention or (), dtype)
+        typer.echo(report)
+    except (ValueError, OSError, SafetensorError) as error:
+        stop(error)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a model, linear or not, with its processor.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image file; repeatable.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video file; repeatable.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at most.")] = 64,
+    fps: Annotated[float, typer.Option(min=0.001, help="Frames of a second of video.")] = 2.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the most likely token.")] = 0.0,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
+) -> None:
+    """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
+    from rich.console import Console
+    from safetensors import SafetensorError
+
+    from .generate import generate_text, load, peak_memory
+
+    if 0 < temperature < 1e-3:
+        stop(f"--temperature must be 0, or at least 0.001, got {temperature}")
+    # What Pillow warns of in a file is either seen all the same or refused in one line.
+    warnings.filterwarnings("ignore", module="PIL")
+    say = Console(stderr=True, highlight=False)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    try:
+        with say.status(f"loading {model}"):
+            loaded = load(model, device, dtype)
+        answer = generate_text(
+            *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
+            stream=lambda text: typer.echo(text, nl=False), **sampling,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        stop(error)
+    typer.echo()
+    rate = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.1f} tokens/s"
+    say.print(
+        f"{answer.prompt_tokens} tokens in, {answer.tokens} out; first after {answer.first_token_seconds:.2f} s{rate}; "
+        f"state {answer.cache_bytes / 2**20:.2f} MiB, process {peak_memory() / 2**30:.2f} GiB at most",
+        soft_wrap=True,
+    )
+
+
+def stop(error: Exception | str, status: int = 1) -> NoReturn:
+    """Say in one line what is wrong, and end the command."""
+    # Other libraries explain at length, and over many lines, what we say in one.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    ours = isinstance(error, str) or type(error).__module__.partition(".")[0] in OURS
+    said = "\n".join(lines) if ours else lines[0]
+    typer.echo(f"linmu: {said.removeprefix('linmu: ')}", err=True)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
