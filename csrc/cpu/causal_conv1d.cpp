@@ -207,6 +207,7 @@ struct Backward {
         const int before = (K ? K : width) - 1;
 #pragma GCC unroll 8
         for (int j = 0; j <= before; ++j) {
+          if (R == 1 && in[before - j] == line.zeros) break;  // cut: no gradient, even of a NaN
           vec<A> dw{};
 #pragma GCC unroll 8
           for (int i = 0; i < R; ++i) dw = y[i] * x[before + i - j] + dw;
@@ -269,7 +270,8 @@ struct Backward {
       const int64_t rows = tile ? kTile : 1;
       while (have < std::min(L, v + rows + before)) {
         const bool count = have < end;
-        const bool whole = tiles && have + kTile <= std::min(count ? end : L, v + rows + before) &&
+        const bool whole = tiles && (have >= before || p.initial_state) &&
+                           have + kTile <= std::min(count ? end : L, v + rows + before) &&
                            line.same_segment(have - before, have + kTile - 1);
         gradient_rows(line, have, whole, count);
         have += whole ? kTile : 1;

@@ -21,13 +21,14 @@ def causal_conv1d(
     past = x.new_zeros(batch, before, dim) if initial_state is None else initial_state
     line = torch.cat([past, visited(x, order)], dim=1)  # (B, K-1+L, D), in visiting order
     index = None if seq_idx is None else visited(seq_idx, order)
-    segment = F.pad(restarts(index, x).cumsum(1), (before, 0))  # the past belongs to the first segment
+    # The past belongs to the first segment, where there is one.
+    segment = F.pad(restarts(index, x).cumsum(1), (before, 0), value=0 if initial_state is not None else -1)
     y = x.new_zeros(x.shape, dtype=acc) if bias is None else bias.to(acc).expand(x.shape)
     for j in range(before, -1, -1):
         start = before - j
-        same = segment[:, start : start + length] == segment[:, before:]
-        tap = torch.where(same[..., None], line[:, start : start + length].to(acc), 0.0)
-        y = y + weight[:, start].to(acc) * tap
+        same = (segment[:, start : start + length] == segment[:, before:])[..., None]
+        tap = torch.where(same, line[:, start : start + length].to(acc), 0.0)
+        y = y + torch.where(same, weight[:, start].to(acc) * tap, 0.0)  # a tap that is cut gets no gradient, NaN or not
     y = visited(F.silu(y) if silu else y, inverse).to(x.dtype)
     if not return_final_state:
         return y, x.new_empty(0)

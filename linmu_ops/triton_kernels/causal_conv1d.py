@@ -19,7 +19,8 @@ def _before(
     x_ptr, initial_ptr, order_ptr, seq_ptr, seg, b, t, valid, offs_d, mask_d, j, length, D, K,
     HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """x at visit t - j, (T, D) float32: from the initial state before the first visit, 0 across a restart."""
+    """x at visit t - j, (T, D) float32: from the initial state before the first visit, 0 across a restart; and where
+    there is one, (T)."""
     s = t - j
     there = valid & (s >= 0)
     same = valid
@@ -34,7 +35,8 @@ def _before(
         early = same & (s < 0)
         at = initial_ptr + (b.to(tl.int64) * (K - 1) + (K - 1 + s))[:, None] * D + offs_d[None, :]
         x += tl.load(at, mask=early[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-    return x
+        there = there | early
+    return x, there
 
 
 @triton.jit
@@ -56,8 +58,8 @@ def _conv_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
     for j in tl.static_range(K - 1, -1, -1):
-        x = _before(x_ptr, initial_ptr, order_ptr, seq_ptr, seg, b, t, valid, offs_d, mask_d, j, length, D, K,
-                    HAS_ORDER, HAS_SEQ, HAS_INITIAL)  # fmt: skip
+        x, _ = _before(x_ptr, initial_ptr, order_ptr, seq_ptr, seg, b, t, valid, offs_d, mask_d, j, length, D, K,
+                       HAS_ORDER, HAS_SEQ, HAS_INITIAL)  # fmt: skip
         total += tl.load(weight_ptr + offs_d * K + (K - 1 - j), mask=mask_d, other=0.0)[None, :] * x
     sigmoid = 1.0 / (1.0 + tl.exp(-total))
     rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
@@ -73,9 +75,10 @@ def _conv_kernel(
         tl.store(out_ptr + at, grad, mask=inside)
         base = partial_ptr + (b.to(tl.int64) * blocks + i) * (K + 1) * D + offs_d
         for j in tl.static_range(K):
-            x = _before(x_ptr, initial_ptr, order_ptr, seq_ptr, seg, b, t, valid, offs_d, mask_d, j, length, D, K,
-                        HAS_ORDER, HAS_SEQ, HAS_INITIAL)  # fmt: skip
-            tl.store(base + (K - 1 - j) * D, tl.sum(grad * x, axis=0), mask=mask_d)
+            x, there = _before(x_ptr, initial_ptr, order_ptr, seq_ptr, seg, b, t, valid, offs_d, mask_d, j, length, D,
+                               K, HAS_ORDER, HAS_SEQ, HAS_INITIAL)  # fmt: skip
+            product = tl.where(there[:, None], grad * x, 0.0)  # a tap that is cut gets no gradient, even of a NaN
+            tl.store(base + (K - 1 - j) * D, tl.sum(product, axis=0), mask=mask_d)
         tl.store(base + K * D, tl.sum(grad, axis=0), mask=mask_d)
 
 

@@ -90,6 +90,22 @@ def _scores(
 
 
 @triton.jit
+def _sum_seen(weights, x, seen, CAUSAL: tl.constexpr):
+    """weights (i, j) times x (j, P), where weights are 0 that are not `seen`.
+
+    0 times what is not finite is a NaN: such values are left out, and what sees one becomes NaN.
+    """
+    if not CAUSAL:
+        return tl.dot(weights.to(x.dtype), x, input_precision="ieee")
+    broken = ~(tl.abs(x.to(tl.float32)) < float("inf"))
+    total = tl.dot(weights.to(x.dtype), tl.where(broken, 0.0, x).to(x.dtype), input_precision="ieee")
+    if tl.max(tl.max(broken.to(tl.int32), axis=1), axis=0) > 0:
+        count = tl.dot(seen.to(tl.float32), broken.to(tl.float32), input_precision="ieee")
+        total = tl.where(count > 0.0, float("nan"), total)
+    return total
+
+
+@triton.jit
 def _fwd_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr, cos_ptr, sin_ptr,
     num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
@@ -120,9 +136,10 @@ def _fwd_kernel(
             p = tl.exp(s - safe[:, None])
             shrink = tl.exp(top - safe)
             norm = norm * shrink + tl.sum(p, axis=1)
-            out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            seen = (token_j[None, :] <= token_i[:, None]) & there_j[None, :]
+            out = out * shrink[:, None] + _sum_seen(p, v, seen, CAUSAL)
             top = new
-        norm_safe = tl.where(norm > 0.0, norm, 1.0)
+        norm_safe = tl.where(norm == 0.0, 1.0, norm)
         _store_rows(out_ptr, token_i, there_i, head, H, P, out / norm_safe[:, None], BLOCK_P)
         tl.store(lse_ptr + (begin + i).to(tl.int64) * H + head, top + tl.log(norm_safe), mask=i < count)
 
@@ -132,12 +149,15 @@ def _weights(
     q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse, delta, token_i, token_j,
     there_i, there_j, HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Softmax weights p and the gradient of the scores, (i, j)."""
+    """Softmax weights p and the gradient of the scores, (i, j); and which are seen."""
     s = _scores(q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, token_i, token_j, there_j,
                 HAS_BIAS, CAUSAL)  # fmt: skip
-    p = tl.where(there_i[:, None] & there_j[None, :], tl.exp(s - lse[:, None]), 0.0)
+    seen = there_i[:, None] & there_j[None, :]
+    if CAUSAL:
+        seen = seen & (token_j[None, :] <= token_i[:, None])
+    p = tl.where(seen, tl.exp(s - lse[:, None]), 0.0)
     dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    return p, p * (dp - delta[:, None])
+    return p, tl.where(seen, p * (dp - delta[:, None]), 0.0), seen
 
 
 @triton.jit
@@ -165,9 +185,9 @@ def _dq_kernel(
             k = _turned_rows(k_ptr, cos_ptr, sin_ptr, token_j, there_j, group, G, P, R, cos_rows,
                              ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
             v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
-            _, ds = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse, delta,
-                             token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
-            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            _, ds, seen = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse,
+                                   delta, token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
+            dq += _sum_seen(ds, k, seen, CAUSAL)
         _store_rows(dq_ptr, token_i, there_i, head, H, P, dq * scale, BLOCK_P)
 
 
@@ -198,10 +218,10 @@ def _dkv_kernel(
                 dout = _rows(dout_ptr, token_i, there_i, head, H, P, BLOCK_P)
                 delta = tl.load(delta_ptr + token_i * H + head, mask=there_i, other=0.0)
                 lse = tl.load(lse_ptr + (begin + i).to(tl.int64) * H + head, mask=i < count, other=0.0)
-                p, ds = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse,
-                                 delta, token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
-                dk += tl.dot(tl.trans(ds).to(q.dtype), q, input_precision="ieee")
-                dv += tl.dot(tl.trans(p).to(dout.dtype), dout, input_precision="ieee")
+                p, ds, seen = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse,
+                                       delta, token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
+                dk += _sum_seen(tl.trans(ds), q, tl.trans(seen), CAUSAL)
+                dv += _sum_seen(tl.trans(p), dout, tl.trans(seen), CAUSAL)
         _store_rows(dk_ptr, token_j, there_j, group, G, P, dk * scale, BLOCK_P)
         _store_rows(dv_ptr, token_j, there_j, group, G, P, dv, BLOCK_P)
 

@@ -81,6 +81,7 @@ def other_calls():
     mix = dict(a=normal(2, 30, 9), b=normal(2, 30, 9), mask=mask, weight=normal(9), bias=normal(9))
     return {
         "conv": ("causal_conv1d", conv | dict(activation="silu")),
+        "conv, from nothing": ("causal_conv1d", dict(x=conv["x"][:, :15], weight=conv["weight"])),
         "conv, segments": ("causal_conv1d", conv | dict(seq_idx=(at // 7).int().expand(2, 30))),
         "conv, order": ("causal_conv1d", conv | dict(token_order=at.flip(0).int().expand(2, 30))),
         "mix by token": ("branch_mix_norm", mix | dict(mix=torch.rand(2, 30, generator=g))),
@@ -128,7 +129,7 @@ def call(op, impl, inputs, wrt, weights):
 
 def spoiled(inputs, weights, name, value):
     length = inputs.get("x", inputs.get("q", inputs.get("a"))).shape[1]
-    at = {LENGTH: AT, 2 * LENGTH: 70}.get(length, 12)
+    at = {LENGTH: AT, 2 * LENGTH: 70, 15: 1}.get(length, 14 if "x" in inputs else 12)  # 14: a segment's start
     source = weights[0] if name == "weights" else inputs[name]
     changed = source.clone()
     changed[:1, at] = value if isinstance(value, float) else changed[:1, at] * value[0] + value[1]
