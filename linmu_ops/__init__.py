@@ -1,6 +1,12 @@
-"""Fast, composable linear-attention ops.
+"""Linear-attention ops for PyTorch, and the blocks made of them.
 
-Axes, everywhere: B batch, L tokens, H heads, G groups of heads, P head size, N state size, D model size, K conv width.
+Ops         `ssd_scan`, `ssd_step`, `window_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
+Blocks      `MMATE`, `ExactMMATE`: they take the place of an attention layer
+Layouts     `TokenLayout` says where the visual tokens of a batch are
+Kernels     `explain` says which implementation serves an op; `use_impl` forces one
+
+Shapes use the same letters everywhere: B batch, L tokens, H heads, G groups of heads, P head size, N state size,
+D model size, K width of a convolution.
 """
 
 from __future__ import annotations

@@ -276,8 +276,8 @@ def _forced_changed() -> None:
 def use_impl(*items: str) -> Iterator[None]:
     """Force implementations within a block: `with use_impl("ssd_scan:reference"): ...`. Raises if one cannot serve.
 
-    Holds in this thread (or task) alone, in the tasks it starts, and over LINMU_IMPL; of nested blocks the inner one
-    holds. Blocks may end in any order.
+    It holds in this thread or task alone, and in the tasks that it starts. It overrides LINMU_IMPL. Of nested blocks
+    the inner one holds. Blocks may end in any order.
     """
     use = _Use({op: impl for item in items for op, impl in _wanted(item).items()})
     _uses.set((*_uses.get(), use))
@@ -361,8 +361,8 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
 def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named: torch.Tensor) -> list[Choice]:
     """Which implementation serves `op` for these tensors (or this device type), and why the others do not.
 
-    The tensors are those of the call, as the op takes them; an implementation that has a limit on their sizes is judged
-    by what is given. Returns one `Choice(impl, why_not, chosen)` per implementation.
+    Give the tensors of the call, in the order in which the op takes them. Some implementations have a limit on sizes;
+    they are judged by the tensors that are given. Returns one `Choice(impl, why_not, chosen)` per implementation.
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")

@@ -45,8 +45,8 @@ def causal_conv1d(
 
         y[t, d] = act(bias[d] + sum_{j < K} weight[d, K-1-j] x[t-j, d])
 
-    t counts visits: `token_order[b, t]` is the position visited at t; x, y and seq_idx are in token positions. A tap
-    that would reach into another segment, or before the first visit without an initial state, reads 0.
+    t counts visits: `token_order[b, t]` is the position visited at t. x, y and seq_idx are in token positions. A tap
+    that would reach into another segment reads 0; so does one before the first visit, unless there is an initial state.
 
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16.
@@ -56,8 +56,8 @@ def causal_conv1d(
         seq_idx: (B, L) int32. A new segment starts at a visit whose index differs from the visit before.
         token_order: (B, L) int32. A permutation per row; the position visited at t. In place if None.
         initial_state: (B, K-1, D) dtype of x. The K-1 inputs before the first visit, oldest first.
-        return_final_state: also return the K-1 inputs before the next visit, oldest first (0 in place of another
-            segment than the last visit's); passed as initial_state, it continues the convolution.
+        return_final_state: also return the K-1 inputs before the next visit, oldest first. Inputs of another segment
+            than the last visit's are 0. Given as initial_state, they continue the convolution.
 
     Returns:
         y: (B, L, D), dtype of x. With return_final_state: (y, state), state (B, K-1, D), dtype of x.

@@ -20,7 +20,7 @@ WRAPS = ("join", "mask")
 
 
 class WindowTable(NamedTuple):
-    """The windows of a batch, one after the other: window i is entries offsets[i]..offsets[i + 1] of the rest.
+    """The windows of a batch, one after the other. Window i has the entries offsets[i] to offsets[i + 1] - 1.
 
     tokens: (num_visual,) int32. Flat index row * L + position of each token, in window order.
     offsets: (num_windows + 1,) int32. Where each window starts; no window is empty.
@@ -37,10 +37,11 @@ class WindowTable(NamedTuple):
 
 
 class TokenLayout:
-    """Where the visual tokens are: blocks of (T, H, W) tokens, each anywhere within its row.
+    """Where the visual tokens of a batch are.
 
-    A block need not be contiguous (timestamps between frames, a newline token after each row of patches), but two
-    blocks of one row must not interleave: between a block's first and last token lies no other block.
+    An image or video is a block of (T, H, W) tokens within a row. Its tokens need not be adjacent: there may be
+    timestamps between frames, or a newline token after each row of patches. But between its first and its last token no
+    other block may begin.
 
     Args:
         blocks: (num_blocks, 4) integers. Rows (batch row, T, H, W); T = 1 is an image.
@@ -53,14 +54,18 @@ class TokenLayout:
         ValueError: the table does not describe disjoint blocks inside (B, L), in one line that names the entry.
 
     Notes:
-        Build it once per forward, outside compiled graphs, and share it between layers. What a method returns is
-        computed on first use and cached per device (and per layer mod 4, or per window); afterwards it costs a
-        dictionary lookup (2 us, 9 us for a window table). The tensors are shared: do not write to them. Inside a
-        `torch.compile`d function a cached result is an ordinary input (no recompilation for the next layout), and a
-        first use breaks the graph: build the layout, and call once what the graph will use, outside.
-        Planned on the host by `linmu_ops._C`, or by numpy (with one warning) where that is not built: two rows of
-        32k tokens, a 16 x 32 x 64 video each, with four scan orders, mask, segments and a shifted (16, 4, 4) table
-        took 1 ms compiled and 26 ms in numpy, on one core of a shared x86-64 server.
+        Build it once per forward, outside compiled graphs, and share it between layers.
+
+        A method computes its result on first use. The layout keeps it per device, and per layer mod 4 or per window.
+        Later calls are a dictionary lookup (2 us, 9 us for a window table). The tensors are shared: do not write to
+        them.
+
+        In a `torch.compile`d function a kept result is an ordinary input, and the next layout needs no recompilation. A
+        first use there breaks the graph. So call once, outside, what the graph will use.
+
+        `linmu_ops._C` plans on the host. Where it is not built numpy does, with one warning. Two rows of 32k tokens, a
+        16 x 32 x 64 video each, with four scan orders, mask, segments and a shifted (16, 4, 4) table took 1 ms compiled
+        and 26 ms in numpy, on one core of a shared x86-64 server.
 
     Source: LinMU, arXiv:2601.01322. Reference: linmu_ops/reference/token_layout.py.
     """
@@ -89,8 +94,8 @@ class TokenLayout:
         Args:
             input_ids: (B, L) integers, padded on either side.
             token_ids: the placeholder's id, or several (image and video).
-            grids: (T, H, W) of each block in order of appearance, first row first, counted in tokens (after patch
-                merging). Each takes the next T*H*W placeholders of its row, whatever lies between them.
+            grids: (T, H, W) of each block, in tokens (after patch merging), in order of appearance, first row first.
+                Each takes the next T*H*W placeholders of its row, whatever lies between them.
 
         Raises:
             ValueError: a row's placeholders are not those of whole grids, or grids are left over.
@@ -136,7 +141,7 @@ class TokenLayout:
         return self._segments(device)[0]
 
     def reverse_seq_idx(self, device: torch.device | str | None = None) -> Tensor:
-        """(B, L) int32: i + 1 from the first to the last token of blocks[i] (text between them included), else 0."""
+        """(B, L) int32: i + 1 from the first to the last token of blocks[i], text between them included; else 0."""
         return self._segments(device)[1]
 
     def scan_order(self, layer: int, device: torch.device | str | None = None) -> Tensor:
@@ -157,9 +162,9 @@ class TokenLayout:
     ) -> WindowTable:
         """Partition every block into shifted windows.
 
-        In a dimension of size s with window w and shift h (mod s), the token at c is in window ((c - h) mod s) // w,
-        at in-window coordinate ((c - h) mod s) % w; the last window is smaller where w does not divide s. Where
-        w >= s there is one window and no shift.
+        In a dimension of size s with window w and shift h (mod s), the token at c is in window ((c - h) mod s) // w, at
+        in-window coordinate ((c - h) mod s) % w. The last window is smaller where w does not divide s. Where w >= s
+        there is one window and no shift.
 
         Args:
             window: (T, H, W), each >= 1, with (2T - 1)(2H - 1)(2W - 1) < 2**31.
@@ -182,9 +187,9 @@ class TokenLayout:
         image_shift: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """(B, L) int32: how many tokens of its own window lie at a visual token's position or before; 0 at text.
+        """(B, L) int32: how many tokens of a visual token's window lie at its position or before; 0 at text.
 
-        Arguments as in `window_table`.
+        The arguments are those of `window_table`.
         """
         given = self._window_key(window, shift, wrap, image_window, image_shift)
 
@@ -272,10 +277,10 @@ class TokenLayout:
 
 
 def major_scan_order(layout: TokenLayout, layer: int, device: torch.device | str | None = None) -> Tensor:
-    """Visiting order of a layer: the token_order of `ssd_scan`.
+    """The order in which a layer visits the tokens: the token_order of `ssd_scan`.
 
-    A (T, H, W) block is visited, by layer mod 4, in order t,y,x · t,x,y · y,x,t · x,y,t (last axis fastest), at the
-    block's own positions in rising order. All other tokens stay where they are.
+    A (T, H, W) block is visited in the order t,y,x · t,x,y · y,x,t · x,y,t for the layer mod 4; the last axis is the
+    fastest. The visits fall on the block's own positions, in rising order. All other tokens stay where they are.
 
     Args:
         layout: TokenLayout.

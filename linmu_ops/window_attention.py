@@ -52,16 +52,17 @@ def window_attention(
         s[i, j] = scale q[i] . k[j] + bias[coord(i) - coord(j)]    j in the window of i; causal: and at or before i
         out[i] = sum_j softmax_j(s[i, j]) v[j],    lse[i] = log sum_j exp(s[i, j])
 
-    In a dimension of size s with window w and shift h, the token at c is in window ((c - h) mod s) // w; w is clamped
-    to s (and h is then 0), and the last window is smaller where w does not divide s. Nothing is rolled, partitioned,
-    padded, masked or repeated in memory: tokens are read and written where they lie, and key/value heads are shared.
+    In a dimension of size s with window w and shift h, the token at c is in window ((c - h) mod s) // w. Where w >= s
+    there is one window and no shift. The last window is smaller where w does not divide s. Tokens are read and written
+    where they lie, and query heads share key/value heads: nothing is rolled, partitioned, padded, masked or repeated in
+    memory.
 
     Args:
         q: (B, L, H, P) float32, float64, bfloat16 or float16. Queries, in token positions.
         k: (B, L, G, P) dtype of q. Keys; G divides H, and query head h reads head h // (H / G).
         v: (B, L, G, P) dtype of q. Values.
-        layout: TokenLayout of the batch: where its visual blocks are. Either this or grid.
-        grid: (T, H, W), (H, W) or (W,): every row is one such block, L tokens in all.
+        layout: where the visual blocks of the batch are. Give either this or grid.
+        grid: (T, H, W), (H, W) or (W,). Every row is one such block of L tokens.
         window: (T, H, W), (H, W) or (W,), each >= 1. Missing leading sizes are 1.
         shift: the same for the shift, each >= 0. Missing leading shifts are 0.
         wrap: "join": tokens that wrapped around an edge share a window with those at the other edge; "mask": they
@@ -75,8 +76,8 @@ def window_attention(
             (x cos - y sin, y cos + x sin). Constant: it gets no gradient.
         sin: (B or 1, L, R) float. As cos.
         interleaved: rotary pairs are elements (2i, 2i+1) instead of (i, i + R/2).
-        causal: a token attends to those tokens of its window whose position in the row is not after its own.
-        return_lse: also return lse, with which attention over other tokens can be merged. It has a gradient.
+        causal: a token attends to no token of its window whose position in the row is after its own.
+        return_lse: also return lse, which merges this with attention over other tokens. It has a gradient.
 
     Returns:
         out: (B, L, H, P), dtype of q. 0 at tokens outside every block. With return_lse: (out, lse), lse (B, L, H)
@@ -86,9 +87,9 @@ def window_attention(
         ValueError: a shape, device or value breaks the table above. TypeError: a dtype does.
 
     Notes:
-        Accumulates in float32 (float64 for float64). bfloat16 products take rotated q and k, attention weights and
-        score gradients rounded to bfloat16 where the processor multiplies it. Deterministic, also the gradient of
-        the bias. Linear in L for a given window. Of a causal window all scores are computed, then half are masked.
+        Accumulates in float32 (float64 for float64). Where the processor multiplies bfloat16, bfloat16 products take
+        rotated q and k, attention weights and score gradients rounded to bfloat16. Deterministic, the gradient of the
+        bias too. Linear in L for a given window. Of a causal window all scores are computed, then half are masked.
 
     Source: Liu et al. 2021, arXiv:2103.14030; LinMU, arXiv:2601.01322. Reference:
     linmu_ops/reference/window_attention.py.

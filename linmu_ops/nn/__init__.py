@@ -1,9 +1,9 @@
-"""Modules over the ops: parameters, reshapes and op calls.
+"""Modules made of the ops. A module holds parameters, reshapes tensors and calls ops.
 
-MMATE           the paper's block in the place of an attention layer
-ExactMMATE      near exact, far linear: the block that a pretrained causal decoder becomes
-GridAttention   a block in the place of a vision transformer's attention, CLS token included
-Scan, Windows   their parts
+MMATE           the paper's block; it takes the place of an attention layer
+ExactMMATE      exact near a token, linear far from it; for the decoder of a pretrained model
+GridAttention   puts a block in the place of a vision transformer's attention, CLS token included
+Scan, Windows   the parts of both blocks
 """
 
 from __future__ import annotations

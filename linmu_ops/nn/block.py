@@ -1,4 +1,4 @@
-"""What both blocks are: a scan and windows in the place of an attention layer."""
+"""What both blocks share: their arguments, their call, and their state."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from .windows import Windows
 
 
 class Block(nn.Module):
-    """A linear-time block in the place of an attention layer: `MMATE` or `ExactMMATE`.
+    """A linear-time block that takes the place of an attention layer: `MMATE` or `ExactMMATE`.
 
-    Both take the same call. Text is causal: no text token sees a later token (within a visual block that text
-    interrupts, it sees the block's other visual tokens).
+    Both take the same call. Text is causal: no text token sees a later token. There is one exception: text that stands
+    between the tokens of one image or video sees that block's other visual tokens.
 
     Args:
         dim: model size D.
         num_heads: query heads H.
         num_kv_heads: key/value heads G, a divisor of H; H if None.
         head_dim: head size P; D / H if None.
-        layer_idx: sets the major-scan order (mod 4) and the window shift (mod 2).
-        qkv_bias, out_bias: whether the projections from q, k, v, and to the output, have biases.
-        qk_norm: makes the norm of queries and keys, given the head size; None for none.
-        scale: the attention's softmax scale; 1/sqrt(head_dim) if None.
-        interleaved_rotary: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...
-        causal_windows: within its window a visual token attends to no later one, as in a causal teacher. None for what
-            the block usually stands in: False in `MMATE`, True in `ExactMMATE`.
+        layer_idx: index of the decoder layer. It sets the major-scan order (mod 4) and the window shift (mod 2).
+        qkv_bias, out_bias: whether the projections to q, k, v, and to the output, have biases.
+        qk_norm: makes the norm of queries and keys, given the head size; None for no norm.
+        scale: softmax scale of the attention; 1/sqrt(head_dim) if None.
+        interleaved_rotary: channels (0, 1), (2, 3), ... rotate together, instead of (0, R/2), (1, R/2 + 1), ...
+        causal_windows: within its window a visual token attends to no later one, as in a causal decoder. If None:
+            False in `MMATE`, True in `ExactMMATE`.
         config: every other choice; the block's default if None.
 
     Attributes:
-        scan, windows: its parts; None where the config has them off.
+        scan, windows: the parts; None where the config has them off.
     """
 
     default_config: ClassVar[MMATEConfig | ExactConfig]
@@ -124,26 +124,27 @@ class Block(nn.Module):
 
         Args:
             hidden_states: (B, L, D) float.
-            layout: where the visual tokens of these L tokens are; no visual token if None.
-            grid: (T, H, W) with T*H*W = L: every token is visual, in t, y, x order. Instead of layout.
-            position_embeddings: (cos, sin), each (B or 1, L, R), R <= head size, of these L tokens.
-            attention_mask: (B, L) bool, False at padding, which may lie anywhere among text. No other token sees it,
+            layout: where the visual tokens of these L tokens are. None: there are none.
+            grid: (T, H, W) with T*H*W = L, instead of a layout. Every token is visual, in t, y, x order.
+            position_embeddings: (cos, sin) of these L tokens, each (B or 1, L, R), R <= head size.
+            attention_mask: (B, L) bool, False at padding. Padding may lie anywhere among text. No other token sees it,
                 whatever its hidden states and position embeddings hold.
-            state: what an earlier call left. Under `torch.no_grad` or inference mode it is updated in place (its
-                tensors keep their addresses). With gradients on, and inside a checkpoint, it is left as it is.
+            state: what an earlier call left. Under `torch.no_grad` or inference mode it is updated in place: its
+                tensors keep their addresses. With gradients on, and inside a checkpoint, it is left as it is.
             return_state: also return the state after these tokens.
-            seq_idx: (B, L) int32. Rows of several sequences: one begins at a token whose number differs from the one
-                before. Each is as if it were alone; padding may have any number. A visual block lies in one sequence
-                (checked on a CPU). Not with state; the state returned is that of the row's last sequence.
+            seq_idx: (B, L) int32, for rows of several sequences. A sequence begins where the number differs from the
+                one before. Each sequence is as if it were alone. Padding may have any number. A visual block must lie
+                in one sequence (checked on a CPU). Not together with state. The state returned is that of the row's
+                last sequence.
 
         Returns:
-            out: (B, L, D). With return_state: (out, state); state is the one given if that was updated in place.
-            The rows of padding are finite and mean nothing.
+            out: (B, L, D). With return_state: (out, state); state is the given one if that was updated in place.
+            Outputs at padding are finite and mean nothing.
 
         Notes:
-            Linear in L. One text token with a state and gradients off is one `ssd_step`. A visual block must lie
-            within one call. A batch without visual tokens gives the parameters that act on these alone no gradient:
-            train on such batches under DDP with find_unused_parameters=True.
+            The cost is linear in L. One text token, with a state and gradients off, is one `ssd_step`. An image or
+            video must lie within one call. Some parameters act on visual tokens alone: a batch without any gives them
+            no gradient. Train on such batches under DDP with find_unused_parameters=True.
         """
         call = self._call(
             hidden_states, layout, grid, position_embeddings, attention_mask, state, return_state, seq_idx
@@ -175,7 +176,7 @@ class Block(nn.Module):
 
     @property
     def layer_windows(self) -> Any:
-        """Windows and shifts of this layer, as `TokenLayout.window_table` takes them; None without windows."""
+        """Windows and shifts of this layer, as `TokenLayout.window_table` takes them. None without windows."""
         return None if self.windows is None else self.windows.layer_windows
 
     @property
@@ -184,15 +185,23 @@ class Block(nn.Module):
         return 0 if self.windows is None else self.windows.sink_tokens + self.windows.text_window
 
     def prepare_layout(self, layout: TokenLayout, device: torch.device | str) -> None:
-        """Compute what `forward` reads from `layout`, which keeps it. Before a compiled `forward`, whose graph cannot
-        build it; needless otherwise, and for `grid`. Every layout so prepared runs through the same graph."""
+        """Compute what `forward` reads from `layout`; the layout keeps it.
+
+        Call it before a compiled `forward`, whose graph cannot compute it. Elsewhere it is not needed, nor with `grid`.
+        Every layout so prepared runs through the same graph.
+        """
         prepare_layout(layout, device, self.layer_idx, self.layer_windows)
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MMATEState:
-        """The state before the first token: zeros. dtype and device of the hidden states; where None, those that the
-        block's weights, quantised, offloaded or not, take."""
+        """The state before the first token: zeros.
+
+        Args:
+            batch_size: rows B.
+            dtype, device: those of the hidden states. None: those that the block computes in, also where its weights
+                are quantised or offloaded.
+        """
         own = activations(self, self._output_projection())
         dtype, device = dtype or own[0], device or own[1]
         state = MMATEState()
@@ -211,7 +220,10 @@ class Block(nn.Module):
 
     @classmethod
     def from_attention(cls, attention: nn.Module, *, layer_idx: int = 0, **options: Any) -> Self:
-        """A block with the shape, device, dtype and weights of an attention layer; see `transfer.from_attention`."""
+        """Make a block with the sizes, device, dtype and weights of an attention layer.
+
+        `transfer.from_attention` explains the arguments.
+        """
         return transfer.from_attention(cls, attention, layer_idx=layer_idx, **options)
 
     def load_attention_weights(
@@ -229,7 +241,10 @@ class Block(nn.Module):
         k_norm: nn.Module | None = None,
         names: dict[str, str] | None = None,
     ) -> list[transfer.TransferRow]:
-        """Copy an attention layer's weights into the scan and the windows; see `transfer.load_attention_weights`."""
+        """Copy an attention layer's weights into the scan and the windows.
+
+        `transfer.load_attention_weights` explains arguments, result and errors.
+        """
         return transfer.load_attention_weights(
             self, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight, q_bias=q_bias,
             k_bias=k_bias, v_bias=v_bias, o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, names=names,
@@ -238,15 +253,15 @@ class Block(nn.Module):
     def calibrate(
         self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None
     ) -> float:
-        """Give the block the size of what it replaces; after the weights are loaded, before training.
+        """Fit the block's output to what it replaces. Call it after the weights are loaded, before training.
 
         Args:
-            batches: (arguments of `forward`, hidden_states among them; the teacher's output (B, L, D)).
-            weights: for each batch (B, L) >= 0, how much a token counts where the far share is fitted, beside a count
-                that all have and that is as much in all; None: all count the same.
+            batches: pairs of the arguments of `forward`, hidden_states among them, and the teacher's output (B, L, D).
+            weights: for each batch (B, L) >= 0, how much each token counts in the fit of `ExactMMATE`. They make up
+                half of what counts; the other half is spread evenly over tokens. None: all tokens count the same.
 
         Returns:
-            The targets' root mean square over all tokens that are not padding.
+            The root mean square of the teacher's output, over all tokens that are not padding.
         """
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """The options of the blocks, and the presets that set them.
 
-An option stays only if something justifies it. Each names in its text the equation or section of the paper that it is
-of, or the table and row that measured it: `table/row`, as in `bench/reports`.
+Each option has a reason, and its text names it: an equation or section of the paper, or a measured row as `table/row`.
+The tables are in `bench/reports`.
 """
 
 from __future__ import annotations
@@ -71,31 +71,32 @@ class MMATEConfig(_Options):
     """Options of `MMATE`, the paper's block (LinMU, arXiv:2601.01322). JSON-able.
 
     Branches
-        branches: "both", "flex" (the scan alone) or "swin" (the windows alone, 0 on text). Table 4; `branches/flex`,
-            `branches/swin`.
-        literal: what the paper states, where the default departs from it: g and lambda for each token (Eq. 3,
-            Algorithm 1), B and C of their own for the reverse scan (Eq. 2), LayerNorm after the mix (Algorithm 1).
-            Off: g for each head, one lambda, B and C shared, no norm.
+        branches: "both", "flex" (the scan alone) or "swin" (the windows alone, which give 0 on text). Table 4;
+            `branches/flex`, `branches/swin`.
+        literal: do what the paper states. g and lambda are per token (Eq. 3, Algorithm 1), the reverse scan has B and C
+            of its own (Eq. 2), and LayerNorm follows the mix (Algorithm 1). Off: g is per head, lambda is one number, B
+            and C are shared, and there is no norm.
 
     Flex-MA, the scan
-        reverse: the reverse scan over visual tokens (Eq. 2). Off: a causal scan everywhere; `open/no-reverse`.
-        major_scan: visit visual tokens in the layer's order, t,y,x . t,x,y . y,x,t . x,y,t (section 3.1.1). Off: in
-            place; `open/no-major-scan`.
-        initial_decay: decay of the state per token at the start, in (0, 1): exp(dt A) with A = -1, so that the scan is
-            an exponential average. A pair spreads the memory length 1/(1 - decay) geometrically over the heads. None:
-            Mamba-2's start, the paper's "standard initialization". `open/decay-0.9999`,
-            `open/decay-plain`.
+        reverse: run the reverse scan over visual tokens (Eq. 2). Off: the scan is causal everywhere; `open/no-reverse`.
+        major_scan: visit visual tokens in the order of the layer: t,y,x . t,x,y . y,x,t . x,y,t for the layer's index
+            mod 4 (section 3.1.1). Off: visit them in place; `open/no-major-scan`.
+        initial_decay: how much of the state is left after a token, before training; in (0, 1). It is exp(dt A) with
+            A = -1, so the scan starts as an exponential average. A pair spreads the memory length 1/(1 - decay)
+            geometrically over the heads. None: Mamba-2's start, the paper's "standard initialization".
+            `open/decay-0.9999`, `open/decay-plain`.
         initial_scale: start of a learned scale of C . B per head, in units of the softmax scale; `needles/scale-3`.
             None: no scale at all, C is W_Q z as in Eq. 4.
-        head_norm: RMSNorm of y per head, before the output projection; `open/no-head-norm`.
-        z_gate: multiply y by silu(W_z z + b), 1 at the start; `open/no-z-gate`.
+        head_norm: apply RMSNorm to y per head, before the output projection; `open/no-head-norm`.
+        z_gate: multiply y by silu(W_z z + b), which starts at 1; `open/no-z-gate`.
 
     Local-Swin, the windows
-        text_window: causal softmax attention of text over the last this many tokens of its row, itself included; 0 for
-            none, as in the paper; `open/text-window-0`.
-        window: window of a video block in tokens (T, H, W), clamped to the block (section 2); `open/window-8-4-8`.
+        text_window: text attends causally to the last this many tokens of its row, itself included. 0: text has no
+            attention, as in the paper; `open/text-window-0`.
+        window: size of a video's windows in tokens (T, H, W), clamped to the video (section 2); `open/window-8-4-8`.
             Layers with an odd index shift their windows by half.
-        image_window: window of a block with T = 1; None for `window`. Section 2 gives none for images.
+        image_window: size of an image's windows (a block with T = 1); None for `window`. Section 2 gives none for
+            images.
     """
 
     branches: str = "both"
@@ -136,27 +137,28 @@ class MMATEConfig(_Options):
 
 @dataclass(frozen=True)
 class ExactConfig(_Options):
-    """Options of `ExactMMATE`: near exact, far linear. JSON-able.
+    """Options of `ExactMMATE`: exact near a token, linear far from it. JSON-able.
 
     Near
-        text_window: causal softmax attention of text over the last this many tokens of its row, itself included. >= 1;
+        text_window: text attends causally to the last this many tokens of its row, itself included. >= 1;
             `open/text-window-64`.
-        sink_tokens: the first this many tokens of a row, as far as they are text, are in every later token's window;
+        sink_tokens: the first this many tokens of a row are in every later token's window, as far as they are text;
             `needles/no-sinks`. (Attention sinks: Xiao et al., arXiv:2309.17453.)
-        window: window of a video block in tokens (T, H, W), clamped to the block; `needles/window-8-4-4`. Layers with
+        window: size of a video's windows in tokens (T, H, W), clamped to the video; `needles/window-8-4-4`. Layers with
             an odd index shift their windows by half.
-        image_window: window of a block with T = 1; None for `window`. Section 2 of the paper gives none for images.
+        image_window: size of an image's windows (a block with T = 1); None for `window`. Section 2 of the paper gives
+            none for images.
 
     Far
-        feature_dim: channels of the learned maps of B and C, the size N of the scan's state; 0 for the head size. The
-            maps start as the identity and its negative in turns; `defaults/feature-dim-128`. (Hedgehog, Zhang et al.,
-            arXiv:2402.04347, one sign of theirs.)
-        reverse: the reverse scan over visual tokens (Eq. 2); `open/no-reverse`.
-        initial_decay: decay of the state per token at the start, in (0, 1); a pair spreads the memory length
-            1/(1 - decay) geometrically over the heads; `needles/decay-0.999`.
+        feature_dim: channels of the learned maps of B and C, and so the size N of the scan's state; 0 for the head
+            size. The maps start as the identity and its negative in turns; `defaults/feature-dim-128`. (Hedgehog, Zhang
+            et al., arXiv:2402.04347, one sign of theirs.)
+        reverse: run the reverse scan over visual tokens (Eq. 2); `open/no-reverse`.
+        initial_decay: how much of the state is left after a token, before training; in (0, 1). A pair spreads the
+            memory length 1/(1 - decay) geometrically over the heads; `needles/decay-0.999`.
         initial_scale: start of the learned scale of C . B per head, in units of the softmax scale;
             `recipe/exact-scale-8`.
-        z_gate: multiply the far mean by silu(W_z z + b), 1 at the start; `needles/no-z-gate`.
+        z_gate: multiply the far mean by silu(W_z z + b), which starts at 1; `needles/no-z-gate`.
     """
 
     text_window: int = 256
@@ -178,14 +180,15 @@ class ExactConfig(_Options):
 
 
 PAPER = MMATEConfig()
-"""The paper's structure, started so that it trains in few steps. It departs from the paper's letter: g for each head,
-one lambda, shared B and C, no LayerNorm, a learned scale of C . B, long memories at the start. `LITERAL` does not."""
+"""The paper's structure, with changes that let it train in few steps. It departs from the paper in this: g is per head,
+lambda is one number, B and C are shared, there is no LayerNorm, C . B has a learned scale, and memories start long.
+`LITERAL` has none of these changes."""
 
 LITERAL = MMATEConfig(literal=True, initial_decay=None, initial_scale=None)
-"""What the paper states, to the letter. It is trained with the absolute L_hid of Eq. 6, and is not calibrated."""
+"""What the paper states, to the letter. `linmu distill` trains it with the absolute L_hid of Eq. 6, uncalibrated."""
 
 EXACT = ExactConfig()
-"""A causal decoder's attention, exactly, where all that it looks at lies within a token's window; the scan stands for
-the rest. What the tables in `bench/reports` chose for conversion."""
+"""A causal decoder's attention where nothing lies beyond a token's window. The scan stands for what does. The tables in
+`bench/reports` chose these options for conversion."""
 
 PRESETS: dict[str, MMATEConfig | ExactConfig] = {"exact": EXACT, "paper": PAPER, "literal": LITERAL}

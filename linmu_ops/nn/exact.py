@@ -1,4 +1,4 @@
-"""ExactMMATE: near exact, far linear."""
+"""ExactMMATE: exact near a token, linear far from it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ _SPAN = 8.0
 
 
 class ExactMMATE(Block):
-    """Near exact, far linear: what a pretrained causal decoder's attention becomes.
+    """Exact near a token, linear far from it: what the attention of a pretrained causal decoder becomes.
 
         out = W_O (s y_near + (1 - s) y_far),      s = sigmoid(lse_near - log_total_far - share(z))
 
-    y_near is the softmax attention of a token's window, text's window and the sinks; y_far is the scan's mean of all
-    tokens, under learned feature maps. s is the share that a softmax over all tokens would leave to those that are
-    near: lse is the log-sum-exp of their scores, log_total the log of the scan's weights, and share a linear map of the
-    input per head that says how the two compare. Where nothing lies beyond the window, s is 1 and a block made from
-    attention *is* that attention.
+    y_near is softmax attention to the tokens of the window and to the sinks. y_far is the scan's weighted mean of all
+    tokens, under learned feature maps. s is the share that one softmax over all tokens would leave to the near ones:
 
-    Arguments and call are `Block`'s; options are `ExactConfig`'s.
+    - lse_near is the log-sum-exp of the near scores;
+    - log_total_far is the log of the sum of the scan's weights;
+    - share is a linear map of the input, one number per head. It says how the two compare.
+
+    Where nothing lies beyond the window, s is 1, and a block made from attention *is* that attention.
+
+    `Block` explains arguments and call, `ExactConfig` the options.
 
     Example:
         >>> block = ExactMMATE(dim=384, num_heads=6)
@@ -82,10 +85,11 @@ class ExactMMATE(Block):
     def calibrate(
         self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None
     ) -> float:
-        """Fit what stands for the tokens beyond the window to the mass that attention gives them.
+        """Fit `share` so that s is what a softmax over all tokens would leave to the near ones.
 
-        Ridge regression, per head, of the log mass of the scores beyond the window on the input. Quadratic in the
-        length. Arguments and result are `Block.calibrate`'s.
+        The fit is a ridge regression per head on the block's input. Its target is the log-sum-exp of the scores beyond
+        the window, less log_total_far. The cost is quadratic in the length. `Block.calibrate` explains arguments and
+        result.
         """
         batches = list(batches)
         seen, targets, counts = [], [], []

@@ -1,4 +1,4 @@
-"""A block behind the call of a vision transformer's attention."""
+"""Puts a block behind the call of a vision transformer's attention."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .block import Block
 
 
 class GridAttention(nn.Module):
-    """Mixes tokens that are [prefix tokens, then a (T, H, W) grid], as a vision transformer has them.
+    """Mixes the tokens of a vision transformer: first prefix tokens, then the patches of a (T, H, W) grid.
 
-    Prefix tokens (CLS, registers) are text to the block: they see only what is visited before them. So that they see
-    the image, they are visited last: they read every patch through the forward scan, and no patch reads them.
+    Prefix tokens (CLS, registers) are text to the block, which sees only what is visited before it. So they are visited
+    last. They read every patch through the forward scan, and no patch reads them.
 
     Args:
         block: an `MMATE` or an `ExactMMATE`.
@@ -38,7 +38,7 @@ class GridAttention(nn.Module):
         self.prefix_tokens, self.return_weights = prefix_tokens, return_weights
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        """hidden_states (B, prefix_tokens + T*H*W, D) -> out, same shape. Other arguments are attention's, not read."""
+        """hidden_states (B, prefix_tokens + T*H*W, D) to out, of the same shape. Other arguments are not read."""
         n = self.prefix_tokens
         if n == 0:
             out = self.block(hidden_states, grid=self.grid)

@@ -22,17 +22,19 @@ _NORM_EPS = 1e-6
 
 
 class MMATE(Block):
-    """The paper's block (LinMU, arXiv:2601.01322, Algorithm 1): Flex-MA and Local-Swin, mixed after their projections.
+    """The paper's block (LinMU, arXiv:2601.01322, Algorithm 1): a scan (Flex-MA) beside windows (Local-Swin).
 
         out = Norm(lambda y_flex + (1 - lambda) y_swin)  on visual tokens,    out = Norm(y_flex)  on text
 
-    y_flex is the projected output of `scan`, y_swin that of `windows`, both of the same (normed) hidden states.
-    Arguments and call are `Block`'s; options are `MMATEConfig`'s.
+    y_flex is the projected output of `scan`, y_swin that of `windows`. Both take the same (normed) hidden states. Norm
+    is the identity unless the config is literal. With `text_window` text has both branches too.
+
+    `Block` explains arguments and call, `MMATEConfig` the options.
 
     Attributes:
-        scan_enabled, windows_enabled: a branch that is False is left out of `forward`, as if the config had it off, and
-            its parameters get no gradient: freeze them. At least one must be on.
-        mix: lambda's logit; mix_proj: its linear map where it is per token. norm: the final norm.
+        scan_enabled, windows_enabled: False leaves a branch out of `forward`, as if the config had it off. Its
+            parameters then get no gradient: freeze them. At least one branch must be on.
+        mix: the logit of lambda. mix_proj: its linear map, where lambda is per token. norm: the final norm.
 
     Example:
         >>> block = MMATE(dim=384, num_heads=6)
@@ -107,11 +109,11 @@ class MMATE(Block):
     def calibrate(
         self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None
     ) -> float:
-        """Give the block the size of what it replaces; after the weights are loaded, before training.
+        """Scale y_flex to the size of the targets. Call it after the weights are loaded, before training.
 
-        y_flex is scaled so that its root mean square over all tokens that are not padding is that of the targets. The
-        output projection's bias, a copy of the teacher's, is not scaled with it: both sides are measured without it.
-        Arguments and result are `Block.calibrate`'s; `weights` are not used.
+        The root mean squares over all tokens that are not padding become equal. The bias of the output projection is a
+        copy of the teacher's and is not scaled: both sides are measured without it. `Block.calibrate` explains
+        arguments and result; `weights` are not used.
 
         Raises:
             ValueError: the config is literal; the paper does not calibrate.

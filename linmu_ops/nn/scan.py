@@ -1,4 +1,4 @@
-"""The scan of a block: in the shape of attention, over all tokens, and backwards over visual tokens."""
+"""The scan of a block. It has the shape of attention, and runs backwards too over visual tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAMBA2_DT, _MAMBA2_A = (1e-3, 1e-1), (1.0, 16.0)  # ranges of dt and -A at the 
 
 
 class Far(NamedTuple):
-    """What a scan gives each token, before the output projection.
+    """What each token gets from a scan, before the output projection.
 
     Attributes:
         y: (B, L, H, P). With `weighted_mean`, a mean of X.
@@ -43,23 +43,24 @@ class Scan(nn.Module):
 
         C = W_C z,  B = W_B z,  X = W_X z           C: H heads, B and X: G heads, nothing repeated
         y> = scan of all tokens, visual tokens in the layer's major-scan order
-        y< = reverse scan of visual tokens, restarted at every visual block
+        y< = reverse scan of visual tokens, restarted at every image or video
         y  = g y> + (1 - g) y<  on visual tokens,  y> on text
 
-    Text sees what lies before it and nothing else. There is no output projection.
+    C, B and X are what attention calls queries, keys and values. Text sees only what lies before it. There is no output
+    projection.
 
     Args:
         shape: sizes and facts of the attention layer.
         reverse: run the reverse scan.
         major_scan: visit visual tokens in the layer's order; in place if False.
         initial_decay, initial_scale: as in `MMATEConfig`.
-        literal: g for each token and head; B and C of their own for the reverse scan.
+        literal: g is per token and head, and the reverse scan has B and C of its own.
         z_gate: multiply y by silu(W_z z + b).
-        head_norm: RMSNorm of y per head.
-        feature_dim: size N of learned feature maps of B and C, softmax over the channels of a linear map per head; None
-            for no maps.
-        weighted_mean: divide y by what the same scans make of X = 1 (linear attention's normaliser, Katharopoulos et
-            al., arXiv:2006.16236). It needs maps, whose values are positive.
+        head_norm: apply RMSNorm to y per head.
+        feature_dim: size N of learned feature maps of B and C. A map is a linear map per head, then a softmax over its
+            channels. None: no maps.
+        weighted_mean: divide y by what the same scans make of X = 1, so that y is a weighted mean of X. This is linear
+            attention's normaliser (Katharopoulos et al., arXiv:2006.16236). It needs maps, whose values are positive.
     """
 
     def __init__(
@@ -160,15 +161,15 @@ class Scan(nn.Module):
 
     @torch.no_grad()
     def fit_step_sizes(self, hidden_states: Tensor, mass: Tensor) -> None:
-        """Set the forward scan's step sizes such that tokens are written as attention reads them.
+        """Fit the forward scan's step sizes, so that a token is written as strongly as attention reads it.
 
-        log softplus(dt_proj z + dt_bias) is fitted to log mass by weighted ridge regression, half the weight spread
-        evenly over tokens and half by their mass, so that rare tokens that everything attends to count. The mean step
-        size of a head stays what it was.
+        log softplus(dt_proj z + dt_bias) is fitted to log mass by weighted ridge regression. Half the weight is spread
+        evenly over tokens, and half goes by their mass, so that rare tokens count to which everything attends. The mean
+        step size of a head stays what it was.
 
         Args:
             hidden_states: (n, D), inputs of the layer.
-            mass: (n, H) >= 0, the attention each of these tokens gets per head, in units of a token's mean.
+            mass: (n, H) >= 0, the attention that each of these tokens gets per head. 1 is the mean over tokens.
         """
         z = hidden_states.double()
         for head, m in enumerate(mass.double().unbind(1)):

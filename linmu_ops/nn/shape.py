@@ -1,4 +1,4 @@
-"""What a block takes over from the attention layer whose place it takes."""
+"""Sizes and facts of the attention layer whose place a block takes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class AttentionShape:
         num_kv_heads: key/value heads G, a divisor of H.
         head_dim: head size P.
         layer_idx: index of the decoder layer. It sets the major-scan order (mod 4) and the window shift (mod 2).
-        qkv_bias, out_bias: whether the projections from q, k, v, and to the output, have biases.
-        qk_norm: makes the norm of queries and keys, given the head size; None for none.
+        qkv_bias, out_bias: whether the projections to q, k, v, and to the output, have biases.
+        qk_norm: makes the norm of queries and keys, given the head size; None for no norm.
         scale: the softmax scale.
-        interleaved_rotary: the pairs that rotate together are channels (0, 1), (2, 3), ... instead of (0, R/2), ...
+        interleaved_rotary: channels (0, 1), (2, 3), ... rotate together, instead of (0, R/2), (1, R/2 + 1), ...
         causal_windows: within its window a visual token attends to no later one.
     """
 

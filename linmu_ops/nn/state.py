@@ -1,4 +1,4 @@
-"""What a layer remembers between calls: constant in size, whatever the length of the context."""
+"""What a layer remembers between calls. Its size does not depend on the length of the context."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 class MMATEState(NamedTuple):
-    """Decode state of one block. Fields are None where the option they serve is off.
+    """Decode state of one block. A field is None where the option that it serves is off.
 
     Attributes:
         ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan. In `ExactMMATE` P is the
             head size plus 8, for the sum of the weights, and N is `feature_dim`.
-        keys, values: (B, G, s + w, P), keys rotated. The first s tokens of the row, then the last w of `text_window`,
-            token i at s + i % w, so that a step writes one place and moves nothing.
-        sinks: (B, s) bool. Which of the first s are text, and have come.
-        seen: (B,) int64. Tokens so far, with `text_window`.
+        keys, values: (B, G, s + w, P). Keys are rotated. First come the s sinks, then the last w tokens, where w is
+            `text_window`. Token i is at s + i % w: a step writes one place and moves nothing.
+        sinks: (B, s) bool. True at those of the first s tokens that are text and have come.
+        seen: (B,) int64. Number of tokens so far. Counted with a `text_window` alone.
     """
 
     ssm: Tensor | None = None
@@ -27,11 +27,11 @@ class MMATEState(NamedTuple):
     seen: Tensor | None = None
 
     def reorder(self, index: Tensor) -> MMATEState:
-        """The rows `index` (int64) of every tensor, as a new state (beam search)."""
+        """A new state of the rows `index` (int64), as beam search needs it."""
         return MMATEState(*(None if t is None else t.index_select(0, index) for t in self))
 
     def repeat(self, n: int) -> MMATEState:
-        """Each row n times in a row, as a new state."""
+        """A new state in which each row stands n times, one after the other."""
         return MMATEState(*(None if t is None else t.repeat_interleave(n, dim=0) for t in self))
 
     def copy_(self, other: MMATEState) -> MMATEState:

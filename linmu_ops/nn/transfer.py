@@ -1,4 +1,4 @@
-"""Weights of an attention layer into the parts of a block (LinMU, arXiv:2601.01322, Eq. 4-5)."""
+"""Copies the weights of an attention layer into the parts of a block (LinMU, arXiv:2601.01322, Eq. 4-5)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def load_attention_weights(
     k_norm: nn.Module | None = None,
     names: dict[str, str] | None = None,
 ) -> list[TransferRow]:
-    """Copy C <- q, B <- k, X <- v into `block.scan`, q, k, v into `block.windows`, and o into its output projections.
+    """Copy an attention layer's weights into a block.
+
+    In `block.scan` C takes the query's weights, B the key's, X the value's. `block.windows` takes all three as they
+    are. The block's output projections take the attention's.
 
     Args:
         block: `MMATE` or `ExactMMATE`.
@@ -113,7 +116,7 @@ def from_attention(
     Args:
         cls: `MMATE` or `ExactMMATE`.
         attention: a module with linear projections under the names of transformers, timm, diffusers or
-            `torch.nn.MultiheadAttention`, separate or fused, and norms of queries and keys per head, if any. A dropout
+            `torch.nn.MultiheadAttention`, separate or fused. It may have norms of queries and keys per head. A dropout
             is left out, with a warning.
         num_heads: the module's num_heads, num_attention_heads or config.num_attention_heads if None.
         num_kv_heads: from the shape of the key projection if None.
@@ -123,8 +126,9 @@ def from_attention(
             given.
 
     Raises:
-        ValueError: no projection of a known name, no number of heads, or something else that changes the module's
-            result and a block cannot do, by its name. TypeError: quantised weights.
+        ValueError: the module has no projection of a known name, or no number of heads; or it has a part that changes
+            its result and that a block has no place for. The message names the part.
+        TypeError: its weights are quantised.
     """
     heads = num_heads or first(attention, HEADS) or first(getattr(attention, "config", None), HEADS)
     config = options.get("config") or cls.default_config

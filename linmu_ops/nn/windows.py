@@ -39,13 +39,13 @@ _QUERIES = 256  # of which the scores against a whole row are held at a time
 
 
 class Near(NamedTuple):
-    """What the tokens of its window give each token, before the output projection.
+    """What each token gets from its window, before the output projection.
 
     Attributes:
-        y: (B, L, H, P). Softmax attention over them; 0 where there is none.
-        lse: (B, L, H), accumulate dtype. Log-sum-exp of their scores, -inf where there is none. None without
+        y: (B, L, H, P). Softmax attention to the tokens of the window; 0 where there are none.
+        lse: (B, L, H), accumulate dtype. Log-sum-exp of their scores, -inf where there are none. None without
             `with_lse`.
-        beyond: (B, L) int64. How many other tokens lie before this one. None without `with_lse`.
+        beyond: (B, L) int64. How many tokens lie before this one and outside of its window. None without `with_lse`.
     """
 
     y: Tensor
@@ -54,22 +54,23 @@ class Near(NamedTuple):
 
 
 class Windows(nn.Module):
-    """Attention of visual tokens in shifted windows, of text to the last tokens of its row (LinMU, sections 2, 3.1).
+    """Softmax attention to near tokens (LinMU, arXiv:2601.01322, sections 2 and 3.1).
 
-    Windows are fixed boxes of a (T, H, W) block; layers with an odd index shift them by half. Attention's own rotary
-    embedding at the original positions. There is no output projection.
+    A visual token attends to its window, a box of its image or video. Layers with an odd index shift the boxes by half.
+    Text attends to the last tokens of its row. Rotary embeddings are those of the original positions. There is no
+    output projection.
 
     Args:
         shape: sizes and facts of the attention layer.
         window, image_window: sizes of a video's and an image's windows, as in `MMATEConfig`.
-        text_window: text attends causally over the last this many tokens of its row; 0 for no attention of text.
-        sink_tokens: the first this many tokens of a row, as far as they are text, are seen by every later one; needs
+        text_window: text attends causally to the last this many tokens of its row; 0: text has no attention.
+        sink_tokens: every later token sees the first this many tokens of its row, as far as they are text. Needs
             with_lse and text_window.
-        with_lse: also give the log-sum-exp of the scores, and how many tokens lie beyond.
+        with_lse: also give the log-sum-exp of the scores, and how many tokens lie beyond the window.
 
     Attributes:
-        nothing_beyond: text sees no sink, and is told of no token beyond its window: the attention that this one stands
-            for has no longer one.
+        nothing_beyond: True where the replaced attention has no longer window than this one. Text then sees no sinks,
+            and no token counts as beyond its window.
     """
 
     nothing_beyond = False
