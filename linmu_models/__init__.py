@@ -1,11 +1,11 @@
 """Linear vision-language models for transformers.
 
-    convert(teacher)    a linear model from a loaded transformers one
-    convert_nvila(...)  the same for NVILA, which is not a part of transformers
-    families()          the model types that can be converted
-    fast_decode()       options of `generate` that compile the step of one token
+    convert(teacher)    makes a loaded model of transformers linear
+    convert_nvila(...)  does the same for NVILA, which is not a part of transformers
+    families()          lists the model types that can be converted
+    fast_decode()       gives options of `generate` that compile the step of one token
 
-Importing this package makes saved LinMU models known to transformers' Auto classes.
+Import this package before you load a saved LinMU model: it makes them known to transformers' Auto classes.
 """
 
 from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig

@@ -58,7 +58,7 @@ def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking:
 
 @contextmanager
 def record_mass(teacher: Any, attentions: Sequence[nn.Module], asking: Tensor) -> Iterator[list[Tensor]]:
-    """See, while `teacher` runs once, where some queries look.
+    """Record where some queries look while `teacher` runs once.
 
     The attention of these queries is computed in full, a few hundred at a time.
 
@@ -86,15 +86,16 @@ def record_mass(teacher: Any, attentions: Sequence[nn.Module], asking: Tensor) -
 
 
 def read_later(masses: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
-    """How much of each layer's output is read after it, for each token.
+    """For each token, how much later layers read of each layer's output.
 
     Args:
         masses: what `record_mass` found at all layers, in their order.
         asking: its queries, (B, L).
 
     Returns:
-        For each layer (B, L) float32: the mean over the later layers, each with the mean over its heads, and over the
-        end, where the asking tokens themselves are read. The sum is the number of these, at every layer.
+        For each layer (B, L) float32: the mean over the later layers, each averaged over its heads, and over the output
+        of the model, where the asking tokens themselves are read. At every layer the sum is the number of asking
+        tokens.
     """
     later = [*(mass.mean(1).to(asking.device) for mass in masses), asking.float()]
     return [torch.stack(later[layer + 1 :]).mean(0) for layer in range(len(masses))]

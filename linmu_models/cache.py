@@ -13,15 +13,15 @@ from linmu_ops.nn import MMATEState
 
 
 class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
-    """Holds one `MMATEState` of constant size, and counts the tokens it has seen.
+    """Holds one `MMATEState` of constant size, and counts the tokens that it has seen.
 
-    The count is what `Cache.get_seq_length` and position ids need: an int, or in the place of a static layer a tensor
+    `Cache.get_seq_length` and position ids need the count. It is an int. In the place of a static layer it is a tensor
     on the layer's device, so that a compiled step does not depend on its value.
 
     Args:
         static: the layer is in the place of a static one.
-        mask_length: length of the static attention layers beside it, whose masks transformers may ask it for. Without
-            such layers None, lest a compiled step depends on it.
+        mask_length: length of the static attention layers beside it; transformers may ask this layer for their masks.
+            None without such layers, so that a compiled step does not depend on it.
     """
 
     is_sliding = False

@@ -1,4 +1,4 @@
-"""Give new blocks the size of the attention they replace, by what the teacher makes of a few batches."""
+"""Fits new blocks to the attention that they replace, on a few batches."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ _TOGETHER = 8
 
 @torch.no_grad()
 def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], *, step_sizes: bool = False) -> None:
-    """Scale each block of `student` such that its output is as large as that of the teacher's attention.
+    """Fit each block of `student` to the teacher's attention at its layer.
 
-    The root mean squares over all tokens that are not padding are made equal, with what the teacher's attention sees
-    as input; see the block's `calibrate`.
+    The input of a block is what the teacher's attention gets. The block's `calibrate` says what is fitted.
 
     Args:
         student: made from `teacher` by `convert`, on the same devices.
-        teacher: runs once for each batch and each few layers, so that what is kept is that of a few layers.
+        teacher: runs several times over each batch, each time for a few layers, so that only theirs is kept.
         batches: keywords of the teacher's forward; `labels` are left out.
-        step_sizes: before that, fit each block's step sizes to the attention that tokens get from text (see
-            `Scan.fit_step_sizes`), so that from the start it remembers what the teacher looks at; and in all other
-            fits, let a token count half by what text reads of it in later layers. The attention of text is computed in
-            full for this, in one more run of the teacher, a few hundred rows at a time.
+        step_sizes: first fit each block's step sizes to the attention that tokens get from text (see
+            `Scan.fit_step_sizes`). So a block remembers from the start what the teacher looks at. In all other fits a
+            token then counts half by what text reads of it in later layers. For this the teacher runs once more, and
+            the attention of text is computed in full, a few hundred rows at a time.
     """
     batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     shared = [student.block_inputs(inputs, inputs["input_ids"].shape[1]) for inputs in batches]

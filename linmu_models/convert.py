@@ -27,33 +27,33 @@ def convert(
     calibration: Iterable[Mapping[str, Any]] = (),
     share_frozen: bool = False,
 ) -> Any:
-    """A model like `teacher`, with a linear M-MATE block in the place of each decoder layer's attention.
+    """Make a model like `teacher`, with a linear block in the place of each decoder layer's attention.
 
-    Every other weight is the teacher's; a block starts from the weights of the attention it replaces. The teacher is
-    not touched, except that calling either changes shared memory if `share_frozen` and someone trains it.
+    A block starts from the weights of the attention that it replaces. Every other weight is the teacher's. The teacher
+    is not changed. With `share_frozen` both models share memory: training the teacher then changes the student too.
 
     Args:
-        teacher: a loaded `...ForConditionalGeneration` (or `...ForCausalLM`) of one of `linmu_models.families()`, of
-            any floating dtype, on any device or device map, or on the meta device.
-        config: options of the block, and with them which block. `EXACT`, what conversion fares best with
-            (`bench/reports`): an `ExactMMATE`. `PAPER` or `LITERAL`: an `MMATE`. Or a dict of options that differ from
-            `EXACT`'s, or from those of its `"preset"`: `{"text_window": 512}`, `{"preset": "paper", "z_gate": True}`.
-        keep_attention: decoder layers that keep their attention, and so their KV cache; negative ones count from
-            the end.
-        calibration: a few batches of inputs, as keywords of the teacher's forward. If given, each block's output is
-            scaled to the size of what the attention it replaces makes of them (the block's `calibrate`).
+        teacher: a loaded `...ForConditionalGeneration` or `...ForCausalLM` of one of `linmu_models.families()`. It may
+            have any floating dtype, and be on any device, device map, or the meta device.
+        config: the block and its options. `EXACT` makes an `ExactMMATE`; it fares best in conversion (`bench/reports`).
+            `PAPER` and `LITERAL` make an `MMATE`. A dict holds only options that differ from `EXACT`'s, or from those
+            of the preset that it names: `{"text_window": 512}`, `{"preset": "paper", "z_gate": True}`.
+        keep_attention: decoder layers that keep their attention, and so their KV cache. Negative ones count from the
+            end.
+        calibration: a few batches of inputs, as keywords of the teacher's forward. If given, each block is fitted to
+            what the attention that it replaces makes of them (the block's `calibrate`).
         share_frozen: use the teacher's memory for everything but the blocks, and freeze it in the student
             (`requires_grad` False). For distillation: two models, one vision tower, one set of MLPs and embeddings.
 
     Returns:
-        A `LinmuModel` that is also an instance of the teacher's class; its `linmu_report` (a `TransferReport`) says
-        where each tensor comes from. Save it with `save_pretrained`; load it with the Auto class after
+        A `LinmuModel` that is also an instance of the teacher's class. Its `linmu_report`, a `TransferReport`, says
+        where each tensor comes from. Save it with `save_pretrained`. Load it with the Auto class after
         `import linmu_models`, or with `trust_remote_code=True`.
 
     Raises:
-        ValueError: an unknown family or option; a quantised or offloaded teacher; one whose attention does what a block
-            does not (`linmu_models.teachers`); calibration by a teacher on the meta device.
-        TypeError: not such a model.
+        ValueError: the family or an option is unknown; the teacher is quantised or offloaded, or its attention does
+            what a block cannot do (`linmu_models.teachers`); calibration is asked of a teacher on the meta device.
+        TypeError: the teacher is no such model.
     """
     family = _family(teacher)
     options = parse_options(config)

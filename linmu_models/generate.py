@@ -1,4 +1,4 @@
-"""From folders to folders and to text: what `linmu convert` and `linmu generate` do; and decoding made fast."""
+"""What `linmu convert` and `linmu generate` do with folders, and options that make decoding fast."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def convert_folder(
         dtype: "auto" (as saved), or one of `DTYPES`.
 
     Raises:
-        ValueError: not a family that can be converted, or an unknown option. OSError: no such model.
+        ValueError: the family cannot be converted, or an option is unknown.
+        OSError: there is no such model.
     """
     _check_dtype(dtype)
     if not os.fspath(out) or (Path(out).exists() and not Path(out).is_dir()):
@@ -73,8 +74,10 @@ def convert_folder(
 
 
 def copy_processor(model: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
-    """Copy the processor and the tokenizer of a saved model, or of one on the hub, as they are: some processors can
-    only be loaded where torchvision is."""
+    """Copy the files of a model's processor and tokenizer; the model is a folder or a name on the hub.
+
+    They are not loaded, for some processors can only be loaded where torchvision is.
+    """
     folder = _local(model, PROCESSOR_FILES)
     for file in {file for pattern in PROCESSOR_FILES for file in folder.glob(pattern) if file.is_file()}:
         copied = Path(out) / file.relative_to(folder)
@@ -93,10 +96,10 @@ def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None)
 
 
 def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
-    """A saved model, linear or not.
+    """Load a saved model, linear or not.
 
     Raises:
-        ValueError: its weights are a file that holds more than tensors; no code of such a file is run.
+        ValueError: the file of its weights holds more than tensors. No code of such a file is run.
     """
     try:
         return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
@@ -120,7 +123,7 @@ def check_model_name(model: str | os.PathLike[str]) -> None:
 def load(
     folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
 ) -> tuple[GenerationMixin, ChatProcessor]:
-    """A saved model, linear or not, on `device`, and what prepares its inputs."""
+    """Load a saved model, linear or not, onto `device`, and the processor that prepares its inputs."""
     _check_dtype(dtype)
     check_model_name(folder)
     where = find_device(device)
@@ -134,10 +137,10 @@ def _check_dtype(dtype: str) -> None:
 
 
 def find_device(device: str | None) -> torch.device:
-    """The device of that name; where there is none, a GPU if there is one.
+    """The device of that name. Without a name, a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the device is not there.
     """
     try:
         found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
@@ -156,11 +159,11 @@ class Answer:
     prompt_tokens: int
     tokens: int
     first_token_seconds: float
-    """From the tensors of the prompt to the first token: vision tower, prefill, one choice."""
+    """Time from the tensors of the prompt to the first token: vision tower, prefill, one choice."""
     tokens_per_second: float | None
-    """After the first; None where there is one only."""
+    """Speed after the first token; None where there is no other."""
     cache_bytes: int
-    """What was kept of prompt and answer: states, and keys and values of layers with attention."""
+    """Size of what was kept of prompt and answer: states, and keys and values of layers with attention."""
 
 
 class _Clock(TextStreamer):
@@ -196,14 +199,14 @@ def generate_text(
 
     Args:
         model, processor: from `load`.
-        prompt: the user's words; put into the processor's chat template, where it has one.
-        images, videos: paths; they come before the words.
-        frames, fps: a video is seen as so many frames a second, and as so many frames at most.
+        prompt: the user's words. The processor's chat template takes them, where it has one.
+        images, videos: paths. They come before the words.
+        frames, fps: a video is seen as `fps` frames a second, and as `frames` frames at most.
         stream: called with each piece of the answer as soon as it is there.
-        options: of transformers' `generate`; one answer, so no beams.
+        options: of transformers' `generate`. There is one answer, so no beams.
 
     Raises:
-        ValueError: beams; a picture or video that cannot be read, or one for a model that takes none.
+        ValueError: beams are asked for; a picture or video cannot be read, or the model takes none.
     """
     if not prompt and not images and not videos:
         raise ValueError("generate: prompt must not be empty")
@@ -242,16 +245,19 @@ def peak_memory() -> int:
 
 
 def fast_decode(**compile_options: Any) -> dict[str, Any]:
-    """Options of `generate` with which the step of one token is compiled, once: `generate(**inputs, **fast_decode())`.
+    """Options of `generate` that compile the step of one token, once: `generate(**inputs, **fast_decode())`.
 
-    The state then keeps its place in memory (transformers' static cache), the step is one graph that updates it there,
-    and on a GPU it is captured and replayed as a CUDA graph. The graph depends on the batch size and on whether rows
-    are padded, not on the length of prompt or answer, and serves later calls too. The tokens are those of a plain
-    `generate`. transformers compiles greedy decoding and sampling; beams run as they are. Compiling takes tens of
-    seconds, which pays on a GPU; on a CPU only where operators' overhead is a large part of the time (small models).
+    The state then keeps its place in memory, in transformers' static cache. The step is one graph that updates it
+    there. On a GPU it is captured and replayed as a CUDA graph. The graph depends on the batch size and on whether rows
+    are padded, but not on the length of prompt or answer. It serves later calls too. The tokens are those of a plain
+    `generate`.
+
+    transformers compiles greedy decoding and sampling; beams run as they are. Compiling takes tens of seconds. That
+    pays on a GPU. On a CPU it pays only for small models, where the overhead of operators is a large part of the time.
 
     Args:
-        compile_options: of transformers' `CompileConfig`, i.e. of `torch.compile`; mode "reduce-overhead" if left out.
+        compile_options: of transformers' `CompileConfig`, that is of `torch.compile`. The mode is "reduce-overhead" if
+            left out.
     """
     config = CompileConfig(**compile_options)
     config._compile_all_devices = True  # transformers would not compile on a CPU

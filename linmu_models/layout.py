@@ -17,7 +17,7 @@ Grid = tuple[int, int, int]
 
 
 class Block(NamedTuple):
-    """A (T, H, W) grid; `offsets[i]` is the placeholder, within its unit, of the i-th token in t, y, x order."""
+    """A (T, H, W) grid of a unit. `offsets[i]` is the unit's placeholder of the i-th token in t, y, x order."""
 
     grid: Grid
     offsets: np.ndarray
@@ -25,9 +25,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class VisualUnit:
-    """What one image or video puts into the sequence: `tokens` placeholders, of which the blocks' are on a grid.
+    """What one image or video puts into the sequence: `tokens` placeholders, some of which are blocks.
 
-    Placeholders of no block (a newline after a row of patches, a class token) are treated as text.
+    Placeholders of no block are treated as text: a newline after a row of patches, or a class token.
     """
 
     tokens: int
@@ -77,7 +77,7 @@ def grids_to_units(grid_thw: Any, merge: int | Iterable[int]) -> list[VisualUnit
 
 
 def repeat_units(placeholders: Placeholders) -> Placeholders:
-    """Units for rows that were each repeated a number of times in place, as beam search does: rows' units as often."""
+    """Repeat the units of each row as often as the row was repeated in place, as beam search does."""
     mask, units = placeholders
     tokens = sum(unit.tokens for unit in units)
     times = int(mask.sum()) // tokens if tokens else 1
@@ -94,8 +94,8 @@ def repeat_units(placeholders: Placeholders) -> Placeholders:
 def build_layout(modalities: Iterable[Placeholders], batch_size: int, length: int) -> TokenLayout | None:
     """Lay every modality's units on its placeholders; None without any.
 
-    Units are given for the whole conversation, row after row; when a part of it is already in the cache, the ids
-    hold the last placeholders only, and the last units serve.
+    Units are given for the whole conversation, row after row. Where a part of it is already in the cache, the ids hold
+    only the last placeholders, and the last units serve.
 
     Raises:
         ValueError: the placeholders are not those of whole units.

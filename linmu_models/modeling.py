@@ -1,4 +1,4 @@
-"""What every LinMU model is: its teacher's transformers class, with linear blocks in the place of attention."""
+"""What every LinMU model shares: it is its teacher's class, with linear blocks in the place of attention."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ AttentionMaskInterface.register(LINEAR, _padding_mask)
 
 
 def attention_window(attention: Any) -> int | None:
-    """How many tokens, itself the last, a token sees in a transformers attention module; None: all before it."""
+    """How many tokens, itself included, a token sees in a transformers attention module. None: all before it."""
     config = getattr(attention, "config", None)
     window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
     kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
@@ -249,12 +249,12 @@ def _loaded_put_aside(block: nn.Module) -> Iterator[None]:
 
 
 class LinmuModel(HoldsBlocks):
-    """Mixed into a transformers class, before it in the bases; a family adds where its visual tokens are.
+    """Mixed into a transformers class, before it in the bases. A family adds where its visual tokens are.
 
     Attributes:
-        linmu_report: what `linmu_models.convert` copied from the teacher; None for a loaded model.
-        layout_source: a function of the inner model's keywords that says where the visual tokens are, in the place of
-            the family's own rule; for a decoder inside another model, which gives it embeddings.
+        linmu_report: what `linmu_models.convert` copied from the teacher. None for a loaded model.
+        layout_source: a function of the inner model's keywords that says where the visual tokens are. It replaces the
+            family's own rule. For a decoder inside another model, which gives it embeddings.
     """
 
     _is_stateful = True

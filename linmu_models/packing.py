@@ -1,4 +1,4 @@
-"""Rows of several sequences, as the collators of transformers and TRL make them: where each begins."""
+"""Finds where sequences begin in rows that hold several, as the collators of transformers and TRL make them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ def find_sequences(inputs: Mapping[str, Any], batch: int, length: int, padding: 
     """Number the sequences of each row.
 
     Args:
-        inputs: keywords of a model's forward. Any of `position_ids`, which start anew in each sequence, (B or 1, L),
-            with a dimension of 1 before or not, (3, B, L), or (4, B, L) with those of text first; `seq_idx` (B, L),
-            which differs; `cu_seq_lens_q` (n + 1,), where each of n sequences begins in the one row, and at last L.
-        padding: (B, L) bool, False at padding, which may have any of these values.
+        inputs: keywords of a model's forward. Any of these tell the sequences:
+            position_ids: start anew in each sequence. (B or 1, L), with a leading dimension of 1 or not; (3, B, L); or
+                (4, B, L), with those of text first.
+            seq_idx: (B, L). Changes where a sequence begins.
+            cu_seq_lens_q: (n + 1,). Where each of n sequences of the one row begins, and L at last.
+        padding: (B, L) bool, False at padding. Padding may have any of these values.
 
     Returns:
-        (B, L) int32, 0, 1, ...; None where each row is one sequence.
+        (B, L) int32: 0, 1, ... None where each row is one sequence.
 
     Raises:
-        ValueError: these contradict each other, or are not of such a shape.
+        ValueError: these contradict each other, or have another shape.
     """
     found = {name: inputs[name] for name in NAMES if isinstance(inputs.get(name), Tensor)}
     if not found or length < 2 or not batch:

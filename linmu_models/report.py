@@ -12,9 +12,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One tensor of the student: its name, the teacher's tensor it comes from ("" if none), how, and its size.
+    """One tensor of the student.
 
-    how: "copied"; "shared" (same memory); "new" (initialised); "absent" (a tensor of the teacher that has no place).
+    Attributes:
+        tensor: its name.
+        source: the teacher's tensor that it comes from; "" if none.
+        how: "copied"; "shared" (same memory); "new" (initialised); "absent" (a tensor of the teacher without a place).
+        numel: how many numbers it has.
     """
 
     tensor: str
@@ -25,7 +29,10 @@ class TensorRow:
 
 @dataclass
 class TransferReport:
-    """Printable as a table, with layers counted together; `save` writes every row as JSON."""
+    """Where each tensor of a student comes from.
+
+    Print it for a table in which layers are counted together. `save` writes every row as JSON.
+    """
 
     teacher: str
     model_type: str
@@ -34,7 +41,7 @@ class TransferReport:
     rows: list[TensorRow] = field(default_factory=list)
 
     def count(self, how: str) -> int:
-        """Numbers (tensor elements) with this `how`."""
+        """How many numbers (tensor elements) have this `how`."""
         return sum(row.numel for row in self.rows if row.how == how)
 
     def save(self, path: str | os.PathLike[str]) -> None:
