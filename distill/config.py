@@ -86,6 +86,13 @@ class TaskData(_Table):
     """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`; and `batch_frames`, see
     `linmu_distill.data.TaskStream`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_packing(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("packing"):
+            raise ValueError(f"packing is for data sets, the built-in tasks are not packed; got {values['packing']!r}")
+        return values
+
     @model_validator(mode="after")
     def _check_groups(self) -> "TaskData":
         _among_groups("mixture", self.mixture)
@@ -133,6 +140,9 @@ class RecordData(_Table):
     """Tokens of a batch, padding included; a longer sample is left out, and counted."""
     max_samples: Positive = 64
     """Samples of a batch."""
+    packing: bool = False
+    """A batch is one row of several samples, each of which trains as if it were alone, without padding; else each is a
+    row, padded to the longest. Not in `[evaluation.held_out]`."""
     text_length: Positive = 1024
     """Tokens of a piece of plain text."""
     frames: Positive = 64
@@ -227,6 +237,12 @@ class EvaluationConfig(_Table):
                 _among_groups(name, given)
         for group, options in self.options.items():
             check_options(group, options)
+        return self
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> "EvaluationConfig":
+        if self.held_out is not None and self.held_out.packing:
+            raise ValueError("held_out.packing must be false: what is only measured is not packed, got true")
         return self
 
     def counts(self, *, final: bool) -> dict[str, int]:

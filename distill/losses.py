@@ -27,6 +27,8 @@ class Kept:
     """(n,) int64: the position that predicts; the predicted token is one further on."""
     targets: Tensor
     """(n,) int64: the token to predict."""
+    samples: Tensor
+    """(n,) int64: the sample; its row, unless rows hold several."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -36,16 +38,18 @@ class Kept:
         return states[self.rows, self.positions]
 
 
-def kept_positions(labels: Tensor) -> Kept:
+def kept_positions(labels: Tensor, seq_idx: Tensor | None = None) -> Kept:
     """Where a model is asked for an answer token.
 
     Args:
         labels: (B, L) int64; `labels[b, t]` is the token at t where it is supervised, -100 elsewhere. A label at t is
             predicted at t - 1; a label at 0 is predicted by nothing and is left out.
+        seq_idx: (1, L): the sample of each token, where one row holds all of them. The first label of each is -100.
     """
     shifted = labels[:, 1:]
     rows, positions = (shifted != IGNORE).nonzero(as_tuple=True)
-    return Kept(rows, positions, shifted[rows, positions])
+    samples = rows if seq_idx is None else seq_idx[rows, positions].long()
+    return Kept(rows, positions, shifted[rows, positions], samples)
 
 
 def hidden_loss(

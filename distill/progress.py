@@ -54,7 +54,8 @@ class Progress:
             if name not in ("step", "seconds"):
                 self._writer.add_scalar(name, value, step)
         parts = [f"{name} {record[name]:.3f}" for name in ("loss", *self._stage.losses) if name in record]
-        note = f"{'  '.join(parts)}  {record['tokens_per_second']:,.0f} tokens/s  {record['peak_memory_mb']:,.0f} MB"
+        note = f"{'  '.join(parts)}  {record['tokens_per_second']:,.0f} tokens/s  "
+        note += f"{record['padding']:.1%} padding  {record['peak_memory_mb']:,.0f} MB"
         self._bar.update(self._task, completed=step, note=note)
         due = time.monotonic() - self._last_line > LINE_SECONDS or step == self._stage.steps
         if not self._console.is_terminal and due:

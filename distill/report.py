@@ -127,10 +127,11 @@ def _stages(folder: Path, config: Config) -> str:
         rows.append(
             [str(stage.number), _trained(row), f"{manifest['trained']:,}", weights, f"{row.learning_rate:g}",
              f"{row.steps:,}", _duration(manifest["seconds"]), f"{rate:,.0f}",
+             f"{manifest['padding']:.1%}" if "padding" in manifest else "-",
              f"{max((record['peak_memory_mb'] for record in records), default=0):,.0f} MB"]
         )  # fmt: skip
     head = ["stage", "trained, all else frozen", "parameters", "loss", "learning rate", "steps", "time", "tokens/s",
-            "peak memory"]  # fmt: skip
+            "padding", "peak memory"]  # fmt: skip
     return table(head, rows)
 
 

@@ -23,8 +23,9 @@ from linmu_ops.nn import MMATEConfig
 
 from . import handoff, held_out
 from .checkpoint import CheckpointStore, locked, write_atomically
-from .config import Config, ConfigError, TaskData, hash_of
+from .config import Config, ConfigError, RecordData, TaskData, hash_of
 from .files import read_json
+from .packing import check_packable
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES
 from .student import (
@@ -137,6 +138,12 @@ class Run:
         if (counts or tasks) and not fits_tasks(self.teacher, self.tokenizer):
             wanted = "data.sets must be given" if tasks else "evaluation.samples must be 0"
             raise RunError(f"{wanted}: {self.config.teacher.path} cannot be shown the built-in tasks; {UNFIT}")
+        stages = [i for i in (1, 2, 3) if self.config.stage(i).steps]
+        if any(getattr(self.config.stage_data(i), "packing", False) for i in stages):
+            try:
+                check_packable(self.teacher.config)
+            except ValueError as error:
+                raise RunError(str(error)) from error
         if not sees_images(self.teacher.config):
             options, why = self.config.block, f"{self.config.teacher.path} is text only"
             windows = isinstance(options, MMATEConfig) and options.swin and not options.text_window
@@ -177,6 +184,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             student.model.linmu_report.save(self.folder / "transfer.json")
             data, path = self.config.stage_data(1), self.config.teacher.path
+            if isinstance(data, RecordData):  # What is measured is the same in rows of one sequence.
+                data = data.model_copy(update={"packing": False})
             source = build_source(data, path, self.teacher, self.tokenizer, self.config.seed * 4)
             batches = []
             for i in range(self.config.calibration_batches):
@@ -241,7 +250,12 @@ class Run:
         )
         with shared_vision_features(self.teacher, student.model):
             means = trainer.run()
-        counts, unfinished = trainer.counts(), trainer.unfinished()
+        counts, unfinished, speed = trainer.counts(), trainer.unfinished(), trainer.throughput()
+        if speed:
+            self.accelerator.print(
+                f"stage {number}  {speed['tokens']:,} tokens, {speed['tokens_per_second']:,.0f} a second; "
+                f"{speed['padding']:.1%} of what the models were given was padding"
+            )
         for name, found in (counts or {}).items():
             told = ", ".join(f"{count} {what}" for what, count in found.items())
             self.accelerator.print(f"stage {number}  data set {name}: {told}")
@@ -256,7 +270,7 @@ class Run:
                 self.folder, number, state, self.teacher_hash, config,
                 title=stage.title, steps=stage.steps, learning_rate=stage.learning_rate, losses=dict(stage.losses),
                 trained=sum(p.numel() for p in trainer.trainable.values()), means=means, seconds=trainer.seconds,
-                unfinished_answers=unfinished, data=counts,
+                unfinished_answers=unfinished, data=counts, **speed,
             )  # fmt: skip
             trainer.store.clear()
         self.accelerator.free_memory()

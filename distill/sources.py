@@ -53,12 +53,13 @@ def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -
     if not processor.speaks and any(chosen.format != "text" for chosen in data.sets.values()):
         raise DataError(f"{path} has no chat template for conversations: put a chat_template.jinja there")
     decoding = Decoding(data.frames, data.fps, data.image_pixels, data.frame_pixels)
-    packing = Packing(data.max_tokens, data.max_samples, data.window)
+    packing = Packing(data.max_tokens, data.max_samples, data.window, data.packing)
     readers = []
     for name, chosen in data.sets.items():
         records = _records(chosen, data, processor.tokenizer)
         readers.append(SetReader(name, records, processor, decoding, packing, seed, rank, processes))
-    return RecordStream(processor, readers, [chosen.weight for chosen in data.sets.values()], seed, data.workers)
+    weights = [chosen.weight for chosen in data.sets.values()]
+    return RecordStream(processor, readers, weights, seed, data.workers, data.packing)
 
 
 def _records(chosen: SetConfig, data: RecordData, tokenizer: Any) -> Any:

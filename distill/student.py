@@ -15,6 +15,7 @@ from linmu_ops.nn import ExactConfig, ExactMMATE
 
 from .config import ConfigError, LoraConfig
 from .losses import kept_positions, num_weighed
+from .packing import real_tokens
 from .parallel import gathered
 from .stages import PRESET_FREEZES, Stage
 from .teacher import Batch, model_inputs
@@ -225,7 +226,7 @@ def hidden_kinds(
 ) -> dict[str, Tensor | list[Tensor]]:
     """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them: all tokens, or visual tokens and text
     apart, with `reading` what answers read as well."""
-    mask = batch["attention_mask"].bool()
+    mask = real_tokens(batch)
     if average == "tokens":
         return {"tokens": mask}
     layout = student.build_layout(model_inputs(batch))

@@ -30,7 +30,7 @@ class Source(Protocol):
 
     A sample is a dataclass with `turns`, a tuple of (question, answer); the question of plain text is empty.
     `processor(samples)` makes what the model takes, padded on the right, and `labels`: -100 outside the answers; each
-    answer has the token that ends it.
+    answer has the token that ends it. Where the source has `packing`, which is true, they are then made one row.
     """
 
     processor: Callable[[Sequence[Any]], Batch]
@@ -117,7 +117,7 @@ def shared_vision_features(*models: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_size: int) -> Tensor:
-    """`(rows,)` bool: rows at which greedy decoding would give the labels, token by token.
+    """`(rows,)` bool: samples at which greedy decoding would give the labels, token by token.
 
     Args:
         states: (n, D): the model's hidden states at the kept positions, seen while the labels were its input.
@@ -126,7 +126,7 @@ def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_si
     for start in range(0, len(kept), chunk_size):
         part = slice(start, start + chunk_size)
         wrong = head(states[part]).argmax(-1) != kept.targets[part]
-        right[kept.rows[part][wrong]] = False
+        right[kept.samples[part][wrong]] = False
     return right
 
 

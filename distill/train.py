@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linmu_models.attention_mass import each_alone
 from linmu_models.generate import peak_memory
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
 from linmu_ops import LinmuWarning
@@ -26,6 +27,7 @@ from .checkpoint import CheckpointStore, random_states, set_random_states, write
 from .config import Config
 from .files import read_lines
 from .losses import answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
+from .packing import pack, real_tokens
 from .parallel import (
     assign,
     gathered,
@@ -79,7 +81,9 @@ class Teacher:
         """Final hidden states `(B, L, D)`, and where asked for the outputs and the inputs of attention at `layers`, and
         what answers read (see `record_reading`)."""
         modules = [attention_modules(self.model)[i] for i in self.layers]
+        packed = batch.get("seq_idx")
         with (
+            nullcontext() if packed is None else each_alone(self.model, packed),
             record_outputs(modules if hidden else []) as outputs,
             record_inputs(modules if inputs else []) as seen,
             record_reading(self.model, self.layers, batch) if reading else nullcontext() as read,
@@ -90,19 +94,20 @@ class Teacher:
 
 @dataclass
 class Part:
-    """A micro-batch with all that its losses need. Rows after `num_rows` hold the teacher's own answers (L_seq)."""
+    """A micro-batch with all that its losses need. Samples after `num_samples` hold the teacher's own answers (L_seq);
+    a sample is a row, or all of them are one."""
 
     batch: Batch
-    num_rows: int
+    num_samples: int
     states: Tensor
-    """(n, D): the teacher's hidden states at the kept positions of the first `num_rows` rows."""
+    """(n, D): the teacher's hidden states at the kept positions of the first `num_samples` samples."""
     hidden: list[Tensor]
     inputs: list[Batch]
     """What the teacher's attention saw at each layer, where the student's blocks are to see it too; else empty."""
     kinds: dict[str, Tensor | list[Tensor]]
-    """The weights (num_rows, L) of tokens for each mean in L_hid, or those of each layer."""
+    """The weights (B, L) of the tokens that the teacher has seen, for each mean in L_hid, or those of each layer."""
     same: Tensor
-    """(num_rows,) bool: rows whose true answers are the teacher's own answers too."""
+    """(num_samples,) bool: samples whose true answers are the teacher's own answers too."""
     counts: dict[str, int]
     """Tokens of this micro-batch in the mean of each loss."""
 
@@ -136,15 +141,14 @@ class Objective(nn.Module):
                 states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
         losses = {}
         if hidden:
-            length = part.hidden[0].shape[1]
-            ours = [output[: part.num_rows, :length] for output in outputs]
+            rows, length = part.hidden[0].shape[:2]
+            ours = [output[:rows, :length] for output in outputs]
             weights = joint_weights(part.kinds, teacher.scales, counts, len(blocks))
             losses["hidden"] = hidden_loss(ours, part.hidden, weights, num_tokens=1)
         if alone:
             return losses
-        kept = kept_positions(part.batch["labels"])
-        true_rows = kept.rows < part.num_rows
-        own = torch.cat([part.same, part.same.new_ones(len(part.batch["labels"]) - part.num_rows)])
+        kept = kept_positions(part.batch["labels"], part.batch.get("seq_idx"))
+        own = torch.cat([part.same, part.same.new_ones(num_samples(part.batch) - part.num_samples)])
         answers = answer_losses(
             kept.select(states),
             self.student.lm_head,
@@ -152,8 +156,8 @@ class Objective(nn.Module):
             teacher_states=part.states,
             teacher_head=teacher.model.lm_head,
             temperature=self.options.temperature,
-            in_sequence=own[kept.rows],
-            in_supervised=true_rows,
+            in_sequence=own[kept.samples],
+            in_supervised=kept.samples < part.num_samples,
             num_token=counts["token"],
             num_sequence=counts["sequence"],
             num_supervised=counts["supervised"],
@@ -165,44 +169,52 @@ class Objective(nn.Module):
         return {**losses, **{name: value for name, value in every.items() if name in shown}}
 
 
+def num_samples(batch: Batch) -> int:
+    """Rows, or the sequences of the one row."""
+    return len(batch["labels"]) if "seq_idx" not in batch else int(batch["seq_idx"][0, -1]) + 1
+
+
 def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreTrainedModel, stage: Stage,
              config: Config, transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
     """Run the teacher on samples and collect what the losses need; the student tells where its visual tokens are."""
 
-    def to_device(batch: Batch) -> Batch:
+    def made(samples: list[Any]) -> Batch:
+        batch = source.processor(samples)
+        if getattr(source, "packing", False):
+            batch = pack(batch, teacher.model.model)
         return {name: value.to(device) for name, value in batch.items()}
 
-    batch = to_device(source.processor(samples))
-    rows = len(batch["labels"])
+    batch, number = made(samples), len(samples)
     average, learns_hidden = config.losses.hidden_average, "hidden" in stage.losses
     states, hidden, inputs, reading = teacher(
         batch, learns_hidden, stage.block_input == "teacher", learns_hidden and average == "read"
     )
-    kept = kept_positions(batch["labels"])
+    kept = kept_positions(batch["labels"], batch.get("seq_idx"))
     if not len(kept):
         raise TrainingError("a batch has no supervised position: every answer in it is empty")
     states = kept.select(states)
     kinds = hidden_kinds(student, batch, average, reading) if hidden else {}
-    same = torch.zeros(rows, dtype=torch.bool, device=device)
+    same = torch.zeros(number, dtype=torch.bool, device=device)
     if "sequence" in stage.losses:
         # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
-        same = predicts_targets(states, teacher.model.lm_head, kept, rows, config.losses.chunk_size)
+        same = predicts_targets(states, teacher.model.lm_head, kept, number, config.losses.chunk_size)
         # Plain text asks nothing that could be answered.
         asked = [any(question for question, _ in sample.turns) for sample in samples]
         others = [s for s, asks, equal in zip(samples, asked, same.tolist(), strict=True) if asks and not equal]
         if others and (own := transcripts(others)):
-            batch = to_device(source.processor([*samples, *own]))
-    labels = batch["labels"]
-    all_kept = kept_positions(labels)
-    own_rows = torch.cat([same, same.new_ones(len(labels) - rows)])
+            batch = made([*samples, *own])
+    all_kept = kept_positions(batch["labels"], batch.get("seq_idx"))
+    of_teacher = torch.cat([same, same.new_ones(num_samples(batch) - number)])
+    real = int(real_tokens(batch).sum())
     counts = {
         **{kind: num_weighed(weights) for kind, weights in kinds.items()},
         "token": len(kept),
-        "sequence": int(own_rows[all_kept.rows].sum()),
+        "sequence": int(of_teacher[all_kept.samples].sum()),
         "supervised": len(kept),
-        "input": int(batch["attention_mask"].sum()),
+        "input": real,
+        "padding": batch["input_ids"].numel() - real,
     }
-    return Part(batch, rows, states, hidden, inputs, kinds, same, counts)
+    return Part(batch, number, states, hidden, inputs, kinds, same, counts)
 
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
@@ -396,6 +408,7 @@ class StageTrainer:
             "gradient_norm": norm,
             "tokens": counts["input"],
             "tokens_per_second": counts["input"] / seconds,
+            "padding": counts["padding"] / (counts["input"] + counts["padding"]),
             "peak_memory_mb": peak_memory() / 2**20,
             "seconds": self._seconds,
         }
@@ -464,6 +477,21 @@ class StageTrainer:
             return None
         every = self._of_all(self.source.counts)
         return {name: dict(sum((counts[name] for counts in every), Counter())) for name in every[0]}
+
+    def throughput(self) -> dict[str, float]:
+        """Of all steps, over all attempts: `tokens`, those of padding left out, `tokens_per_second`, and `padding`, its
+        share of what the models were given. Empty on all processes but the first."""
+        records = read_lines(self.metrics_path) if self.accelerator.is_main_process else []
+        if not records:
+            return {}
+        tokens = sum(record["tokens"] for record in records)
+        # A line of an older release says nothing of padding.
+        given = sum(record["tokens"] / (1 - record.get("padding", 0.0)) for record in records)
+        return {
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "padding": 1 - tokens / max(given, 1),
+        }
 
     def unfinished(self) -> int:
         """Samples that all processes left out of L_seq, because the teacher's answer did not end in time."""

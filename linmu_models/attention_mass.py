@@ -1,4 +1,4 @@
-"""How much of a teacher's attention each token gets from some of the others."""
+"""How much of a teacher's attention each token gets from some of the others; and its attention in packed rows."""
 
 from __future__ import annotations
 
@@ -12,20 +12,42 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .hooks import attention_modules
+from .modeling import attention_window
+
 RECORDED = "linmu_recorded"
 _QUERIES_AT_ONCE = 256
 
 _asking: dict[nn.Module, Tensor] = {}
 _found: dict[nn.Module, Tensor] = {}
+_lengths: dict[nn.Module, list[int]] = {}
 
 
 def _recorded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    if module in _asking:
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        _found[module] = _mass(query, key, attention_mask, scale, _asking[module].to(query.device))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    lengths = _lengths.get(module, [query.shape[2]])
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    asking = _asking[module].to(query.device).split(lengths, dim=1) if module in _asking else [None] * len(lengths)
+    outputs, masses = [], []
+    for (q, k, v), asks in zip(parts, asking, strict=True):
+        mask = _band(module, q) if module in _lengths else attention_mask
+        if asks is not None:
+            masses.append(_mass(q, k, mask, kwargs.get("scaling") or q.shape[-1] ** -0.5, asks))
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    if masses:
+        _found[module] = torch.cat(masses, dim=2)
+    return torch.cat(outputs, dim=1), None
+
+
+def _band(module: nn.Module, query: Tensor) -> Tensor | None:
+    """The mask of a whole sequence; None where it is causal and no more."""
+    length, window = query.shape[2], attention_window(module)
+    if window is None or window >= length:
+        return None
+    places = torch.arange(length, device=query.device)
+    apart = places[:, None] - places
+    return ((apart >= 0) & (apart < window))[None, None]
 
 
 AttentionInterface.register(RECORDED, _recorded_attention)
@@ -33,6 +55,8 @@ AttentionInterface.register(RECORDED, _recorded_attention)
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """SDPA's, without padding that only padding sees: where nothing else is masked, a causal call needs no mask."""
+    if _lengths:
+        return None
     if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
         attention_mask = None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
@@ -54,6 +78,29 @@ def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking:
                 seen = mask[row if len(mask) > 1 else 0][:, queries, : key.shape[2]]
             mass[row] += logits.masked_fill(~seen, -torch.inf).softmax(-1).sum(1)
     return mass
+
+
+@contextmanager
+def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
+    """While open, the sequences of the one row that `teacher` is given are not seen by each other's attention, which is
+    computed for one after the other: no (L, L) mask is made.
+
+    Args:
+        seq_idx: (1, L), their numbers, which differ from one to the next.
+    """
+    if len(seq_idx) != 1:
+        raise ValueError(f"each_alone: seq_idx must be (1, L), got shape {tuple(seq_idx.shape)}")
+    lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+    config, modules = teacher.get_decoder().config, attention_modules(teacher)
+    before = config._attn_implementation
+    _lengths.update(dict.fromkeys(modules, lengths))
+    try:
+        config._attn_implementation = RECORDED
+        yield
+    finally:
+        config._attn_implementation = before
+        for module in modules:
+            _lengths.pop(module, None)
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 A data set is read in windows, a few shards in an order that depends on the seed and the epoch alone. Window w goes to
 process w mod P, so no two processes see the same record in an epoch. A window's records are sorted by length and cut
-into batches that fill `max_tokens`, which then come in random order. So a position in a data set is two numbers, a
-window and a batch in it, and reading on from there gives what an unbroken run would have read.
+into batches that fill `max_tokens`, padded or in one row, which then come in random order. So a position in a data set
+is two numbers, a window and a batch in it, and reading on from there gives what an unbroken run would have read.
 """
 
 from collections import Counter, deque
@@ -76,6 +76,8 @@ class Packing:
     max_samples: int = 64
     window: int = 512
     """Records that are read and sorted together."""
+    one_row: bool = False
+    """A batch is meant for one row without padding, rather than for rows of about one length."""
 
 
 class SetReader:
@@ -123,14 +125,34 @@ class SetReader:
         rng = np.random.default_rng([crc32(self.name.encode()), self._seed, window, 1])
         usable = [usable[i] for i in rng.permutation(len(usable))]
         usable.sort(key=lambda item: item[0])
+        batches = self._one_row(usable) if self._packing.one_row else self._alike(usable)
+        return [batches[i] for i in rng.permutation(len(batches))], counts
+
+    def _alike(self, records: list[tuple[int, Record]]) -> list[list[Record]]:
         batches: list[list[Record]] = []
-        for length, record in usable:
+        for length, record in records:
             last = batches[-1] if batches else []
             if last and (len(last) + 1) * length <= self._packing.max_tokens and len(last) < self._packing.max_samples:
                 last.append(record)
             else:
                 batches.append([record])
-        return [batches[i] for i in rng.permutation(len(batches))], counts
+        return batches
+
+    def _one_row(self, records: list[tuple[int, Record]]) -> list[list[Record]]:
+        """The longest first, each where there is room first."""
+        batches: list[list[Record]] = []
+        room: list[int] = []
+        for length, record in reversed(records):
+            for i, batch in enumerate(batches):
+                if length <= room[i] and len(batch) < self._packing.max_samples:
+                    break
+            else:
+                i = len(batches)
+                batches.append([])
+                room.append(self._packing.max_tokens)
+            batches[i].append(record)
+            room[i] -= length
+        return batches
 
     def read(self, position: tuple[int, int], pool: ThreadPoolExecutor, ahead: int) -> Iterator["Prepared"]:
         """Batches from a position on, decoded by `pool`, `ahead` of them at a time. Never ends.
@@ -200,8 +222,9 @@ class RecordStream:
     """
 
     def __init__(self, processor: ChatProcessor, readers: Sequence[SetReader], weights: Sequence[float], seed: int,
-                 workers: int = 2) -> None:  # fmt: skip
-        self.processor = processor
+                 workers: int = 2, packing: bool = False) -> None:  # fmt: skip
+        """`packing`: the samples of a batch are to be made one row, of which the readers know."""
+        self.processor, self.packing = processor, packing
         self._readers = {reader.name: reader for reader in readers}
         self._weights = np.array(weights, dtype=np.float64) / sum(weights)
         self._seed, self._workers = seed, workers

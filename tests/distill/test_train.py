@@ -298,7 +298,8 @@ def test_accumulated_batches_are_one_mean(tmp_path, accumulation):
     trainer.run()
     together.run()
     ours, theirs = curve(trainer.folder)[0], curve(together.folder)[0]
-    assert {**ours, "tokens": 0} == pytest.approx({**theirs, "tokens": 0}, rel=1e-4)
+    apart = {"tokens": 0, "padding": 0}  # shorter rows are padded to less
+    assert {**ours, **apart} == pytest.approx({**theirs, **apart}, rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
