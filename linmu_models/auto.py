@@ -1,4 +1,4 @@
-"""Every Auto class of transformers that knows a teacher's configuration, made to know the student's."""
+"""Makes a student's configuration known to every Auto class of transformers that knows its teacher's."""
 
 from __future__ import annotations
 

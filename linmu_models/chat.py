@@ -1,7 +1,7 @@
-"""Conversations about images and videos to a model's inputs and labels, by the chat template of its processor.
+"""Makes a model's inputs and labels from conversations, by the chat template of its processor.
 
-Where a processor cannot take videos (most need torchvision for that), the tensors are made here (the Qwen2-VL kind,
-whose grids this package knows), or the frames are passed as images.
+Most processors need torchvision to take videos. Where one cannot, the tensors of the Qwen2-VL kind are made here, and
+for other models the frames are passed as images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a LinMU model keeps in its configuration, beside everything its teacher kept: the field `linmu`."""
+"""The field `linmu` of a LinMU model's configuration. All other fields are its teacher's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCKS: dict[str, type[MMATEConfig | ExactConfig]] = {"MMATE": MMATEConfig, "Exa
 
 
 def linmu_field(options: MMATEConfig | ExactConfig, keep_attention: Iterable[int], layers: int) -> dict[str, Any]:
-    """The JSON-able `linmu` field.
+    """Make the field `linmu`, which JSON can hold.
 
     Args:
         options: of the block.
@@ -46,10 +46,14 @@ def _kept_layers(value: Any, low: int, layers: int) -> list[int]:
 
 
 def parse_options(options: MMATEConfig | ExactConfig | Mapping[str, Any]) -> MMATEConfig | ExactConfig:
-    """`options`, or of a (JSON) dict of those that differ from the ones of `preset`, "exact" where it is not given.
+    """The options of a block, from what `convert` takes.
+
+    Args:
+        options: a config, which is returned as it is; or a dict (as JSON gives it) of options that differ from those of
+            its `preset`. The preset is "exact" where the dict names none.
 
     Raises:
-        ValueError: an unknown preset or option.
+        ValueError: the preset or an option is unknown.
     """
     if isinstance(options, MMATEConfig | ExactConfig):
         return options
@@ -72,10 +76,10 @@ def _check_known(options: Mapping[str, Any], kind: type[MMATEConfig | ExactConfi
 
 
 def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, frozenset[int]]:
-    """(options of the block, layers that keep attention) of a LinMU configuration.
+    """Read the field `linmu`: (options of the block, layers that keep attention).
 
     Raises:
-        ValueError: there is no `linmu` field, it is of another format, or a part of it is not what it must be.
+        ValueError: there is no such field, it has another format, or a part of it is wrong.
     """
     field = getattr(config, "linmu", None)
     if not field:

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite as a vision tower: what transformers' LLaVA needs of one, and transformers has not.
+"""EfficientNet-Lite as a vision tower for transformers' LLaVA; transformers has no such model.
 
-A convolutional backbone for phones, pretrained on ImageNet; its last map, averaged to `grid` x `grid` cells, is that
-many visual tokens. Batch norms are folded into the convolutions when weights are converted.
+It is a convolutional backbone for phones, pretrained on ImageNet. Its last map, averaged to `grid` x `grid` cells,
+gives that many visual tokens. Batch norms are folded into the convolutions when weights are converted.
 """
 
 from __future__ import annotations

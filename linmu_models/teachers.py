@@ -1,4 +1,4 @@
-"""What a teacher's attention does, beside what a block does: carried over, or refused by name."""
+"""Checks a teacher's attention: a block can do what it does, or the teacher is refused by the name of the part."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ TOKENS = 12  # of the probe
 def check_teacher(
     teacher: PreTrainedModel, keep: Iterable[int], options: MMATEConfig | ExactConfig, facts: Mapping[str, bool]
 ) -> None:
-    """Refuse a teacher some layer of which, other than those of `keep`, a block cannot stand for.
+    """Refuse a teacher if a block cannot take the place of one of its layers.
 
     Args:
+        keep: layers that keep their attention; they are not checked.
         options: of the blocks.
         facts: what the blocks are told of the attention of this family.
 
     Raises:
-        ValueError: it has a part, or an option is set, that a block has no place for; or a layer's output is not what
-            a block makes of the same weights where all tokens lie in its window.
+        ValueError: a layer has a part or an option that a block has no place for; or a block with the same weights, all
+            tokens in its window, gives another output.
     """
     config: Any = teacher.config.get_text_config(decoder=True)
     layers: Any = teacher.get_decoder().layers
@@ -119,7 +120,7 @@ def _check_parts(attention: Any, index: int) -> None:
 
 
 def block_attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
-    """What a block takes an attention module for: softmax attention of `x` (1, L, D), its scores in float32."""
+    """What a block makes of an attention module's weights: softmax attention of `x` (1, L, D), scores in float32."""
     size = attention.head_dim
     heads = [getattr(attention, f"{p}_proj")(x).unflatten(-1, (-1, size)) for p in "qkv"]
     for i, norm in enumerate(("q_norm", "k_norm")):

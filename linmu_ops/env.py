@@ -1,10 +1,12 @@
 """`linmu env`, `python -m linmu_ops.env [--json]`: what is installed, what was built, and whether it works.
 
-Prints versions, the state of the compiled libraries, and one row per op and implementation; every usable
+It prints versions, the state of the compiled libraries, and one row per op and implementation. Every usable
 implementation computes a small case, gradients included, and is compared with the reference. The exit code is 1 if
-anything that should work does not. A library that is not built is no failure (the references serve); one that is
-there and cannot be loaded is. Only the standard library is imported up front, and every probe is guarded, so that a
-broken installation is described rather than a traceback.
+anything that should work does not.
+
+A library that is not built is no failure: the references serve. One that is there and cannot be loaded is a failure.
+Only the standard library is imported up front, and every probe is guarded: a broken installation is described, and does
+not end in a traceback.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One file per family: where the visual tokens are, and what its attention forces on the block."""
+"""One file per family. It says where the visual tokens are, and what a block must know of the attention."""
 
 from . import (
     gemma3,

@@ -1,4 +1,4 @@
-"""NVILA through its remote code: a decoder (`model.llm`) that is given embeddings, so layouts are made where these are.
+"""NVILA through its remote code. Its decoder gets embeddings, so layouts are made where the embeddings are.
 
     model.llm                   the decoder, a causal language model of transformers
     model.encoders[name]        "image", "video": features of one picture after the other, with text tokens around them
@@ -28,15 +28,15 @@ def convert_nvila(
     config: MMATEConfig | ExactConfig | Mapping[str, Any] = EXACT,
     keep_attention: Iterable[int] = (),
 ) -> Any:
-    """Replace the decoder of a loaded NVILA model by a linear one, in place.
+    """Make the decoder of a loaded NVILA model linear, in place.
 
     Args:
         model: the remote-code model; its names are those in this module's docstring.
         config, keep_attention: as in `linmu_models.convert`.
 
     Returns:
-        The model. Its `llm` is a `LinmuModel`, to be saved and loaded on its own (`model.llm.save_pretrained`); after
-        loading it into `model.llm`, call `attach_nvila(model)`.
+        The model. Its `llm` is a `LinmuModel`. Save and load it on its own (`model.llm.save_pretrained`). After you
+        load it into `model.llm`, call `attach_nvila(model)`.
 
     Raises:
         TypeError: a name is missing.
@@ -49,7 +49,7 @@ def convert_nvila(
 
 
 def attach_nvila(model: Any) -> Any:
-    """Make a NVILA model with a linear decoder tell it, at each `_embed`, where the visual tokens are."""
+    """Connect a linear decoder to its NVILA model, which then says in each `_embed` where the visual tokens are."""
     _check(model)
     recorder = _Recorder(model)
     model.llm.layout_source = recorder.layout

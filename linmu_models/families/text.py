@@ -1,4 +1,4 @@
-"""Text-only decoders: no visual tokens, so every block is a forward scan."""
+"""Text-only decoders. They have no visual tokens, so a block scans forwards alone."""
 
 from __future__ import annotations
 

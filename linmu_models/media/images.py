@@ -99,15 +99,19 @@ def image_size(source: Source) -> tuple[int, int]:
 
 
 def read_image(source: Source, max_pixels: int | None = None) -> Clip:
-    """An image file, or its bytes, upright and in RGB; of an animation the first picture.
+    """Read an image, from a file or its bytes, upright and in RGB. Of an animation the first picture is read.
 
-    The orientation is that of EXIF, else of XMP. Samples of more than 8 bits are scaled, not cut off: 16 bits by their
-    range; 32 bits, which have no usual range, by that of 8, 16 or 32 bits, the first that holds them all; floats by
-    that of 0 to 1, unless they go far beyond. What is transparent is seen on white. Colour profiles are not applied.
-    The bound on the size is 178 megapixels, which take about 3 GB.
+    The orientation is that of EXIF, else of XMP. Samples of more than 8 bits are scaled, not cut off:
+
+    - 16 bits by their range;
+    - 32 bits have no usual range: by that of 8, 16 or 32 bits, the first that holds them all;
+    - floats by the range 0 to 1, unless they go far beyond.
+
+    What is transparent is seen on white. Colour profiles are not applied. The bound on the size is 178 megapixels,
+    about 3 GB.
 
     Raises:
-        UnreadableError: missing, corrupt or cut short, too large, or too elongated.
+        UnreadableError: the image is missing, corrupt or cut short, too large, or too elongated.
     """
     _need_pillow()
     from PIL import Image

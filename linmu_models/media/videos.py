@@ -371,16 +371,18 @@ def video_facts(source: Source) -> VideoFacts:
 
 
 def read_video(source: Source, frames: int, fps: float, max_pixels: int | None = None) -> Clip:
-    """Evenly spaced frames of a video: the middle of each of n equal parts, n = `VideoFacts.count(frames, fps)`.
+    """Read evenly spaced frames of a video: the middles of n equal parts, n = `VideoFacts.count(frames, fps)`.
 
-    A frame is the one shown at that time: the last that is not later, or the first where none is earlier. It is turned
-    and mirrored as its container says. It is otherwise as it is coded: not deinterlaced, its pixels not made square,
-    without its alpha, its brightness not mapped. Of several pictures the default one is read, or the largest; cover
-    pictures are not. Decoded are the first frame, and for each frame that is read those from its key frame to the next
-    one, once; a format in which FFmpeg finds no key frames is decoded from its beginning to the last frame read.
+    A frame is the one shown at that time: the last that is not later, or the first where none is earlier. It is rotated
+    and mirrored as its container says. Otherwise it is as it is coded: it is not deinterlaced, its pixels are not made
+    square, its alpha is left out, its brightness is not mapped.
+
+    Of several pictures the default one is read, or the largest; cover pictures are not. The first frame is decoded, and
+    for each frame that is read those from its key frame to the next one, once. Where FFmpeg finds no key frames, it
+    decodes from the beginning to the last frame read.
 
     Raises:
-        UnreadableError: missing, corrupt, cut short, too large, too elongated, or not a video.
+        UnreadableError: the video is missing, corrupt, cut short, too large, too elongated, or is none.
     """
     with _film(source) as film:
         facts = film.facts
