@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import os
-import platform
-import subprocess
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,52 +15,10 @@ from linmu_ops import _registry
 from . import roofs, timing
 from .peers import Bench, Case, Inputs, Missing, Peer
 
-ROOT = Path(__file__).parents[1]
 OURS = "linmu "
 NATIVE = "native"  # of what is no single op: each of its ops as it is served
 # Of the largest value: two float32 results of long sums differ by more than a rounding, a wrong one by much more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-9}
-
-
-def where(device: str) -> dict[str, Any]:
-    """What a row says about the place and the state of the code."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    commit = git(["git", "rev-parse", "--short=12", "HEAD"])
-    dirty = git(["git", "status", "--porcelain", "--", "linmu_ops", "csrc", "CMakeLists.txt", "bench/ops"])
-    versions = {"python": platform.python_version()}
-    for package in (
-        "torch",
-        "transformers",
-        "triton",
-        "mamba_ssm",
-        "fla-core",
-        "flash-attn",
-        "natten",
-        "causal-conv1d",
-    ):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if device == "cuda":
-        name, versions["cuda"] = torch.cuda.get_device_name(), torch.version.cuda or ""
-        clock = "as the driver sets it"
-    else:
-        name, clock = _cpu_name(), f"not fixed; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores at the start"
-    return dict(
-        commit=commit.stdout.strip() or os.environ.get("LINMU_COMMIT"),
-        dirty=bool(dirty.stdout.strip()) if dirty.returncode == 0 else None,
-        device=name, isa=_registry.binaries()["cpu"].info.get("isa"), threads=torch.get_num_threads(),
-        versions=versions, clock=clock, date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )  # fmt: skip
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _tensors(value: Any) -> list[Tensor]:

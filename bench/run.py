@@ -19,8 +19,8 @@ from linmu_distill.files import read_lines
 
 from . import measure, report, timing
 from .peers import Bench, Case
+from .provenance import ROOT, where
 
-ROOT = Path(__file__).parents[1]
 OPS = tuple(sorted(f.stem for f in (Path(__file__).parent / "ops").glob("[a-z]*.py")))
 
 
@@ -107,7 +107,7 @@ def _append(file: Path, rows: list[report.Row], replace: bool) -> None:
 
 
 def _rows(bench: Bench, args: argparse.Namespace) -> Any:
-    place = measure.where(args.device)
+    place = where(args.device)
     names = args.case or [n for n, c in bench.cases.items() if _included(n, c, args)]
     if unknown := set(names) - set(bench.cases):
         sys.exit(f"{bench.op}: case must be one of {', '.join(bench.cases)}, got {', '.join(sorted(unknown))}")

@@ -16,25 +16,17 @@ def distill(
     config: Annotated[Path, typer.Argument(help="A TOML file; see distill/README.md.")],
     stage: Annotated[int | None, typer.Option(help="Run this stage only: 1, 2 or 3.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
-    ablate: Annotated[bool, typer.Option("--ablate", help="CONFIG is a table of runs; it goes on by itself.")] = False,
-    row: Annotated[list[str] | None, typer.Option(help="With --ablate: only this row; may be repeated.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="With --ablate: so many seeds.")] = None,
 ) -> None:
     """Make a teacher linear: convert it, train the student in three stages, write a report."""
-    if ablate and stage is not None:
-        stop("--stage is for one run, not for --ablate")
-    if not ablate and (row or seeds):
-        stop("--row and --seeds need --ablate")
     with _needs_extra():
         from .checkpoint import CheckpointError
         from .config import ConfigError, load_config
 
     try:
-        settings = None if ablate else load_config(config)
+        settings = load_config(config)
     except ConfigError as error:
         stop(error)
     with _needs_extra():
-        from .ablation import run_table
         from .data.records import DataError
         from .handoff import HandoffError
         from .run import RunError
@@ -42,7 +34,7 @@ def distill(
         from .train import Interrupted, TrainingError
 
     try:
-        report = run_table(config, row or (), seeds) if settings is None else run(settings, stage, resume)
+        report = run(settings, stage, resume)
     except (ConfigError, RunError, HandoffError, DataError, TrainingError, CheckpointError, OSError) as error:
         stop(error)
     except Interrupted as error:

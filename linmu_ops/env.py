@@ -46,16 +46,16 @@ def _first_line(*command: str) -> str:
     return (done.stdout or done.stderr).strip().splitlines()[-1 if command[0] == "nvcc" else 0]
 
 
-def _processor() -> str:
+def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _system() -> dict[str, str]:
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": f"{cpu_name()}, {os.cpu_count()} cores",
         "C++ compiler": _first_line(os.environ.get("CXX", "c++"), "--version"),
         "nvcc": _first_line("nvcc", "--version"),
     }

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import measure as ops_measure
 from bench import roofs, timing
 from bench.ops import ssd_scan, ssd_step
 from bench.peers import case
+from bench.provenance import where
 from linmu_ops import TokenLayout
 from linmu_ops.nn.config import PRESETS
 
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     timing.keep_memory()
     shape, dtype = SHAPES[args.shape].with_layers(args.layers), getattr(torch, args.dtype)
     choice = dict(shape=args.shape, layers=args.layers, block=args.block, dtype=args.dtype)
-    place = ops_measure.where(args.device) | choice
+    place = where(args.device) | choice
     models = build(shape, dtype, args.device, tower=False, block=args.block)
     for kind in ("prefill", "decode"):
         for length in getattr(args, kind):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from bench import measure as ops_measure
 from bench import report as ops_report
 from bench import timing
+from bench.provenance import where
 from linmu_distill.checkpoint import write_atomically
 from linmu_distill.files import read_lines
 from linmu_ops.nn.config import PRESETS
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure_all(args: argparse.Namespace, dtype: str, target: Path) -> None:
     shape = SHAPES[args.shape].with_layers(args.layers)
-    place = ops_measure.where(args.device)
+    place = where(args.device)
     layers = shape.text["num_hidden_layers"]
     common: Row = dict(shape=args.shape, layers=layers, block=args.block, dtype=dtype) | place
     if target.exists():  # Nothing is to be appended to a line that was cut.

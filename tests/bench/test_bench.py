@@ -13,6 +13,7 @@ import torch
 
 from bench import measure, report, roofs, run, timing
 from bench.peers import Missing, Peer
+from bench.provenance import where
 from linmu_ops import _registry
 
 QUICK = dict(seconds=0.0, warmup=0.0, rounds=(1, 1))
@@ -174,7 +175,7 @@ def test_command_writes_rows(monkeypatch, capsys, tmp_path):
 def test_report(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "HERE", tmp_path)
     rows = [
-        row | measure.where("cpu") | dict(case=f"L={n}", sizes=dict(L=n), verified=n == 64)
+        row | where("cpu") | dict(case=f"L={n}", sizes=dict(L=n), verified=n == 64)
         for n in (64, 128)
         for row in rows_of("causal_conv1d")
     ]

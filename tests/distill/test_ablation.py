@@ -8,16 +8,16 @@ import pytest
 from small_run import save_teacher
 from typer.testing import CliRunner
 
-from linmu_distill.ablation import Table, merged, run_table
-from linmu_distill.ablation_report import accuracy, difference
+from bench.runs.page import accuracy, difference
+from bench.runs.run import app, run_table
+from bench.runs.table import Table, merged
 from linmu_distill.checkpoint import locked
 from linmu_distill.config import ConfigError
 from linmu_distill.evaluation import wilson_interval
 from linmu_distill.run import RunError
 from linmu_distill.train import StageTrainer
-from linmu_models.cli import app
 
-SHIPPED = Path(__file__).parents[2] / "distill/configs/ablations"
+SHIPPED = Path(__file__).parents[2] / "bench/runs/tables"
 BASE = """
 name = "base"
 preset = "paper"
@@ -80,12 +80,12 @@ def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StageTrainer, "_step", step)
     runner = CliRunner()
-    done = runner.invoke(app, ["distill", "--ablate", str(path)])
-    assert done.exit_code == 130 and "go on with" in done.output
+    done = runner.invoke(app, [str(path)])
+    assert done.exit_code == 130 and "goes on" in done.output
     results, page = tmp_path / "results/two.jsonl", tmp_path / "reports/two.md"
     assert [json.loads(line)["row"] for line in results.read_text().splitlines()] == ["teacher", "first", "start"]
     assert "| other | causal | `student.reverse = false` | 0 |" in page.read_text()
-    done = runner.invoke(app, ["distill", "--ablate", str(path)])
+    done = runner.invoke(app, [str(path)])
     assert done.exit_code == 0, done.output
     # Two rows, two seeds, three steps; the one that was cut short is the only one begun twice.
     assert len(steps) == 13 and len(set(steps)) == 12
@@ -165,14 +165,18 @@ def test_rows_may_differ_in_compute_where_the_table_says_why(tmp_path):
 
 
 def test_options_of_the_command(tmp_path):
-    path, runner = str(_write(tmp_path)), CliRunner()
-    for arguments, said in (
-        (["--ablate", "--stage", "1", path], "--stage is for one run"),
-        (["--row", "first", path], "--row and --seeds need --ablate"),
-        (["--ablate", "--row", "none", path], "--row must be among first, start, other, got none"),
-    ):
-        done = runner.invoke(app, ["distill", *arguments])
-        assert done.exit_code == 1 and said in done.output
+    done = CliRunner().invoke(app, ["--row", "none", str(_write(tmp_path))])
+    assert done.exit_code == 1 and done.stderr == "linmu: --row must be among first, start, other, got none\n"
+    assert CliRunner().invoke(app, [str(tmp_path / "two.toml"), "--seeds", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize("text", [None, b"name = \xe9", b"name ="])
+def test_a_file_that_is_no_table_is_refused_in_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "x.toml").write_bytes(text)
+    for path in (tmp_path / "x.toml", tmp_path, ""):
+        done = CliRunner().invoke(app, [str(path)])
+        assert done.exit_code == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("linmu: ")
 
 
 TABLES = sorted(path for path in SHIPPED.glob("*.toml") if not path.stem.endswith("base"))
@@ -221,7 +225,7 @@ def test_intervals_hold_what_they_promise():
 
 
 def test_recall_counts_right_answers(tmp_path, monkeypatch):
-    from linmu_distill import recall
+    from bench.runs import recall
 
     keys, values, asked, answers = recall.sequences(3, 8, 0)
     held = [dict(zip(k, v, strict=True)) for k, v in zip(keys.tolist(), values.tolist(), strict=True)]

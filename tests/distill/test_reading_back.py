@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from bench import report as ops_report
 from bench.models import report as models_report
+from bench.runs.table import Results
 from linmu_distill import handoff, make_teacher
-from linmu_distill.ablation import Results
 from linmu_distill.checkpoint import CheckpointError, CheckpointStore, load_data, random_states, set_random_states
 from linmu_distill.config import parse_config
 from linmu_distill.evaluate import EvaluationError, evaluate_folder

@@ -109,7 +109,7 @@ def test_fitted_step_sizes_are_part_of_calibration(family):
 
 def test_starts_nearer_to_the_teacher():
     """Relative L_hid before any training: the experiment in distill/README.md, small."""
-    config = load_config(ROOT / "distill" / "configs" / "ablations" / "base.toml")
+    config = load_config(ROOT / "bench" / "runs" / "tables" / "base.toml")
     folder = ROOT / "distill" / "teachers" / "tiny"
     teacher, tokenizer = load_teacher(str(folder), "float32")
     source = build_source(config.data, str(folder), teacher, tokenizer, 7)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from .ablation import TEACHER, Results, Row, Table
-from .evaluation import wilson_interval
-from .figures import answer_curves, row_intervals
-from .report import table as markdown
+from linmu_distill.evaluation import wilson_interval
+from linmu_distill.figures import answer_curves, row_intervals
+from linmu_distill.report import table as markdown
+from linmu_distill.run import TEACHER
+
+from .table import Results, Row, Table
 
 Interval = tuple[float, float, float]
 """Mean, lower and upper end of its 95 % interval."""
@@ -260,7 +262,7 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
             parts += [f"## {name}", "", markdown([curve.label or curve.option, *ticks], rows), "",
                       f"![{name}]({plot.name})", ""]  # fmt: skip
     if page.records:
-        commits = sorted({record["commit"] for record in every})
+        commits = sorted({f"{record['commit']}{'-dirty' if record.get('dirty') else ''}" for record in every})
         # Lines from before the device was noted are of CPUs.
         places = Counter((record.get("device", "cpu"), *record["versions"].items()) for record in every)
         told = [

@@ -1,6 +1,6 @@
 """How many pairs a state of fixed size holds: associative recall by one layer, trained, as the pairs grow past it.
 
-    python -m linmu_distill.recall [--steps 1500] [--seeds 3]
+    python -m bench.runs.recall [--steps 1500] [--seeds 3]
 
 A sequence shows n tokens, each a key and its value, then the n keys in another order; at each the value is asked for.
 One token holds a whole pair, so that nothing is tested but memory. Attention keeps all pairs; a scan keeps, for each
@@ -18,12 +18,13 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from linmu_distill.figures import answer_curves
+from linmu_distill.report import table
 from linmu_ops.nn import MMATE, MMATEConfig
 
-from .ablation import Results, provenance
-from .ablation_report import accuracy
-from .figures import answer_curves
-from .report import table
+from ..provenance import where
+from .page import accuracy
+from .table import Results
 
 KEYS, VALUES, HEADS = 512, 64, 4
 PAIRS = (4, 8, 16, 32, 64, 128, 256)
@@ -100,7 +101,7 @@ def run(pairs: tuple[int, ...], seeds: int, steps: int, results: Results, report
                     right = train(scan, head_dim, count, seed, steps)
                     seconds = time.perf_counter() - began
                     facts = {"row": name, "key": key, "seed": seed, "pairs": count, "steps": steps, "right": right}
-                    results.append({**facts, "seconds": seconds, **provenance()})
+                    results.append({**facts, "seconds": seconds, **where("cpu")})
                     print(f"{name}, {count} pairs, seed {seed}: {np.mean(right):.1%}  ({seconds:.0f} s)")
                     write_page(pairs, steps, results, reports)
     return write_page(pairs, steps, results, reports)

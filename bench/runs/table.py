@@ -1,0 +1,192 @@
+"""A table of runs: its TOML file, the configuration of each run, and the file of its results."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from linmu_distill.checkpoint import locked, write_atomically
+from linmu_distill.config import Config, ConfigError, Name, describe, hash_of, load_values, parse_config
+from linmu_distill.files import read_lines
+from linmu_distill.run import TEACHER, RunError
+from linmu_distill.stages import STAGES
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(_Strict):
+    """One line of a table: a run for each seed, or a run of another line looked at after an earlier stage."""
+
+    name: Name
+    about: str = ""
+    """For the page: what the line is."""
+    set: dict[str, Any] = {}
+    """Options of `Config` that differ from the base; tables are merged, all else is replaced."""
+    of: Name | None = None
+    """Score the runs of this line..."""
+    after: Annotated[int, Field(ge=0, lt=len(STAGES))] | None = None
+    """...as they were after this stage; 0: as converted and calibrated."""
+
+    @model_validator(mode="after")
+    def _a_run_or_a_look_at_one(self) -> "Row":
+        if (self.of is None) != (self.after is None) or (self.of and self.set):
+            raise ValueError("of and after belong together, without set")
+        return self
+
+
+class Curve(_Strict):
+    """Accuracy of one task group against one option of its generator."""
+
+    group: str
+    option: str
+    values: Annotated[list[Any], Field(min_length=1)]
+    samples: Annotated[int, Field(gt=0)] = 100
+    label: str = ""
+    """The axis."""
+    trained: Any = None
+    """The largest value that training shows; drawn in."""
+
+
+class TableConfig(_Strict):
+    """The TOML file of a table. Its name is the file's."""
+
+    title: str
+    about: str = ""
+    base: str
+    """A configuration of `linmu distill`, relative to the table's folder. Its `name` and `seed` are not used."""
+    seeds: Annotated[int, Field(gt=0)] = 3
+    set: dict[str, Any] = {}
+    """Options that all rows share."""
+    rows: Annotated[list[Row], Field(min_length=1)]
+    """The first is what the others are compared with."""
+    unequal_compute: str = ""
+    """Why rows may differ in their number of steps; without it, they may not."""
+    held_out: Annotated[int, Field(ge=0)] = 64
+    """Test samples of each group on which the distance to the teacher is measured."""
+    curves: dict[Name, Curve] = {}
+    results: str = "bench/results/ablations"
+    reports: str = "bench/reports"
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` in it; tables are merged, all else is replaced."""
+    out = dict(base)
+    for key, value in changes.items():
+        old = out.get(key)
+        out[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+class Table:
+    """A table file with the configuration of each of its runs."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file and check every row.
+
+        Raises:
+            ConfigError: the file, its base or a row is wrong, or rows differ in their number of steps.
+        """
+        values = load_values(path)
+        try:
+            self.config = TableConfig.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(describe(error, str(path))) from error
+        self.name = path.stem
+        self._source = str(path)
+        self._base = load_values(path.parent / self.config.base)
+        names = [row.name for row in self.config.rows]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or TEACHER in names:
+            raise ConfigError(
+                f"{path}: rows: a name must occur once and not be {TEACHER!r}, got {[*twice, TEACHER][0]}"
+            )
+        self.runs = [row for row in self.config.rows if row.of is None]
+        for row in self.config.rows:
+            if row.of is not None and row.of not in {other.name for other in self.runs}:
+                raise ConfigError(f"{path}: rows.{row.name}.of must name a row that is run, got {row.of}")
+        self.first = self.run_config(self.runs[0], 0)
+        self._check_compute()
+        self._check_scoring()
+
+    def _check_compute(self) -> None:
+        steps = {row.name: sum(self.run_config(row, 0).stage(i).steps for i in (1, 2, 3)) for row in self.runs}
+        if len(set(steps.values())) > 1 and not self.config.unequal_compute:
+            told = ", ".join(f"{name} {count}" for name, count in steps.items())
+            raise ConfigError(
+                f"{self._source}: rows must have as many steps in all, got {told}; or say why not in unequal_compute"
+            )
+
+    def _check_scoring(self) -> None:
+        for row in self.runs:
+            if self.scoring(self.run_config(row, 0)) != self.scoring(self.first):
+                raise ConfigError(f"{self._source}: rows.{row.name} must be scored as the first: teacher, evaluation")
+
+    def row(self, name: str) -> Row:
+        """The row of that name.
+
+        Raises:
+            RunError: there is none.
+        """
+        for row in self.config.rows:
+            if row.name == name:
+                return row
+        names = ", ".join(row.name for row in self.config.rows)
+        raise RunError(f"--row must be among {names}, got {name}")
+
+    def run_config(self, row: Row, seed: int) -> Config:
+        """The configuration of one run: base, then the table's `set`, then the row's."""
+        values = merged(merged(self._base, self.config.set), row.set)
+        output = str(Path(values.get("output", "runs")) / self.name / row.name)
+        return parse_config(
+            {**values, "output": output, "name": str(seed), "seed": seed}, f"{self._source}: {row.name}"
+        )
+
+    def scoring(self, config: Config) -> dict[str, Any]:
+        """Everything but the model that scores depend on."""
+        return {
+            "evaluation": config.evaluation.model_dump(mode="json", exclude={"speed_lengths", "speed_new_tokens"}),
+            "held_out": self.config.held_out,
+            "curves": {name: curve.model_dump(mode="json") for name, curve in self.config.curves.items()},
+            "teacher": config.teacher.path,
+        }
+
+    def key(self, row: Row, seed: int) -> str:
+        """Hash of all that the result of a row depends on, the code excepted."""
+        config = self.run_config(row if row.of is None else self.row(row.of), seed)
+        ignored = {"name", "output", "threads", "checkpoints", "evaluation"}
+        facts = {"run": config.model_dump(mode="json", exclude=ignored), "after": row.after, **self.scoring(config)}
+        return hash_of(facts)[:16]
+
+    @property
+    def teacher_key(self) -> str:
+        """As `key`, of the teacher's scores."""
+        return hash_of(self.scoring(self.first))[:16]
+
+
+class Results:
+    """A JSONL file: a line for each row and seed, and one for the teacher."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """(row, key) -> its last line. Lines of rows as they once were stay in the file and match no key."""
+        return {(record["row"], record["key"]): record for record in read_lines(self.path, ("row", "key"))}
+
+    def of_other_tables(self, key: str) -> dict[str, Any] | None:
+        """What a table beside this one measured under the same key, with that table's name in "from"."""
+        for path in sorted(self.path.parent.glob("*.jsonl")):
+            for record in Results(path).read().values() if path != self.path else ():
+                if record["key"] == key:
+                    return {"from": path.stem, **record}
+        return None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, whole or not at all; several processes may."""
+        with locked(self.path.parent):
+            # A line that is damaged must not swallow the next one.
+            lines = [*read_lines(self.path), record]
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
