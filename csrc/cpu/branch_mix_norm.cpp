@@ -44,7 +44,7 @@ struct Row {
     return share;
   }
 
-  // Asks for the next row while this one is computed on; past the last row that is harmless.
+  // Prefetches the next row while this one is computed on; past the last row that is harmless.
   void prefetch(int64_t d) const {
     __builtin_prefetch(a + p.dim + d);
     __builtin_prefetch(b + p.dim + d);

@@ -101,7 +101,7 @@ class Scan {
   void visit(int64_t index, bool reverse, bool with_output) {
     chunk_.move_to(p_, s_, b_, index);
     rows_ = round_up(chunk_.visits, W);
-    ask_for(index + (reverse ? -1 : 1), reverse, with_output);
+    prefetch_next(index + (reverse ? -1 : 1), reverse, with_output);
     const bool in_units = kPairs && !(with_output && p_.final_state);
     gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, b_rows_);
     measure(reverse, with_output);
@@ -212,7 +212,7 @@ class Scan {
   }
 
   // The next chunk's rows, while this one is computed.
-  void ask_for(int64_t index, bool reverse, bool with_output) const {
+  void prefetch_next(int64_t index, bool reverse, bool with_output) const {
     const int64_t t0 = index * s_.chunk, last = (h0_ + s_.bundle - 1) / s_.per_x;
     prefetch<T>(direction(reverse).B, p_, b_, t0, s_.chunk, h0_ / s_.per_b, p_.state_dim);
     for (int64_t x = h0_ / s_.per_x; x <= last; ++x) prefetch<T>(p_.x, p_, b_, t0, s_.chunk, x, p_.head_dim);

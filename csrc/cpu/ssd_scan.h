@@ -244,7 +244,7 @@ inline void gather(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_
   std::fill(out, out + (size - c.visits) * ld, A(0));
 }
 
-// Asks for the rows of one group that visits [t0, t0 + size) read: they lie far apart, and no hardware guesses them.
+// The rows of one group that visits [t0, t0 + size) read: they are far apart, and no hardware prefetcher guesses them.
 template <class T>
 inline void prefetch(const SsdScanTensor& t, const SsdScanParams& p, int64_t b, int64_t t0, int64_t size, int64_t group,
                      int64_t dim) {

@@ -104,7 +104,7 @@ class Forward : Packing<T> {
               lds_, false);
       for (int64_t i = 0; i < nq; ++i) {
         softmax(i, q0 + i, k0, nk, h);
-        if (k0 + nk == n) Base::expect(p.out, tokens[i], h, p.heads);
+        if (k0 + nk == n) Base::prefetch_output(p.out, tokens[i], h, p.heads);
       }
       gemm<C>(nq, p.head_dim, (nk + pack - 1) / pack, reinterpret_cast<U*>(scores_), lds_, values + k0 / pack * ld, ld,
               N, o_, ld, k0 > 0);
@@ -197,7 +197,7 @@ void window_attention_cpu(const WindowAttentionParams& p) {
     const int64_t parts = std::clamp<int64_t>(4 * threads / pairs, 1, items);
     const int64_t span = parts > 1 ? 1 : Packing<T>(p).heads_together(2 + p.heads / p.groups);
     const int64_t tasks = p.num_windows * ((p.groups + span - 1) / span) * parts;
-    hand_out(p.threads, tasks, 2 * product_flops(p), [&] { return Forward<T>(p, span, parts); });
+    run_dynamic(p.threads, tasks, 2 * product_flops(p), [&] { return Forward<T>(p, span, parts); });
   });
 }
 

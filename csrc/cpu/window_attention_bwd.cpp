@@ -113,7 +113,7 @@ class Backward : Packing<T> {
         }
       for (int64_t j = 0; j < n; ++j) {
         const int64_t at = (tokens[j] * p.groups + g + r) * p.head_dim;
-        turn_row<true>(p, static_cast<T*>(b_.dk) + at, dk_ + j * ld, tokens[j], static_cast<A>(p.scale));
+        rotate_row<true>(p, static_cast<T*>(b_.dk) + at, dk_ + j * ld, tokens[j], static_cast<A>(p.scale));
         copy(static_cast<T*>(b_.dv) + at, dv_ + j * ld, p.head_dim, A(1));
       }
     }
@@ -143,7 +143,7 @@ class Backward : Packing<T> {
       for (int64_t i = 0; i < nq; i += pack) {
         weigh(i, std::min<int64_t>(pack, nq - i), q0, k0, nk, h, sums, n <= kKeys);
         for (int64_t r = i; r < std::min(i + pack, nq); ++r)
-          if (k0 + nk == n) Base::expect(b_.dq, tokens[r], h, p.heads);
+          if (k0 + nk == n) Base::prefetch_output(b_.dq, tokens[r], h, p.heads);
       }
       const U* weights_across = pack == 1 ? reinterpret_cast<U*>(weights_) : weights_across_;
       const U* ds_across = pack == 1 ? reinterpret_cast<U*>(ds_) : ds_across_;
@@ -153,8 +153,8 @@ class Backward : Packing<T> {
               k0 > 0);
     }
     for (int64_t i = 0; i < nq; ++i)
-      turn_row<true>(p, static_cast<T*>(b_.dq) + (tokens[i] * p.heads + h) * P, dq_ + i * ld, tokens[i],
-                     static_cast<A>(p.scale));
+      rotate_row<true>(p, static_cast<T*>(b_.dq) + (tokens[i] * p.heads + h) * P, dq_ + i * ld, tokens[i],
+                       static_cast<A>(p.scale));
   }
 
   // Whether `queries` meets nothing but finite numbers: it multiplies what a query does not see by 0, which hides no
@@ -203,7 +203,7 @@ class Backward : Packing<T> {
         add(dv_ + j * ld, weight, grad);
         if (sums) sums[relative(q0 + i, j)] += change;
       }
-      turn_row<true>(p, static_cast<T*>(b_.dq) + (tokens[i] * p.heads + h) * p.head_dim, dq_, tokens[i], scale);
+      rotate_row<true>(p, static_cast<T*>(b_.dq) + (tokens[i] * p.heads + h) * p.head_dim, dq_, tokens[i], scale);
     }
   }
   int64_t relative(int64_t query, int64_t key) const { return coords_[query] - coords_[key] + (p.bias_size - 1) / 2; }
@@ -351,8 +351,8 @@ void window_attention_bwd_cpu(const WindowAttentionBwdParams& b) {
     }
     if (!empty) {
       const int64_t span = b.dbias ? 1 : Packing<T>(p).heads_together(2 + 2 * p.heads / p.groups);
-      hand_out(p.threads, chunks * ((p.groups + span - 1) / span), 5 * product_flops(p),
-               [&] { return Backward<T>(b, chunks, span, b.dbias ? sums.data() : nullptr); });
+      run_dynamic(p.threads, chunks * ((p.groups + span - 1) / span), 5 * product_flops(p),
+                  [&] { return Backward<T>(b, chunks, span, b.dbias ? sums.data() : nullptr); });
     }
     if (b.dbias) add_up<acc_t<T>>(b, sums, chunks);
   });

@@ -1,5 +1,5 @@
 // What the forward and the backward of window_attention share: rows gathered from where tokens lie (rotary applied on
-// the way), their packed forms, the exponential, and the hand-out of tasks to threads.
+// the way), their packed forms, the exponential, and dynamic scheduling of tasks.
 #pragma once
 #include <atomic>
 #include <limits>
@@ -139,8 +139,8 @@ inline void rotate_pairs(D* dst, const S* src, const acc_t<D>* cos, const acc_t<
   for (int i = 0; i < W; ++i) partner[i] = i ^ 1, sign[i] = (i & 1) == kAdjoint ? A(-1) : A(1);
   const auto step = [&](int64_t i, auto get, auto put) {
     const vec<A> x = get(src + i) * factor, c = get(cos + i), s = get(sin + i);
-    const vec<A> turned = kAdjoint ? __builtin_shuffle(x * s, partner) : __builtin_shuffle(x, partner) * s;
-    put(dst + i, x * c + turned * sign);
+    const vec<A> rotated = kAdjoint ? __builtin_shuffle(x * s, partner) : __builtin_shuffle(x, partner) * s;
+    put(dst + i, x * c + rotated * sign);
   };
   int64_t i = 0;
   for (; i + W <= n; i += W) step(i, [](auto* p) { return load(p); }, [](D* p, auto v) { store(p, v); });
@@ -159,7 +159,7 @@ inline void move(C* dst, const C* src, int64_t n) {
 
 // One row of P elements on its way in (kAdjoint false) or a gradient on its way out (kAdjoint true).
 template <bool kAdjoint, class D, class S>
-inline void turn_row(const WindowAttentionParams& p, D* dst, const S* src, int64_t token, acc_t<D> factor) {
+inline void rotate_row(const WindowAttentionParams& p, D* dst, const S* src, int64_t token, acc_t<D> factor) {
   const int64_t R = p.cos ? p.rotary_dim : 0;
   if (R) {
     const int64_t at = (p.rotary_batch ? token : token % p.length) * R;
@@ -215,7 +215,7 @@ struct Packing {
         C* to = dst + h * apart + i * ld;
         const T* src = row<T>(p, from, tokens[i], head + h);
         if (rotate && p.cos)
-          turn_row<false>(p, to, src, tokens[i], A(1));
+          rotate_row<false>(p, to, src, tokens[i], A(1));
         else if constexpr (std::is_same_v<C, T>)
           move(to, src, p.head_dim);
         else
@@ -239,8 +239,8 @@ struct Packing {
     std::fill(dst + n, dst + round_up(n, N), Position<A>(0));
   }
 
-  // Asks for the memory of a row that will be written soon.
-  void expect(const void* data, int64_t token, int64_t head, int64_t heads) const {
+  // The memory of a row that will be written soon.
+  void prefetch_output(const void* data, int64_t token, int64_t head, int64_t heads) const {
     const T* at = static_cast<const T*>(data) + (token * heads + head) * p.head_dim;
     for (int64_t i = 0; i < p.head_dim; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + i, 1, 2);
   }
@@ -273,7 +273,7 @@ struct Packing {
 // Runs make()(task) for every task; each thread makes one worker and takes the next task when it is done with one.
 // Tasks write disjoint memory, so who runs which does not show in the result.
 template <class Make>
-void hand_out(const Threads& threads, int64_t tasks, double flops, Make make) {
+void run_dynamic(const Threads& threads, int64_t tasks, double flops, Make make) {
   const int64_t useful = std::min<int64_t>(tasks, 1 + static_cast<int64_t>(flops / 1e6));
   std::atomic<int64_t> next{0};
   threads.run(std::min<int64_t>(threads.count, useful), 1, [&](int64_t, int64_t) {

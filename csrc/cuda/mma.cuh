@@ -41,7 +41,7 @@ __device__ inline void ldmatrix_transposed(unsigned (&r)[4], const void* row) {
                : "memory");
 }
 
-// 16 bytes from global to shared memory, both aligned, behind the thread's back; zeros, and no read, unless valid.
+// 16 bytes from global to shared memory, both aligned, asynchronously; zeros, and no read, unless valid.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   for (int tile = warp; tile < Q / kRows * (Q / kColumns); tile += kWarps) {
     const int i0 = tile / (Q / kColumns) * kRows, j0 = tile % (Q / kColumns) * kColumns;
-    Sums<kRows, kColumns> scores, m;
+    Accumulator<kRows, kColumns> scores, m;
     m.clear();
     bool scored = false;
     for (int d = first; d <= last; ++d) {
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (!scored || o.separate) {
         const int64_t at = o.separate ? d * size : 0;
         scores.clear();
-        multiply<Lies::by_row, Lies::by_row>(scores, c_tile + at + i0 * pitch, pitch, b_tile + at + j0 * pitch, pitch,
-                                             o.state_dim);
+        multiply<Major::K, Major::K>(scores, c_tile + at + i0 * pitch, pitch, b_tile + at + j0 * pitch, pitch,
+                                     o.state_dim);
         scored = true;
       }
 #pragma unroll
@@ -122,20 +122,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     for (int tile = warp; tile < Q / kRows * across; tile += kWarps) {
       const int i0 = tile / across * kRows, j0 = tile % across * kColumns;
-      Sums<kRows, kColumns> y, carried;
+      Accumulator<kRows, kColumns> y, carried;
       y.clear();
-      multiply<Lies::by_row, Lies::by_depth>(y, m_tile + i0 * pitch_m, pitch_m, x_tile + j0, pitch_x, Q);
+      multiply<Major::K, Major::MN>(y, m_tile + i0 * pitch_m, pitch_m, x_tile + j0, pitch_x, Q);
       for (int d = first; d <= last; ++d) {
         carried.clear();
-        multiply<Lies::by_row, Lies::by_row>(carried, c_tile + (o.separate ? d * size : 0) + i0 * pitch, pitch,
-                                             b_tile + (d * static_cast<int64_t>(o.columns) + j0) * pitch, pitch,
-                                             o.state_dim);
-        const float up = up_of<T>(o, d, bh * s.chunks + c);
+        multiply<Major::K, Major::K>(carried, c_tile + (o.separate ? d * size : 0) + i0 * pitch, pitch,
+                                     b_tile + (d * static_cast<int64_t>(o.columns) + j0) * pitch, pitch, o.state_dim);
+        const float scale = state_scale<T>(o, d, bh * s.chunks + c);
 #pragma unroll
         for (int k = 0; k < kRows / 8; ++k) {
           const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
           const Visit to = visits[d * Q + i];
-          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight * up;
+          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight * scale;
 #pragma unroll
           for (int l = 0; l < kColumns / 4; ++l)
             y.v[k / 2][l / 2][k % 2 * 2 + l % 2] += arrive * carried.v[k / 2][l / 2][k % 2 * 2 + l % 2];
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
         const T* state = static_cast<const T*>(o.entering[d]) + ((bh * s.chunks + c) * P + k) * N;
         float carried = 0.f;
         for (int64_t n = 0; n < N; ++n) carried += to_float(C[n]) * to_float(state[n]);
-        y += decay(to, true) * to.weight * up_of<T>(o, d, bh * s.chunks + c) * carried;
+        y += decay(to, true) * to.weight * state_scale<T>(o, d, bh * s.chunks + c) * carried;
       }
       static_cast<T*>(p.y)[((b * p.length + token) * H + h) * P + k] = from_float<T>(y);
     }
@@ -252,8 +251,8 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
     Output o{};
     int chunk = 0;
     o.separate = p.forward.on && p.reverse.on && !p.shared_projections;
-    const bool group = plan_group_output(p, chunk, o);
-    if (!group) fit<T>(p, o.separate, chunk, o);
+    const bool sm90 = plan_output_sm90(p, chunk, o);
+    if (!sm90) fit<T>(p, o.separate, chunk, o);
     const ScanPlan s = plan_scan(p, chunk, context);
     Walk walks[2];
     int count = 0;
@@ -271,12 +270,12 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
     for (int d = 0; d < 2 && std::is_same_v<T, half16>; ++d) {
       if (!s.direction(d).on) continue;
       half16* halves = allocate<half16>(context, states * p.head_dim * p.state_dim);
-      o.up[d] = narrow_states(s, static_cast<const float*>(o.entering[d]), halves, context);
+      o.scale[d] = narrow_states(s, static_cast<const float*>(o.entering[d]), halves, context);
       o.entering[d] = halves;
     }
     const dim3 blocks = blocks_of(p.head_dim ? states : 0);
-    if (group) {
-      group_output(s, o, context);
+    if (sm90) {
+      output_sm90(s, o, context);
     } else {
       const int64_t shared = OutputTiles::of<T>(chunk, o.state_dim, o.columns, o.separate).bytes;
       launch("ssd_scan", output_kernel<T>, blocks, kThreads, shared, context, s, o);

@@ -1,8 +1,8 @@
 // What the scan and its gradient share. A chunk is `chunk` visits; three kinds of kernels work on it:
 //
-//     visits   per chunk           which tokens they are; per head the step, the cumulative log-decay, the output
-//     weight states   per head, in order  the state that enters each chunk, in either direction; or its adjoint output,
-//     gradients            per (chunk, head), from the chunk's tiles and the states that enter it
+//     visits             per chunk           their tokens; per head the step, the cumulative log-decay, the weight
+//     states             per head, in order  the state that enters each chunk, in either direction; or its adjoint
+//     output, gradients  per (chunk, head)   from the chunk's tiles and the states that enter it
 //
 // Within a chunk, direction d weighs visit j in visit i's output by exp(S_i - S_j), S the cumulative log-decay from the
 // side where the direction enters, or the visit's segment begins. S is summed in double and kept as high + low floats,
@@ -18,7 +18,7 @@
 
 namespace linmu {
 
-// One head, direction and visit. 16 bytes, so that it can be copied behind a kernel's back.
+// One head, direction and visit. 16 bytes, so that it can be copied asynchronously.
 struct alignas(16) Visit {
   float high, low;  // S_i / ln 2
   float step;       // dt after bias and softplus; 0 where the visit is skipped

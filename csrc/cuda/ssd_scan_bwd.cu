@@ -167,7 +167,7 @@ class Backward {
       o.leaving[d] = static_cast<const float*>(walks[1].entering);
       walk_states(s, walks, 2, work.context);
       for (int of = 0; of < 2 && std::is_same_v<T, half16>; ++of)
-        o.up[of][d] = narrow_states(s, static_cast<const float*>(walks[of].entering), nullptr, work.context);
+        o.scale[of][d] = narrow_states(s, static_cast<const float*>(walks[of].entering), nullptr, work.context);
       o.sums[d] = allocate<VisitSums>(work.context, states * s.chunk);
       o.through[d] = allocate<double>(work.context, states);
     }

@@ -32,7 +32,7 @@ struct PerHead {
 struct Gradients {
   SsdScanTensor dy;
   const float *entering[2], *leaving[2];  // h and g: (B, H, chunks, P, N)
-  const float* up[2][2];                  // of h and g, see narrow_states; null but for halves
+  const float* scale[2][2];               // of h and g, see narrow_states; null but for halves
   PerHead x, B[2], C[2];
   VisitSums* sums[2];  // (B, H, chunks, chunk)
   double* through[2];  // (B, H, chunks)
@@ -172,8 +172,8 @@ class ChunkGradients {
     return false;
   }
   // outputs: the rows of sums are outputs, and take from the visits that they see; else from those that see them.
-  __device__ void spoil(Sums<kRows, kColumns>& sums, int i0, int64_t column, int64_t width, const SsdScanTensor& t,
-                        int64_t groups, bool outputs, int d0, int until) const {
+  __device__ void spoil(Accumulator<kRows, kColumns>& sums, int i0, int64_t column, int64_t width,
+                        const SsdScanTensor& t, int64_t groups, bool outputs, int d0, int until) const {
     const T* from = group_of<T>(t, groups, b, h, p.heads);
     sums.each([&](float& value, int i, int j) {
       if (column + j >= width) return;
@@ -195,12 +195,10 @@ class ChunkGradients {
     const int across = Q / kColumns;
     if (warp >= Q / kRows * across) return;
     const int i0 = warp / across * kRows, j0 = warp % across * kColumns;
-    Sums<kRows, kColumns> gram, scores, m, w;
+    Accumulator<kRows, kColumns> gram, scores, m, w;
     gram.clear(), scores.clear(), m.clear(), w.clear();
-    multiply<Lies::by_row, Lies::by_row>(gram, dy_tile + i0 * pitch_p, pitch_p, x_tile + j0 * pitch_p, pitch_p,
-                                         o.head_dim);
-    multiply<Lies::by_row, Lies::by_row>(scores, c_tile + i0 * pitch_n, pitch_n, b_tile + j0 * pitch_n, pitch_n,
-                                         o.state_dim);
+    multiply<Major::K, Major::K>(gram, dy_tile + i0 * pitch_p, pitch_p, x_tile + j0 * pitch_p, pitch_p, o.head_dim);
+    multiply<Major::K, Major::K>(scores, c_tile + i0 * pitch_n, pitch_n, b_tile + j0 * pitch_n, pitch_n, o.state_dim);
     for (int d = d0; d <= until; ++d) {
       float row[kRows / 8] = {}, column[kColumns / 4] = {};
       double row_flow[kRows / 8] = {}, column_flow[kColumns / 4] = {};
@@ -256,9 +254,9 @@ class ChunkGradients {
   }
 
   // By what h (0) or g (1) were divided.
-  __device__ float up(int of, int d) const {
+  __device__ float state_scale(int of, int d) const {
     if constexpr (std::is_same_v<T, half16>)
-      return o.up[of][d][bh * s.chunks + c];
+      return o.scale[of][d][bh * s.chunks + c];
     else
       return 1.f;
   }
@@ -275,7 +273,7 @@ class ChunkGradients {
       dot += value[0] * value[1];
 #pragma unroll
       for (int of = 0; of < 2; ++of) {
-        value[of] /= up(of, d);
+        value[of] /= state_scale(of, d);
 #pragma unroll
         for (int part = 0; part < kParts<T>; ++part) {
           const T rounded = from_float<T>(value[of]);
@@ -303,13 +301,13 @@ class ChunkGradients {
     const int side = warp / (kWarps / 2), unit = warp % (kWarps / 2);
     const bool busy = unit < units;
     const int i0 = unit / across * kRows, j0 = unit % across * kColumns;
-    Sums<kRows, kColumns> sums, carried;
+    Accumulator<kRows, kColumns> sums, carried;
     sums.clear();
     if (busy) {
       if (side == 0)
-        multiply<Lies::by_row, Lies::by_depth>(sums, w_tile + i0 * pitch_q, pitch_q, b_tile + n0 + j0, pitch_n, Q);
+        multiply<Major::K, Major::MN>(sums, w_tile + i0 * pitch_q, pitch_q, b_tile + n0 + j0, pitch_n, Q);
       else
-        multiply<Lies::by_depth, Lies::by_depth>(sums, w_tile + i0, pitch_q, c_tile + n0 + j0, pitch_n, Q);
+        multiply<Major::MN, Major::MN>(sums, w_tile + i0, pitch_q, c_tile + n0 + j0, pitch_n, Q);
     }
     const T* rows = (side == 0 ? dy_tile : x_tile) + i0 * pitch_p;
     const T* other = (side == 0 ? c_tile : b_tile) + n0 + j0;
@@ -319,12 +317,12 @@ class ChunkGradients {
       if (!busy) continue;
       carried.clear();
       for (int part = 0; part < kParts<T>; ++part)
-        multiply<Lies::by_row, Lies::by_depth>(
-            carried, rows, pitch_p, states + (side * kParts<T> + part) * o.head_dim * pitch + j0, pitch, o.head_dim);
+        multiply<Major::K, Major::MN>(carried, rows, pitch_p,
+                                      states + (side * kParts<T> + part) * o.head_dim * pitch + j0, pitch, o.head_dim);
 #pragma unroll
       for (int k = 0; k < kRows / 8; ++k) {
         const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const float flow = side == 0 ? arrive(d, i) : leave(d, i), raised = up(side, d);
+        const float flow = side == 0 ? arrive(d, i) : leave(d, i), raised = state_scale(side, d);
         const float factor = flow * (side == 0 ? visits[d * Q + i].weight : visits[d * Q + i].step);
         float dot = 0;
 #pragma unroll
@@ -354,25 +352,25 @@ class ChunkGradients {
     const int across = o.value_columns / kColumns;
     const int i0 = warp / across * kRows, j0 = warp % across * kColumns;
     const bool busy = i0 < Q && p0 + j0 < o.head_dim;
-    Sums<kRows, kColumns> sums, carried;
+    Accumulator<kRows, kColumns> sums, carried;
     sums.clear();
-    if (busy) multiply<Lies::by_depth, Lies::by_depth>(sums, m_tile + i0, pitch_q, dy_tile + p0 + j0, pitch_p, Q);
+    if (busy) multiply<Major::MN, Major::MN>(sums, m_tile + i0, pitch_q, dy_tile + p0 + j0, pitch_p, Q);
     for (int d = d0; d <= until; ++d) {
       __syncthreads();
       for (int k = tid; k < o.value_columns * o.state_dim; k += kThreads) {
         const int r = k / o.state_dim, n = k % o.state_dim;
         const bool inside = p0 + r < p.head_dim && n < p.state_dim;
-        states[r * pitch_n + n] = from_float<T>(inside ? o.leaving[d][state_at(p0 + r, n)] / up(1, d) : 0.f);
+        states[r * pitch_n + n] = from_float<T>(inside ? o.leaving[d][state_at(p0 + r, n)] / state_scale(1, d) : 0.f);
       }
       __syncthreads();
       if (!busy) continue;
       carried.clear();
-      multiply<Lies::by_row, Lies::by_row>(carried, b_tile + i0 * pitch_n, pitch_n, states + j0 * pitch_n, pitch_n,
-                                           o.state_dim);
+      multiply<Major::K, Major::K>(carried, b_tile + i0 * pitch_n, pitch_n, states + j0 * pitch_n, pitch_n,
+                                   o.state_dim);
 #pragma unroll
       for (int k = 0; k < kRows / 8; ++k) {
         const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const float factor = leave(d, i) * visits[d * Q + i].step * up(1, d);
+        const float factor = leave(d, i) * visits[d * Q + i].step * state_scale(1, d);
 #pragma unroll
         for (int l = 0; l < kColumns / 4; ++l)
           if (factor != 0.f)
@@ -389,7 +387,7 @@ class ChunkGradients {
     store(o.x, sums, i0, p0 + j0, p.head_dim, again);
   }
 
-  __device__ void store(const PerHead& to, Sums<kRows, kColumns>& sums, int i0, int64_t column, int64_t width,
+  __device__ void store(const PerHead& to, Accumulator<kRows, kColumns>& sums, int i0, int64_t column, int64_t width,
                         bool again) {
     sums.each_pair([&](float u, float v, int i, int j) {
       const int token = tokens[i0 + i];

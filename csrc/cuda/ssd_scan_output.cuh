@@ -6,7 +6,7 @@ namespace linmu {
 
 struct Output {
   const void* entering[2];  // (B, H, chunks, P, N) in the inputs' type
-  const float* up[2];       // (B, H, chunks) by which its halves are to be multiplied; null for other types
+  const float* scale[2];    // (B, H, chunks) by which entering's halves are to be multiplied; null for other types
   int head_dim, state_dim;  // rounded up to the tiles
   int columns;              // of P at a time
   bool separate;            // both directions run, and with different B or C
@@ -15,15 +15,15 @@ struct Output {
 
 // By what a direction's part of the output that comes from the state is to be multiplied.
 template <class T>
-__device__ inline float up_of(const Output& o, int d, int64_t state) {
+__device__ inline float state_scale(const Output& o, int d, int64_t state) {
   if constexpr (std::is_same_v<T, half16>)
-    return o.up[d][state];
+    return o.scale[d][state];
   else
     return 1.f;
 }
 
 // On sm_90a: whether that architecture's own kernel serves, and with which chunk and tiles; and its launch.
-bool plan_group_output(const SsdScanParams& p, int& chunk, Output& o);
-void group_output(const ScanPlan& s, const Output& o, const CudaContext& context);
+bool plan_output_sm90(const SsdScanParams& p, int& chunk, Output& o);
+void output_sm90(const ScanPlan& s, const Output& o, const CudaContext& context);
 
 }  // namespace linmu

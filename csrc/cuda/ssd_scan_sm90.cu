@@ -1,8 +1,8 @@
 // The scan's output on sm_90a, for 16-bit inputs with P and N up to 128. As in ssd_scan.cu, and: a warpgroup has 64
-// rows of the chunk, and M goes from its sums to the next product in registers, 64 columns at a time.
+// rows of the chunk, and M goes from its accumulator to the next product in registers, 64 columns at a time.
 #include <algorithm>
 
-#include "ssd_scan_feed.cuh"
+#include "ssd_scan_pipeline.cuh"
 
 namespace linmu {
 namespace {
@@ -10,35 +10,35 @@ namespace {
 constexpr int kColumns = 64;  // of a warpgroup's products
 constexpr int kMaxSize = 128;
 
-template <class T, int kGroups, bool kBulk>
-__global__ void __launch_bounds__(kGroups* kGroup, 1)
-    group_output_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Output o,
-                        const __grid_constant__ GroupTiles tiles, const __grid_constant__ Maps maps) {
-#ifdef LINMU_GROUP_CODE
+template <class T, int kWarpgroups, bool kTma>
+__global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
+    warpgroup_output_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Output o,
+                            const __grid_constant__ PipelineTiles tiles, const __grid_constant__ TensorMaps maps) {
+#ifdef LINMU_WGMMA_CODE
   LINMU_SHARED(memory);
-  constexpr int Q = kGroups * 64;
+  constexpr int Q = kWarpgroups * 64;
   const SsdScanParams& p = s.p;
   const int tid = threadIdx.x;
   const int64_t P = p.head_dim, H = p.heads;
-  const int64_t size = group_tile<T>(Q, o.state_dim), state_size = group_tile<T>(o.head_dim, o.state_dim);
-  Feed<T, Q, kBulk> feed(s, o, tiles, maps, memory);
-  const int first = feed.first, last = feed.last;
+  const int64_t size = swizzled_size<T>(Q, o.state_dim), state_size = swizzled_size<T>(o.head_dim, o.state_dim);
+  Pipeline<T, Q, kTma> pipeline(s, o, tiles, maps, memory);
+  const int first = pipeline.first, last = pipeline.last;
 
-  for (; feed.now < feed.end; feed.step()) {
+  for (; pipeline.current < pipeline.end; pipeline.advance()) {
     const int own = opaque(tid) / kWarp * 16;  // the first of the warp's rows
     const int row0 = own / 64 * 64;            // the first of the warpgroup's rows
-    const int64_t b = feed.batch(feed.now), h = feed.head(feed.now);
-    const Visit* visits = feed.template tile<Visit, kVisits>();
-    const int* segments = feed.template tile<int, kVisits>(tiles.segments);
-    const int* tokens = feed.template tile<int, kVisits>(tiles.tokens);
-    T *b_tile = feed.template tile<T, kB>(), *c_tile = feed.template tile<T, kC>();
-    T *x_tile = feed.template tile<T, kX>(), *states = feed.template tile<T, kStates>();
+    const int64_t b = pipeline.batch(pipeline.current), h = pipeline.head(pipeline.current);
+    const Visit* visits = pipeline.template tile<Visit, kVisits>();
+    const int* segments = pipeline.template tile<int, kVisits>(tiles.segments);
+    const int* tokens = pipeline.template tile<int, kVisits>(tiles.tokens);
+    T *b_tile = pipeline.template tile<T, kB>(), *c_tile = pipeline.template tile<T, kC>();
+    T *x_tile = pipeline.template tile<T, kX>(), *states = pipeline.template tile<T, kStates>();
 
-    feed.template wait<kC>();
-    GroupSums y[2], sums, m;
+    pipeline.template wait<kC>();
+    WarpgroupAccumulator y[2], acc, m;
     y[0].clear(), y[1].clear();
 #pragma unroll 1
-    for (int block = 0; block < kGroups; ++block) {
+    for (int block = 0; block < kWarpgroups; ++block) {
       const int j0 = block * kColumns;
       m.clear();
       bool scored = false;
@@ -46,13 +46,13 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
         if (d ? j0 < row0 : j0 > row0) continue;
         if (!scored || o.separate) {
           const int64_t at = o.separate ? d * size : 0;
-          sums.clear();
-          group_hold(sums);
-          group_begin();
+          acc.clear();
+          warpgroup_fence_operand(acc);
+          warpgroup_arrive();
           for (int k = 0; k < o.state_dim; k += 16)
-            group_mma<T, 0>(sums, operand_at(c_tile + at, Q, row0, k), operand_at(b_tile + at, Q, j0, k));
-          group_end();
-          group_hold(sums);
+            wgmma<T, Major::K>(acc, descriptor_at(c_tile + at, Q, row0, k), descriptor_at(b_tile + at, Q, j0, k));
+          warpgroup_commit_and_wait();
+          warpgroup_fence_operand(acc);
           scored = true;
         }
         const int i0 = own + lane_row();
@@ -66,50 +66,50 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
           for (int half = 0; half < 2; ++half) {
             const int i = i0 + half * 8, e = half * 2 + l % 2;
             const bool on = (d ? j >= i : j <= i) && mine[half] == other;
-            m.v[0][l / 2][e] += sums.v[0][l / 2][e] * (decay(to[half], from, on) * from.step * to[half].weight);
+            m.v[0][l / 2][e] += acc.v[0][l / 2][e] * (decay(to[half], from, on) * from.step * to[half].weight);
           }
         }
       }
-      if (block == 0) feed.template wait<kX>();
+      if (block == 0) pipeline.template wait<kX>();
       if (!scored) continue;
       unsigned fragments[4][4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) to_operand<T>(fragments[k], m, 0, k);
+      for (int k = 0; k < 4; ++k) to_a_fragment<T>(fragments[k], m, 0, k);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         if (part * kColumns >= o.head_dim) continue;
-        group_hold(y[part]);
-        group_begin();
+        warpgroup_fence_operand(y[part]);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
-          group_mma<T, 1>(y[part], fragments[k], operand_at(x_tile, Q, j0 + k * 16, part * kColumns));
-        group_end();
-        group_hold(y[part]);
+          wgmma<T, Major::MN>(y[part], fragments[k], descriptor_at(x_tile, Q, j0 + k * 16, part * kColumns));
+        warpgroup_commit_and_wait();
+        warpgroup_fence_operand(y[part]);
       }
     }
 
-    feed.template wait<kStates>();
+    pipeline.template wait<kStates>();
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       if (part * kColumns >= o.head_dim) continue;
       for (int d = first; d <= last; ++d) {
-        sums.clear();
-        group_hold(sums);
-        group_begin();
+        acc.clear();
+        warpgroup_fence_operand(acc);
+        warpgroup_arrive();
         for (int k = 0; k < o.state_dim; k += 16)
-          group_mma<T, 0>(sums, operand_at(c_tile + (o.separate ? d * size : 0), Q, row0, k),
-                          operand_at(states + (d - first) * state_size, o.head_dim, part * kColumns, k));
-        group_end();
-        group_hold(sums);
-        const float up = up_of<T>(o, d, (b * H + h) * s.chunks + feed.chunk(feed.now));
+          wgmma<T, Major::K>(acc, descriptor_at(c_tile + (o.separate ? d * size : 0), Q, row0, k),
+                             descriptor_at(states + (d - first) * state_size, o.head_dim, part * kColumns, k));
+        warpgroup_commit_and_wait();
+        warpgroup_fence_operand(acc);
+        const float scale = state_scale<T>(o, d, (b * H + h) * s.chunks + pipeline.chunk(pipeline.current));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int i = own + half * 8 + lane_row();
           const Visit to = visits[d * Q + i];
-          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight * up;
+          const float arrive = decay(to, segments[d * Q + i] == 0) * to.weight * scale;
 #pragma unroll
           for (int l = 0; l < 16; ++l)
-            y[part].v[0][l / 2][half * 2 + l % 2] += arrive * sums.v[0][l / 2][half * 2 + l % 2];
+            y[part].v[0][l / 2][half * 2 + l % 2] += arrive * acc.v[0][l / 2][half * 2 + l % 2];
         }
       }
       const float skip = p.D ? static_cast<const float*>(p.D)[h] : 0.f;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
         const int token = tokens[own + i], column = part * kColumns + j;
         if (token < 0 || column >= P) return;
         if (p.D) {
-          const T* at = group_at(x_tile, Q, own + i, column);
+          const T* at = swizzled_at(x_tile, Q, own + i, column);
           u += skip * to_float(at[0]), v += skip * to_float(at[1]);
         }
         store_pair(static_cast<T*>(p.y) + ((b * p.length + token) * H + h) * P + column, u, v, P - column);
@@ -128,13 +128,13 @@ __global__ void __launch_bounds__(kGroups* kGroup, 1)
 #endif
 }
 
-// Whether bulk copies can bring all of it; then as they see it.
-bool describe_all(const ScanPlan& s, const Output& o, Maps& maps) {
+// Whether TMA can load all of it; then the maps that it takes.
+bool encode_tensor_maps(const ScanPlan& s, const Output& o, TensorMaps& maps) {
   const SsdScanParams& p = s.p;
   if (p.token_order || !o.fast_x || !o.fast_state) return false;
   const auto tokens = [&](TensorMap& to, const SsdScanTensor& t, int64_t groups, int64_t width) {
-    return describe(to, t.data, {width, p.length, groups, p.batch}, {t.token_stride, t.group_stride, t.batch_stride},
-                    s.chunk);
+    return encode_tensor_map(to, t.data, {width, p.length, groups, p.batch},
+                             {t.token_stride, t.group_stride, t.batch_stride}, s.chunk);
   };
   bool all = tokens(maps.x, p.x, p.groups_x, p.head_dim);
   for (int d = 0; d < 2; ++d) {
@@ -142,44 +142,44 @@ bool describe_all(const ScanPlan& s, const Output& o, Maps& maps) {
     const int64_t P = p.head_dim, N = p.state_dim, chunks = p.batch * p.heads * s.chunks;
     all = all && o.fast_b[d] && o.fast_c[d] && tokens(maps.B[d], s.direction(d).B, p.groups_b, N) &&
           tokens(maps.C[d], s.direction(d).C, p.groups_c, N) &&
-          describe(maps.states[d], o.entering[d], {N, P, chunks, 1}, {N, P * N, chunks * P * N}, o.head_dim);
+          encode_tensor_map(maps.states[d], o.entering[d], {N, P, chunks, 1}, {N, P * N, chunks * P * N}, o.head_dim);
   }
   return all;
 }
 
 }  // namespace
 
-bool plan_group_output(const SsdScanParams& p, int& chunk, Output& o) {
+bool plan_output_sm90(const SsdScanParams& p, int& chunk, Output& o) {
   if (architecture("ssd_scan") != 90 || p.dtype == DType::f32) return false;
   if (p.head_dim > kMaxSize || p.state_dim > kMaxSize || p.head_dim < 1 || p.length <= 32) return false;
   o.head_dim = round_to(p.head_dim, kColumns), o.state_dim = round_to(std::max<int64_t>(p.state_dim, 1), kColumns);
   const int directions = p.forward.on && p.reverse.on ? 2 : 1;
   const int64_t wanted = std::min(p.chunk > 0 ? p.chunk : 128, p.length);
   chunk = wanted > 64 ? 128 : 64;
-  if (GroupTiles::of(chunk, o.head_dim, o.state_dim, directions, o.separate).bytes > kSharedSm90) chunk = 64;
+  if (PipelineTiles::of(chunk, o.head_dim, o.state_dim, directions, o.separate).bytes > kSharedSm90) chunk = 64;
   return true;
 }
 
-void group_output(const ScanPlan& s, const Output& o, const CudaContext& context) {
+void output_sm90(const ScanPlan& s, const Output& o, const CudaContext& context) {
   const SsdScanParams& p = s.p;
   const int directions = p.forward.on && p.reverse.on ? 2 : 1;
-  GroupTiles tiles = GroupTiles::of(s.chunk, o.head_dim, o.state_dim, directions, o.separate);
+  PipelineTiles tiles = PipelineTiles::of(s.chunk, o.head_dim, o.state_dim, directions, o.separate);
   const auto heads_of = [&](int64_t groups) { return static_cast<int>(p.heads / groups); };
   tiles.sharing[kVisits] = tiles.sharing[kStates] = 1;
   tiles.sharing[kB] = heads_of(p.groups_b), tiles.sharing[kC] = heads_of(p.groups_c);
   tiles.sharing[kX] = heads_of(p.groups_x);
-  tiles.widen();
+  tiles.add_stages();
   const int64_t items = p.batch * p.heads * s.chunks;
   if (items == 0) return;
   if (items > INT32_MAX) throw std::invalid_argument("ssd_scan: B * H * chunks must be below 2^31 on CUDA");
   const dim3 blocks = blocks_of(std::min(items, multiprocessors()));
-  Maps maps{};
-  const bool bulk = describe_all(s, o, maps);
+  TensorMaps maps{};
+  const bool tma = encode_tensor_maps(s, o, maps);
   const auto run = [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    auto* kernel = bulk ? group_output_kernel<T, 2, true> : group_output_kernel<T, 2, false>;
-    if (s.chunk == 64) kernel = bulk ? group_output_kernel<T, 1, true> : group_output_kernel<T, 1, false>;
-    launch("ssd_scan", kernel, blocks, s.chunk / 64 * kGroup, tiles.bytes, context, s, o, tiles, maps);
+    auto* kernel = tma ? warpgroup_output_kernel<T, 2, true> : warpgroup_output_kernel<T, 2, false>;
+    if (s.chunk == 64) kernel = tma ? warpgroup_output_kernel<T, 1, true> : warpgroup_output_kernel<T, 1, false>;
+    launch("ssd_scan", kernel, blocks, s.chunk / 64 * kWarpgroup, tiles.bytes, context, s, o, tiles, maps);
   };
   if (p.dtype == DType::bf16)
     run(static_cast<bf16*>(nullptr));

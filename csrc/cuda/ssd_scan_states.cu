@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
     for (int k = lane; k < s.chunk; k += kWarp) {
       int& at = segments[warp * s.chunk + (warp ? s.chunk - 1 - k : k)];
       double sum = at;
-      for (int up = 1; up < kWarp; up *= 2) {
-        const double other = shuffle(sum, (lane - up) & (kWarp - 1));
-        if (lane >= up) sum += other;
+      for (int offset = 1; offset < kWarp; offset *= 2) {
+        const double other = shuffle(sum, (lane - offset) & (kWarp - 1));
+        if (lane >= offset) sum += other;
       }
       sum += restarts, restarts = shuffle(sum, kWarp - 1);
       at = static_cast<int>(sum);
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
         double sum = v.step * rate;
         spoiled |= odd(v.step) || odd(static_cast<float>(sum));
         sum = sum < -kSteepest ? -kSteepest : sum > kSteepest ? kSteepest : sum;  // a NaN stays
-        for (int up = 1; up < kWarp; up *= 2) {
-          const double other = shuffle(sum, (lane - up) & (kWarp - 1));
-          if (lane >= up && segment[d ? i + up : i - up] == segment[i]) sum += other;
+        for (int offset = 1; offset < kWarp; offset *= 2) {
+          const double other = shuffle(sum, (lane - offset) & (kWarp - 1));
+          if (lane >= offset && segment[d ? i + offset : i - offset] == segment[i]) sum += other;
         }
         if (segment[i] == carried) sum += carry;
         carry = shuffle(sum, kWarp - 1), carried = segment[d ? s.chunk - first - kWarp : first + kWarp - 1];
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
   };
 
   const int warp = threadIdx.x / kWarp, warp_p = warp / 2 * kWarpTile, warp_n = warp % 2 * kWarpTile;
-  Sums<kWarpTile, kWarpTile> state, own;
+  Accumulator<kWarpTile, kWarpTile> state, own;
   const float* start = spans.count == 1 ? (w.initial ? w.initial + bh * P * N : nullptr)
                        : spans.adding   ? nullptr
                                         : spans.states[blockIdx.z] + (bh * spans.count + span) * P * N;
@@ -286,8 +286,7 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
         scaled[r * Tiles::kPitch + n] = from_float<T>(value);
       }
       __syncthreads();
-      multiply<Lies::by_depth, Lies::by_depth>(own, x_tile + warp_p, Tiles::kPitch, scaled + warp_n, Tiles::kPitch,
-                                               rows);
+      multiply<Major::MN, Major::MN>(own, x_tile + warp_p, Tiles::kPitch, scaled + warp_n, Tiles::kPitch, rows);
     }
     note(spoiled, step);
     state.add(own);
@@ -322,7 +321,7 @@ __global__ void __launch_bounds__(256)
 }
 
 // One block per state.
-__global__ void __launch_bounds__(256) narrow_kernel(const float* wide, half16* narrow, float* up, int64_t size) {
+__global__ void __launch_bounds__(256) narrow_kernel(const float* wide, half16* narrow, float* scale, int64_t size) {
   LINMU_SHARED(memory);
   float* parts = reinterpret_cast<float*>(memory);
   const float* from = wide + blockIdx.x * size;
@@ -335,7 +334,7 @@ __global__ void __launch_bounds__(256) narrow_kernel(const float* wide, half16* 
   for (int k = 0; k < 256 / kWarp; ++k) most = fmaxf(most, parts[k]);
   // Room for sums of what is rounded up; and as large as that allows, for what is small beside the largest.
   const float factor = most > 32768.f ? exp2f(ceilf(log2f(most)) - 15.f) : 1.f;
-  if (threadIdx.x == 0) up[blockIdx.x] = factor;
+  if (threadIdx.x == 0) scale[blockIdx.x] = factor;
   for (int64_t i = threadIdx.x; narrow && i < size; i += 256)
     narrow[blockIdx.x * size + i] = from_float<half16>(from[i] / factor);
 }
@@ -368,10 +367,10 @@ ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chu
 
 const float* narrow_states(const ScanPlan& s, const float* wide, half16* narrow, const CudaContext& context) {
   const int64_t states = s.p.batch * s.p.heads * s.chunks, size = s.p.head_dim * s.p.state_dim;
-  float* up = allocate<float>(context, states);
+  float* scale = allocate<float>(context, states);
   launch("ssd_scan", narrow_kernel, blocks_of(states), 256, 256 / kWarp * static_cast<int64_t>(sizeof(float)), context,
-         wide, narrow, up, size);
-  return up;
+         wide, narrow, scale, size);
+  return scale;
 }
 
 Walk forward_walk(const ScanPlan& s, int direction, bool wide, bool exact, const CudaContext& context) {

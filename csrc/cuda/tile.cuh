@@ -39,9 +39,9 @@ __device__ inline void load_tile(T* tile, int rows, int columns, int64_t width, 
 __device__ inline int lane_row() { return threadIdx.x % kWarp / 4; }
 __device__ inline int lane_column() { return threadIdx.x % 4 * 2; }
 
-// M x N of sums in float, M a multiple of 16 and N of 16, over the lanes of a warp.
+// M x N sums in float, M a multiple of 16 and N of 16, over the lanes of a warp.
 template <int M, int N>
-struct Sums {
+struct Accumulator {
   float v[M / 16][N / 8][4];
 
   __device__ void clear() {
@@ -52,7 +52,7 @@ struct Sums {
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[i][j][e] = 0.f;
   }
-  __device__ void add(const Sums& other) {
+  __device__ void add(const Accumulator& other) {
 #pragma unroll
     for (int i = 0; i < M / 16; ++i)
 #pragma unroll
@@ -81,21 +81,21 @@ struct Sums {
   }
 };
 
-// How an operand lies in its tile: its rows (M or N) along the tile's rows, or its depth (K).
-enum class Lies { by_row, by_depth };
+// Along which dimension an operand is contiguous in its tile, in CUTLASS's words: K-major, one row of the tile per row
+// of M or N; or MN-major, one row of the tile per step of K.
+enum class Major { K, MN };
 
-// sums += A B^T over `depth` (a multiple of 16): A is M x depth and B is N x depth, from tiles of T with the given
-// pitch.
-// Of the N / 16 parts of B only the first `parts` are there.
-template <Lies kA, Lies kB, int M, int N, class T>
-__device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const T* b, int pitch_b, int depth,
+// acc += A B^T, summed over K = `depth`, a multiple of 16: A is M x K and B is N x K, from tiles of T with the given
+// pitch. Of the N / 16 parts of B only the first `parts` are there.
+template <Major kMajorA, Major kMajorB, int M, int N, class T>
+__device__ inline void multiply(Accumulator<M, N>& acc, const T* a, int pitch_a, const T* b, int pitch_b, int depth,
                                 int parts = N / 16) {
   const int lane = threadIdx.x % kWarp, low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
   for (int k = 0; k < depth; k += 16) {
     unsigned fa[M / 16][4];
 #pragma unroll
     for (int i = 0; i < M / 16; ++i)
-      if constexpr (kA == Lies::by_row)
+      if constexpr (kMajorA == Major::K)
         ldmatrix(fa[i], a + (i * 16 + low + middle) * pitch_a + k + high);
       else
         ldmatrix_transposed(fa[i], a + (k + low + high) * pitch_a + i * 16 + middle);
@@ -103,14 +103,14 @@ __device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const
     for (int j = 0; j < N / 16; ++j) {
       if (j >= parts) break;
       unsigned fb[4];
-      if constexpr (kB == Lies::by_row)
+      if constexpr (kMajorB == Major::K)
         ldmatrix(fb, b + (j * 16 + low + high) * pitch_b + k + middle);
       else
         ldmatrix_transposed(fb, b + (k + low + middle) * pitch_b + j * 16 + high);
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
-        mma<T>(sums.v[i][2 * j], fa[i], fb[0], fb[1]);
-        mma<T>(sums.v[i][2 * j + 1], fa[i], fb[2], fb[3]);
+        mma<T>(acc.v[i][2 * j], fa[i], fb[0], fb[1]);
+        mma<T>(acc.v[i][2 * j + 1], fa[i], fb[2], fb[3]);
       }
     }
   }
@@ -118,15 +118,15 @@ __device__ inline void multiply(Sums<M, N>& sums, const T* a, int pitch_a, const
 
 // The same in float32, by plain multiply-adds: the tensor cores would round the operands. In parts of 16, as theirs
 // are: one running sum over the whole depth would lose, where gradients largely cancel, what the recurrence does not.
-template <Lies kA, Lies kB, int M, int N>
-__device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, const float* b, int pitch_b, int depth,
-                                int parts = N / 16) {
-  const float* row = a + lane_row() * (kA == Lies::by_row ? pitch_a : 1);
-  const float* column = b + lane_column() * (kB == Lies::by_row ? pitch_b : 1);
-  const int row_step = kA == Lies::by_row ? pitch_a : 1, column_step = kB == Lies::by_row ? pitch_b : 1;
-  const int depth_a = kA == Lies::by_row ? 1 : pitch_a, depth_b = kB == Lies::by_row ? 1 : pitch_b;
+template <Major kMajorA, Major kMajorB, int M, int N>
+__device__ inline void multiply(Accumulator<M, N>& acc, const float* a, int pitch_a, const float* b, int pitch_b,
+                                int depth, int parts = N / 16) {
+  const float* row = a + lane_row() * (kMajorA == Major::K ? pitch_a : 1);
+  const float* column = b + lane_column() * (kMajorB == Major::K ? pitch_b : 1);
+  const int row_step = kMajorA == Major::K ? pitch_a : 1, column_step = kMajorB == Major::K ? pitch_b : 1;
+  const int depth_a = kMajorA == Major::K ? 1 : pitch_a, depth_b = kMajorB == Major::K ? 1 : pitch_b;
   for (int k = 0; k < depth; k += 16) {
-    Sums<M, N> part;
+    Accumulator<M, N> part;
     part.clear();
 #pragma unroll 2
     for (int l = 0; l < 16; ++l, row += depth_a, column += depth_b) {
@@ -142,44 +142,46 @@ __device__ inline void multiply(Sums<M, N>& sums, const float* a, int pitch_a, c
 #pragma unroll
           for (int e = 0; e < 4; ++e) part.v[i][j][e] += fa[2 * i + e / 2] * fb[2 * j + e % 2];
     }
-    sums.add(part);
+    acc.add(part);
   }
 }
 
-// Part k of 16 columns of a 16-row part i of sums, rounded to T, as mma takes its first operand from registers.
+// Part k of 16 columns of a 16-row part i of an accumulator, rounded to T: an A fragment, as mma takes it from
+// registers.
 template <class T, int M, int N>
-__device__ inline void to_operand(unsigned (&to)[4], const Sums<M, N>& sums, int i, int k) {
+__device__ inline void to_a_fragment(unsigned (&to)[4], const Accumulator<M, N>& acc, int i, int k) {
 #pragma unroll
   for (int q = 0; q < 4; ++q)
-    to[q] = pack<T>(sums.v[i][2 * k + q / 2][q % 2 * 2], sums.v[i][2 * k + q / 2][q % 2 * 2 + 1]);
+    to[q] = pack<T>(acc.v[i][2 * k + q / 2][q % 2 * 2], acc.v[i][2 * k + q / 2][q % 2 * 2 + 1]);
 }
 
-// sums += A B, with A in the lanes' registers where another product left it, rounded to T: M x K, of which the first
-// `parts` of K / 16 count, and B K x N in a tile, rows along the depth.
+// acc += A B, with A in the lanes' registers where another product left it, rounded to T: M x K, of which the first
+// `parts` of K / 16 count, and B K x N in a tile, MN-major.
 template <int M, int K, int N, class T>
-__device__ inline void multiply_kept(Sums<M, N>& sums, const Sums<M, K>& a, const T* b, int pitch, int parts = K / 16) {
+__device__ inline void multiply_registers(Accumulator<M, N>& acc, const Accumulator<M, K>& a, const T* b, int pitch,
+                                          int parts = K / 16) {
   const int lane = threadIdx.x % kWarp, low = lane % 8, middle = lane / 8 % 2 * 8, high = lane / 16 * 8;
 #pragma unroll
   for (int k = 0; k < K / 16; ++k) {
     if (k >= parts) break;
     unsigned fa[M / 16][4];
 #pragma unroll
-    for (int i = 0; i < M / 16; ++i) to_operand<T>(fa[i], a, i, k);
+    for (int i = 0; i < M / 16; ++i) to_a_fragment<T>(fa[i], a, i, k);
 #pragma unroll
     for (int j = 0; j < N / 16; ++j) {
       unsigned fb[4];
       ldmatrix_transposed(fb, b + (k * 16 + low + middle) * pitch + j * 16 + high);
 #pragma unroll
       for (int i = 0; i < M / 16; ++i) {
-        mma<T>(sums.v[i][2 * j], fa[i], fb[0], fb[1]);
-        mma<T>(sums.v[i][2 * j + 1], fa[i], fb[2], fb[3]);
+        mma<T>(acc.v[i][2 * j], fa[i], fb[0], fb[1]);
+        mma<T>(acc.v[i][2 * j + 1], fa[i], fb[2], fb[3]);
       }
     }
   }
 }
 template <int M, int K, int N>
-__device__ inline void multiply_kept(Sums<M, N>& sums, const Sums<M, K>& a, const float* b, int pitch,
-                                     int parts = K / 16) {
+__device__ inline void multiply_registers(Accumulator<M, N>& acc, const Accumulator<M, K>& a, const float* b, int pitch,
+                                          int parts = K / 16) {
   const float* column = b + lane_column();
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -192,7 +194,7 @@ __device__ inline void multiply_kept(Sums<M, N>& sums, const Sums<M, K>& a, cons
     for (int j = 0; j < N / 4; ++j) {
       const float fb = column[k * pitch + j / 2 * 8 + j % 2];
 #pragma unroll
-      for (int i = 0; i < M / 8; ++i) sums.v[i / 2][j / 2][i % 2 * 2 + j % 2] += fa[i] * fb;
+      for (int i = 0; i < M / 8; ++i) acc.v[i / 2][j / 2][i % 2 * 2 + j % 2] += fa[i] * fb;
     }
   }
 }

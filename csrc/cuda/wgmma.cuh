@@ -1,8 +1,8 @@
 // The products of sm_90a: a warpgroup of four warps multiplies 64 rows by 64 columns, operands in shared memory.
 //
 // A tile for them is made of panels of 64 columns, whose rows of 128 bytes follow each other. Within eight rows, 1024
-// aligned bytes, piece c of 16 bytes of row r is at place c ^ r: the 128-byte swizzle, which wgmma undoes and the bulk
-// copies make. So a tile may be read by its rows or by its depth, and eight rows of one piece lie in different banks.
+// aligned bytes, piece c of 16 bytes of row r is at place c ^ r: the 128-byte swizzle, which wgmma undoes and TMA
+// makes. So a tile may be read K-major or MN-major, and eight rows of one piece are in different banks.
 #pragma once
 #include <cstdlib>
 
@@ -10,27 +10,27 @@
 
 namespace linmu {
 
-constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kWarpgroup = 128;  // threads
 
 template <class T>
-__host__ __device__ constexpr int64_t group_tile(int rows, int columns) {
+__host__ __device__ constexpr int64_t swizzled_size(int rows, int columns) {
   return static_cast<int64_t>(rows) * columns;
 }
 
 template <class T>
-__device__ inline T* group_at(T* tile, int rows, int row, int column) {
+__device__ inline T* swizzled_at(T* tile, int rows, int row, int column) {
   return tile + static_cast<int64_t>(column / 64) * rows * 64 + row * 64 + (column / 8 % 8 ^ row % 8) * 8 + column % 8;
 }
 
 // As load_tile: rows a multiple of 8, columns of 64.
 template <class T, class Source>
-__device__ inline void load_group_tile(T* tile, int rows, int columns, int64_t width, bool fast, Source&& source) {
+__device__ inline void load_swizzled_tile(T* tile, int rows, int columns, int64_t width, bool fast, Source&& source) {
   static_assert(sizeof(T) == 2);
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, across = columns / 32;
   for (int i = threadIdx.x / kWarp; i < rows / 8 * across; i += warps) {
     const int r = i / across * 8 + lane % 8, c = i % across * 32 + lane / 8 * 8;
     const T* from = source(r);
-    T* to = group_at(tile, rows, r, c);
+    T* to = swizzled_at(tile, rows, r, c);
     if (fast) {
       const bool valid = from && c < width;
       copy_async(to, valid ? from + c : nullptr, valid);
@@ -43,16 +43,16 @@ __device__ inline void load_group_tile(T* tile, int rows, int columns, int64_t w
 
 // The i-th piece of 16 bytes of a tile: a warp's 32 are 8 rows x 64 bytes.
 template <class T>
-struct GroupPlace {
+struct SwizzledPlace {
   int row, column;
   T* to;
-  __device__ GroupPlace(T* tile, int rows, int columns, int i)
+  __device__ SwizzledPlace(T* tile, int rows, int columns, int i)
       : row(i / kWarp / (columns / 32) * 8 + i % 8),
         column(i / kWarp % (columns / 32) * 32 + i % kWarp / 8 * 8),
-        to(group_at(tile, rows, row, column)) {}
+        to(swizzled_at(tile, rows, row, column)) {}
 };
 
-using GroupSums = Sums<16, 64>;  // a warp's 16 of the 64 rows
+using WarpgroupAccumulator = Accumulator<16, 64>;  // a warp's 16 of the 64 rows
 
 }  // namespace linmu
 
@@ -78,10 +78,10 @@ inline int architecture(const char* op) {
   return own && !(lowered && std::atoi(lowered) < 90) ? 90 : 80;
 }
 
-// Where an operand lies: its first element before swizzling, and 1024 bytes from eight rows to the next. (The second
-// field is between panels, of which no operand has two.)
-using Operand = uint64_t;
-__device__ inline Operand operand(const void* first) {
+// PTX's matrix descriptor: the operand's first element before swizzling, and 1024 bytes from eight rows to the next.
+// (The second field is between panels, of which no operand has two.)
+using Descriptor = uint64_t;
+__device__ inline Descriptor make_descriptor(const void* first) {
   const uint64_t at = __cvta_generic_to_shared(first), swizzle = 1;
   return (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | swizzle << 62;
 }
@@ -90,55 +90,57 @@ __device__ inline Operand operand(const void* first) {
 #define LINMU_SM90A 1
 
 #define LINMU_FOUR(d, j) "+f"(d.v[0][j][0]), "+f"(d.v[0][j][1]), "+f"(d.v[0][j][2]), "+f"(d.v[0][j][3])
-#define LINMU_SUMS(d)                                                                                         \
+#define LINMU_ACCUMULATOR(d)                                                                                  \
   LINMU_FOUR(d, 0), LINMU_FOUR(d, 1), LINMU_FOUR(d, 2), LINMU_FOUR(d, 3), LINMU_FOUR(d, 4), LINMU_FOUR(d, 5), \
       LINMU_FOUR(d, 6), LINMU_FOUR(d, 7)
-#define LINMU_SUMS_TEXT                                                                                             \
+#define LINMU_ACCUMULATOR_TEXT                                                                                      \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
   "%30,%31}"
-#define LINMU_WGMMA_SHARED(type)                                                               \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_SUMS_TEXT \
-               ", %32, %33, 1, 1, 1, 0, %34;\n"                                                \
-               : LINMU_SUMS(d)                                                                 \
-               : "l"(a), "l"(b), "n"(kByDepth))
-#define LINMU_WGMMA_REGISTERS(type)                                                            \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_SUMS_TEXT \
-               ", {%32,%33,%34,%35}, %36, 1, 1, 1, %37;\n"                                     \
-               : LINMU_SUMS(d)                                                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kByDepth))
+#define LINMU_WGMMA_SHARED(type)                                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_ACCUMULATOR_TEXT \
+               ", %32, %33, 1, 1, 1, 0, %34;\n"                                                       \
+               : LINMU_ACCUMULATOR(d)                                                                 \
+               : "l"(a), "l"(b), "n"(kMajorB == Major::MN))
+#define LINMU_WGMMA_REGISTERS(type)                                                                   \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_ACCUMULATOR_TEXT \
+               ", {%32,%33,%34,%35}, %36, 1, 1, 1, %37;\n"                                            \
+               : LINMU_ACCUMULATOR(d)                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kMajorB == Major::MN))
 
-// d += a b over a depth of 16. b lies by row, or by depth; a from shared memory lies by row, from registers as for mma.
-template <class T, int kByDepth>
-__device__ inline void group_mma(GroupSums& d, Operand a, Operand b) {
+// d += a b over 16 of K. a is K-major in shared memory, or in registers as for mma.
+template <class T, Major kMajorB>
+__device__ inline void wgmma(WarpgroupAccumulator& d, Descriptor a, Descriptor b) {
   if constexpr (std::is_same_v<T, bf16>)
     LINMU_WGMMA_SHARED("bf16");
   else
     LINMU_WGMMA_SHARED("f16");
 }
-template <class T, int kByDepth>
-__device__ inline void group_mma(GroupSums& d, const unsigned (&a)[4], Operand b) {
+template <class T, Major kMajorB>
+__device__ inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], Descriptor b) {
   if constexpr (std::is_same_v<T, bf16>)
     LINMU_WGMMA_REGISTERS("bf16");
   else
     LINMU_WGMMA_REGISTERS("f16");
 }
 
-// Around group_mma: before the first, once its registers are written; after the last; and until their results are
-// there.
-__device__ inline void group_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
-__device__ inline void group_end() {
+// Around wgmma, under CUTLASS's names: before the first, once its registers are written; after the last, until the
+// results are there.
+__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ inline void warpgroup_commit_and_wait() {
   asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
   asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory");
 }
-// Keeps the compiler from reading the sums before, or writing them after.
-__device__ inline void group_hold(GroupSums& d) { asm volatile("" : LINMU_SUMS(d)::"memory"); }
+// Keeps the compiler from reading the accumulator before, or writing it after.
+__device__ inline void warpgroup_fence_operand(WarpgroupAccumulator& d) {
+  asm volatile("" : LINMU_ACCUMULATOR(d)::"memory");
+}
 
 #endif
 
 // A barrier of the warpgroup alone, of at most four in a block. (A barrier by a number that is not constant takes all
 // 16.)
-__device__ inline void group_sync() {
-  switch (threadIdx.x / kGroup) {
+__device__ inline void warpgroup_sync() {
+  switch (threadIdx.x / kWarpgroup) {
     case 0: asm volatile("bar.sync 1, 128;\n" ::: "memory"); break;
     case 1: asm volatile("bar.sync 2, 128;\n" ::: "memory"); break;
     case 2: asm volatile("bar.sync 3, 128;\n" ::: "memory"); break;
@@ -146,8 +148,8 @@ __device__ inline void group_sync() {
   }
 }
 
-// What this thread wrote to shared memory, copies included, is there for group_mma, and bulk copies, after a barrier.
-__device__ inline void group_publish() {
+// What this thread wrote to shared memory, copies included, is there for wgmma and TMA after a barrier.
+__device__ inline void fence_proxy_async() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 #endif
@@ -159,13 +161,13 @@ __device__ inline void group_publish() {
 namespace linmu {
 
 #if defined(LINMU_SM90A) || defined(LINMU_EMULATE)
-#define LINMU_GROUP_CODE 1
+#define LINMU_WGMMA_CODE 1
 
-// An operand read by row (of M or N) or by depth, from row `row`, a multiple of 8, and column `column` of a tile of
-// `rows` rows: a multiple of 16 by row, of 64 by depth.
+// The operand from row `row`, a multiple of 8, and column `column` of a tile of `rows` rows: a multiple of 16 if the
+// operand is K-major, of 64 if it is MN-major.
 template <class T>
-__device__ inline Operand operand_at(T* tile, int rows, int row, int column) {
-  return operand(tile + static_cast<int64_t>(column / 64) * rows * 64 + row * 64 + column % 64);
+__device__ inline Descriptor descriptor_at(T* tile, int rows, int row, int column) {
+  return make_descriptor(tile + static_cast<int64_t>(column / 64) * rows * 64 + row * 64 + column % 64);
 }
 
 #endif

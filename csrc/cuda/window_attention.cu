@@ -54,23 +54,23 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1)
       sync_warp();
       gather(s, q_tile, M, D, tokens, s.q, head, true, lane, kWarp);
     }
-    Sums<M, D> out;
-    RunningSoftmax<T, M> softmax;
+    Accumulator<M, D> out;
+    OnlineSoftmax<T, M> softmax;
     out.clear();
 
     for (int k0 = 0; k0 < window.count; k0 += s.keys) {
-      const int rows = bring_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
+      const int rows = load_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
       if (!active) continue;
 
       for (int j = 0; j < rows; j += N) {
         const int parts = (rows - j < N ? rows - j : N) / 16;
-        Sums<M, N> scores;
+        Accumulator<M, N> scores;
         scores.clear();
-        multiply<Lies::by_row, Lies::by_row>(scores, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
+        multiply<Major::K, Major::K>(scores, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
         to_exponents<T, false>(scores, p, head, tokens, coords, key_tokens + j, key_coords + j);
-        float shrink[M / 8];
-        if (softmax.step(scores, shrink)) multiply_rows(out, shrink);
-        multiply_kept(out, scores, v_tile + j * pitch, pitch, parts);
+        float rescale[M / 8];
+        if (softmax.step(scores, rescale)) multiply_rows(out, rescale);
+        multiply_registers(out, scores, v_tile + j * pitch, pitch, parts);
       }
     }
     if (!active) continue;
@@ -149,7 +149,7 @@ void zero_uncovered(const WindowPlan& plan, bool gradients, const CudaContext& c
 void window_attention_cuda(const WindowAttentionParams& p, const CudaContext& context) {
   if (p.heads == 0) return;
   zero_uncovered(plan_window(p), false, context);
-  if (p.num_visual == 0 || group_window_attention(p, context)) return;
+  if (p.num_visual == 0 || window_attention_sm90(p, context)) return;
   dispatch_cuda("window_attention", p.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     with_head_dim(p.head_dim, [&](auto d) { forward<T, d()>(p, context); });

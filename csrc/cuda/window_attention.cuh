@@ -1,6 +1,7 @@
 // What the kernels of window_attention share. A block works on one (window, key/value head): its keys and values lie in
-// shared memory, gathered from where the tokens are and turned by the rotary embedding on the way, and every query head
-// of the group reads them there. Index arithmetic is host-and-device, and looks at no value that it does not check.
+// shared memory, gathered from where the tokens are and rotated by the rotary embedding on the way, and every query
+// head of the group reads them there. Index arithmetic is host-and-device, and looks at no value that it does not
+// check.
 #pragma once
 #include <algorithm>
 
@@ -53,7 +54,7 @@ struct GatheredRows {
 struct WindowPlan {
   WindowAttentionParams p;
   GatheredRows q, k, v, grad_out, out;
-  bool fast_turn;         // rotary partners, too, lie in pieces of 16 bytes
+  bool fast_rotary;       // rotary partners, too, lie in pieces of 16 bytes
   int keys;               // in shared memory at a time
   int splits;             // blocks per (window, key/value head)
   const float* grad_lse;  // (num_visual, H) or null
@@ -75,7 +76,7 @@ inline WindowPlan plan_window(const WindowAttentionParams& p) {
   s.p = p;
   s.q = gathered(p, p.q), s.k = gathered(p, p.k), s.v = gathered(p, p.v), s.out = gathered(p, p.out, p.heads);
   const int64_t pieces = 16 / element_size(p.dtype);
-  s.fast_turn = p.rotary_dim % (p.interleaved ? pieces : 2 * pieces) == 0 && aligned(p.cos, 16) && aligned(p.sin, 16);
+  s.fast_rotary = p.rotary_dim % (p.interleaved ? pieces : 2 * pieces) == 0 && aligned(p.cos, 16) && aligned(p.sin, 16);
   return s;
 }
 
@@ -102,14 +103,14 @@ void with_head_dim(int64_t P, F&& f) {
 void zero_uncovered(const WindowPlan& plan, bool gradients, const CudaContext& context);
 
 // The forward by the kernel for sm_90a; false where that does not serve.
-bool group_window_attention(const WindowAttentionParams& p, const CudaContext& context);
+bool window_attention_sm90(const WindowAttentionParams& p, const CudaContext& context);
 
 // ---- on the device ----
 
-// Element i of a row turned by its angles, or, kAdjoint, of a gradient turned back.
+// Element i of a row rotated by its angles, or, kAdjoint, of a gradient rotated back.
 template <bool kAdjoint, class S>
-__device__ inline float turned(const WindowAttentionParams& p, const S* row, const float* cos, const float* sin,
-                               int i) {
+__device__ inline float rotated(const WindowAttentionParams& p, const S* row, const float* cos, const float* sin,
+                                int i) {
   const int half = static_cast<int>(p.rotary_dim / 2);
   const bool first = p.interleaved ? i % 2 == 0 : i < half;
   const int partner = p.interleaved ? i ^ 1 : first ? i + half : i - half;
@@ -126,10 +127,10 @@ __device__ inline const Vec<T, kVec<T>>& piece(const T* p) {
   return *reinterpret_cast<const Vec<T, kVec<T>>*>(p);
 }
 
-// kVec elements of a row from i, all of them turned; what the 16-byte pieces allow.
+// kVec elements of a row from i, all of them rotated; what the 16-byte pieces allow.
 template <class T>
-__device__ inline Vec<T, kVec<T>> turned_piece(const WindowAttentionParams& p, const T* row, const float* cos,
-                                               const float* sin, int i) {
+__device__ inline Vec<T, kVec<T>> rotated_piece(const WindowAttentionParams& p, const T* row, const float* cos,
+                                                const float* sin, int i) {
   constexpr int V = kVec<T>;
   const int half = static_cast<int>(p.rotary_dim / 2);
   const bool first = i < half;
@@ -163,11 +164,11 @@ struct RowPlace {
 // zeros where there is no token. Complete after copy_wait and a barrier.
 template <template <class> class Place = RowPlace, class T>
 __device__ inline void gather(const WindowPlan& s, T* tile, int rows, int columns, const int* tokens,
-                              const GatheredRows& from, int64_t head, bool turn, int thread, int count) {
+                              const GatheredRows& from, int64_t head, bool rotate, int thread, int count) {
   constexpr int V = kVec<T>;
   const WindowAttentionParams& p = s.p;
   const int P = static_cast<int>(p.head_dim);
-  const int R = turn && p.cos ? static_cast<int>(p.rotary_dim) : 0;
+  const int R = rotate && p.cos ? static_cast<int>(p.rotary_dim) : 0;
   for (int i = thread; i < rows * (columns / V); i += count) {
     const Place<T> at(tile, rows, columns, i);
     const int c = at.column, token = tokens[at.row];
@@ -188,12 +189,12 @@ __device__ inline void gather(const WindowPlan& s, T* tile, int rows, int column
     }
     const int64_t angles = rotary_offset(p, token);
     const float *cos = static_cast<const float*>(p.cos) + angles, *sin = static_cast<const float*>(p.sin) + angles;
-    if (from.fast && s.fast_turn) {
-      piece(to) = turned_piece(p, row, cos, sin, c);
+    if (from.fast && s.fast_rotary) {
+      piece(to) = rotated_piece(p, row, cos, sin, c);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        to[v] = c + v < R ? from_float<T>(turned<false>(p, row, cos, sin, c + v)) : c + v < P ? row[c + v] : T{};
+        to[v] = c + v < R ? from_float<T>(rotated<false>(p, row, cos, sin, c + v)) : c + v < P ? row[c + v] : T{};
     }
   }
 }
@@ -212,8 +213,8 @@ __device__ inline void read_slots(const WindowAttentionParams& p, const WindowSl
 // For all of a block's threads, its warps' own copies included: a window's keys and values from entry k0 on, as many as
 // the tiles hold, unless they are there already (`resident`, which is kept). Returns how many rows of the tiles count.
 template <class T>
-__device__ inline int bring_keys(const WindowPlan& s, const WindowSlots& window, int k0, int64_t group, int columns,
-                                 T* k_tile, T* v_tile, int* tokens, int* coords, bool& resident) {
+__device__ inline int load_keys(const WindowPlan& s, const WindowSlots& window, int k0, int64_t group, int columns,
+                                T* k_tile, T* v_tile, int* tokens, int* coords, bool& resident) {
   const int threads = blockDim.x;
   const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys, rows = (here + 15) / 16 * 16;
   if (!resident) {
@@ -257,8 +258,9 @@ __device__ inline int row_of(int r) { return r / 2 * 16 + r % 2 * 8 + lane_row()
 // the query. kKeyRows: the scores' rows are the keys. Tokens and coordinates are those of the scores' first row and
 // column.
 template <class T, bool kKeyRows, int M, int N>
-__device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionParams& p, int64_t head, const int* tokens,
-                                    const int* coords, const int* other_tokens, const int* other_coords) {
+__device__ inline void to_exponents(Accumulator<M, N>& scores, const WindowAttentionParams& p, int64_t head,
+                                    const int* tokens, const int* coords, const int* other_tokens,
+                                    const int* other_coords) {
   const float factor = static_cast<float>(p.scale) * kPerE<T>;
   const float* table = p.bias ? static_cast<const float*>(p.bias) + head * p.bias_size : nullptr;
   scores.each([&](float& value, int row, int column) {
@@ -283,21 +285,21 @@ __device__ inline void to_exponents(Sums<M, N>& scores, const WindowAttentionPar
   }
 }
 
-// Softmax over keys that come a step at a time, for a lane's rows of M: the largest exponent so far, and the lane's
-// share of the sum of powers, relative to it.
+// Softmax over keys that come a step at a time (online softmax), for a lane's rows of M: the largest exponent so far,
+// and the lane's share of the sum of powers, relative to it.
 template <class T, int M>
-struct RunningSoftmax {
+struct OnlineSoftmax {
   static constexpr int R = M / 8;
   float top[R], sum[R];
 
-  __device__ RunningSoftmax() {
+  __device__ OnlineSoftmax() {
 #pragma unroll
     for (int r = 0; r < R; ++r) top[r] = -INFINITY, sum[r] = 0.f;
   }
 
-  // Exponents become weights; what was weighted before is to be multiplied by `shrink`, if true comes back.
+  // Exponents become weights; what was weighted before is to be multiplied by `rescale`, if true comes back.
   template <int N>
-  __device__ bool step(Sums<M, N>& scores, float (&shrink)[R]) {
+  __device__ bool step(Accumulator<M, N>& scores, float (&rescale)[R]) {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -309,7 +311,7 @@ struct RunningSoftmax {
       most = fmaxf(most, shuffle_xor(most, 2));
       // No key yet: -infinity less itself would be NaN.
       const float from = most == -INFINITY ? 0.f : most;
-      shrink[r] = power<T>(top[r] - from);
+      rescale[r] = power<T>(top[r] - from);
       moved |= most != top[r];
       top[r] = most;
       float total = 0.f;
@@ -321,7 +323,7 @@ struct RunningSoftmax {
           x = power<T>(x - from);
           total += x;
         }
-      sum[r] = sum[r] * shrink[r] + total;
+      sum[r] = sum[r] * rescale[r] + total;
     }
     return warp_any(moved);
   }
@@ -342,7 +344,7 @@ struct RunningSoftmax {
 };
 
 template <int M, int N>
-__device__ inline void multiply_rows(Sums<M, N>& sums, const float (&factor)[M / 8]) {
+__device__ inline void multiply_rows(Accumulator<M, N>& sums, const float (&factor)[M / 8]) {
 #pragma unroll
   for (int r = 0; r < M / 8; ++r)
 #pragma unroll

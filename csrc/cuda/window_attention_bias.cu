@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
         sync_warp();
         for (int j = 0; j < rows; j += N) {
           const int parts = (rows - j < N ? rows - j : N) / 16;
-          Sums<M, N> ds, dp;
+          Accumulator<M, N> ds, dp;
           ds.clear(), dp.clear();
-          multiply<Lies::by_row, Lies::by_row>(ds, q_tile, pitch, k_tile + j * pitch, pitch, o.columns, parts);
-          multiply<Lies::by_row, Lies::by_row>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, o.columns, parts);
+          multiply<Major::K, Major::K>(ds, q_tile, pitch, k_tile + j * pitch, pitch, o.columns, parts);
+          multiply<Major::K, Major::K>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, o.columns, parts);
           to_exponents<T, false>(ds, p, head, tokens, coords, key_tokens + j, key_coords + j);
           score_gradients<T>(ds, dp, lse, deltas);
           sync_warp();

@@ -30,13 +30,13 @@ struct Shape {
   static constexpr int64_t kSteps = 2 * kStep * (2 * kRow + 4 * kInts);
 };
 
-// The rows of a stage, times factor and turned back where asked, to a tensor (B, L, heads, P) of T.
+// The rows of a stage, times factor and rotated back where asked, to a tensor (B, L, heads, P) of T.
 template <class T>
 __device__ inline void store_stage(const WindowAttentionParams& p, void* tensor, int64_t heads, int64_t head,
-                                   const float* stage, int pitch, int rows, int columns, const int* tokens, bool turn,
+                                   const float* stage, int pitch, int rows, int columns, const int* tokens, bool rotate,
                                    bool fast) {
   constexpr int V = kVec<T>;
-  const int P = static_cast<int>(p.head_dim), R = turn && p.cos ? static_cast<int>(p.rotary_dim) : 0;
+  const int P = static_cast<int>(p.head_dim), R = rotate && p.cos ? static_cast<int>(p.rotary_dim) : 0;
   const int per_row = columns / V;
   for (int i = threadIdx.x % kWarp; i < rows * per_row; i += kWarp) {
     const int r = i / per_row, c = i % per_row * V, token = tokens[r];
@@ -48,7 +48,7 @@ __device__ inline void store_stage(const WindowAttentionParams& p, void* tensor,
       const float *cos = static_cast<const float*>(p.cos) + angles, *sin = static_cast<const float*>(p.sin) + angles;
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        values.v[v] = from_float<T>(c + v < R ? turned<true>(p, from, cos, sin, c + v) : from[c + v]);
+        values.v[v] = from_float<T>(c + v < R ? rotated<true>(p, from, cos, sin, c + v) : from[c + v]);
     } else {
 #pragma unroll
       for (int v = 0; v < V; ++v) values.v[v] = from_float<T>(from[c + v]);
@@ -63,7 +63,7 @@ __device__ inline void store_stage(const WindowAttentionParams& p, void* tensor,
 }
 
 template <int M, int N>
-__device__ inline void to_stage(float* stage, int pitch, Sums<M, N>& sums, float factor) {
+__device__ inline void to_stage(float* stage, int pitch, Accumulator<M, N>& sums, float factor) {
   sums.each_pair([&](float first, float second, int row, int column) {
     stage[row * pitch + column] = first * factor;
     stage[row * pitch + column + 1] = second * factor;
@@ -106,12 +106,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
       gather(s, grad_tile, M, D, tokens, s.grad_out, head, false, lane, kWarp);
       read_lse<T>(lse, p, window, first, head, tokens);
     }
-    Sums<M, D> dq;
+    Accumulator<M, D> dq;
     dq.clear();
     bool ready = false;
 
     for (int k0 = 0; k0 < window.count; k0 += s.keys) {
-      const int rows = bring_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
+      const int rows = load_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
       if (!active) continue;
       if (!ready) {
         for (int r = 0; r < M; ++r) {
@@ -134,13 +134,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
 
       for (int j = 0; j < rows; j += N) {
         const int parts = (rows - j < N ? rows - j : N) / 16;
-        Sums<M, N> ds, dp;
+        Accumulator<M, N> ds, dp;
         ds.clear(), dp.clear();
-        multiply<Lies::by_row, Lies::by_row>(ds, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
-        multiply<Lies::by_row, Lies::by_row>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, D, parts);
+        multiply<Major::K, Major::K>(ds, q_tile, pitch, k_tile + j * pitch, pitch, D, parts);
+        multiply<Major::K, Major::K>(dp, grad_tile, pitch, v_tile + j * pitch, pitch, D, parts);
         to_exponents<T, false>(ds, p, head, tokens, coords, key_tokens + j, key_coords + j);
         score_gradients<T>(ds, dp, lse, deltas);
-        multiply_kept(dq, ds, k_tile + j * pitch, pitch, parts);
+        multiply_registers(dq, ds, k_tile + j * pitch, pitch, parts);
       }
     }
     if (!active) continue;
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) dkv_kernel(const __grid_c
     gather(s, v_tile, M, D, tokens, s.v, group, false, lane, kWarp);
     for (int pass = 0; pass < kPasses; ++pass) {
       const bool last = pass == kPasses - 1;
-      Sums<M, D> dk;
-      Sums<M, Own::kTogether ? D : 16> dv;  // in a pass of its own, dv is summed in dk's place
+      Accumulator<M, D> dk;
+      Accumulator<M, Own::kTogether ? D : 16> dv;  // in a pass of its own, dv is summed in dk's place
       dk.clear(), dv.clear();
       fetch(0);
       copy_commit();
@@ -215,24 +215,24 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) dkv_kernel(const __grid_c
         const float *lse = reinterpret_cast<const float*>(ints + 2 * N), *deltas = lse + N;
         const int left = window.count - step % blocks * N;
         const int parts = left < N ? (left + 15) / 16 : N / 16;
-        Sums<M, N> weights;
+        Accumulator<M, N> weights;
         weights.clear();
-        multiply<Lies::by_row, Lies::by_row>(weights, k_tile, pitch, q_tile, pitch, D, parts);
+        multiply<Major::K, Major::K>(weights, k_tile, pitch, q_tile, pitch, D, parts);
         to_exponents<T, true>(weights, p, head_of(step), tokens, coords, ints, ints + N);
         weights.each([&](float& x, int, int column) { x = ints[column] < 0 ? 0.f : power<T>(x - lse[column]); });
         if constexpr (Own::kTogether)
-          multiply_kept(dv, weights, grad_tile, pitch, parts);
+          multiply_registers(dv, weights, grad_tile, pitch, parts);
         else if (!last)
-          multiply_kept(dk, weights, grad_tile, pitch, parts);
+          multiply_registers(dk, weights, grad_tile, pitch, parts);
         if (!last) continue;
-        Sums<M, N> dp;
+        Accumulator<M, N> dp;
         dp.clear();
-        multiply<Lies::by_row, Lies::by_row>(dp, v_tile, pitch, grad_tile, pitch, D, parts);
+        multiply<Major::K, Major::K>(dp, v_tile, pitch, grad_tile, pitch, D, parts);
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e) weights.v[0][j][e] *= dp.v[0][j][e] - deltas[j * 8 + lane_column() + e % 2];
-        multiply_kept(dk, weights, q_tile, pitch, parts);
+        multiply_registers(dk, weights, q_tile, pitch, parts);
       }
       if (first < window.count) {
         float* stage = reinterpret_cast<float*>(k_tile);

@@ -24,7 +24,7 @@ __device__ inline void read_lse(float (&lse)[R], const WindowAttentionParams& p,
 
 // Exponents, rows the queries, become weight * (dp - delta).
 template <class T, int M, int N>
-__device__ inline void score_gradients(Sums<M, N>& ds, const Sums<M, N>& dp, const float (&lse)[M / 8],
+__device__ inline void score_gradients(Accumulator<M, N>& ds, const Accumulator<M, N>& dp, const float (&lse)[M / 8],
                                        const float* deltas) {
 #pragma unroll
   for (int r = 0; r < M / 8; ++r) {

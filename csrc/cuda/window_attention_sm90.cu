@@ -7,21 +7,23 @@
 namespace linmu {
 namespace {
 
-constexpr int kMaxGroups = 3, kQueries = 64, kKeys = 64;  // of a warpgroup; of a step
+constexpr int kMaxWarpgroups = 3, kQueries = 64, kKeys = 64;  // of a warpgroup; of a step
 
 template <class T, int D>
 struct Shape {
   static constexpr int64_t kPerKey = 2 * D * static_cast<int64_t>(sizeof(T)) + 2 * sizeof(int);
-  static constexpr int64_t kPerGroup = kQueries * (D * static_cast<int64_t>(sizeof(T)) + 2 * sizeof(int));
-  static_assert(kKeys * kPerKey + kMaxGroups * kPerGroup <= kSharedSm90);
+  static constexpr int64_t kPerWarpgroup = kQueries * (D * static_cast<int64_t>(sizeof(T)) + 2 * sizeof(int));
+  static_assert(kKeys * kPerKey + kMaxWarpgroups * kPerWarpgroup <= kSharedSm90);
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(const __grid_constant__ WindowPlan s) {
-#ifdef LINMU_GROUP_CODE
+__global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
+    warpgroup_forward_kernel(const __grid_constant__ WindowPlan s) {
+#ifdef LINMU_WGMMA_CODE
   LINMU_SHARED(memory);
   const WindowAttentionParams& p = s.p;
-  const int threads = blockDim.x, groups = threads / kGroup, mine = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
+  const int threads = blockDim.x, warpgroups = threads / kWarpgroup, warpgroup = threadIdx.x / kWarpgroup,
+            thread = threadIdx.x % kWarpgroup;
   const int lane = threadIdx.x % kWarp, own = thread / kWarp * 16;  // the first of the warp's rows
   const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
   const WindowSlots window = window_slots(p, pair / p.groups);
@@ -30,26 +32,26 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
   T* k_tile = reinterpret_cast<T*>(memory);
   T* v_tile = k_tile + s.keys * D;
   T* q_tiles = v_tile + s.keys * D;
-  T* q_tile = q_tiles + mine * kQueries * D;
-  int* key_tokens = reinterpret_cast<int*>(q_tiles + groups * kQueries * D);
+  T* q_tile = q_tiles + warpgroup * kQueries * D;
+  int* key_tokens = reinterpret_cast<int*>(q_tiles + warpgroups * kQueries * D);
   int* key_coords = key_tokens + s.keys;
-  int* tokens = key_coords + s.keys + mine * 2 * kQueries;
+  int* tokens = key_coords + s.keys + warpgroup * 2 * kQueries;
   int* coords = tokens + kQueries;
 
   const int items = (window.count + kQueries - 1) / kQueries * share;
   bool resident = false;
-  for (int round = split * groups; round < items; round += s.splits * groups) {
-    const int item = round + mine, head = static_cast<int>(group) * share + item % share;
+  for (int round = split * warpgroups; round < items; round += s.splits * warpgroups) {
+    const int item = round + warpgroup, head = static_cast<int>(group) * share + item % share;
     const bool active = item < items;
     const int first = item / share * kQueries;
     if (active) {
-      group_sync();
-      read_slots(p, window, first, kQueries, tokens, coords, thread, kGroup);
-      group_sync();
-      gather<GroupPlace>(s, q_tile, kQueries, D, tokens, s.q, head, true, thread, kGroup);
+      warpgroup_sync();
+      read_slots(p, window, first, kQueries, tokens, coords, thread, kWarpgroup);
+      warpgroup_sync();
+      gather<SwizzledPlace>(s, q_tile, kQueries, D, tokens, s.q, head, true, thread, kWarpgroup);
     }
-    GroupSums out[D / 64];
-    RunningSoftmax<T, 16> softmax;
+    WarpgroupAccumulator out[D / 64];
+    OnlineSoftmax<T, 16> softmax;
 #pragma unroll
     for (int part = 0; part < D / 64; ++part) out[part].clear();
 
@@ -59,67 +61,67 @@ __global__ void __launch_bounds__(kMaxGroups* kGroup, 1) group_forward_kernel(co
         __syncthreads();
         read_slots(p, window, k0, s.keys, key_tokens, key_coords, threadIdx.x, threads);
         __syncthreads();
-        gather<GroupPlace>(s, k_tile, s.keys, D, key_tokens, s.k, group, true, threadIdx.x, threads);
-        gather<GroupPlace>(s, v_tile, s.keys, D, key_tokens, s.v, group, false, threadIdx.x, threads);
+        gather<SwizzledPlace>(s, k_tile, s.keys, D, key_tokens, s.k, group, true, threadIdx.x, threads);
+        gather<SwizzledPlace>(s, v_tile, s.keys, D, key_tokens, s.v, group, false, threadIdx.x, threads);
       }
       copy_commit();
       copy_wait<0>();
-      group_publish();
+      fence_proxy_async();
       if (!resident)
         __syncthreads();
       else if (active)
-        group_sync();
+        warpgroup_sync();
       resident = window.count <= s.keys;
       if (!active) continue;
 
       for (int j = 0; j < here; j += kKeys) {
-        GroupSums scores;
+        WarpgroupAccumulator scores;
         scores.clear();
-        group_hold(scores);
-        group_begin();
+        warpgroup_fence_operand(scores);
+        warpgroup_arrive();
 #pragma unroll
         for (int k = 0; k < D; k += 16)
-          group_mma<T, 0>(scores, operand_at(q_tile, kQueries, 0, k), operand_at(k_tile, s.keys, j, k));
-        group_end();
-        group_hold(scores);
+          wgmma<T, Major::K>(scores, descriptor_at(q_tile, kQueries, 0, k), descriptor_at(k_tile, s.keys, j, k));
+        warpgroup_commit_and_wait();
+        warpgroup_fence_operand(scores);
         to_exponents<T, false>(scores, p, head, tokens + own, coords + own, key_tokens + j, key_coords + j);
-        float shrink[2];
-        if (softmax.step(scores, shrink)) {
+        float rescale[2];
+        if (softmax.step(scores, rescale)) {
 #pragma unroll
-          for (int part = 0; part < D / 64; ++part) multiply_rows(out[part], shrink);
+          for (int part = 0; part < D / 64; ++part) multiply_rows(out[part], rescale);
         }
         unsigned weights[4][4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) to_operand<T>(weights[k], scores, 0, k);
+        for (int k = 0; k < 4; ++k) to_a_fragment<T>(weights[k], scores, 0, k);
 #pragma unroll
-        for (int part = 0; part < D / 64; ++part) group_hold(out[part]);
-        group_begin();
+        for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
+        warpgroup_arrive();
 #pragma unroll
         for (int part = 0; part < D / 64; ++part)
 #pragma unroll
           for (int k = 0; k < 4; ++k)
-            group_mma<T, 1>(out[part], weights[k], operand_at(v_tile, s.keys, j + k * 16, part * 64));
-        group_end();
+            wgmma<T, Major::MN>(out[part], weights[k], descriptor_at(v_tile, s.keys, j + k * 16, part * 64));
+        warpgroup_commit_and_wait();
 #pragma unroll
-        for (int part = 0; part < D / 64; ++part) group_hold(out[part]);
+        for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
       }
     }
     if (!active) continue;
 
     softmax.finish(p, window, first + own, head);
     const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
-    group_sync();  // all products that read q are done
+    warpgroup_sync();  // all products that read q are done
 #pragma unroll
     for (int part = 0; part < D / 64; ++part) {
       multiply_rows(out[part], inverse);
       out[part].each_pair([&](float x, float y, int row, int column) {
-        store_pair(group_at(q_tile, kQueries, own + row, part * 64 + column), x, y, 2);
+        store_pair(swizzled_at(q_tile, kQueries, own + row, part * 64 + column), x, y, 2);
       });
     }
     sync_warp();
     for (int i = lane; i < 16 * (D / 8); i += kWarp) {
       const int r = own + i / kWarp / (D / 32) * 8 + i % 8, c = i / kWarp % (D / 32) * 32 + i % kWarp / 8 * 8;
-      store_out(s, tokens[r], head, c, group_at(q_tile, kQueries, r, c));
+      store_out(s, tokens[r], head, c, swizzled_at(q_tile, kQueries, r, c));
     }
   }
 #endif
@@ -131,19 +133,20 @@ void forward(const WindowAttentionParams& p, const CudaContext& context) {
   WindowPlan s = plan_window(p);
   const int64_t expected = expected_tokens(p), limit = shared_limit(), pairs = p.num_windows * p.groups;
   const int64_t items = ceil_div(expected, kQueries) * (p.heads / p.groups);
-  int64_t groups = std::min<int64_t>(items, kMaxGroups);
+  int64_t warpgroups = std::min<int64_t>(items, kMaxWarpgroups);
   const int64_t wanted = ceil_div(expected, kKeys) * kKeys;
-  const auto fitting = [&] { return (limit - groups * Own::kPerGroup) / Own::kPerKey / kKeys * kKeys; };
-  while (groups > 1 && fitting() < kKeys) --groups;
+  const auto fitting = [&] { return (limit - warpgroups * Own::kPerWarpgroup) / Own::kPerKey / kKeys * kKeys; };
+  while (warpgroups > 1 && fitting() < kKeys) --warpgroups;
   s.keys = static_cast<int>(std::max<int64_t>(kKeys, std::min(wanted, fitting())));
-  s.splits = static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / pairs, 1, ceil_div(items, groups)));
-  launch("window_attention", group_forward_kernel<T, D>, blocks_of(pairs * s.splits), static_cast<int>(groups * kGroup),
-         s.keys * Own::kPerKey + groups * Own::kPerGroup, context, s);
+  s.splits = static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / pairs, 1, ceil_div(items, warpgroups)));
+  launch("window_attention", warpgroup_forward_kernel<T, D>, blocks_of(pairs * s.splits),
+         static_cast<int>(warpgroups * kWarpgroup), s.keys * Own::kPerKey + warpgroups * Own::kPerWarpgroup, context,
+         s);
 }
 
 }  // namespace
 
-bool group_window_attention(const WindowAttentionParams& p, const CudaContext& context) {
+bool window_attention_sm90(const WindowAttentionParams& p, const CudaContext& context) {
   // Of few queries or short rows most of a warpgroup's product would be empty.
   if (p.dtype == DType::f32 || p.head_dim <= 32 || p.head_dim > 128 || expected_tokens(p) <= 32) return false;
   if (architecture("window_attention") != 90) return false;

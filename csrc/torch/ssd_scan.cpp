@@ -9,7 +9,7 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
-// A dimension of size 1 may have any stride, even one that bulk copies refuse: it is as if packed.
+// A dimension of size 1 may have any stride, even one that TMA refuses: it is as if packed.
 int64_t stride(const Tensor& t, int64_t dim) {
   if (t.size(dim) != 1) return t.stride(dim);
   int64_t packed = 1;
@@ -17,7 +17,7 @@ int64_t stride(const Tensor& t, int64_t dim) {
   return packed > 0 ? packed : 1;
 }
 
-// Whether rows of whole 16 bytes lie where pieces of 16 bytes and bulk copies can read them. Of other rows it is true:
+// Whether rows of whole 16 bytes lie where pieces of 16 bytes and TMA can read them. Of other rows it is true:
 // packing would not help them.
 bool in_pieces(const Tensor& t) {
   const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;

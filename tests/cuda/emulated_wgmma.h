@@ -1,6 +1,6 @@
-// csrc/cuda/wgmma.cuh and bulk.cuh in plain C++, for emulator.h: the warpgroup's product, its operands read as the PTX
-// manual lays them out with the 128-byte swizzle, and bulk copies, which arrive when their barrier is waited for, or
-// when asked for. A product's results are there at once; proxies and their fences are not emulated.
+// csrc/cuda/wgmma.cuh and tma.cuh in plain C++, for emulator.h: the warpgroup's product, its operands read as the PTX
+// manual lays them out with the 128-byte swizzle, and TMA's copies, which arrive when their barrier is waited for, or
+// when issued. A product's results are there at once; proxies and their fences are not emulated.
 #pragma once
 #include <cstdlib>
 #include <vector>
@@ -12,33 +12,33 @@ inline int architecture(const char*) {
   return chosen ? std::atoi(chosen) : 80;
 }
 
-struct Operand {
+struct Descriptor {
   const unsigned char* first;
 };
-inline Operand operand(const void* first) {
+inline Descriptor make_descriptor(const void* first) {
   emulator::check_aligned(first);
   return {static_cast<const unsigned char*>(first)};
 }
 
 namespace emulator {
 
-struct Meeting {
+struct WarpgroupSync {
   int arrived = 0, live = 128;
-  uint64_t turn = 0;
+  uint64_t phase = 0;
 };
 
-// The fragments that the 128 threads of a warpgroup give each other.
-struct Given {
+// What each of the 128 threads of a warpgroup holds of A.
+struct AFragment {
   unsigned a[4];
 };
-inline const Given* exchange_in_group(const Given& mine) {
-  static std::vector<Meeting> meetings(8);
-  static std::vector<Given> given(8 * 2 * 128);
+inline const AFragment* exchange_in_warpgroup(const AFragment& mine) {
+  static std::vector<WarpgroupSync> syncs(8);
+  static std::vector<AFragment> fragments(8 * 2 * 128);
   const int group = self().number / 128;
-  Given* gifts = given.data() + (group * 2 + meetings[group].turn % 2) * 128;
-  gifts[self().number % 128] = mine;
-  meet(meetings[group]);
-  return gifts;
+  AFragment* all = fragments.data() + (group * 2 + syncs[group].phase % 2) * 128;
+  all[self().number % 128] = mine;
+  arrive_and_wait(syncs[group]);
+  return all;
 }
 
 // Bits 4 to 6 of an address in shared memory with bits 7 to 9 mixed in.
@@ -48,54 +48,55 @@ inline unsigned char* swizzled(const unsigned char* p) {
 }
 // Row r of 64 elements, and element c of it.
 template <class T>
-float value_at(const Operand& o, int r, int c) {
+float value_at(const Descriptor& o, int r, int c) {
   T value;
   std::memcpy(&value, swizzled(o.first + r / 8 * 1024 + r % 8 * 128 + c * 2), sizeof(value));
   return to_float(value);
 }
 
 // a(row, k) for the thread's rows of the warpgroup's 64.
-template <class T, int kByDepth, class A>
-void group_product(GroupSums& d, const Operand& b, A&& a) {
+template <class T, Major kMajorB, class A>
+void warpgroup_product(WarpgroupAccumulator& d, const Descriptor& b, A&& a) {
   const int lane = self().number % kLanes;
   for (int j = 0; j < 8; ++j)
     for (int e = 0; e < 4; ++e) {
       const int row = self().number % 128 / kLanes * 16 + lane / 4 + e / 2 * 8, n = j * 8 + lane % 4 * 2 + e % 2;
       float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a(row, k) * (kByDepth ? value_at<T>(b, k, n) : value_at<T>(b, n, k));
+      for (int k = 0; k < 16; ++k)
+        sum += a(row, k) * (kMajorB == Major::MN ? value_at<T>(b, k, n) : value_at<T>(b, n, k));
       d.v[0][j][e] += sum;
     }
 }
 
 }  // namespace emulator
 
-template <class T, int kByDepth>
-inline void group_mma(GroupSums& d, const Operand& a, const Operand& b) {
-  emulator::exchange_in_group({});
-  emulator::group_product<T, kByDepth>(d, b, [&](int row, int k) { return emulator::value_at<T>(a, row, k); });
+template <class T, Major kMajorB>
+inline void wgmma(WarpgroupAccumulator& d, const Descriptor& a, const Descriptor& b) {
+  emulator::exchange_in_warpgroup({});
+  emulator::warpgroup_product<T, kMajorB>(d, b, [&](int row, int k) { return emulator::value_at<T>(a, row, k); });
 }
-template <class T, int kByDepth>
-inline void group_mma(GroupSums& d, const unsigned (&a)[4], const Operand& b) {
-  const emulator::Given* all = emulator::exchange_in_group({{a[0], a[1], a[2], a[3]}});
-  emulator::group_product<T, kByDepth>(d, b, [&](int row, int k) {
+template <class T, Major kMajorB>
+inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], const Descriptor& b) {
+  const emulator::AFragment* all = emulator::exchange_in_warpgroup({{a[0], a[1], a[2], a[3]}});
+  emulator::warpgroup_product<T, kMajorB>(d, b, [&](int row, int k) {
     const int owner = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
     return to_float(T{emulator::bits_of(all[owner].a[row % 16 / 8 + k / 8 * 2], k % 2)});
   });
 }
 
-inline void group_sync() { emulator::exchange_in_group({}); }
-inline void group_begin() {}
-inline void group_end() {}
-inline void group_hold(GroupSums&) {}
-inline void group_publish() {}
+inline void warpgroup_sync() { emulator::exchange_in_warpgroup({}); }
+inline void warpgroup_arrive() {}
+inline void warpgroup_commit_and_wait() {}
+inline void warpgroup_fence_operand(WarpgroupAccumulator&) {}
+inline void fence_proxy_async() {}
 
 struct TensorMap {
   const uint16_t* data;
   int64_t sizes[4], strides[3];
   int box_rows;
 };
-inline bool describe(TensorMap& to, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                     int box_rows) {
+inline bool encode_tensor_map(TensorMap& to, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                              int box_rows) {
   to = {static_cast<const uint16_t*>(data), {}, {}, box_rows};
   std::copy(sizes, sizes + 4, to.sizes), std::copy(strides, strides + 3, to.strides);
   for (const int64_t n : strides)
@@ -107,13 +108,13 @@ struct Barrier {
   uint64_t state;
 };
 namespace emulator {
-inline Promises& promises_of(Barrier* barrier) {
+inline TransactionBarrier& transactions_of(Barrier* barrier) {
   if (!block->barriers.count(barrier)) fail("a barrier is used before it is made");
   return block->barriers[barrier];
 }
-inline void ask(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
-  Promises& b = promises_of(barrier);
-  b.asked += bytes;
+inline void issue(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
+  TransactionBarrier& b = transactions_of(barrier);
+  b.issued += bytes;
   if (block->early)
     copy();
   else
@@ -122,35 +123,36 @@ inline void ask(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
 }  // namespace emulator
 
 inline void barrier_init(Barrier* barrier) { emulator::block->barriers[barrier] = {}; }
-inline void barrier_promise(Barrier* barrier, int bytes) {
-  auto& b = emulator::promises_of(barrier);
-  if (b.promised >= 0) emulator::fail("a barrier is promised a load before the last is complete");
-  b.promised = bytes;
+inline void barrier_expect_tx(Barrier* barrier, int bytes) {
+  auto& b = emulator::transactions_of(barrier);
+  if (b.expected >= 0) emulator::fail("a barrier expects a load before the last is complete");
+  b.expected = bytes;
 }
 inline void barrier_wait(Barrier* barrier, int load) {
-  auto& b = emulator::promises_of(barrier);
+  auto& b = emulator::transactions_of(barrier);
   while (b.complete % 2 == load % 2) {
-    if (b.promised >= 0 && b.asked == b.promised) {
+    if (b.expected >= 0 && b.issued == b.expected) {
       for (auto& copy : b.copies) copy();
       b.copies.clear();
-      b.promised = -1, b.asked = 0, ++b.complete, ++emulator::block->progress;
+      b.expected = -1, b.issued = 0, ++b.complete, ++emulator::block->progress;
     } else {
-      emulator::give_up_turn();
+      emulator::yield_thread();
     }
   }
 }
-inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
+inline void tma_load_1d(void* shared, const void* global, int bytes, Barrier* barrier) {
   emulator::check_aligned(shared), emulator::check_aligned(global);
-  if (bytes % 16) emulator::fail("a bulk copy is not of whole pieces of 16 bytes");
-  emulator::ask(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
+  if (bytes % 16) emulator::fail("a TMA copy is not of whole pieces of 16 bytes");
+  emulator::issue(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
 }
 namespace emulator {
-inline int64_t boxes = 0;  // copied so far
+inline int64_t tma_boxes = 0;  // copied so far
 }
-inline void copy_box(void* shared, const TensorMap& from, int column, int row, int group, int batch, Barrier* barrier) {
-  ++emulator::boxes;
+inline void tma_load_box(void* shared, const TensorMap& from, int column, int row, int group, int batch,
+                         Barrier* barrier) {
+  ++emulator::tma_boxes;
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
-  emulator::ask(barrier, from.box_rows * 128, [=] {
+  emulator::issue(barrier, from.box_rows * 128, [=] {
     for (int r = 0; r < from.box_rows; ++r)
       for (int c = 0; c < 64; ++c) {
         const int64_t at[4] = {column + c, row + r, group, batch};

@@ -3,7 +3,7 @@
 // A block's threads are fibers of one host thread. They run until a barrier, or an instruction that a warp executes
 // together, where they wait for each other as on a GPU; a warp runs as far as it can before the next one begins, in odd
 // blocks from last to first. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited
-// for, not before; in some blocks, bulk copies as soon as asked for. A misaligned copy, a warp that diverges at a
+// for, not before; in some blocks, TMA's copies as soon as issued. A misaligned copy, a warp that diverges at a
 // shared instruction, or a deadlock is an error. Not emulated: the rounding of the tensor cores' sums (here float, in
 // order), and memory ordering within a warp.
 #pragma once
@@ -43,8 +43,8 @@ namespace emulator {
 constexpr int kLanes = 32;
 constexpr size_t kStack = 256 * 1024, kCanary = 64, kAlign = 1024;
 
-// What the lanes of a warp give each other at one shared instruction.
-struct Gift {
+// What a lane brings to an instruction of the whole warp.
+struct LaneOperand {
   int instruction;
   union {
     double number;
@@ -55,8 +55,8 @@ struct Gift {
 
 struct Warp {
   int arrived = 0, live = 0;
-  uint64_t turn = 0;
-  Gift gifts[2][kLanes];  // in turn: nobody is two instructions ahead of a lane that still reads
+  uint64_t phase = 0;
+  LaneOperand operands[2][kLanes];  // by phase: nobody is two instructions ahead of a lane that still reads
 };
 
 struct Copy {
@@ -64,10 +64,10 @@ struct Copy {
   const void* from;  // null: zeros
 };
 
-// A barrier that counts the bytes of bulk copies.
-struct Promises {
+// A barrier that counts the bytes of TMA's copies.
+struct TransactionBarrier {
   int complete = 0;  // loads
-  int64_t promised = -1, asked = 0;
+  int64_t expected = -1, issued = 0;
   std::deque<std::function<void()>> copies;
 };
 
@@ -87,9 +87,9 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::function<void()> body;
-  std::map<const void*, Promises> barriers;
+  std::map<const void*, TransactionBarrier> barriers;
   int arrived = 0, live = 0;
-  uint64_t turn = 0, progress = 0;
+  uint64_t phase = 0, progress = 0;
   bool backwards = false, early = false;
   std::string error;
   jmp_buf scheduler;
@@ -99,7 +99,7 @@ struct Block {
 inline Block* block = nullptr;
 inline Thread& self() { return *block->running; }
 
-inline void give_up_turn() {
+inline void yield_thread() {
   if (_setjmp(self().place) == 0) _longjmp(block->scheduler, 1);
 }
 
@@ -109,32 +109,32 @@ inline void give_up_turn() {
   _longjmp(block->scheduler, 1);
 }
 
-template <class Meeting>
-void meet(Meeting& m) {
-  const uint64_t turn = m.turn;
-  if (++m.arrived == m.live) {
-    m.arrived = 0, ++m.turn, ++block->progress;
+template <class SyncPoint>
+void arrive_and_wait(SyncPoint& point) {
+  const uint64_t phase = point.phase;
+  if (++point.arrived == point.live) {
+    point.arrived = 0, ++point.phase, ++block->progress;
     return;
   }
-  while (m.turn == turn) give_up_turn();
+  while (point.phase == phase) yield_thread();
 }
 // Threads that have returned are not waited for.
-template <class Meeting>
-void leave(Meeting& m) {
-  if (--m.live > 0 && m.arrived == m.live) m.arrived = 0, ++m.turn;
+template <class SyncPoint>
+void arrive_and_drop(SyncPoint& point) {
+  if (--point.live > 0 && point.arrived == point.live) point.arrived = 0, ++point.phase;
 }
 
-// Gives to the warp, waits for all of it, and returns what everyone gave.
-inline const Gift* exchange(const Gift& mine) {
+// Waits for all lanes of the warp, and returns what each of them brought.
+inline const LaneOperand* exchange(const LaneOperand& mine) {
   Warp& warp = block->warps[self().number / kLanes];
-  Gift* gifts = warp.gifts[warp.turn % 2];
-  gifts[self().number % kLanes] = mine;
+  LaneOperand* operands = warp.operands[warp.phase % 2];
+  operands[self().number % kLanes] = mine;
   const int lanes = warp.live;
-  meet(warp);
+  arrive_and_wait(warp);
   if (lanes != kLanes) fail("a shared instruction needs all lanes of a warp");
   for (int i = 0; i < kLanes; ++i)
-    if (gifts[i].instruction != mine.instruction) fail("a warp diverges at a shared instruction");
-  return gifts;
+    if (operands[i].instruction != mine.instruction) fail("a warp diverges at a shared instruction");
+  return operands;
 }
 
 inline void finish_copies(size_t pending) {
@@ -152,8 +152,8 @@ inline void enter_fiber() {
   Thread& me = self();
   me.done = true;
   ++block->progress;
-  leave(*block);
-  leave(block->warps[me.number / kLanes]);
+  arrive_and_drop(*block);
+  arrive_and_drop(block->warps[me.number / kLanes]);
   _longjmp(block->scheduler, 1);
 }
 
@@ -229,7 +229,7 @@ inline uint16_t bits_of(unsigned pair, int half) { return static_cast<uint16_t>(
 #define gridDim (::linmu::emulator::block->grid)
 #define LINMU_SHARED(name) unsigned char* name = ::linmu::emulator::block->memory
 
-inline void __syncthreads() { linmu::emulator::meet(*linmu::emulator::block); }
+inline void __syncthreads() { linmu::emulator::arrive_and_wait(*linmu::emulator::block); }
 
 namespace linmu {
 
@@ -263,20 +263,20 @@ inline T from_float(float x) {
 }
 
 inline double shuffle_xor(double x, int mask) {
-  emulator::Gift mine{1, {}};
+  emulator::LaneOperand mine{1, {}};
   mine.number = x;
   return emulator::exchange(mine)[(emulator::self().number ^ mask) % emulator::kLanes].number;
 }
 inline double shuffle(double x, int lane) {
-  emulator::Gift mine{5, {}};
+  emulator::LaneOperand mine{5, {}};
   mine.number = x;
   return emulator::exchange(mine)[lane % emulator::kLanes].number;
 }
 inline float shuffle(float x, int lane) { return static_cast<float>(shuffle(static_cast<double>(x), lane)); }
 inline bool warp_any(bool x) {
-  emulator::Gift mine{7, {}};
+  emulator::LaneOperand mine{7, {}};
   mine.number = x;
-  const emulator::Gift* all = emulator::exchange(mine);
+  const emulator::LaneOperand* all = emulator::exchange(mine);
   bool any = false;
   for (int i = 0; i < emulator::kLanes; ++i) any |= all[i].number != 0;
   return any;
@@ -294,7 +294,7 @@ inline float shuffle_xor(float x, int mask) { return static_cast<float>(shuffle_
 
 template <class T>
 inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  const emulator::Gift* all = emulator::exchange({2, {.fragment = {a[0], a[1], a[2], a[3], b0, b1}}});
+  const emulator::LaneOperand* all = emulator::exchange({2, {.fragment = {a[0], a[1], a[2], a[3], b0, b1}}});
   const int lane = emulator::self().number % emulator::kLanes;
   const auto at = [&](int other, int fragment, int half) {
     return to_float(T{emulator::bits_of(all[other].fragment[fragment], half)});
@@ -310,9 +310,9 @@ inline void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
 
 inline void ldmatrix_as(unsigned (&r)[4], const void* row, bool transposed) {
   emulator::check_aligned(row);
-  emulator::Gift mine{transposed ? 4 : 3, {}};
+  emulator::LaneOperand mine{transposed ? 4 : 3, {}};
   mine.address = row;
-  const emulator::Gift* all = emulator::exchange(mine);
+  const emulator::LaneOperand* all = emulator::exchange(mine);
   const int g = emulator::self().number % emulator::kLanes / 4, t = emulator::self().number % 4;
   for (int i = 0; i < 4; ++i) {
     uint16_t pair[2];
@@ -370,7 +370,7 @@ void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads,
         b.beyond = b.memory + shared;
         const unsigned number = b.index.x + b.index.y + b.index.z;
         b.backwards = number % 2, b.early = (number + 1) / 2 % 2;
-        b.turn = b.arrived = 0;
+        b.phase = b.arrived = 0;
         emulator::run_block(b);
       }
 }

@@ -2,7 +2,7 @@
 // host.
 #include <cstdio>
 
-#include "../../csrc/cuda/bulk.cuh"
+#include "../../csrc/cuda/tma.cuh"
 #include "../../csrc/cuda/window_attention.cuh"
 
 #define PROBE extern "C" __attribute__((visibility("default")))
@@ -31,10 +31,10 @@ __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* d) {
 
 // Tiles A (M x K) and B (N x K), or their transposes, through copy_async, ldmatrix and mma; then A B^T times B again,
 // from registers.
-template <class T, Lies kA, Lies kB>
+template <class T, Major kMajorA, Major kMajorB>
 __global__ void tiles_kernel(const T* a, const T* b, float* product, float* again, bool wait) {
-  constexpr int M = 32, N = 32, K = 48, rows_a = kA == Lies::by_row ? M : K, rows_b = kB == Lies::by_row ? N : K;
-  constexpr int columns_a = kA == Lies::by_row ? K : M, columns_b = kB == Lies::by_row ? K : N;
+  constexpr int M = 32, N = 32, K = 48, rows_a = kMajorA == Major::K ? M : K, rows_b = kMajorB == Major::K ? N : K;
+  constexpr int columns_a = kMajorA == Major::K ? K : M, columns_b = kMajorB == Major::K ? K : N;
   LINMU_SHARED(memory);
   T* a_tile = reinterpret_cast<T*>(memory);
   T* b_tile = a_tile + rows_a * padded<T>(columns_a);
@@ -43,15 +43,15 @@ __global__ void tiles_kernel(const T* a, const T* b, float* product, float* agai
   copy_commit();
   if (wait) copy_wait<0>();
   __syncthreads();
-  Sums<M, N> sums;
-  sums.clear();
-  multiply<kA, kB>(sums, a_tile, padded<T>(columns_a), b_tile, padded<T>(columns_b), K);
-  sums.each([&](float& x, int row, int column) { product[row * N + column] = x; });
-  if constexpr (kB == Lies::by_row) {
-    Sums<M, K> kept;
-    kept.clear();
-    multiply_kept(kept, sums, b_tile, padded<T>(columns_b));
-    kept.each([&](float& x, int row, int column) { again[row * K + column] = x; });
+  Accumulator<M, N> acc;
+  acc.clear();
+  multiply<kMajorA, kMajorB>(acc, a_tile, padded<T>(columns_a), b_tile, padded<T>(columns_b), K);
+  acc.each([&](float& x, int row, int column) { product[row * N + column] = x; });
+  if constexpr (kMajorB == Major::K) {
+    Accumulator<M, K> again_acc;
+    again_acc.clear();
+    multiply_registers(again_acc, acc, b_tile, padded<T>(columns_b));
+    again_acc.each([&](float& x, int row, int column) { again[row * K + column] = x; });
   }
 }
 
@@ -70,9 +70,9 @@ __global__ void fault_kernel(int fault, float* out) {
     shuffle_xor(1.f, 1);
 }
 
-// A box of 8 rows by a bulk copy, then row 8 of the tensor; what lies in shared memory before the wait, and after it.
-__global__ void bulk_kernel(const __grid_constant__ TensorMap map, const uint16_t* data, int fault, uint16_t* before,
-                            uint16_t* after) {
+// A box of 8 rows by TMA, then row 8 of the tensor; what lies in shared memory before the wait, and after it.
+__global__ void tma_kernel(const __grid_constant__ TensorMap map, const uint16_t* data, int fault, uint16_t* before,
+                           uint16_t* after) {
   LINMU_SHARED(memory);
   uint16_t* tile = reinterpret_cast<uint16_t*>(memory);
   Barrier* barrier = reinterpret_cast<Barrier*>(memory + 2048);
@@ -80,15 +80,15 @@ __global__ void bulk_kernel(const __grid_constant__ TensorMap map, const uint16_
   if (i == 0 && fault != 1) barrier_init(barrier);  // 1: no barrier
   __syncthreads();
   if (i == 0) {
-    barrier_promise(barrier, fault == 2 ? 1024 : 1024 + 128);  // 2: fewer bytes than come
-    copy_box(tile, map, 0, 0, 0, 0, barrier);
-    copy_bulk(tile + 512, data + 8 * 64, fault == 3 ? 120 : 128, barrier);  // 3: no whole pieces
+    barrier_expect_tx(barrier, fault == 2 ? 1024 : 1024 + 128);  // 2: fewer bytes than come
+    tma_load_box(tile, map, 0, 0, 0, 0, barrier);
+    tma_load_1d(tile + 512, data + 8 * 64, fault == 3 ? 120 : 128, barrier);  // 3: no whole pieces
   }
   __syncthreads();
   for (int k = i; k < 64 * 9; k += kWarp) before[k] = tile[k];
   __syncthreads();
   barrier_wait(barrier, 0);
-  for (int k = i; k < 64 * 8; k += kWarp) after[k] = *group_at(tile, 8, k / 64, k % 64);
+  for (int k = i; k < 64 * 8; k += kWarp) after[k] = *swizzled_at(tile, 8, k / 64, k % 64);
   for (int k = i; k < 64; k += kWarp) after[8 * 64 + k] = tile[512 + k];
 }
 
@@ -102,14 +102,14 @@ PROBE void probe_mma(int half, const uint16_t* a, const uint16_t* b, float* d) {
   launch("probe", half ? mma_kernel<half16> : mma_kernel<bf16>, dim3(1), kWarp, 0, kContext, a, b, d);
 }
 
-PROBE void probe_tiles(int type, int by_depth, const void* a, const void* b, float* product, float* again, int wait) {
+PROBE void probe_tiles(int type, int mn_major, const void* a, const void* b, float* product, float* again, int wait) {
   using namespace linmu;
   dispatch_cuda("probe", static_cast<DType>(type), [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    constexpr auto R = Lies::by_row, D = Lies::by_depth;
+    constexpr auto K = Major::K, MN = Major::MN;
     constexpr void (*kernels[])(const T*, const T*, float*, float*, bool) = {
-        tiles_kernel<T, R, R>, tiles_kernel<T, D, R>, tiles_kernel<T, R, D>, tiles_kernel<T, D, D>};
-    launch("probe", kernels[by_depth], dim3(1), kWarp, 32768, kContext, static_cast<const T*>(a),
+        tiles_kernel<T, K, K>, tiles_kernel<T, MN, K>, tiles_kernel<T, K, MN>, tiles_kernel<T, MN, MN>};
+    launch("probe", kernels[mn_major], dim3(1), kWarp, 32768, kContext, static_cast<const T*>(a),
            static_cast<const T*>(b), product, again, wait != 0);
   });
 }
@@ -125,13 +125,13 @@ PROBE void probe_fault(int fault, float* out, char* message, int size) {
 }
 
 // Of a tensor of 9 rows of 64, of which the box sees 7; as probe_fault.
-PROBE void probe_bulk(const uint16_t* data, int fault, uint16_t* before, uint16_t* after, char* message, int size) {
+PROBE void probe_tma(const uint16_t* data, int fault, uint16_t* before, uint16_t* after, char* message, int size) {
   using namespace linmu;
   TensorMap map{};
   const int64_t sizes[4] = {64, 7, 1, 1}, strides[3] = {64, 64 * 9, 64 * 9};
   try {
-    if (!describe(map, data, sizes, strides, 8)) throw std::runtime_error("not described");
-    launch("probe", bulk_kernel, dim3(1), kWarp, 2048 + 64, kContext, map, data, fault, before, after);
+    if (!encode_tensor_map(map, data, sizes, strides, 8)) throw std::runtime_error("not described");
+    launch("probe", tma_kernel, dim3(1), kWarp, 2048 + 64, kContext, map, data, fault, before, after);
     std::snprintf(message, size, "%s", "");
   } catch (const std::exception& e) {
     std::snprintf(message, size, "%s", e.what());
@@ -167,4 +167,4 @@ PROBE int64_t probe_bias_index(int64_t bias_size, int64_t query, int64_t key) {
   return linmu::bias_index(p, query, key);
 }
 
-PROBE int64_t probe_boxes() { return linmu::emulator::boxes; }
+PROBE int64_t probe_boxes() { return linmu::emulator::tma_boxes; }

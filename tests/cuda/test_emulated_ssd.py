@@ -67,8 +67,8 @@ def test_scan_of_sm90(case, dtype, direction, options, monkeypatch):
     ],
     ids=["grouped", "own B and C", "a head's own x", "rows shorter than a box"],
 )
-def test_bulk_copies_of_sm90_bring_what_threads_gather(case, direction, options, monkeypatch):
-    """Tokens in place come by bulk copies, through the same kernel as tokens in an order: the same bits."""
+def test_tma_loads_what_threads_gather(case, direction, options, monkeypatch):
+    """Tokens in place come by TMA, through the same kernel as tokens in an order: the same bits."""
     monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
     inputs = scan_cases.make_inputs(case, torch.bfloat16, direction, options)
     B, L = case[:2]
@@ -104,7 +104,7 @@ def test_the_gradient_comes_in_ranges_where_memory_is_short(direction, options, 
 
 
 @pytest.mark.parametrize("layout", ["expanded", "odd strides", "odd offset"])
-def test_bulk_copies_serve_however_rows_lie(layout, emulated, monkeypatch):
+def test_tma_serves_however_rows_lie(layout, emulated, monkeypatch):
     monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
     inputs = scan_cases.make_inputs((2, 100, 2, 1, 1, 1, 64, 64), torch.bfloat16, "both", ())
     given = dict(inputs)

@@ -32,15 +32,15 @@ def test_mma_is_a_matrix_product_of_the_documented_fragments(probes, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("by_depth", range(4))
-def test_products_of_tiles(probes, dtype, by_depth):
+@pytest.mark.parametrize("mn_major", range(4))  # bit 0: A, bit 1: B; else K-major
+def test_products_of_tiles(probes, dtype, mn_major):
     a, b = torch.randn(32, 48).to(dtype), torch.randn(32, 48).to(dtype)
     product, again = torch.full((32, 32), torch.nan), torch.full((32, 48), torch.nan)
-    stored = [t.T.contiguous() if by_depth >> i & 1 else t for i, t in enumerate((a, b))]
+    stored = [t.T.contiguous() if mn_major >> i & 1 else t for i, t in enumerate((a, b))]
     code = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}[dtype]
-    probes.probe_tiles(code, by_depth, at(stored[0]), at(stored[1]), at(product), at(again), 1)
+    probes.probe_tiles(code, mn_major, at(stored[0]), at(stored[1]), at(product), at(again), 1)
     torch.testing.assert_close(product, a.float() @ b.float().T, rtol=1e-5, atol=1e-4)
-    if not by_depth & 2:
+    if not mn_major & 2:
         torch.testing.assert_close(again, product.to(dtype).float() @ b.float(), rtol=1e-5, atol=1e-3)
 
 
@@ -55,11 +55,11 @@ def test_an_asynchronous_copy_arrives_when_waited_for(probes):
     "fault, message",
     [(0, ""), (1, "before it is made"), (2, "deadlock"), (3, "whole pieces of 16 bytes")],
 )
-def test_bulk_copies_arrive_when_their_barrier_is_waited_for(probes, fault, message):
+def test_tma_copies_arrive_when_their_barrier_is_waited_for(probes, fault, message):
     data = torch.arange(9 * 64).view(9, 64).short()
     before, after = torch.zeros(9, 64).short(), torch.zeros(9, 64).short()
     text = ctypes.create_string_buffer(400)
-    probes.probe_bulk(at(data), fault, at(before), at(after), text, len(text))
+    probes.probe_tma(at(data), fault, at(before), at(after), text, len(text))
     assert message in text.value.decode() and bool(message) == bool(text.value)
     if not message:
         assert (before == -1).all()

@@ -23,7 +23,7 @@ SPILLED = {("step_kernel", "100"): 16}  # bytes: the one that does, on a chip th
 
 # Kernels whose wgmma ptxas runs one after another (C75xx): their loops need another design. No other kernel may, and
 # one that no longer does leaves this set.
-SERIAL = {"group_output_kernel"}
+SERIAL = {"warpgroup_output_kernel"}
 
 
 @pytest.fixture(scope="module", params=ARCHS)

@@ -1,5 +1,5 @@
-// The bulk copies of sm_90, by which one thread brings whole tiles behind everyone's back, and the barriers that tell
-// when they are there. tests/cuda/emulated_wgmma.h has the same in plain C++.
+// TMA of sm_90, by which one thread loads whole tiles asynchronously, and the barriers (mbarrier) that tell when they
+// are there. tests/cuda/emulated_wgmma.h has the same in plain C++.
 #pragma once
 #include "wgmma.cuh"
 
@@ -15,8 +15,8 @@ struct TensorMap {
 
 // Whether the tensor can be read so; then `to` describes it. Sizes and strides are in elements, from the columns on
 // outwards; the columns' own stride is 1. What a box has beyond the sizes is 0.
-inline bool describe(TensorMap& to, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
-                     int box_rows) {
+inline bool encode_tensor_map(TensorMap& to, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                              int box_rows) {
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result{};
@@ -38,7 +38,7 @@ inline bool describe(TensorMap& to, const void* data, const int64_t (&sizes)[4],
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Counts the bytes of copies that were promised to it; in shared memory, ready for the next load when one is complete.
+// Counts the bytes of the copies that it expects; in shared memory, ready for the next load when one is complete.
 struct Barrier {
   uint64_t state;
 };
@@ -47,13 +47,13 @@ struct Barrier {
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-// By one thread; for the others, and for copies, after group_publish and __syncthreads.
+// By one thread; for the others, and for copies, after fence_proxy_async and __syncthreads.
 __device__ inline void barrier_init(Barrier* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(shared_address(barrier)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 // By the thread that then issues copies of so many bytes in all.
-__device__ inline void barrier_promise(Barrier* barrier, int bytes) {
+__device__ inline void barrier_expect_tx(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
@@ -72,15 +72,15 @@ __device__ inline void barrier_wait(Barrier* barrier, int load) {
 }
 
 // Contiguous bytes; their number and both addresses are multiples of 16.
-__device__ inline void copy_bulk(void* shared, const void* global, int bytes, Barrier* barrier) {
+__device__ inline void tma_load_1d(void* shared, const void* global, int bytes, Barrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
                    shared_address(shared)),
                "l"(global), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
 // A box of a tensor, from the given place: a panel of a tile (see wgmma.cuh), whole, aligned to 1024 bytes.
-__device__ inline void copy_box(void* shared, const TensorMap& from, int column, int row, int group, int batch,
-                                Barrier* barrier) {
+__device__ inline void tma_load_box(void* shared, const TensorMap& from, int column, int row, int group, int batch,
+                                    Barrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
       "[%6];\n" ::"r"(shared_address(shared)),
