@@ -49,8 +49,11 @@ def hide(case: dict[str, Any], inputs: dict[str, Tensor], names: tuple[str, ...]
 
 
 def same(got: Tensor, want: Tensor, where: Tensor) -> None:
-    """The outputs at the tokens `where` are the same to the bit."""
-    differ = (got != want).flatten(2).any(2) & where
+    """The outputs at the tokens `where` are the same but for the order of sums, which what is not finite may change."""
+    if want[where].numel() == 0:
+        return
+    bound = 100 * torch.finfo(want.dtype).eps * want[where].abs().max().double().clamp(min=1e-6)
+    differ = ~((got.double() - want.double()).abs() <= bound).flatten(2).all(2) & where
     assert not differ.any(), (
         f"{int(differ.sum())} tokens saw what is hidden, the first at {differ.nonzero()[0].tolist()}"
     )

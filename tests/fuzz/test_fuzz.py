@@ -9,10 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz import TARGETS
 
-HELD = [n for n in TARGETS if n not in ("ssd_scan_unseen", "window_attention_unseen")]
 
-
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", TARGETS)
 def test_a_few_cases(name):
     cases, check = TARGETS[name]
 
