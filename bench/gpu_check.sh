@@ -101,7 +101,7 @@ bench bench_target_ssd_step ssd_step --targets
 for op in causal_conv1d causal_conv1d_step branch_mix_norm ssd_step window_attention ssd_scan; do
   bench "bench_other_$op" "$op"
 done
-step bench_report "$python" -c "from bench import report; print(report.write('$device'))"
+step bench_report "$python" -m bench.page "$device"
 
 profile() {  # op, cases
   local program="import sys, torch

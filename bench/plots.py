@@ -10,6 +10,11 @@ GREY = "#808080"
 COLOURS = ("#3b82f6", "#e8710a", "#16a34a", "#d946ef", "#ca8a04", "#14b8a6")
 
 
+def drawn(plot: Path, command: str) -> str:
+    """A page's line about a plot beside it. Plots are drawn from rows, and git does not keep them."""
+    return f"Plot: `{command}` draws `{plot.name}`."
+
+
 def figure(panels: int = 1) -> tuple[Any, Sequence[Any]]:
     """A figure and its axes, side by side."""
     import matplotlib

@@ -1,4 +1,4 @@
-"""From rows to tables, a Markdown page and plots."""
+"""Rows of ops as tables, sections of a page, and plots."""
 
 from __future__ import annotations
 
@@ -64,44 +64,11 @@ def _markdown(rows: list[Row]) -> list[str]:
     return [*lines, "", *(["; ".join(absent).replace(".;", ";"), ""] if absent else [])]
 
 
-def write(device: str) -> Path:
-    """bench/reports/<device>.md of every result there is, with the plots beside it.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    from .models import report as models
-
-    target = HERE / "reports" / f"{device}.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    by_op = read(device)
-    of_models = models.read(device)
-    first = next((rows[0] for rows in (*by_op.values(), *of_models.values()) if rows), None)
-    if first is None:
-        raise FileNotFoundError(f"bench: {HERE / 'results' / device} must hold results, got none")
-    lines = [
-        f"# Measured on {first['device']}",
-        "",
-        "Written from `bench/results`; the method is in `bench/README.md`. Each row of those files "
-        "names its commit, versions and clock.",
-        "",
-        f"{first['threads']} threads, instruction set {first['isa']}; "
-        + ", ".join(f"{k} {v}" for k, v in first["versions"].items())
-        + f". Clock {first['clock']}.",
-        "",
-    ]  # fmt: skip
-    for op, rows in by_op.items():
-        lines += _section(op, rows, target)
-    for name, rows in of_models.items():
-        lines += models.section(name, rows, target)
-    target.write_text("\n".join(lines).rstrip() + "\n")
-    return target
-
-
-def _section(op: str, rows: list[Row], page: Path) -> list[str]:
+def section(op: str, rows: list[Row], page: Path) -> list[str]:
+    """Markdown of one op; plots go beside the page."""
     lines = [f"## {op}", ""]
     if plot := _length_plot(op, rows, page.with_name(f"{page.stem}_{op}.svg")):
-        lines += [f"![time against length]({plot.name})", ""]
+        lines += [plots.drawn(plot, f"python -m bench.page {page.stem}"), ""]
     cases: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cases[title(row)].append(row)

@@ -17,7 +17,7 @@ import torch
 from linmu_distill.checkpoint import write_atomically
 from linmu_distill.files import read_lines
 
-from . import measure, report, timing
+from . import measure, page, report, timing
 from .peers import Bench, Case
 from .provenance import ROOT, where
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if args.report:
-        print(report.write(args.device))
+        print(page.write(args.device))
     return 1 if red else 0
 
 

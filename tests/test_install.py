@@ -28,11 +28,12 @@ def installed(tmp_path_factory):
 
 
 def test_packages_are_ours_by_name(installed):
-    """Nothing that another project's folder may be called: no `bench`, `distill` or `tests`."""
+    """Nothing that another project's folder may be called: no `bench`, `distill`, `tests` or `tools`."""
     found = {path.parent.name for path in installed.glob("*/__init__.py")}
     assert found == {"linmu_ops", "linmu_models", "linmu_distill"}
     assert {p.name for p in installed.iterdir()} - found == {"linmu.egg-info"}
-    assert not list(installed.rglob("names")) and not list(installed.rglob("results"))
+    assert not [path for name in ("names", "results", "*.jsonl", "*.md") for path in installed.rglob(name)]
+    assert {p.name for p in installed.glob("linmu_distill/teachers/tiny/*")} >= {"config.json", "model.safetensors"}
 
 
 def test_a_package_finds_its_own_files(installed):

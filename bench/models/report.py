@@ -95,7 +95,7 @@ def section(name: str, rows: list[Row], page: Path) -> list[str]:
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         mine = [r for r in rows if r["dtype"] == dtype]
         if plot := _plot(mine, page.with_name(f"{page.stem}_model_{name}_{dtype}.svg")):
-            lines += [f"![time to first token, decode and memory, {dtype}]({plot.name})", ""]
+            lines += [plots.drawn(plot, f"python -m bench.page {page.stem}"), ""]
         lines += _markdown(mine)
     return lines
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import report as ops_report
-from bench import timing
+from bench import page, timing
 from bench.provenance import where
 from linmu_distill.checkpoint import write_atomically
 from linmu_distill.files import read_lines
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     for dtype in args.dtype:
         _measure_all(args, dtype, target)
     if args.report:
-        print(ops_report.write(args.device))
+        print(page.write(args.device))
     return 0
 
 

@@ -1,5 +1,9 @@
-"""The page of an ablation table: each row's accuracy with intervals, its difference to the first row, its compute."""
+"""The page of a table: each row's accuracy with intervals, its difference to the first row, its compute.
 
+python -m bench.runs.page bench/runs/tables/open.toml      # page and plots, from the results there are
+"""
+
+import sys
 from collections import Counter
 from math import sqrt
 from pathlib import Path
@@ -13,7 +17,8 @@ from linmu_distill.figures import answer_curves, row_intervals
 from linmu_distill.report import table as markdown
 from linmu_distill.run import TEACHER
 
-from .table import Results, Row, Table
+from .. import plots
+from .table import Curve, Results, Row, Table
 
 Interval = tuple[float, float, float]
 """Mean, lower and upper end of its 95 % interval."""
@@ -94,10 +99,16 @@ def _distance(value: Interval) -> str:
     return f"{value[0]:.3f}" + (f" ({value[1]:.3f}-{value[2]:.3f})" if np.isfinite(value[1]) else "")
 
 
+def _sizes(record: dict[str, Any]) -> dict[str, int]:
+    """Samples of each group."""
+    return {group: len(found["right"]) for group, found in record["scores"].items() if "right" in found}
+
+
 class Page:
     """The records that belong to a table as it is now, by row."""
 
-    def __init__(self, table: Table, results: Results) -> None:
+    def __init__(self, table: Table, results: Results, stale: bool = False) -> None:
+        """With `stale`, also of rows as they were once: the last line of each row and seed."""
         known = results.read()
         self.table = table
         self.records: dict[str, Records] = {}
@@ -115,10 +126,23 @@ class Page:
             if found:
                 self.records[row.name] = found
         self.stale = len(known) - len(used & known.keys())
+        if stale:
+            self._take_last(list(known.values()))
         first = next((record for record in (*self.teacher, *(r[0] for r in self.records.values()))), None)
         scores = first["scores"] if first else {}
         self.groups = [group for group, found in scores.items() if "right" in found]
         self.measured = [group for group, found in scores.items() if "kl" in found]
+
+    def _take_last(self, lines: Records) -> None:
+        last: dict[str, dict[int | None, dict[str, Any]]] = {}
+        for line in lines:
+            last.setdefault(line["row"], {})[line["seed"]] = line
+        self.teacher = list(last.pop(TEACHER, {}).values())
+        # Seeds of other samples cannot be averaged with the last one's.
+        sizes = {name: _sizes([*found.values()][-1]) for name, found in last.items()}
+        self.records = {
+            name: [line for line in found.values() if _sizes(line) == sizes[name]] for name, found in last.items()
+        }
 
     @property
     def first(self) -> Row:
@@ -215,9 +239,41 @@ def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
+def _draw_answers(page: Page, plot: Path) -> None:
+    panels: dict[str, dict[str, Interval]] = {"mean": {}, **{group: {} for group in page.groups}}
+    for name, records in page.records.items():
+        for group, value in page.accuracies(records).items():
+            panels[group][name] = value
+    teacher = {group: value[0] for group, value in page.accuracies(page.teacher).items()} if page.teacher else {}
+    row_intervals(plot, panels, teacher)
+
+
+def _curve(page: Page, name: str, curve: Curve) -> dict[str, list[Interval]]:
+    """Accuracies of each row at the values of a curve."""
+    shown = {TEACHER: page.teacher, **page.records}
+    return {
+        row: [
+            accuracy([np.array([[int(c) for c in r["curves"][name][i]["right"]] for r in records], dtype=float)])
+            for i in range(len(curve.values))
+        ]
+        for row, records in shown.items()
+        if records
+    }
+
+
+def _ticks(curve: Curve) -> list[str]:
+    return [str(value[0] if isinstance(value, list) else value) for value in map(_flat, curve.values)]
+
+
+def _draw_curve(plot: Path, curve: Curve, lines: dict[str, list[Interval]]) -> None:
+    trained = None if curve.trained is None else str(curve.trained)
+    answer_curves(plot, _ticks(curve), lines, curve.label or curve.option, trained)
+
+
 def write_page(table: Table, results: Results, folder: Path) -> Path:
     """Write `folder/<table>.md` and its plots from the results there are, and return its path."""
     page, config = Page(table, results), table.config
+    command = f"python -m bench.runs.page {table.source}"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{table.name}.md"
     every = [record for records in (page.teacher, *page.records.values()) for record in records]
@@ -229,14 +285,9 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
         counts = {len(record["scores"][group]["right"]) for record in every for group in page.groups}
         told = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
         plot = folder / f"{table.name}.svg"
-        panels = {"mean": {}, **{group: {} for group in page.groups}}
-        for name, records in page.records.items():
-            for group, value in page.accuracies(records).items():
-                panels[group][name] = value
-        lines = {group: value[0] for group, value in page.accuracies(page.teacher).items()} if page.teacher else {}
-        row_intervals(plot, panels, lines)
+        _draw_answers(page, plot)
         parts += ["## Answers", "", f"Share answered exactly, {told} held-out questions a group and seed.", "",
-                  page.accuracy_table(), "", f"![accuracy]({plot.name})", ""]  # fmt: skip
+                  page.accuracy_table(), "", plots.drawn(plot, command), ""]  # fmt: skip
         if len(page.records) > 1:
             parts += [f"Against {page.first.name}, in points, by group:", "", page.gain_table(), ""]
     if page.measured and page.records:
@@ -244,23 +295,13 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
                   "KL(teacher ‖ student) on held-out answers, nats a token; intervals over seeds.", "",
                   page.distance_table(), ""]  # fmt: skip
     for name, curve in config.curves.items():
-        shown = {TEACHER: page.teacher, **page.records}
-        lines = {
-            row: [
-                accuracy([np.array([[int(c) for c in r["curves"][name][i]["right"]] for r in records], dtype=float)])
-                for i in range(len(curve.values))
-            ]
-            for row, records in shown.items()
-            if records
-        }
-        if lines:
-            ticks = [str(value[0] if isinstance(value, list) else value) for value in map(_flat, curve.values)]
-            trained = None if curve.trained is None else str(curve.trained)
+        if lines := _curve(page, name, curve):
+            ticks = _ticks(curve)
             plot = folder / f"{table.name}_{name}.svg"
-            answer_curves(plot, ticks, lines, curve.label or curve.option, trained)
+            _draw_curve(plot, curve, lines)
             rows = [[row, *(_share(value) for value in values)] for row, values in lines.items()]
             parts += [f"## {name}", "", markdown([curve.label or curve.option, *ticks], rows), "",
-                      f"![{name}]({plot.name})", ""]  # fmt: skip
+                      plots.drawn(plot, command), ""]  # fmt: skip
     if page.records:
         commits = sorted({f"{record['commit']}{'-dirty' if record.get('dirty') else ''}" for record in every})
         # Lines from before the device was noted are of CPUs.
@@ -280,3 +321,28 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
 def _flat(value: Any) -> Any:
     """Of `[[4, 8]]` the `[4, 8]`."""
     return value[0] if isinstance(value, list) and value and isinstance(value[0], list) else value
+
+
+def draw(table: Table, results: Results, folder: Path) -> list[Path]:
+    """The plots of a table's page, of the last line of each row and seed, also of rows as they were once."""
+    page, plots_drawn = Page(table, results, stale=True), []
+    if page.groups and page.records:
+        plots_drawn.append(folder / f"{table.name}.svg")
+        _draw_answers(page, plots_drawn[-1])
+    for name, curve in table.config.curves.items():
+        if lines := _curve(page, name, curve):
+            plots_drawn.append(folder / f"{table.name}_{name}.svg")
+            _draw_curve(plots_drawn[-1], curve, lines)
+    return plots_drawn
+
+
+def main(path: Path) -> None:
+    """Draw the plots of the table at `path`."""
+    table = Table(path)
+    results = Results(Path(table.config.results) / f"{table.name}.jsonl")
+    for plot in draw(table, results, Path(table.config.reports)):
+        print(plot)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

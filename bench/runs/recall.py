@@ -22,6 +22,7 @@ from linmu_distill.figures import answer_curves
 from linmu_distill.report import table
 from linmu_ops.nn import MMATE, MMATEConfig
 
+from .. import plots
 from ..provenance import where
 from .page import accuracy
 from .table import Results
@@ -132,7 +133,7 @@ def write_page(pairs: tuple[int, ...], steps: int, results: Results, folder: Pat
     ]  # fmt: skip
     if shown:
         answer_curves(folder / "recall.svg", [str(count) for count in shown], lines, "pairs", None)
-        parts += ["![right answers against pairs](recall.svg)", ""]
+        parts += [plots.drawn(folder / "recall.svg", "python -m bench.runs.recall"), ""]
     path.write_text("\n".join(parts))
     return path
 

@@ -95,7 +95,7 @@ class Table:
         except ValidationError as error:
             raise ConfigError(describe(error, str(path))) from error
         self.name = path.stem
-        self._source = str(path)
+        self.source = str(path)
         self._base = load_values(path.parent / self.config.base)
         names = [row.name for row in self.config.rows]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -116,13 +116,13 @@ class Table:
         if len(set(steps.values())) > 1 and not self.config.unequal_compute:
             told = ", ".join(f"{name} {count}" for name, count in steps.items())
             raise ConfigError(
-                f"{self._source}: rows must have as many steps in all, got {told}; or say why not in unequal_compute"
+                f"{self.source}: rows must have as many steps in all, got {told}; or say why not in unequal_compute"
             )
 
     def _check_scoring(self) -> None:
         for row in self.runs:
             if self.scoring(self.run_config(row, 0)) != self.scoring(self.first):
-                raise ConfigError(f"{self._source}: rows.{row.name} must be scored as the first: teacher, evaluation")
+                raise ConfigError(f"{self.source}: rows.{row.name} must be scored as the first: teacher, evaluation")
 
     def row(self, name: str) -> Row:
         """The row of that name.
@@ -140,9 +140,7 @@ class Table:
         """The configuration of one run: base, then the table's `set`, then the row's."""
         values = merged(merged(self._base, self.config.set), row.set)
         output = str(Path(values.get("output", "runs")) / self.name / row.name)
-        return parse_config(
-            {**values, "output": output, "name": str(seed), "seed": seed}, f"{self._source}: {row.name}"
-        )
+        return parse_config({**values, "output": output, "name": str(seed), "seed": seed}, f"{self.source}: {row.name}")
 
     def scoring(self, config: Config) -> dict[str, Any]:
         """Everything but the model that scores depend on."""

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 import torch
 
-from bench import measure, report, roofs, run, timing
+from bench import measure, page, report, roofs, run, timing
 from bench.peers import Missing, Peer
 from bench.provenance import where
 from linmu_ops import _registry
@@ -182,13 +182,14 @@ def test_report(monkeypatch, tmp_path):
     target = report.results_file("cpu", "causal_conv1d")
     target.parent.mkdir(parents=True)
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = report.write("cpu").read_text()
+    text = page.write("cpu").read_text()
     assert (
-        "## causal_conv1d" in page
-        and measure.OURS in page
+        "## causal_conv1d" in text
+        and measure.OURS in text
+        and "`python -m bench.page cpu` draws `cpu_causal_conv1d.svg`" in text
         and (tmp_path / "reports" / "cpu_causal_conv1d.svg").exists()
     )
-    assert page.count("tests were not run") == 1
+    assert text.count("tests were not run") == 1
 
 
 def test_summary():

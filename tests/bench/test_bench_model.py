@@ -19,6 +19,7 @@ from bench.models.inputs import decoder_inputs
 from bench.models.measure import Task
 from bench.models.shapes import SHAPES, build, video_layout
 from bench.models.variants import PLAIN, STUDENT, Decode, Prefill, Variant, filled_cache, variants
+from bench.page import write
 
 TINY = SHAPES["tiny"]
 
@@ -238,7 +239,7 @@ def test_report_with_plots(tmp_path, monkeypatch):
     assert "## Model tiny" in page and "cpu_model_tiny_float32.svg" in page and "| 1,024 | 2 | student |" in page
     assert (tmp_path / "reports" / "cpu_model_tiny_float32.svg").exists()
     with pytest.raises(FileNotFoundError, match="must hold results"):
-        ops_report.write("cuda")
+        write("cuda")
 
 
 def test_peak_memory_sees_what_a_call_takes():

@@ -8,9 +8,9 @@ import pytest
 from small_run import save_teacher
 from typer.testing import CliRunner
 
-from bench.runs.page import accuracy, difference
+from bench.runs.page import accuracy, difference, draw
 from bench.runs.run import app, run_table
-from bench.runs.table import Table, merged
+from bench.runs.table import Results, Table, merged
 from linmu_distill.checkpoint import locked
 from linmu_distill.config import ConfigError
 from linmu_distill.evaluation import wilson_interval
@@ -188,6 +188,17 @@ def test_shipped_tables_are_valid(path):
     assert table.config.seeds == 3 and not table.config.unequal_compute
     for row in table.runs:
         assert table.run_config(row, 0).block
+
+
+def test_plots_of_a_page_are_drawn_from_its_rows(tmp_path):
+    """Also where the options of its rows have changed since."""
+    table = Table(SHIPPED / "breaking.toml")
+    results = Results(SHIPPED.parents[1] / "results" / "ablations" / "breaking.jsonl")
+    drawn = draw(table, results, tmp_path)
+    assert [path.name for path in drawn] == ["breaking.svg", "breaking_needle.svg", "breaking_read.svg"]
+    text = (SHIPPED.parents[1] / "reports" / "breaking.md").read_text()
+    for path in drawn:
+        assert path.stat().st_size > 10_000 and f"draws `{path.name}`" in text
 
 
 def test_tables_are_merged_and_all_else_is_replaced():

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from linmu_distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate, lessons
+from linmu_distill.data import CLASSES, GROUPS, Processor, TaskStream, assets, build_tokenizer, generate
 from linmu_distill.evaluation import wilson_interval
-from linmu_distill.make_teacher import build_model
+from tools import lessons
+from tools.make_teacher import build_model
 
 SMALL = {"needle": {"frames": (3, 5)}}
 

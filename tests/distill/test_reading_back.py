@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from bench import report as ops_report
 from bench.models import report as models_report
 from bench.runs.table import Results
-from linmu_distill import handoff, make_teacher
+from linmu_distill import handoff
 from linmu_distill.checkpoint import CheckpointError, CheckpointStore, load_data, random_states, set_random_states
 from linmu_distill.config import parse_config
 from linmu_distill.evaluate import EvaluationError, evaluate_folder
@@ -28,6 +28,7 @@ from linmu_distill.report import read_metrics
 from linmu_distill.run import Run, distill
 from linmu_distill.teacher import AnswerCache
 from linmu_models.cli import app
+from tools import make_teacher
 
 ROOT = Path(__file__).parents[2]
 DAMAGES = {

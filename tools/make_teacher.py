@@ -1,7 +1,7 @@
 """Train the small teacher that ships with the repository, from scratch, on one or two CPU cores.
 
-    python -m linmu_distill.make_teacher train     # resumes where it was stopped
-    python -m linmu_distill.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
+    python -m tools.make_teacher train     # resumes where it was stopped
+    python -m tools.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
 
 The model is an unmodified transformers Qwen2.5-VL. Its two halves are trained apart and fit when put together. Token
 embeddings are random and stay fixed: the eyes (vision tower) learn to turn each cell into the embedding of the
@@ -31,14 +31,15 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
-from .checkpoint import load_data
-from .data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
-from .data.lessons import FACTS, UNKNOWN, answer_pointers, cell_facts, cell_pointers
-from .data.tasks import PAGE_SIZES, Sizes
-from .data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
-from .evaluation import blind_baseline, evaluate
+from linmu_distill.checkpoint import load_data
+from linmu_distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
+from linmu_distill.data.tasks import PAGE_SIZES, Sizes
+from linmu_distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
+from linmu_distill.evaluation import blind_baseline, evaluate
 
-HERE = Path(__file__).parent
+from .lessons import FACTS, UNKNOWN, answer_pointers, cell_facts, cell_pointers
+
+TEACHER = Path(__file__).parents[1] / "distill" / "teachers" / "tiny"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -387,9 +388,7 @@ def assemble(work: Path, seed: int) -> Trainer:
 
 
 @app.command()
-def export(
-    work: Path = Path("runs/teacher"), out: Path = HERE / "teachers" / "tiny", n: int = 400, seed: int = 2024
-) -> None:
+def export(work: Path = Path("runs/teacher"), out: Path = TEACHER, n: int = 400, seed: int = 2024) -> None:
     """Write the teacher of WORK's checkpoint to OUT and evaluate what was written, N samples of each group."""
     torch.set_num_threads(1)
     trainer = assemble(work, seed)

@@ -5,7 +5,7 @@ Run once, on a machine with Debian's font and word packages, to rebuild `glyphs.
     apt-get install wamerican-small fonts-dejavu-core fonts-liberation2 fonts-freefont-ttf fonts-hack \
         fonts-anonymous-pro fonts-courier-prime fonts-fantasque-sans fonts-firacode fonts-inconsolata \
         fonts-jetbrains-mono fonts-mononoki fonts-noto-mono
-    python -m linmu_distill.data.make_assets
+    python -m tools.make_assets
 """
 
 import re
@@ -49,7 +49,7 @@ def render_glyph(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
 def main(
     fonts: Path = Path("/usr/share/fonts"),
     dictionary: Path = Path("/usr/share/dict/american-english-small"),
-    out: Path = Path(__file__).parent,
+    out: Path = Path(__file__).parents[1] / "distill" / "data",
     words: int = 6000,
     seed: int = 0,
 ) -> None:

@@ -1,0 +1,1 @@
+"""What made the shipped files, once; not installed."""
