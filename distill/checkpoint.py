@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any instant: written aside, flushed, renamed, verified when read."""
+"""Checkpoints that survive a kill at any instant. They are written aside, flushed, renamed, and verified when read."""
 
 import contextlib
 import fcntl
@@ -88,11 +88,11 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def load_data(path: Path) -> Any:
-    """What `torch.save` wrote, as long as it is tensors, numbers, text, and lists and dicts of these. No code of the
-    file's is run.
+    """Read a file of `torch.save`. It may hold tensors, numbers, text, and lists and dicts of these. None of its code
+    is run.
 
     Raises:
-        CheckpointError: it holds anything else, or is no such file.
+        CheckpointError: the file holds anything else, or is no such file.
     """
     # Random states were once saved with an array of 32-bit numbers.
     array = np.zeros(0, np.uint32)
@@ -112,8 +112,8 @@ def load_data(path: Path) -> Any:
 class CheckpointStore:
     """The checkpoints of one stage: folders `step-000000200`, the newest `keep` of them.
 
-    A folder has its final name only when every byte of it has reached the disk, and its manifest holds the size and
-    the hash of every file. What is not whole is passed over when reading.
+    A folder gets its final name only when every byte of it has reached the disk. Its manifest holds the size and the
+    hash of every file. A folder that is not whole is passed over when reading.
     """
 
     folder: Path

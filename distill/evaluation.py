@@ -1,4 +1,4 @@
-"""Exact match on held-out samples, by greedy generation. Knows nothing of the model but `.generate` and its config."""
+"""Exact match on held-out samples, by greedy generation. All it needs of a model is `.generate` and its config."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What one stage leaves for the next, and why a stage refuses to start from something else."""
+"""What one stage leaves for the next. A stage refuses to start from anything else, and says why."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Padded batches to one row without padding, each of whose sequences is to a model what it is alone."""
+"""Makes one row without padding of a padded batch. To a model each of its sequences is what it is alone."""
 
 from __future__ import annotations
 

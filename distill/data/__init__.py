@@ -1,4 +1,4 @@
-"""Seeded task groups on real glyphs and handwritten digits, and their way into tensors."""
+"""The built-in tasks, drawn from a seed on real glyphs and handwritten digits, and what makes tensors of them."""
 
 from .assets import CLASSES, SPLITS
 from .processor import IGNORE, Batch, Processor, TaskStream

@@ -1,4 +1,4 @@
-"""From samples to the tensors a Qwen2.5-VL-like model takes; videos too, for which transformers needs torchvision."""
+"""Makes a Qwen2.5-VL-like model's tensors of samples. For videos transformers would need torchvision."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

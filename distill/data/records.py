@@ -1,4 +1,4 @@
-"""Published data sets as records: what a conversation is about stays undecoded until its turn comes."""
+"""Reads published data sets as records. Their images and videos stay undecoded until their turn comes."""
 
 import glob
 import json

@@ -1,9 +1,10 @@
-"""Records to training batches: shuffled, packed by length, what is broken left out and counted, resumable to the bit.
+"""Makes training batches of records: shuffled, packed by length, resumable to the bit. Broken records are counted.
 
-A data set is read in windows, a few shards in an order that depends on the seed and the epoch alone. Window w goes to
-process w mod P, so no two processes see the same record in an epoch. A window's records are sorted by length and cut
-into batches that fill `max_tokens`, padded or in one row, which then come in random order. So a position in a data set
-is two numbers, a window and a batch in it, and reading on from there gives what an unbroken run would have read.
+A data set is read in windows. A window is a few shards, in an order that depends on the seed and the epoch alone.
+Window w goes to process w mod P, so no two processes see the same record in an epoch. A window's records are sorted by
+length and cut into batches that fill `max_tokens`, padded or in one row. These then come in random order. So a position
+in a data set is two numbers, a window and a batch in it. Reading on from there gives what an unbroken run would have
+read.
 """
 
 from collections import Counter, deque
