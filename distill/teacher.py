@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from linmu_models.chat import end_tokens, to_model
 from linmu_models.generate import load_model
+from linmu_models.loading import told
 
 from .files import say
 from .losses import IGNORE, Head, Kept
@@ -63,7 +64,8 @@ def load_teacher(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
         dtype: "float32", "bfloat16", "float16", or "auto" for the one its configuration names.
     """
     model = load_model(path, dtype)
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+    with told(path):
+        return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 
+from .loading import told
 from .media import Clip
 from .modeling import sees_images
 
@@ -202,6 +204,11 @@ class ChatProcessor:
     @classmethod
     def load(cls, folder: Any) -> ChatProcessor:
         """The processor of a model's folder, or of a model on the hub."""
+        with told(os.fspath(folder)):
+            return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Any) -> ChatProcessor:
         config = AutoConfig.from_pretrained(folder)
         kind = config.model_type.removeprefix("linmu_")
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -387,7 +394,8 @@ class ChatProcessor:
             if answer is not None:
                 messages.append({"role": "assistant", "content": self._content(next(said), None)})
         asks = conversation.turns[-1][1] is None
-        return self._speaker.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+        with told("chat template"):
+            return self._speaker.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
 
     def _content(self, text: str, media: Any) -> Any:
         if not self.takes_media:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -24,8 +23,9 @@ from .cache import cache_bytes
 from .chat import ChatProcessor, to_model
 from .config import parse_options
 from .convert import convert
+from .loading import check_weights, told, without_report
 from .media import UnreadableError, read_image, read_video
-from .modeling import FAMILIES, auto_class
+from .modeling import FAMILIES, LinmuModel, auto_class
 from .report import TransferReport
 
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.
@@ -62,7 +62,7 @@ def convert_folder(
     folder = _local(teacher)
     if Path(out).resolve() == folder.resolve():
         raise ValueError(f"convert: out must be another folder than the teacher's, got {out}")
-    saved = AutoConfig.from_pretrained(folder)
+    saved = _config(folder)
     if saved.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
@@ -96,15 +96,24 @@ def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None)
 
 
 def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
-    """Load a saved model, linear or not.
+    """A saved model, linear or not.
 
     Raises:
-        ValueError: the file of its weights holds more than tensors. No code of such a file is run.
+        ValueError: a file of it is damaged, or not what it must be; its weights are more than tensors, and no code of
+            theirs is run; a linear model's weights are not those of its config.json. OSError: it is not there.
     """
-    try:
-        return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"the weights in {folder} are more than tensors, and no code of theirs is run") from error
+    config = _config(folder)
+    with told(os.fspath(folder)), without_report():
+        model, found = auto_class(config).from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    check_weights(os.fspath(folder), found, isinstance(model, LinmuModel))
+    return model
+
+
+def _config(folder: str | os.PathLike[str]) -> Any:
+    with told(os.fspath(folder)):
+        return AutoConfig.from_pretrained(folder)
 
 
 def check_model_name(model: str | os.PathLike[str]) -> None:

@@ -363,16 +363,23 @@ class LinmuModel(HoldsBlocks):
                 "linmu: attention_mask must be (B, L), 0 at padding: a block has no other mask, and sees every earlier "
                 f"token of its row, got {got}"
             )
-        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling() and (mask > 1).any():
+        tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if mask is not None and (len(mask) != len(tokens) or mask.shape[1] < length):
             raise ValueError(
-                "linmu: attention_mask must be 0 or 1; the sequences of a row are told by position_ids that start "
-                f"anew, or by seq_idx, got {int(mask.max())}"
+                f"linmu: attention_mask must be (B, L) = ({len(tokens)}, {length}), or longer with a cache, got shape "
+                f"{tuple(mask.shape)}"
             )
+        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            odd = mask[(mask != 0) & (mask != 1)]
+            if len(odd):
+                raise ValueError(
+                    "linmu: attention_mask must be 0 or 1; the sequences of a row are told by position_ids that start "
+                    f"anew, or by seq_idx, got {odd.max().item()}"
+                )
         padding = None if mask is None else mask[:, -length:].bool()
         # Elsewhere to ask would be to wait.
         if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():
             padding = None
-        tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         given = any(inputs.get(name) is not None for name in PACKED)
         sequences = find_sequences(inputs, len(tokens), length, padding) if given and length > 1 else None
         if sequences is not None and layout is not None:

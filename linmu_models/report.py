@@ -45,7 +45,10 @@ class TransferReport:
         return sum(row.numel for row in self.rows if row.how == how)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write every row as JSON; a file that is there stays whole until the new one is."""
+        new = Path(f"{os.fspath(path)}.new")
+        new.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        new.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TransferReport:

@@ -79,3 +79,20 @@ def test_embeddings_in_the_place_of_ids(family):
         expected = model(input_ids=ids, **inputs).logits
         assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids), **inputs).logits, expected)
         assert torch.equal(model(input_ids=ids).logits, expected)  # no mask: all are tokens
+
+
+@pytest.mark.parametrize("value", [-1, -1e9, 0.5, 2, float("nan")])
+def test_a_mask_holds_zeros_and_ones(value):
+    """Not what is added to scores, where 0 is a token that is seen."""
+    student, ids = linmu_models.convert(tiny.teacher("qwen2")), torch.tensor([tiny.text_ids(5)])
+    mask = torch.ones(1, 5)
+    mask[0, 0] = value
+    with pytest.raises(ValueError, match="attention_mask must be 0 or 1"):
+        student(ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 5), (1, 0)])
+def test_a_mask_is_of_these_tokens(shape):
+    student, ids = linmu_models.convert(tiny.teacher("qwen2")), torch.tensor([tiny.text_ids(5)])
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, L\) = \(1, 5\)"):
+        student(ids, attention_mask=torch.ones(shape, dtype=torch.long))
