@@ -43,7 +43,7 @@ struct Filter {
   float bias[V];
   int width;
   float past[K - 1][V];  // the input j + 1 visits back; 0 where a restart or the start lies between
-  int age;               // visits back to the restart, K - 1 or more alike
+  int age;               // visits back to the restart or to a start from nothing, K - 1 or more alike
 
   __device__ Filter(const CausalConv1dParams& p, int64_t d) {
     width = static_cast<int>(p.width);
@@ -71,6 +71,8 @@ struct Filter {
         read_as_float(past[j], static_cast<const T*>(p.x) + line.row(v) + d);
       else if (p.initial_state)
         read_as_float(past[j], static_cast<const T*>(p.initial_state) + line.past(v) + d);
+      else
+        cut = true, age = j - 1;
       if (line.starts(v)) cut = true, age = j;
     }
   }
@@ -198,7 +200,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < V; ++i) {
         const float so_far = j > 0 ? pending[j - 1][i] : 0.f;
         pending[j][i] = j <= filter.age ? so_far + filter.taps[j][i] * g[i] : so_far;
-        if (v < v1) dtaps[j][i] += g[i] * (j > 0 ? filter.past[j > 0 ? j - 1 : 0][i] : x[i]);
+        // A tap that is cut gets no gradient, even of a NaN.
+        if (v < v1 && j <= filter.age) dtaps[j][i] += g[i] * (j > 0 ? filter.past[j > 0 ? j - 1 : 0][i] : x[i]);
       }
 #pragma unroll
     for (int i = 0; i < V; ++i) dbias[i] += v < v1 ? g[i] : 0.f;

@@ -1,7 +1,7 @@
 // Forward of window_attention. See window_attention.cuh. A warp takes one block of queries of one head at a time, over
 // all keys, with a running maximum (Dao et al. 2022, arXiv:2205.14135). Where a window's keys do not fit in shared
 // memory they come in parts, and the block's warps stay in step.
-#include "window_attention.cuh"
+#include "window_attention_seen.cuh"
 
 namespace linmu {
 namespace {
@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1)
       const int r = i / (D / V), c = i % (D / V) * V;
       store_out(s, tokens[r], head, c, q_tile + r * pitch + c);
     }
+    if (p.causal && any_broken(out)) redo_out<T>(s, window, first, M, head);
   }
 }
 

@@ -90,7 +90,9 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
           sync_warp();
           for (int r = 0; r < M && first + r < window.count; ++r) {
             const int64_t at = bias_index(p, coords[r], key_coords[j + lane]);
-            if (at >= 0 && tokens[r] >= 0 && key_tokens[j + lane] >= 0) table[at] += stage[r * kStage + lane];
+            const int key = key_tokens[j + lane];
+            if (at >= 0 && tokens[r] >= 0 && key >= 0 && !(p.causal && key > tokens[r]))
+              table[at] += stage[r * kStage + lane];
             sync_warp();
           }
         }

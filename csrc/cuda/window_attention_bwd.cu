@@ -5,7 +5,7 @@
 //     dk, dv  a warp has keys, and meets the queries of all heads of the group
 //
 // Gradients are staged in float, so that the rotary embedding is undone before the one rounding.
-#include "window_attention_bwd.cuh"
+#include "window_attention_seen.cuh"
 
 namespace linmu {
 namespace {
@@ -148,6 +148,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
     float* stage = reinterpret_cast<float*>(q_tile);
     to_stage(stage, Own::kStage, dq, static_cast<float>(p.scale));
     sync_warp();
+    if (p.causal && any_broken(dq)) redo_dq<T>(s, window, first, M, head, stage, Own::kStage);
     store_stage<T>(p, s.dq, p.heads, head, stage, Own::kStage, M, D, tokens, true, s.out.fast);
   }
 }
@@ -242,13 +243,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) dkv_kernel(const __grid_c
           store_pair(static_cast<T*>(s.dv) + (static_cast<int64_t>(tokens[row]) * p.groups + group) * P + column, x, y,
                      P - column);
         };
+        const bool broken = p.causal && (any_broken(dk) | any_broken(dv));
         if constexpr (Own::kTogether) dv.each_pair(store_dv);
         if (!last) {
           dk.each_pair(store_dv);
+          if (broken) redo_dkv<T>(s, window, first, M, group, nullptr, 0);
         } else {
           sync_warp();
           to_stage(stage, Own::kStage, dk, static_cast<float>(p.scale));
           sync_warp();
+          if (broken) redo_dkv<T>(s, window, first, M, group, stage, Own::kStage);
           store_stage<T>(p, s.dk, p.groups, group, stage, Own::kStage, M, D, tokens, true, s.out.fast);
         }
       }

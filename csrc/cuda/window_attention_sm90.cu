@@ -2,7 +2,7 @@
 // warpgroup has 64 queries of one head, and goes its own way once the keys are there, so that one's softmax runs beside
 // another's products.
 #include "wgmma.cuh"
-#include "window_attention.cuh"
+#include "window_attention_seen.cuh"
 
 namespace linmu {
 namespace {
@@ -123,6 +123,10 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
       const int r = own + i / kWarp / (D / 32) * 8 + i % 8, c = i / kWarp % (D / 32) * 32 + i % kWarp / 8 * 8;
       store_out(s, tokens[r], head, c, swizzled_at(q_tile, kQueries, r, c));
     }
+    bool broken = false;
+#pragma unroll
+    for (int part = 0; p.causal && part < D / 64; ++part) broken |= any_broken(out[part]);
+    if (broken) redo_out<T>(s, window, first + own, 16, head);
   }
 #endif
 }
