@@ -216,6 +216,9 @@ class ChatProcessor:
             generation = GenerationConfig.from_pretrained(folder)
         except OSError:  # it has none
             generation = None
+        named = getattr(generation, "eos_token_id", None)
+        if not all(e is None or type(e) is int for e in (named if isinstance(named, list) else [named])):
+            raise ValueError(f"{folder}: eos_token_id of generation_config.json must be tokens' numbers, got {named!r}")
         ends = end_tokens(generation, tokenizer)
         if not sees_images(config):
             return cls(tokenizer, kind, ends=ends)
@@ -344,6 +347,8 @@ class ChatProcessor:
         else:
             text = self._token("image") * len(media) + question
             batch = self._batch([text], [Conversation((("", None),), tuple(media))])
+        if not batch["input_ids"].numel():
+            raise ValueError("chat template: it must make tokens of the words, got none")
         return {name: value for name, value in batch.items() if name != "labels"}
 
     def _options(self, text: str, conversation: Conversation) -> dict[str, bool]:

@@ -117,6 +117,20 @@ def test_chat_template(folders, template):  # noqa: F811
     assert "\n" not in str(error.value)
 
 
+def test_a_chat_template_that_says_nothing(folders):  # noqa: F811
+    chat = ChatProcessor.load(folders / "teacher")
+    chat._speaker.chat_template = "{{ '' }}"
+    with pytest.raises(ValueError, match="must make tokens of the words"):
+        chat.ask("what?")
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [1, [2]], [True], {"a": 1}])
+def test_what_ends_an_answer(folders, tmp_path, value):  # noqa: F811
+    folder = Path(shutil.copytree(folders / "teacher", tmp_path / "teacher"))
+    edit(folder / "generation_config.json", eos_token_id=value)
+    assert "generation_config.json" in refusal(folder, ChatProcessor.load)
+
+
 def test_a_report_is_replaced_whole(tmp_path, monkeypatch):
     report = TransferReport("teacher", "linmu_qwen2", [], [0])
     report.save(tmp_path / "report.json")
