@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linmu_distill.files import read_lines
+from linmu_ops._tables import markdown, plain
 
 from . import plots
 
@@ -46,22 +47,17 @@ HEADER = ["implementation", "µs", "p20 to p80", "GB/s", "GFLOP/s", "of the roof
 
 def table(rows: list[Row], verified: bool = True) -> str:
     """Plain text, for the terminal."""
-    timed = [HEADER] + [_cells(r) for r in rows if "us" in r]
-    widths = [max(len(line[i]) for line in timed) for i in range(len(HEADER))]
     lines = [title(rows[0]) + ("" if verified else "   UNVERIFIED")]
     lines += [f"  target: {target}"] if (target := rows[0].get("target")) else []
-    for cells in timed:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        lines.append("  " + "  ".join(padded))
+    lines += [f"  {line}" for line in plain(HEADER, [_cells(r) for r in rows if "us" in r], left=1)]
     lines += [f"  {r['impl']}: {r['status']}" for r in rows if "us" not in r]
     return "\n".join([*lines, ""])
 
 
 def _markdown(rows: list[Row]) -> list[str]:
-    lines = [f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
-    lines += [f"| {' | '.join(_cells(r))} |" for r in rows if "us" in r]
+    table = markdown(HEADER, [_cells(r) for r in rows if "us" in r], left=1)
     absent = [f"{r['impl']}: {r['status']}." for r in rows if "us" not in r]
-    return [*lines, "", *(["; ".join(absent).replace(".;", ";"), ""] if absent else [])]
+    return [table, "", *(["; ".join(absent).replace(".;", ";"), ""] if absent else [])]
 
 
 def section(op: str, rows: list[Row], page: Path) -> list[str]:

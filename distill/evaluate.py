@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from linmu_models.generate import check_model_name, find_device
+from linmu_ops._tables import markdown
 
 from .data import GROUPS, SPLITS
 from .evaluation import Result, evaluate
 from .handoff import HandoffError, read_facts
-from .report import table
 from .sources import UNFIT, fits_tasks
 from .stages import STAGES
 from .teacher import load_teacher
@@ -77,4 +77,4 @@ def evaluate_folder(
             cells.append(f"{results['model'][i].accuracy / base:.1%}" if base else "-")
         rows.append([name, *cells])
     head = [f"task ({split}, n={samples})", *results, *(["model / teacher"] if teacher is not None else [])]
-    return table(head, rows)
+    return markdown(head, rows)

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from linmu_models.modeling import auto_class, sees_images
+from linmu_ops._tables import markdown
 
 from .config import Config
 from .figures import accuracy_bars, loss_curves, speed_curves
@@ -69,12 +70,6 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return read_lines(folder / "metrics.jsonl", ("step", "tokens", "tokens_per_second", "peak_memory_mb"))
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -95,7 +90,7 @@ def _conversion(folder: Path) -> str:
         f"teacher's attention weights (W_q, W_k, W_v and W_o, once for each branch). Only {counts['new']:,} are new: "
         "step sizes, decays, gates.",
         "",
-        table(
+        markdown(
             ["part of a new block", "starts as", "parameters"],
             [[f"`{name}`", source, f"{count:,}"] for name, source, count in _parts(report)],
         ),
@@ -132,7 +127,7 @@ def _stages(folder: Path, config: Config) -> str:
         )  # fmt: skip
     head = ["stage", "trained, all else frozen", "parameters", "loss", "learning rate", "steps", "time", "tokens/s",
             "padding", "peak memory"]  # fmt: skip
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def _trained(stage: Stage) -> str:
@@ -158,7 +153,7 @@ def _accuracy(results: dict[str, dict[str, Any]], groups: list[str]) -> str:
         teacher, last = (results.get(label, {}).get(group) for label in ("teacher", f"stage {len(STAGES)}"))
         share = f"{last['accuracy'] / teacher['accuracy']:.1%}" if teacher and last and teacher["accuracy"] else "-"
         rows.append([f"*{group}*", *cells, f"**{share}**"])
-    return table(["task", *labels, "student / teacher"], rows)
+    return markdown(["task", *labels, "student / teacher"], rows)
 
 
 def _speed(rows: list[dict[str, Any]]) -> str:
@@ -174,7 +169,7 @@ def _speed(rows: list[dict[str, Any]]) -> str:
         )  # fmt: skip
     head = ["input tokens", "time to first token (teacher / student)", "tokens/s while answering",
             "memory held while answering"]  # fmt: skip
-    return table(head, body)
+    return markdown(head, body)
 
 
 def _held_out(results: dict[str, dict[str, Any]]) -> str:
@@ -182,7 +177,7 @@ def _held_out(results: dict[str, dict[str, Any]]) -> str:
         [label, f"{row['perplexity']:.2f}", f"{row['nll']:.3f}", f"{row['kl']:.3f}", f"{row['agreement']:.1%}"]
         for label, row in results.items()
     ]
-    return table(["", "perplexity", "-log p", "KL to teacher", "same next token"], rows)
+    return markdown(["", "perplexity", "-log p", "KL to teacher", "same next token"], rows)
 
 
 def save_picture(frames: np.ndarray, path: Path, scale: int = 3, most: int = 8) -> None:
@@ -214,7 +209,7 @@ def _examples(folder: Path, config: Config, teacher: PreTrainedModel, student: P
         lines += [
             f"![{group}](figures/{path.name})",
             "",
-            table(["question", "true answer", "teacher", "student"],
+            markdown(["question", "true answer", "teacher", "student"],
                   [[f"`{question}`", show(truth), show(said[0]), show(said[1])]]),
             "",
         ]  # fmt: skip

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from linmu_ops._tables import plain
+
 
 @dataclass(frozen=True)
 class TensorRow:
@@ -59,7 +61,7 @@ class TransferReport:
         lines = [
             f"{self.teacher} -> {self.model_type}: {len(self.linear_layers)} linear layers, "
             f"{len(self.kept_layers)} with attention {self.kept_layers or ''}".rstrip(),
-            *_table(["tensor", "from", "how", "tensors", "numbers"], self._grouped()),
+            *plain(["tensor", "from", "how", "tensors", "numbers"], self._grouped()),
         ]
         for how in ("copied", "shared", "new", "absent"):
             if self.count(how):
@@ -76,10 +78,3 @@ class TransferReport:
             groups.setdefault((name, source, row.how), []).append(row)
         for (name, source, how), rows in groups.items():
             yield [name, source or "-", how, str(len(rows)), f"{sum(r.numel for r in rows):,}"]
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    cells = [head, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return [lines[0], "  ".join("-" * w for w in widths), *lines[1:]]

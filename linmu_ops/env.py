@@ -166,9 +166,9 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        for line in [columns, *cells]:
-            print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+        from linmu_ops._tables import plain
+
+        print("\n".join(plain(columns, cells)))
         return
     table = Table(*columns, box=None)
     for line in cells:

@@ -21,6 +21,7 @@ from bench.ops import ssd_scan, ssd_step
 from bench.peers import case
 from bench.provenance import where
 from linmu_ops import TokenLayout
+from linmu_ops._tables import plain
 from linmu_ops.nn.config import PRESETS
 
 from .inputs import decoder_inputs
@@ -196,14 +197,14 @@ def breakdown(
 def table(rows: list[dict[str, Any]]) -> str:
     """Plain text."""
     lines = [f"{rows[0]['kind']}, {rows[0]['tokens']:,} tokens, batch {rows[0]['batch']}, all layers together"]
-    lines.append(f"{'':16}{'part':18}{'ms':>12}{'%':>7}{'floor ms':>12}{'x floor':>9}")
+    cells = []
     for r in rows:
-        over = f"{r['us'] / r['floor_us']:9.2f}" if r["floor_us"] else ""
-        lines.append(
-            f"{r['variant']:16}{r['part']:18}{r['us'] / 1e3:12.3f}{r['percent']:7.1f}{r['floor_us'] / 1e3:12.3f}{over}"
+        over = f"{r['us'] / r['floor_us']:.2f}" if r["floor_us"] else ""
+        cells.append(
+            [r["variant"], r["part"], f"{r['us'] / 1e3:.3f}", f"{r['percent']:.1f}", f"{r['floor_us'] / 1e3:.3f}", over]
         )
-        for name, us in r.get("operators", {}).items():
-            lines.append(f"{'':18}{name:26}{us / 1e3:12.3f}")
+        cells += [["", f"  {name}", f"{us / 1e3:.3f}", "", "", ""] for name, us in r.get("operators", {}).items()]
+    lines += plain(["", "part", "ms", "%", "floor ms", "x floor"], cells, left=2)
     return "\n".join([*lines, ""])
 
 

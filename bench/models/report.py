@@ -9,6 +9,7 @@ from typing import Any
 from bench import plots
 from bench import report as ops_report
 from linmu_distill.files import read_lines
+from linmu_ops._tables import markdown, plain
 from linmu_ops.nn.config import PRESETS
 
 Row = dict[str, Any]
@@ -73,14 +74,8 @@ def _absent(rows: list[Row]) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     """Plain text, for the terminal."""
-    lines = [HEADER, *(_cells(r) for r in rows if "seconds" in r)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    text = [title(rows[0])]
-    for first, *rest in lines:
-        text.append(
-            "  " + "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-        )
-    return "\n".join([*text, *(f"  {line}" for line in _absent(rows)), ""])
+    lines = plain(HEADER, [_cells(r) for r in rows if "seconds" in r], left=1)
+    return "\n".join([title(rows[0]), *(f"  {line}" for line in (*lines, *_absent(rows))), ""])
 
 
 def read(device: str) -> dict[str, list[Row]]:
@@ -134,15 +129,11 @@ def _markdown(rows: list[Row]) -> list[str]:
         ]
         if any(is_light(r) for r in group if "seconds" in r):
             lines += [LIGHT, ""]
-        lines += [f"| tokens | batch | {' | '.join(HEADER)} |", "|---:|---:|---|" + "---:|" * (len(HEADER) - 1)]
+        cells = []
         for r in group:
-            if "seconds" in r:
-                lines.append(f"| {r['tokens']:,} | {r['batch']} | {' | '.join(_cells(r))} |")
-            else:
-                lines.append(
-                    f"| {r['tokens']:,} | {r['batch']} | {r['variant'] or 'all'} | {r['status']} |"
-                    + " |" * (len(HEADER) - 2)
-                )
+            what = _cells(r) if "seconds" in r else [r["variant"] or "all", r["status"], *[""] * (len(HEADER) - 2)]
+            cells.append([f"{r['tokens']:,}", str(r["batch"]), *what])
+        lines.append(markdown(["tokens", "batch", *HEADER], cells, left=3))
         lines.append("")
     return lines
 

@@ -14,8 +14,8 @@ from scipy.stats import t as student_t
 
 from linmu_distill.evaluation import wilson_interval
 from linmu_distill.figures import answer_curves, row_intervals
-from linmu_distill.report import table as markdown
 from linmu_distill.run import TEACHER
+from linmu_ops._tables import markdown
 
 from .. import plots
 from .table import Curve, Results, Row, Table

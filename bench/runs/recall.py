@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from linmu_distill.figures import answer_curves
-from linmu_distill.report import table
+from linmu_ops._tables import markdown
 from linmu_ops.nn import MMATE, MMATEConfig
 
 from .. import plots
@@ -129,7 +129,7 @@ def write_page(pairs: tuple[int, ...], steps: int, results: Results, folder: Pat
         "each a key and its value, then asks for the value of each key. Attention keeps every token; a scan keeps, for "
         "each head, a matrix of head size x head size, whatever the length. Share of right answers with its 95 % "
         f"interval over seeds and held-out sequences; {1 / VALUES:.1%} is chance.", "",
-        table(["pairs", *map(str, shown)], rows), "",
+        markdown(["pairs", *map(str, shown)], rows), "",
     ]  # fmt: skip
     if shown:
         answer_curves(folder / "recall.svg", [str(count) for count in shown], lines, "pairs", None)
