@@ -107,11 +107,12 @@ profile() {  # op, cases
   local program="import sys, torch
 import linmu_ops
 from bench.run import load
+from linmu_ops._testing import run_op
 op, *names = sys.argv[1:]
 for name in names:
     bench = load(op)
     with linmu_ops.use_impl(op + ':cuda'):
-        getattr(linmu_ops, op)(**bench.make(bench.cases[name], torch.bfloat16, 'cuda'))
+        run_op(op, **bench.make(bench.cases[name], torch.bfloat16, 'cuda'))
 torch.cuda.synchronize()"
   step "profile_$1" ncu --clock-control none --kernel-name "regex:states_kernel|output_kernel|forward_kernel" \
     --launch-count 12 --section SpeedOfLight --section Occupancy --section LaunchStats \

@@ -14,7 +14,7 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import run_small
+from linmu_ops._testing import run_op, run_small
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +24,7 @@ def _run(op: str, inputs: dict[str, Any]) -> None:
     for arch in ("80", "90"):
         os.environ["LINMU_CUDA_ARCH"] = arch
         with linmu_ops.use_impl(f"{op}:cuda"):
-            out = getattr(linmu_ops, op)(**inputs)
+            out = run_op(op, **inputs)
             torch.autograd.grad(out.float().sum(), leaves, allow_unused=True)
         torch.cuda.synchronize()
         print(op, leaves[0].dtype, tuple(leaves[0].shape), f"as sm_{arch}")

@@ -12,6 +12,7 @@ D model size, K width of a convolution.
 from __future__ import annotations
 
 from . import _registry
+from ._directions import Reverse
 from ._registry import LinmuWarning, explain, use_impl
 from .branch_mix_norm import branch_mix_norm
 from .causal_conv1d import causal_conv1d
@@ -33,6 +34,7 @@ __all__ = [
     "LinmuWarning",
     "MMATEConfig",
     "MMATEState",
+    "Reverse",
     "TokenLayout",
     "WindowTable",
     "branch_mix_norm",

@@ -358,16 +358,19 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     return _default.get((op, device, dtype == torch.float64), "reference")
 
 
-def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named: torch.Tensor) -> list[Choice]:
+def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named: Any) -> list[Choice]:
     """Which implementation serves `op` for these tensors (or this device type), and why the others do not.
 
-    Give the tensors of the call, in the order in which the op takes them. Some implementations have a limit on sizes;
-    they are judged by the tensors that are given. Returns one `Choice(impl, why_not, chosen)` per implementation.
+    Give the tensors of the call, in the order in which the op takes them, or by name (a scan's `reverse` as it is).
+    Some implementations have a limit on sizes; they are judged by the tensors that are given. Returns one
+    `Choice(impl, why_not, chosen)` per implementation.
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
     where = device or (tensors[0].device.type if tensors else "cpu")
     dtype = tensors[0].dtype if tensors else torch.float32
+    reverse = named.pop("reverse", None)
+    named |= {} if reverse is None else {f"reverse_{name}": t for name, t in reverse._asdict().items()}
     arguments = dict(zip(_argument_names(op), tensors, strict=False)) | named
 
     def reason(impl: str) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _registry
 from ._dims import accumulate_dtype
+from ._directions import Reverse
 
 
 def to_double(value: Any) -> Any:
@@ -143,14 +144,27 @@ def check_against_reference(
     judge(results_of(op, inputs, wrt, lambda _: judge.weights))
 
 
+def grouped(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as the op takes them, of arguments of which each tensor has a name: `reverse_dt` is in `reverse`."""
+    own = {k.removeprefix("reverse_"): v for k, v in inputs.items() if k.startswith("reverse_")}
+    rest = {k: v for k, v in inputs.items() if not k.startswith("reverse_")}
+    return rest | ({"reverse": Reverse(**own)} if own else {})
+
+
+def run_op(op: str, /, **inputs: Any) -> Any:
+    """The op, of arguments of which each tensor has a name of its own, as tests change one at a time."""
+    import linmu_ops
+
+    return getattr(linmu_ops, op)(**grouped(inputs))
+
+
 def check_implementation(op: str, impl: str, inputs: dict[str, Any], wrt: Sequence[str] = ()) -> None:
     """Judge one implementation of an op by the reference; a state that is updated in place is judged too."""
-    import linmu_ops
 
     def by(which: str) -> Callable[..., Any]:
         def call(**values: Any) -> Any:
             with _registry.use_impl(f"{op}:{which}"):
-                out = getattr(linmu_ops, op)(**values)
+                out = run_op(op, **values)
             return (out, values["state"]) if "state" in values else out
 
         return call
@@ -224,9 +238,9 @@ def _ssd_scan(r: _Draw, B: int = 2, L: int = 37, P: int = 8, N: int = 12) -> dic
     return dict(
         x=r.normal(B, L, G, P), dt=r.unit(B, L, H), A=-r.unit(H), B=r.normal(B, L, G, N), C=r.normal(B, L, H, N),
         D=r.small(H), dt_bias=r.small(H), dt_softplus=True, direction="both", reverse_dt=r.unit(B, L, H),
-        reverse_dt_bias=r.small(H), reverse_A=-r.unit(H), reverse_B=r.normal(B, L, G, N),
-        reverse_C=r.normal(B, L, H, N), gate=r.unit(B, L, H), reverse_mask=r.mask(B, L),
-        reverse_seq_idx=r.segments(B, L, 9), seq_idx=r.segments(B, L, 23), token_order=r.order(B, L),
+        reverse_A=-r.unit(H), reverse_B=r.normal(B, L, G, N), reverse_C=r.normal(B, L, H, N),
+        reverse_dt_bias=r.small(H), reverse_mask=r.mask(B, L), reverse_seq_idx=r.segments(B, L, 9),
+        gate=r.unit(B, L, H), seq_idx=r.segments(B, L, 23), token_order=r.order(B, L),
         initial_state=r.small(B, H, P, N), return_final_state=True,
     )  # fmt: skip
 
@@ -281,7 +295,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def small_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Any]:
-    """Keyword arguments of one small call of `op`; `sizes` in place of its own."""
+    """Arguments of one small call of `op`, for `run_op`; `sizes` in place of its own."""
     return CASES[op](_Draw(device, dtype), **sizes)
 
 
@@ -289,8 +303,6 @@ def run_small(
     op: str, impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: Any
 ) -> dict[str, Tensor]:
     """Outputs, inputs written to and gradients of the small case, computed by `impl` alone; raises if it cannot."""
-    import linmu_ops
-
     inputs = small_inputs(op, device, dtype, **sizes)
     tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
     before = {k: v.clone() for k, v in tensors.items()}
@@ -298,7 +310,7 @@ def run_small(
     for leaf in leaves.values():
         leaf.requires_grad_()
     with _registry.use_impl(f"{op}:{impl}"):
-        result = getattr(linmu_ops, op)(**inputs)
+        result = run_op(op, **inputs)
         outputs = list(result) if isinstance(result, tuple) else [result]
         found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
         found |= {f"{k} (in place)": v for k, v in tensors.items() if not torch.equal(v, before[k])}

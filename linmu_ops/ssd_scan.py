@@ -9,21 +9,24 @@ from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
+from ._directions import Reverse
 from .reference.ssd_scan import ssd_scan as reference
 
+# The fields of `Reverse` lie flat in the schema, each after `reverse_`: autograd, vmap and the other transforms know
+# arguments that are tensors, and do not look into a list that holds some.
 INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, str direction, "
-    "Tensor? reverse_dt, Tensor? reverse_dt_bias, Tensor? reverse_A, Tensor? reverse_B, Tensor? reverse_C, "
-    "Tensor? gate, Tensor? reverse_mask, Tensor? reverse_seq_idx, Tensor? seq_idx, Tensor? token_order, "
-    "Tensor? initial_state, "
+    "Tensor? reverse_dt, Tensor? reverse_A, Tensor? reverse_B, Tensor? reverse_C, Tensor? reverse_dt_bias, "
+    "Tensor? reverse_mask, Tensor? reverse_seq_idx, "
+    "Tensor? gate, Tensor? seq_idx, Tensor? token_order, Tensor? initial_state, "
 )
 SCHEMA = f"({INPUTS}bool return_final_state, int chunk_size) -> (Tensor, Tensor)"
 # One gradient per entry of DIFFERENTIABLE, an empty tensor where the input was None.
 BWD_SCHEMA = f"(Tensor grad_y, Tensor? grad_final_state, {INPUTS}int chunk_size) -> Tensor[]"
 ARGUMENTS = tuple(a.split()[1] for a in INPUTS.strip(", ").split(", "))
 DIFFERENTIABLE = (
-    "x", "dt", "A", "B", "C", "D", "dt_bias", "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C",
-    "gate", "initial_state",
+    "x", "dt", "A", "B", "C", "dt_bias", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_dt_bias",
+    "D", "gate", "initial_state",
 )  # fmt: skip
 DIRECTIONS = ("forward", "reverse", "both")
 
@@ -39,14 +42,8 @@ def ssd_scan(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     direction: str = "forward",
-    reverse_dt: Tensor | None = None,
-    reverse_dt_bias: Tensor | None = None,
-    reverse_A: Tensor | None = None,
-    reverse_B: Tensor | None = None,
-    reverse_C: Tensor | None = None,
+    reverse: Reverse | None = None,
     gate: Tensor | None = None,
-    reverse_mask: Tensor | None = None,
-    reverse_seq_idx: Tensor | None = None,
     seq_idx: Tensor | None = None,
     token_order: Tensor | None = None,
     initial_state: Tensor | None = None,
@@ -58,7 +55,7 @@ def ssd_scan(
         forward:  h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (outer) B[t]                 y>[t] = h[t] C[t]
         reverse:  r[t] = exp(dt'[t] A') r[t+1] + m[t] dt'[t] x[t] (outer) B'[t]        y<[t] = r[t] C'[t]
         both:     y[t] = g[t] y>[t] + (1 - g[t]) y<[t]  where m[t],  y[t] = y>[t] elsewhere;  y> + y< without a gate
-        and D x[t] is added to each.
+        and D x[t] is added to each. dt', A', B', C' and m are those of `reverse`, or the forward ones, and all ones.
 
     t counts visits: `token_order[b, t]` is the position visited at t. Every other argument, and y, is in token
     positions. Where the mask m is False the reverse state passes through unchanged and the reverse output is 0.
@@ -74,14 +71,9 @@ def ssd_scan(
         dt_bias: (H,) float. Added to dt before softplus.
         dt_softplus: apply softplus to dt (+ bias), in both directions.
         direction: "forward", "reverse" or "both".
-        reverse_dt: (B, L, H) float. The reverse direction's own step size; dt if None.
-        reverse_dt_bias: (H,) float. dt_bias if None.
-        reverse_A: (H,) float. A if None.
-        reverse_B: (B, L, Gb, N) dtype of x. B if None.
-        reverse_C: (B, L, Gc, N) dtype of x. C if None.
+        reverse: what the reverse direction has of its own, a `linmu_ops.Reverse(dt, A, B, C, dt_bias, mask, seq_idx)`;
+            what that leaves out is the forward one's. "reverse" and "both" only.
         gate: (B, L, H) or (H,) float in (0, 1). Weight of the forward direction; "both" only.
-        reverse_mask: (B, L) bool. Tokens that take part in the reverse scan; all if None.
-        reverse_seq_idx: (B, L) int32. Segments of the reverse scan; seq_idx if None.
         seq_idx: (B, L) int32. The state restarts at a visit whose index differs from the visit before.
         token_order: (B, L) int32. A permutation per row; the position visited at t. In place if None.
         initial_state: (B, H, P, N) float32 (float64 for float64 x). State before the first visit (for "reverse":
@@ -93,7 +85,7 @@ def ssd_scan(
         y: (B, L, H, P), dtype of x. With return_final_state: (y, state), state (B, H, P, N) float32 (or float64).
 
     Raises:
-        ValueError: a shape, device or value breaks the table above. TypeError: a dtype does.
+        ValueError: a shape, device or value breaks the table above. TypeError: a type or dtype does.
 
     Notes:
         Accumulates in float32 (float64 for float64). Deterministic. Linear in L. Exponents are never above 0 for
@@ -102,6 +94,15 @@ def ssd_scan(
     Source: Dao & Gu 2024, arXiv:2405.21060, section 6; LinMU, arXiv:2601.01322, equations 1-3.
     Reference: linmu_ops/reference/ssd_scan.py.
     """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"ssd_scan: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if reverse is not None and not isinstance(reverse, Reverse):
+        raise TypeError(f"ssd_scan: reverse must be a linmu_ops.Reverse, got {type(reverse).__name__}")
+    if reverse is not None and direction == "forward":
+        raise ValueError("ssd_scan: reverse needs direction='reverse' or 'both', got direction='forward'")
+    if gate is not None and direction != "both":
+        raise ValueError(f"ssd_scan: gate needs direction='both', got direction={direction!r}")
+    r = Reverse() if reverse is None else reverse
     d = Dims("ssd_scan")
     d("x", x, "B L Gx P", FLOATS)
     d("dt", dt, "B L H", FLOATS)
@@ -110,14 +111,14 @@ def ssd_scan(
     d("C", C, "B L Gc N", x.dtype)
     d.optional("D", D, "H", FLOATS)
     d.optional("dt_bias", dt_bias, "H", FLOATS)
-    d.optional("reverse_dt", reverse_dt, "B L H", FLOATS)
-    d.optional("reverse_dt_bias", reverse_dt_bias, "H", FLOATS)
-    d.optional("reverse_A", reverse_A, "H", FLOATS)
-    d.optional("reverse_B", reverse_B, "B L Gb N", x.dtype)
-    d.optional("reverse_C", reverse_C, "B L Gc N", x.dtype)
+    d.optional("reverse.dt", r.dt, "B L H", FLOATS)
+    d.optional("reverse.A", r.A, "H", FLOATS)
+    d.optional("reverse.B", r.B, "B L Gb N", x.dtype)
+    d.optional("reverse.C", r.C, "B L Gc N", x.dtype)
+    d.optional("reverse.dt_bias", r.dt_bias, "H", FLOATS)
+    d.optional("reverse.mask", r.mask, "B L", torch.bool)
+    d.optional("reverse.seq_idx", r.seq_idx, "B L", torch.int32)
     d.optional("gate", gate, "H" if isinstance(gate, Tensor) and gate.dim() == 1 else "B L H", FLOATS)
-    d.optional("reverse_mask", reverse_mask, "B L", torch.bool)
-    d.optional("reverse_seq_idx", reverse_seq_idx, "B L", torch.int32)
     d.optional("seq_idx", seq_idx, "B L", torch.int32)
     d.optional("token_order", token_order, "B L", torch.int32)
     acc = accumulate_dtype(x.dtype)
@@ -125,32 +126,19 @@ def ssd_scan(
     for name, part in (("x", "Gx"), ("B", "Gb"), ("C", "Gc")):
         d.divides(name, part, "H")
     d.same_device(
-        x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, reverse_dt=reverse_dt, reverse_dt_bias=reverse_dt_bias,
-        reverse_A=reverse_A, reverse_B=reverse_B, reverse_C=reverse_C, gate=gate, reverse_mask=reverse_mask,
-        reverse_seq_idx=reverse_seq_idx, seq_idx=seq_idx, token_order=token_order, initial_state=initial_state,
+        x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, gate=gate, seq_idx=seq_idx, token_order=token_order,
+        initial_state=initial_state, **{f"reverse.{name}": t for name, t in zip(Reverse._fields, r, strict=True)},
     )  # fmt: skip
-    if direction not in DIRECTIONS:
-        raise ValueError(f"ssd_scan: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size must be >= 1, got {chunk_size}")
-    reverse_only = dict(
-        reverse_dt=reverse_dt, reverse_dt_bias=reverse_dt_bias, reverse_A=reverse_A, reverse_B=reverse_B,
-        reverse_C=reverse_C, reverse_mask=reverse_mask, reverse_seq_idx=reverse_seq_idx,
-    )  # fmt: skip
-    if direction == "forward":
-        for name, value in reverse_only.items():
-            if value is not None:
-                raise ValueError(f"ssd_scan: {name} needs direction='reverse' or 'both', got direction='forward'")
-    if gate is not None and direction != "both":
-        raise ValueError(f"ssd_scan: gate needs direction='both', got direction={direction!r}")
 
     def small(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(acc)
 
     y, state = _registry.call(
         "ssd_scan", x, x, small(dt), small(A), B, C, small(D), small(dt_bias), dt_softplus, direction,
-        small(reverse_dt), small(reverse_dt_bias), small(reverse_A), reverse_B, reverse_C, small(gate), reverse_mask,
-        reverse_seq_idx, seq_idx, token_order, initial_state, return_final_state, chunk_size or 0,
+        small(r.dt), small(r.A), r.B, r.C, small(r.dt_bias), r.mask, r.seq_idx,
+        small(gate), seq_idx, token_order, initial_state, return_final_state, chunk_size or 0,
     )  # fmt: skip
     return (y, state) if return_final_state else y
 

@@ -137,7 +137,7 @@ class TokenLayout:
         return len(self.positions) > 0
 
     def visual_mask(self, device: torch.device | str | None = None) -> Tensor:
-        """(B, L) bool, True at visual tokens: the reverse_mask of `ssd_scan`."""
+        """(B, L) bool, True at visual tokens: the mask of the `Reverse` of `ssd_scan`."""
         return self._segments(device)[0]
 
     def reverse_seq_idx(self, device: torch.device | str | None = None) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import CASES, small_inputs
+from linmu_ops._testing import CASES, run_op, small_inputs
 
 ROOT = Path(__file__).parents[1]
+REVERSE = [f"reverse_{name}" for name in linmu_ops.Reverse._fields]
 OPS = sorted(_registry.OPS)
 MAX_LINES = 600
 
@@ -50,46 +51,53 @@ def test_public_names_have_docstrings(name):
     assert inspect.getdoc(getattr(linmu_ops, name))
 
 
+def tensor_arguments(op):
+    """{name: default} of the tensors that the op takes; `reverse_dt` is one of a scan's `reverse`."""
+    parameters = inspect.signature(getattr(linmu_ops, op)).parameters
+    tensors = {n: p.default for n, p in parameters.items() if "Tensor" in str(p.annotation)}
+    return tensors | (dict.fromkeys(REVERSE) if "reverse" in parameters else {})
+
+
 def documented_shapes(op):
     """{argument: [axes, ...]} from the lines "x: (B, L, Gx, P) ..." of the docstring, for tensors."""
-    function = getattr(linmu_ops, op)
     shapes = {}
-    for name, text in re.findall(r"^    (\w+): (\(.*)", inspect.getdoc(function).split("Returns:")[0], re.MULTILINE):
-        if "Tensor" in str(inspect.signature(function).parameters[name].annotation):
-            first = re.match(r"\([^)]*\)(?:(?:, | or )\([^)]*\))*", text)
-            alternatives = re.findall(r"\([^)]*\)", first[0])
-            shapes[name] = [v for a in alternatives for v in {a.replace("B or 1", "B"), a.replace("B or 1", "1")}]
+    for prefix, documented in (("", getattr(linmu_ops, op)), ("reverse_", linmu_ops.Reverse)):
+        text = inspect.getdoc(documented).split("Returns:")[0]
+        for name, shape in re.findall(r"^    (\w+): (\(.*)", text, re.MULTILINE):
+            if prefix + name in tensor_arguments(op):
+                first = re.match(r"\([^)]*\)(?:(?:, | or )\([^)]*\))*", shape)
+                alternatives = re.findall(r"\([^)]*\)", first[0])
+                rows = ("B", "1")  # of "B or 1"
+                shapes[prefix + name] = [a.replace("B or 1", n) for a in alternatives for n in rows]
     return shapes
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_docstring_shapes_are_those_of_the_checks(op):
     shapes = documented_shapes(op)
-    parameters = inspect.signature(getattr(linmu_ops, op)).parameters
-    assert set(shapes) == {n for n, p in parameters.items() if "Tensor" in str(p.annotation)}, (
-        "every tensor has a shape"
-    )
+    assert set(shapes) == set(tensor_arguments(op)), "every tensor has a shape"
     for name, alternatives in shapes.items():
         inputs = small_inputs(op)
         assert isinstance(inputs.get(name), torch.Tensor), f"the small case of {op} must give {name}"
         inputs[name] = inputs[name][None]
         with pytest.raises(ValueError) as caught:
-            getattr(linmu_ops, op)(**inputs)
-        quoted = re.match(rf"{op}: {name} must be (\([^)]*\))", str(caught.value))
+            run_op(op, **inputs)
+        quoted = re.match(rf"{op}: {name.replace('reverse_', 'reverse.')} must be (\([^)]*\))", str(caught.value))
         assert quoted and quoted[1] in alternatives, f"{caught.value} does not quote {alternatives}"
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_no_dense_tensor_is_a_type_error(op):
     """Each tensor as a number, a list, a sparse tensor; and None where it must be given."""
-    signature = inspect.signature(getattr(linmu_ops, op)).parameters
+    tensors = tensor_arguments(op)
     for name, value in small_inputs(op).items():
         if isinstance(value, torch.Tensor):
             wrong = [1.0, value.tolist(), value.to_sparse()]
-            wrong += [None] if signature[name].default is inspect.Parameter.empty else []
+            wrong += [None] if tensors[name] is inspect.Parameter.empty else []
+            named = name.replace("reverse_", "reverse.")
             for other in wrong:
-                with pytest.raises(TypeError, match=rf"^{op}: {name} must be (a Tensor|dense), got \w+$"):
-                    getattr(linmu_ops, op)(**{**small_inputs(op), name: other})
+                with pytest.raises(TypeError, match=rf"^{op}: {named} must be (a Tensor|dense), got \w+$"):
+                    run_op(op, **{**small_inputs(op), name: other})
 
 
 def test_kernels_know_no_torch():

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import linmu_ops
 from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, gpu_case, mamba2, need
+from linmu_ops import ssd_scan
+from linmu_ops._testing import run_op
 
 SMALL = dict(B=1, H=16, Gx=16, Gb=1, Gc=1, P=64, N=64)  # Mamba-2: B and C shared by the heads
 GQA = dict(B=1, H=28, Gx=4, Gb=4, Gc=28, P=128, N=128)  # a converted 28-head, 4-group attention layer
@@ -105,7 +106,7 @@ def _transformers(c: Case, chunk_size: int) -> Peer:
 def _flip_twice(c: Case) -> Peer:
     if c.get("direction") != "both":
         raise Missing("one direction needs no flip")
-    return Peer(_both(linmu_ops.ssd_scan))
+    return Peer(_both(ssd_scan))
 
 
 def _repeated_heads(c: Case) -> Peer:
@@ -113,7 +114,8 @@ def _repeated_heads(c: Case) -> Peer:
         raise Missing("nothing to repeat")
 
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
-        return linmu_ops.ssd_scan(*(_heads(x, c["H"]), dt, A, _heads(B, c["H"]), _heads(C, c["H"])), **options)
+        x, B, C = (_heads(t, c["H"]) for t in (x, B, C))
+        return run_op("ssd_scan", x=x, dt=dt, A=A, B=B, C=C, **options)
 
     return Peer(run)
 
@@ -145,5 +147,5 @@ BENCH = Bench(
     | {"transformers, chunk 64, compiled": compiled(partial(_transformers, chunk_size=64))}
     | {"forward scan, flipped twice": _flip_twice, "scan of repeated heads": _repeated_heads}
     | {"mamba_ssm": _mamba_ssm, "fla simple_gla": _fla},
-    differentiable=("x", "dt", "A", "B", "C", "reverse_dt", "reverse_A", "gate"),
+    differentiable=("x", "dt", "A", "B", "C", "reverse_dt", "reverse_A", "gate"), call=partial(run_op, "ssd_scan"),
 )  # fmt: skip

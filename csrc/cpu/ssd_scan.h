@@ -63,7 +63,7 @@ struct Chunk {
     const auto token_at = [&](int64_t t) { return b * L + (p.token_order ? p.token_order[b * L + t] : t); };
     for (int64_t i = 0; i < visits; ++i) {
       tokens[i] = token_at(t0 + i) - b * L;
-      keep[i] = !p.reverse_mask || p.reverse_mask[b * L + tokens[i]];
+      keep[i] = !p.reverse.mask || p.reverse.mask[b * L + tokens[i]];
     }
     for (int64_t i = visits; i < s.chunk; ++i) tokens[i] = 0, keep[i] = 0;
     const int32_t* seq = p.forward.seq_idx;

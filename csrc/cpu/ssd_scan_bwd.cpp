@@ -104,9 +104,10 @@ class ScanGrad {
   const SsdScanDirectionGrads& grads(int d) const { return d ? g_.reverse : g_.forward; }
   A* running(int d, int64_t h) const { return running_[d] + h * s_.state; }
   const A* passed(int d, int64_t c, int64_t h) const { return passed_[d] + (c * s_.bundle + h) * s_.state; }
-  // What the reverse direction shares with the forward one is kept once.
-  bool same_b() const { return p_.forward.on && p_.reverse.on && p_.forward.B.data == p_.reverse.B.data; }
-  bool same_c() const { return p_.forward.on && p_.reverse.on && p_.forward.C.data == p_.reverse.C.data; }
+  // What the reverse direction shares with the forward one is kept once. A tensor that is given to both is not shared:
+  // each direction has a gradient of its own.
+  bool same_b() const { return p_.forward.on && p_.reverse.on && !g_.reverse.B; }
+  bool same_c() const { return p_.forward.on && p_.reverse.on && !g_.reverse.C; }
   bool same_k() const { return p_.forward.on && p_.reverse.on && p_.shared_projections; }
   int of_b(int d) const { return same_b() ? 0 : d; }
   int of_c(int d) const { return same_c() ? 0 : d; }

@@ -170,11 +170,11 @@ __global__ void __launch_bounds__(kThreads)
   int *seen = reinterpret_cast<int*>(pairs + Q), *spoiled = seen + Q;
   if (tid == 0) *spoiled = s.spoiled[bh * s.chunks + c];
   __syncthreads();
-  if (p.reverse_mask) {  // what a masked visit asks for may be odd too
+  if (p.reverse.mask) {  // what a masked visit asks for may be odd too
     const T* C = group_of<T>(p.reverse.C, p.groups_c, b, h, H);
     for (int64_t k = tid; k < Q * N; k += kThreads) {
       const int token = tokens[k / N];
-      if (token < 0 || p.reverse_mask[b * p.length + token]) continue;
+      if (token < 0 || p.reverse.mask[b * p.length + token]) continue;
       if (odd(to_float(C[token * p.reverse.C.token_stride + k % N]))) *spoiled = 1;
     }
     __syncthreads();

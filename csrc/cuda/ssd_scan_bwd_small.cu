@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
         arriving -= weighed(v.weight, e.from_state);
         left += weighed(v.step, e.to_state);
         crossing += e.flow;
-        const bool keep = !p.reverse_mask || p.reverse_mask[b * L + token];
+        const bool keep = !p.reverse.mask || p.reverse.mask[b * L + token];
         const int64_t at = (b * L + token) * H + h;
         double gradient = 0;
         if (d == 0 || keep) {

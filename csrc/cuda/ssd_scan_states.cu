@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
       bool spoiled = false;
       for (int first = 0; first < s.chunk; first += kWarp) {
         const int i = d ? s.chunk - 1 - first - lane : first + lane, token = tokens[i];
-        const bool keep = token >= 0 && (!p.reverse_mask || p.reverse_mask[b * L + token]);
+        const bool keep = token >= 0 && (!p.reverse.mask || p.reverse.mask[b * L + token]);
         Visit v{};
         if (d ? keep : token >= 0) {
           v.step = steps[i * (kHeads + 1) + k] + bias;

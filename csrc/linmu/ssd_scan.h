@@ -10,12 +10,14 @@ struct SsdScanTensor {
   int64_t batch_stride, token_stride, group_stride;  // in elements
 };
 
+// What one direction scans with. What the caller's `Reverse` leaves out is the forward direction's.
 struct SsdScanDirection {
   bool on;                 // whether this direction runs at all
   const void* dt;          // (B, L, H) acc
-  const void* dt_bias;     // (H,) acc, or null
   const void* A;           // (H,) acc
   SsdScanTensor B, C;      // (B, L, Gb, N), (B, L, Gc, N)
+  const void* dt_bias;     // (H,) acc, or null
+  const uint8_t* mask;     // (B, L) bool, or null; always null of the forward direction
   const int32_t* seq_idx;  // (B, L), or null
 };
 
@@ -30,7 +32,6 @@ struct SsdScanParams {
   const void* D;                // (H,) acc, or null
   const void* gate;             // (B, L, H) or (H,) acc, or null
   bool gate_per_token;          // which of the two
-  const uint8_t* reverse_mask;  // (B, L) bool, or null
   const int32_t* token_order;   // (B, L) a checked permutation, or null
   const void* initial_state;    // (B, H, P, N) acc, or null
   void* y;                      // (B, L, H, P)
@@ -42,10 +43,10 @@ struct SsdScanParams {
 // Gradients of one direction; those of what the reverse direction shares with the forward one are null there.
 struct SsdScanDirectionGrads {
   void* dt;       // (B, L, H) acc
-  void* dt_bias;  // (H,) acc, or null
   void* A;        // (H,) acc
   void* B;        // (B, L, Gb, N)
   void* C;        // (B, L, Gc, N)
+  void* dt_bias;  // (H,) acc, or null
 };
 
 struct SsdScanBwdParams {

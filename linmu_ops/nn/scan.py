@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
+from .._directions import Reverse
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ._inputs import Call, Rotary, apply_rotary, ridge, split_heads
@@ -212,15 +213,15 @@ class Scan(nn.Module):
             return ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)[:, None], ssm
         if layout is not None and self.reverse:
             gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate
-            scan |= dict(
-                direction="both", gate=gate.to(acc).sigmoid(), reverse_mask=layout.visual_mask(z.device),
-                reverse_seq_idx=layout.reverse_seq_idx(z.device),
-                reverse_dt=_step_size(self.reverse_dt_proj(z), call.mask),
-                reverse_dt_bias=self.reverse_dt_bias, reverse_A=-self.reverse_A_log.to(acc).exp(),
-            )  # fmt: skip
+            reverse_B = reverse_C = None
             if self.reverse_b_proj is not None and self.reverse_c_proj is not None:
-                own = self._positioned(self.reverse_b_proj(z), self.reverse_c_proj(z), call.rotary)
-                scan |= dict(zip(("reverse_B", "reverse_C"), own, strict=True))
+                reverse_B, reverse_C = self._positioned(self.reverse_b_proj(z), self.reverse_c_proj(z), call.rotary)
+            reverse = Reverse(
+                dt=_step_size(self.reverse_dt_proj(z), call.mask), A=-self.reverse_A_log.to(acc).exp(), B=reverse_B,
+                C=reverse_C, dt_bias=self.reverse_dt_bias, mask=layout.visual_mask(z.device),
+                seq_idx=layout.reverse_seq_idx(z.device),
+            )  # fmt: skip
+            scan |= dict(direction="both", gate=gate.to(acc).sigmoid(), reverse=reverse)
         order = layout.scan_order(self.shape.layer_idx, z.device) if layout is not None and self.major_scan else None
         out = ssd_scan(
             x, dt, A, B, C, seq_idx=call.seq_idx, token_order=order, initial_state=ssm, return_final_state=call.keep,

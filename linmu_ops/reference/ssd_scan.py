@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dims import accumulate_dtype
+from .._directions import Direction, Reverse
 from ._visits import restarts, visited, visiting_order
 
 
@@ -34,58 +35,52 @@ def _scan(
 
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
-    dt_softplus: bool, direction: str, reverse_dt: Tensor | None, reverse_dt_bias: Tensor | None,
-    reverse_A: Tensor | None, reverse_B: Tensor | None, reverse_C: Tensor | None, gate: Tensor | None,
-    reverse_mask: Tensor | None, reverse_seq_idx: Tensor | None, seq_idx: Tensor | None, token_order: Tensor | None,
+    dt_softplus: bool, direction: str, reverse_dt: Tensor | None, reverse_A: Tensor | None, reverse_B: Tensor | None,
+    reverse_C: Tensor | None, reverse_dt_bias: Tensor | None, reverse_mask: Tensor | None,
+    reverse_seq_idx: Tensor | None, gate: Tensor | None, seq_idx: Tensor | None, token_order: Tensor | None,
     initial_state: Tensor | None, return_final_state: bool, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    forward = Direction(dt, A, B, C, dt_bias, None, seq_idx)
+    reverse = forward.with_own(
+        Reverse(reverse_dt, reverse_A, reverse_B, reverse_C, reverse_dt_bias, reverse_mask, reverse_seq_idx)
+    )
     batch, length, heads = dt.shape
     acc = accumulate_dtype(x.dtype)
     order, inverse = visiting_order("ssd_scan", token_order, x)
+    everywhere = torch.ones(batch, length, dtype=torch.bool, device=x.device)
 
     def visit(t: Tensor) -> Tensor:
         return visited(t, order)
 
-    def step_size(raw: Tensor, bias: Tensor | None) -> Tensor:
-        raw = raw.to(acc) if bias is None else raw.to(acc) + bias.to(acc)
-        return F.softplus(raw) if dt_softplus else raw
+    def scan(d: Direction, state: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        def towards(t: Tensor) -> Tensor:
+            return visit(t).flip(1) if back else visit(t)
 
-    def pick(reverse: Tensor | None, forward: Tensor) -> Tensor:
-        return forward if reverse is None else reverse
+        raw = d.dt.to(acc) if d.dt_bias is None else d.dt.to(acc) + d.dt_bias.to(acc)
+        y, last = _scan(
+            towards(_heads(x.to(acc), heads)), towards(F.softplus(raw) if dt_softplus else raw), d.A.to(acc),
+            towards(_heads(d.B.to(acc), heads)), towards(_heads(d.C.to(acc), heads)),
+            restarts(None if d.seq_idx is None else towards(d.seq_idx), x),
+            everywhere if d.mask is None else towards(d.mask), state,
+        )  # fmt: skip
+        return y.flip(1) if back else y, last
 
-    xs = visit(_heads(x.to(acc), heads))
-    seq = None if seq_idx is None else visit(seq_idx)
-    state = x.new_zeros(batch, heads, x.shape[3], B.shape[3], dtype=acc) if initial_state is None else initial_state
-    everywhere = torch.ones(batch, length, dtype=torch.bool, device=x.device)
-    y = torch.zeros_like(xs)
-    final = state
-    if direction != "reverse":
-        y, final = _scan(
-            xs, visit(step_size(dt, dt_bias)), A.to(acc), visit(_heads(B.to(acc), heads)),
-            visit(_heads(C.to(acc), heads)), restarts(seq, xs), everywhere, state,
-        )  # fmt: skip
-    if direction != "forward":
-        keep = everywhere if reverse_mask is None else visit(reverse_mask)
-        rseq = seq if reverse_seq_idx is None else visit(reverse_seq_idx)
-        rdt = step_size(pick(reverse_dt, dt), dt_bias if reverse_dt_bias is None else reverse_dt_bias)
-        rB, rC = pick(reverse_B, B).to(acc), pick(reverse_C, C).to(acc)
-        start = state if direction == "reverse" else torch.zeros_like(state)
-        r, last = _scan(
-            xs.flip(1), visit(rdt).flip(1), pick(reverse_A, A).to(acc), visit(_heads(rB, heads)).flip(1),
-            visit(_heads(rC, heads)).flip(1), restarts(None if rseq is None else rseq.flip(1), xs), keep.flip(1),
-            start,
-        )  # fmt: skip
-        r = r.flip(1)
-        if direction == "reverse":
-            y, final = r, last
-        elif gate is None:
+    nothing = x.new_zeros(batch, heads, x.shape[3], B.shape[3], dtype=acc)
+    start = nothing if initial_state is None else initial_state
+    if direction == "reverse":
+        y, final = scan(reverse, start, back=True)
+    else:
+        y, final = scan(forward, start, back=False)
+    if direction == "both":
+        r, _ = scan(reverse, nothing, back=True)
+        if gate is None:
             y = y + r
         else:
             g = (gate.to(acc).expand(batch, length, heads) if gate.dim() == 1 else visit(gate.to(acc)))[..., None]
-            on = keep[..., None, None]
+            on = (everywhere if reverse.mask is None else visit(reverse.mask))[..., None, None]
             blend = torch.where(on, g, 1.0) * torch.where(on, y, 0.0) + (1 - torch.where(on, g, 1.0)) * r
             y = torch.where(on, blend, y)
     if D is not None:
-        y = y + D.to(acc)[:, None] * xs
+        y = y + D.to(acc)[:, None] * visit(_heads(x.to(acc), heads))
     y = visited(y, inverse).to(x.dtype)
     return y, final.to(acc).clone() if return_final_state else x.new_empty(0, dtype=acc)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._directions import Direction, Reverse
 from ..ssd_scan import ARGUMENTS, DIFFERENTIABLE
 from ._visits import checked_order, segment_ids, token_rows
 
@@ -292,35 +293,40 @@ class Visits(NamedTuple):
     w: Tensor | None
 
 
-def _prepare(i: dict[str, Any], order: Tensor | None) -> tuple[Visits | None, Visits | None]:
+def _directions(i: dict[str, Any]) -> tuple[Direction, Direction]:
+    forward = Direction(i["dt"], i["A"], i["B"], i["C"], i["dt_bias"], None, i["seq_idx"])
+    return forward, forward.with_own(Reverse(*(i[f"reverse_{name}"] for name in Reverse._fields)))
+
+
+def _prepare(
+    i: dict[str, Any], forward: Direction, reverse: Direction, order: Tensor | None
+) -> tuple[Visits | None, Visits | None]:
     """Steps, decays and weights per visit, by differentiable PyTorch."""
 
     def visit(t: Tensor) -> Tensor:  # (B, L, H) -> (B, H, L) in visiting order
         return (t if order is None else t.gather(1, order[..., None].expand_as(t))).transpose(1, 2).contiguous()
 
-    def steps(dt: Tensor, bias: Tensor | None) -> Tensor:
-        raw = dt if bias is None else dt + bias
+    def steps(d: Direction) -> Tensor:
+        raw = d.dt if d.dt_bias is None else d.dt + d.dt_bias
         return visit(F.softplus(raw) if i["dt_softplus"] else raw)
 
-    forward = reverse = None
-    dt, gate, mask = i["dt"], i["gate"], i["reverse_mask"]
+    onward = back = None
+    gate, mask = i["gate"], reverse.mask
     keep = None if mask is None else (mask if order is None else mask.gather(1, order))[:, None]
-    g = None if gate is None else visit(gate.expand_as(dt) if gate.dim() == 1 else gate)
+    g = None if gate is None else visit(gate.expand_as(forward.dt) if gate.dim() == 1 else gate)
     if i["direction"] != "reverse":
-        step = steps(dt, i["dt_bias"])
+        step = steps(forward)
         w = None if g is None else g if keep is None else torch.where(keep, g, 1.0)
-        forward = Visits(step, step * i["A"][:, None], None if w is None else w.contiguous())
+        onward = Visits(step, step * forward.A[:, None], None if w is None else w.contiguous())
     if i["direction"] != "forward":
-        rdt = dt if i["reverse_dt"] is None else i["reverse_dt"]
-        step = steps(rdt, i["dt_bias"] if i["reverse_dt_bias"] is None else i["reverse_dt_bias"])
+        step = steps(reverse)
         if keep is not None:
             step = torch.where(keep, step, 0.0)
         w = None if g is None else 1 - g
         if keep is not None:
-            w = keep.to(dt.dtype) if w is None else torch.where(keep, w, 0.0)
-        decay = step * (i["A"] if i["reverse_A"] is None else i["reverse_A"])[:, None]
-        reverse = Visits(step, decay, None if w is None else w.expand_as(step).contiguous())
-    return forward, reverse
+            w = keep.to(step.dtype) if w is None else torch.where(keep, w, 0.0)
+        back = Visits(step, step * reverse.A[:, None], None if w is None else w.expand_as(step).contiguous())
+    return onward, back
 
 
 class _Launch:
@@ -333,15 +339,13 @@ class _Launch:
         self.Q = max(16, min(CHUNK, triton.next_power_of_2(chunk_size or CHUNK)))
         self.num_chunks = triton.cdiv(self.L, self.Q)
         self.order = checked_order("ssd_scan", i["token_order"])
-        self.x, self.b, self.c = (i[n].contiguous() for n in ("x", "B", "C"))
+        forward, reverse = _directions(i)
         self.shared = i["reverse_B"] is None and i["reverse_C"] is None
-        self.rb = self.b if i["reverse_B"] is None else i["reverse_B"].contiguous()
-        self.rc = self.c if i["reverse_C"] is None else i["reverse_C"].contiguous()
-        self.D = i["D"]
-        self.seq = segment_ids(i["seq_idx"], self.order)
-        rseq = i["seq_idx"] if i["reverse_seq_idx"] is None else i["reverse_seq_idx"]
-        self.rseq = segment_ids(rseq, self.order, reverse=True)
-        self.forward, self.reverse = _prepare(i, self.order)
+        self.x, self.D = i["x"].contiguous(), i["D"]
+        self.b, self.c, self.rb, self.rc = (d.contiguous() for d in (forward.B, forward.C, reverse.B, reverse.C))
+        self.seq = segment_ids(forward.seq_idx, self.order)
+        self.rseq = segment_ids(reverse.seq_idx, self.order, reverse=True)
+        self.forward, self.reverse = _prepare(i, forward, reverse, self.order)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -432,7 +436,7 @@ def ssd_scan_bwd(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) ->
 
     *inputs, chunk_size = args
     given = dict(zip(ARGUMENTS, inputs, strict=True))
-    small = ("dt", "A", "dt_bias", "reverse_dt", "reverse_dt_bias", "reverse_A", "gate")
+    small = ("dt", "A", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate")
     with torch.enable_grad():
         leaves = {n: given[n].detach().requires_grad_() for n in small if given[n] is not None}
         run = _Launch({**given, **leaves}, chunk_size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import linmu_ops
 from linmu_ops import _registry
+from linmu_ops._testing import run_op
 from tests.ops import test_ssd_scan as scan_cases
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
@@ -43,7 +43,7 @@ def test_least_shared_memory(name, backward, monkeypatch):
     needed = int(_registry.OPS[op].limits["cuda"](asked).split(" bytes")[0].split()[-1])
 
     def run():
-        out = getattr(linmu_ops, op)(**inputs)
+        out = run_op(op, **inputs)
         if backward:
             out.sum().backward()
 

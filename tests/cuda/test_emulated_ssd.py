@@ -7,8 +7,7 @@ import ctypes
 import pytest
 import torch
 
-import linmu_ops
-from linmu_ops._testing import check_implementation
+from linmu_ops._testing import check_implementation, run_op
 from tests.ops import test_ssd_scan as scan_cases
 from tests.ops import test_ssd_step as step_cases
 
@@ -72,8 +71,8 @@ def test_tma_loads_what_threads_gather(case, direction, options, monkeypatch):
     monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
     inputs = scan_cases.make_inputs(case, torch.bfloat16, direction, options)
     B, L = case[:2]
-    in_order = linmu_ops.ssd_scan(**inputs, token_order=torch.arange(L).int().expand(B, L).contiguous())
-    in_place = linmu_ops.ssd_scan(**inputs)
+    in_order = run_op("ssd_scan", **inputs, token_order=torch.arange(L).int().expand(B, L).contiguous())
+    in_place = run_op("ssd_scan", **inputs)
     assert in_place.isfinite().all() and in_place.equal(in_order)
     check("ssd_scan", inputs)
 
@@ -119,9 +118,9 @@ def test_tma_serves_however_rows_lie(layout, emulated, monkeypatch):
             given[name] = torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
     emulated.probe_boxes.restype = ctypes.c_int64
     before = emulated.probe_boxes()
-    y = linmu_ops.ssd_scan(**given)
+    y = run_op("ssd_scan", **given)
     middle = emulated.probe_boxes()
-    assert y.equal(linmu_ops.ssd_scan(**inputs))
+    assert y.equal(run_op("ssd_scan", **inputs))
     assert middle > before and emulated.probe_boxes() - middle == middle - before
 
 
@@ -137,7 +136,7 @@ def test_strided_scan():
 @pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
 def test_scan_is_deterministic(direction):
     inputs = scan_cases.make_inputs(scan_cases.SMALL, torch.bfloat16, direction, ("all",))
-    first, second = (linmu_ops.ssd_scan(**inputs) for _ in range(2))
+    first, second = (run_op("ssd_scan", **inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -147,7 +146,7 @@ def test_a_token_order_out_of_range_touches_nothing_outside(direction):
     inputs = scan_cases.make_inputs(scan_cases.SMALL, torch.float32, direction, ("all",))
     inputs["token_order"] = torch.randint(-(2**31), 2**31 - 1, inputs["token_order"].shape).int()
     leaf = inputs["x"].requires_grad_()
-    y, state = linmu_ops.ssd_scan(**inputs)
+    y, state = run_op("ssd_scan", **inputs)
     y.nan_to_num().sum().backward()
     assert y.shape == (*inputs["dt"].shape, leaf.shape[3]) and state.isfinite().all()
 
@@ -155,4 +154,4 @@ def test_a_token_order_out_of_range_touches_nothing_outside(direction):
 def test_float64_is_refused():
     inputs = scan_cases.make_inputs(scan_cases.SMALL, torch.float64)
     with pytest.raises(ValueError, match="ssd_scan: the CUDA kernels take no float64"):
-        linmu_ops.ssd_scan(**inputs)
+        run_op("ssd_scan", **inputs)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import linmu_ops
+from linmu_ops._testing import run_op
 
 from . import ops
 from .tensors import seeds, with_threads
@@ -33,7 +34,7 @@ window_attention_unseen_cases = st.tuples(ops.window_attention_cases, hidden).ma
 
 def outputs(op: str, inputs: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
     with linmu_ops.use_impl(f"{op}:cpu"):
-        out = getattr(linmu_ops, op)(**inputs, **options)
+        out = run_op(op, **inputs, **options)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -166,11 +167,11 @@ def pieces(case: dict[str, Any]) -> None:
     inputs, L, options = t.tensors, case["L"], options | dict(return_final_state=True)
     cuts = [0, *(min(c, L) for c in case["cuts"]), L]
     with linmu_ops.use_impl("ssd_scan:cpu"):
-        whole, last = linmu_ops.ssd_scan(**inputs, **options)
+        whole, last = run_op("ssd_scan", **inputs, **options)
     state, found = inputs.get("initial_state"), []
     for a, b in itertools.pairwise(cuts):
         piece = {k: v[:, a:b] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
-        y, state = linmu_ops.ssd_scan(**piece | dict(initial_state=state), **options)
+        y, state = run_op("ssd_scan", **piece | dict(initial_state=state), **options)
         found.append(y)
     torch.testing.assert_close(torch.cat(found, 1), whole)
     torch.testing.assert_close(state, last)

@@ -7,7 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import check_implementation, run_small, small_inputs
+from linmu_ops._testing import check_implementation, run_op, run_small, small_inputs
 from tests.ops import test_branch_mix_norm as branch
 from tests.ops import test_causal_conv1d as conv
 from tests.ops import test_causal_conv1d_step as conv_step
@@ -99,7 +99,7 @@ def test_captured_in_a_graph(op):
     def call():
         state = dict(state=inputs["state"].clone()) if "state" in inputs else {}
         with linmu_ops.use_impl(f"{op}:cuda"):
-            out = getattr(linmu_ops, op)(**inputs | state)
+            out = run_op(op, **inputs | state)
         return [*(out if isinstance(out, tuple) else (out,)), *state.values()]
 
     want = [t.clone() for t in call()]
@@ -120,7 +120,7 @@ def test_positions_that_are_no_permutation_touch_nothing_outside(impl):
     inputs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     inputs["x"].requires_grad_()
     with linmu_ops.use_impl(f"ssd_scan:{impl}"):
-        y, _ = linmu_ops.ssd_scan(**inputs)
+        y, _ = run_op("ssd_scan", **inputs)
         y.nan_to_num().sum().backward()
     torch.cuda.synchronize()
     assert y.shape == (*inputs["dt"].shape, inputs["x"].shape[3])

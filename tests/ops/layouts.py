@@ -7,7 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import small_inputs
+from linmu_ops._testing import run_op, small_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WRITTEN = ("state",)
@@ -54,7 +54,7 @@ def run(op, inputs, impl):
     for leaf in leaves:
         leaf.requires_grad_()
     with linmu_ops.use_impl(f"{op}:{impl}"):
-        out = getattr(linmu_ops, op)(**inputs)
+        out = run_op(op, **inputs)
         out = list(out) if isinstance(out, tuple) else [out]
         if not leaves:
             return [*out, *(inputs[n] for n in WRITTEN)]
@@ -85,7 +85,7 @@ def dispatched(op):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_registry, "call", record)
         with pytest.raises(StopIteration):
-            getattr(linmu_ops, op)(**small_inputs(op, DEVICE, **SIZES.get(op, {})))
+            run_op(op, **small_inputs(op, DEVICE, **SIZES.get(op, {})))
     return taken
 
 

@@ -6,6 +6,7 @@ LINMU_DRAWS=0-10000 python -m pytest tests/ops/test_bounds.py -k "no_draw_fails 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
@@ -17,9 +18,8 @@ import test_ssd_scan
 import test_window_attention
 import torch
 
-import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import Judge, results_of
+from linmu_ops._testing import Judge, results_of, run_op
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -77,7 +77,7 @@ def serve(connection, op):
     draw, _ = OPS[op]
     for seed, weights in iter(connection.recv, None):
         inputs, wrt = draw(random.Random(seed))
-        connection.send(results_of(getattr(linmu_ops, op), inputs, wrt, lambda _, w=weights: w))
+        connection.send(results_of(functools.partial(run_op, op), inputs, wrt, lambda _, w=weights: w))
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_results_that_are_off_fail(op, seed):
     draw, by_reference = OPS[op]
     inputs, wrt = next(d for d in (draw(random.Random(100 * seed + k)) for k in range(100)) if is_float32(d[0]))
     judge = Judge(by_reference, inputs, wrt)
-    right = results_of(getattr(linmu_ops, op), inputs, wrt, lambda _: judge.weights)
+    right = results_of(functools.partial(run_op, op), inputs, wrt, lambda _: judge.weights)
     judge(right)
     wrong = [r * (1 + 1e-4) for r in right]
     assert failures(judge, wrong) == [n for n, e in zip(judge.names, judge.exact, strict=True) if e.abs().sum() > 0]
@@ -176,7 +176,7 @@ def test_scans_with_a_mistake_fail(mistake, direction):
     inputs = test_ssd_scan.make_inputs((1, 70, 4, 2, 2, 4, 8, 12), direction=direction) | dict(chunk_size=32)
     wrt = test_ssd_scan.used(inputs)
     judge = Judge(test_ssd_scan.by_reference, inputs, wrt)
-    rejected = failures(judge, results_of(linmu_ops.ssd_scan, MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
+    rejected = failures(judge, results_of(test_ssd_scan.scan, MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
     # What does not depend on what was changed is right: D has no part here, C's own gradient none in C, x's none in x.
     free = {"an input rounded to bfloat16": ["C"], "a token left out at a chunk's edge": ["x"]}.get(mistake, [])
     assert rejected == [n for n in judge.names if n not in [f"gradient of {k}" for k in free]]

@@ -14,7 +14,7 @@ import torch
 
 import linmu_ops
 from linmu_ops import TokenLayout, _registry
-from linmu_ops._testing import rerun_with_isa, results_of, small_inputs, to_double
+from linmu_ops._testing import rerun_with_isa, results_of, run_op, small_inputs, to_double
 
 VALUES = [math.nan, math.inf, -math.inf, 1e30]
 IMPLEMENTATIONS = ["reference", "cpu"]
@@ -119,7 +119,7 @@ PAIRS = [
 def call(op, impl, inputs, wrt, weights):
     def run(**values):
         with linmu_ops.use_impl(f"{op}:{impl}"):
-            out = getattr(linmu_ops, op)(**values)
+            out = run_op(op, **values)
         if isinstance(out, tuple):  # a log-sum-exp of -inf says that a token is in no window
             return tuple(o.masked_fill(o == -math.inf, 0.0) if i else o for i, o in enumerate(out))
         return out
@@ -239,9 +239,9 @@ def test_a_long_step_is_forgotten_exactly(direction, impl):
     inputs["x"][:, AT] = 0
     inputs["return_final_state"] = False
     with linmu_ops.use_impl(f"ssd_scan:{impl}"):
-        got = linmu_ops.ssd_scan(**inputs)
+        got = run_op("ssd_scan", **inputs)
     with linmu_ops.use_impl("ssd_scan:reference"):
-        want = linmu_ops.ssd_scan(**{k: to_double(v) for k, v in inputs.items()})
+        want = run_op("ssd_scan", **{k: to_double(v) for k, v in inputs.items()})
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
@@ -250,9 +250,9 @@ def test_a_long_step_is_forgotten_exactly(direction, impl):
 def test_decay_rates_at_their_limits(impl, value):
     inputs = scan("both") | dict(A=torch.full((4,), value))
     with linmu_ops.use_impl(f"ssd_scan:{impl}"):
-        y, state = linmu_ops.ssd_scan(**inputs)
+        y, state = run_op("ssd_scan", **inputs)
     with linmu_ops.use_impl("ssd_scan:reference"):
-        want, want_state = linmu_ops.ssd_scan(**{k: to_double(v) for k, v in inputs.items()})
+        want, want_state = run_op("ssd_scan", **{k: to_double(v) for k, v in inputs.items()})
     assert y.isfinite().all()
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=2e-3)
     torch.testing.assert_close(state.double(), want_state, rtol=1e-4, atol=2e-3)
@@ -266,5 +266,5 @@ def test_a_row_of_a_batch_does_not_see_another(op, impl):
         if torch.is_tensor(v) and v.is_floating_point() and v.shape[0] == 2 and k not in ("A", "D", "dt_bias"):
             v[1] = math.nan
     with linmu_ops.use_impl(f"{op}:{impl}"):
-        a, b = getattr(linmu_ops, op)(**clean), getattr(linmu_ops, op)(**dirty)
+        a, b = run_op(op, **clean), run_op(op, **dirty)
     assert torch.equal(a[0], b[0]) and torch.equal(clean["state"][0], dirty["state"][0])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference, rerun_with_isa
+from linmu_ops import Reverse
+from linmu_ops._testing import check_against_reference, grouped, rerun_with_isa, run_op
 from linmu_ops.ssd_scan import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -22,6 +25,7 @@ CASES = [  # B, L, H, Gx, Gb, Gc, P, N; chunks are of 32 visits
     (1, 37, 12, 2, 3, 1, 8, 70),
 ]
 SMALL = (2, 20, 8, 2, 2, 8, 6, 5)
+scan = functools.partial(run_op, "ssd_scan")
 
 
 def visible(i):
@@ -74,7 +78,7 @@ def make_inputs(case, dtype=torch.float32, direction="both", options=(), seed=0)
 
 def by_reference(**inputs):
     with linmu_ops.use_impl("ssd_scan:reference"):
-        return linmu_ops.ssd_scan(**inputs)
+        return scan(**inputs)
 
 
 def used(i):
@@ -84,7 +88,7 @@ def used(i):
 
 
 def check(i):
-    check_against_reference(linmu_ops.ssd_scan, by_reference, i, used(i))
+    check_against_reference(scan, by_reference, i, used(i))
 
 
 @pytest.mark.parametrize("options", [(), ("all",)], ids=["plain", "all"])
@@ -104,7 +108,7 @@ def test_own_chunk_size(length):
     "option",
     [
         "D", "dt_bias", "dt_softplus", "seq_idx", "token_order", "initial_state", "return_final_state", "chunk_size",
-        "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C", "reverse_mask", "reverse_seq_idx",
+        "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_dt_bias", "reverse_mask", "reverse_seq_idx",
         "gate", "head_gate",
     ],
 )  # fmt: skip
@@ -139,7 +143,7 @@ def test_any_combination(seed, groups, sizes, direction, options):
 def test_empty(case, direction):
     i = make_inputs(case, torch.float32, direction, ("all",))
     leaves = {k: v.clone().requires_grad_() if k in used(i) else v for k, v in i.items()}
-    y, state = linmu_ops.ssd_scan(**leaves)
+    y, state = scan(**leaves)
     assert y.shape == (case[0], case[1], 2, 3)
     torch.testing.assert_close(state, i["initial_state"])
     grads = torch.autograd.grad(state.sum() + y.sum(), [leaves[k] for k in used(i)])
@@ -164,7 +168,7 @@ def test_strided_inputs(direction):
         i["reverse_mask"] = i["reverse_mask"].t().contiguous().t()
     check(i)
     leaf = i["x"].clone().requires_grad_()
-    linmu_ops.ssd_scan(**{**i, "x": leaf})[0].sum().backward()  # an expanded gradient
+    scan(**{**i, "x": leaf})[0].sum().backward()  # an expanded gradient
     assert leaf.grad.isfinite().all()
 
 
@@ -174,7 +178,7 @@ def test_gradcheck(direction):
     names = used(i)
 
     def f(*leaves):
-        return linmu_ops.ssd_scan(**{**i, **dict(zip(names, leaves, strict=True))})
+        return scan(**{**i, **dict(zip(names, leaves, strict=True))})
 
     assert torch.autograd.gradcheck(f, [i[k].clone().requires_grad_() for k in names])
 
@@ -196,8 +200,8 @@ def test_compile_with_any_length(direction):
     for length in (9, 70, 33):
         i = make_inputs((1, length, 4, 2, 2, 4, 4, 8), torch.float32, direction, ("all",))
         leaves = [{**i, "x": i["x"].clone().requires_grad_()} for _ in range(2)]
-        y, state = compiled(**leaves[0])
-        expected, expected_state = linmu_ops.ssd_scan(**leaves[1])
+        y, state = compiled(**grouped(leaves[0]))
+        expected, expected_state = scan(**leaves[1])
         assert torch.equal(y, expected) and torch.equal(state, expected_state)
         y.sum().backward(), expected.sum().backward()
         assert torch.equal(leaves[0]["x"].grad, leaves[1]["x"].grad)
@@ -219,7 +223,12 @@ BAD = [
     (dict(x=torch.zeros(2, 20, 2, 6).int()), TypeError, "x must be float32 or float64 or bfloat16 or float16, got int"),
     (dict(D=torch.zeros(8, 6)), ValueError, r"D must be \(H,\)"),
     (dict(gate=torch.zeros(2, 20)), ValueError, r"gate must be \(B, L, H\)"),
-    (dict(reverse_mask=torch.zeros(2, 20)), TypeError, "reverse_mask must be bool, got float32"),
+    (dict(reverse_mask=torch.zeros(2, 20)), TypeError, r"reverse\.mask must be bool, got float32"),
+    (dict(reverse_dt=torch.zeros(2, 20, 7)), ValueError, r"reverse\.dt must be \(B, L, H\) with B=2, L=20, H=8, got "),
+    (dict(reverse_B=torch.zeros(2, 20, 2, 5).double()), TypeError, r"reverse\.B must be float32, got float64"),
+    (dict(reverse_A=torch.zeros(8, device="meta")), ValueError, r"reverse\.A must be on cpu, got meta"),
+    (dict(reverse=True), TypeError, "reverse must be a linmu_ops.Reverse, got bool"),
+    (dict(reverse=(torch.zeros(2, 20, 8),)), TypeError, "reverse must be a linmu_ops.Reverse, got tuple"),
     (dict(seq_idx=torch.zeros(2, 20).long()), TypeError, "seq_idx must be int32, got int64"),
     (dict(initial_state=torch.zeros(2, 8, 6, 5).bfloat16()), TypeError, "initial_state must be float32, got bfloat16"),
     (dict(initial_state=torch.zeros(2, 8, 5, 6)), ValueError, r"initial_state must be \(B, H, P, N\)"),
@@ -230,7 +239,7 @@ BAD = [
     (dict(token_order=torch.arange(20).expand(2, 20).int() + 1), ValueError, "token_order must hold every position"),
     (dict(token_order=torch.zeros(2, 20).int()), ValueError, "token_order must hold every position"),
     (dict(token_order=torch.full((2, 20), -(2**31)).int()), ValueError, "token_order must hold every position"),
-    (dict(direction="forward", reverse_A=torch.zeros(8)), ValueError, "reverse_A needs direction='reverse' or 'both'"),
+    (dict(direction="forward", reverse=Reverse()), ValueError, "reverse needs direction='reverse' or 'both', got dir"),
     (dict(direction="reverse", gate=torch.zeros(8)), ValueError, "gate needs direction='both', got direction='rev"),
 ]
 
@@ -239,4 +248,28 @@ BAD = [
 def test_errors(change, error, message):
     i = make_inputs(SMALL)
     with pytest.raises(error, match=f"ssd_scan: {message}"):
-        linmu_ops.ssd_scan(**{**i, **change})
+        scan(**{**i, **change})
+
+
+def test_what_reverse_leaves_out_is_the_forward_directions():
+    """Field by field, in values and in gradients; a tensor given to both directions gets the gradients of both."""
+    i = make_inputs(SMALL, torch.float64, "both", ("dt_bias", "seq_idx", "reverse_mask", "gate"))
+    names = [k for k in ("dt", "A", "B", "C", "dt_bias", "seq_idx") if k in i]
+    leaves = [i[k].requires_grad_() for k in ("x", "dt", "A", "B", "C", "dt_bias")]
+
+    def results(**own):
+        y = scan(**i, **{f"reverse_{k}": v for k, v in own.items()})
+        return [y, *torch.autograd.grad(y.sum(), leaves)]
+
+    want = results()
+    for own in [*[[n] for n in names], names]:
+        for got, expected in zip(results(**{n: i[n] for n in own}), want, strict=True):
+            torch.testing.assert_close(got, expected)
+    assert set(names) | {"mask"} == set(Reverse._fields)
+
+
+def test_the_parts_of_reverse_are_no_arguments():
+    i = make_inputs(SMALL)
+    for name in Reverse._fields:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument 'reverse_{name}'"):
+            linmu_ops.ssd_scan(**i, **{f"reverse_{name}": None})

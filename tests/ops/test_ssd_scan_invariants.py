@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_ssd_scan import by_reference, make_inputs, used
+from test_ssd_scan import by_reference, make_inputs, scan, used
 
 import linmu_ops
 from linmu_ops._testing import assert_same_bits, assert_within_twice, to_double
@@ -27,8 +27,8 @@ def close(a, b, tolerance=2e-5):
 
 def test_reverse_is_flip_forward_flip():
     i = make_inputs(CASE, options=(*LINEAR, "initial_state", "return_final_state"), direction="forward")
-    y, state = linmu_ops.ssd_scan(**{**i, "direction": "reverse"})
-    flipped, flipped_state = linmu_ops.ssd_scan(**at_tokens(i, lambda t: t.flip(1)))
+    y, state = scan(**{**i, "direction": "reverse"})
+    flipped, flipped_state = scan(**at_tokens(i, lambda t: t.flip(1)))
     close(y, flipped.flip(1))
     close(state, flipped_state)
 
@@ -40,22 +40,22 @@ def test_token_order_is_a_gather():
     def visit(t):
         return torch.gather(t, 1, order.view(*order.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
 
-    y, state = linmu_ops.ssd_scan(**i, token_order=order.int())
-    moved, moved_state = linmu_ops.ssd_scan(**at_tokens(i, visit))
+    y, state = scan(**i, token_order=order.int())
+    moved, moved_state = scan(**at_tokens(i, visit))
     assert torch.equal(visit(y), moved) and torch.equal(state, moved_state)
 
 
 def test_both_with_a_closed_gate_is_forward():
     i = make_inputs(CASE, options=("D", "dt_softplus", "reverse_mask", "reverse_dt"))
-    forward = linmu_ops.ssd_scan(**{k: v for k, v in i.items() if "reverse" not in k and k != "direction"})
-    close(linmu_ops.ssd_scan(**i, gate=torch.ones(4)), forward)
-    close(linmu_ops.ssd_scan(**i, gate=torch.ones(2, 150, 4)), forward)
+    forward = scan(**{k: v for k, v in i.items() if "reverse" not in k and k != "direction"})
+    close(scan(**i, gate=torch.ones(4)), forward)
+    close(scan(**i, gate=torch.ones(2, 150, 4)), forward)
 
 
 def test_both_is_the_sum_of_its_directions():
     i = make_inputs(CASE, options=("dt_softplus", "reverse_mask", "reverse_A", "reverse_B", "seq_idx"))
-    forward = linmu_ops.ssd_scan(**{k: v for k, v in i.items() if "reverse" not in k and k != "direction"})
-    close(linmu_ops.ssd_scan(**i), forward + linmu_ops.ssd_scan(**{**i, "direction": "reverse"}))
+    forward = scan(**{k: v for k, v in i.items() if "reverse" not in k and k != "direction"})
+    close(scan(**i), forward + scan(**{**i, "direction": "reverse"}))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -65,11 +65,11 @@ def test_pieces_with_carried_state_are_the_whole(direction, cut):
     i["direction"] = direction
     names = used(i)
     leaves = [{k: v.clone().requires_grad_() if k in names else v for k, v in i.items()} for _ in range(2)]
-    whole, end = linmu_ops.ssd_scan(**leaves[0])
+    whole, end = scan(**leaves[0])
     parts = [at_tokens(leaves[1], lambda t: t[:, :cut]), at_tokens(leaves[1], lambda t: t[:, cut:])]
     first, second = parts if direction == "forward" else parts[::-1]
-    y1, middle = linmu_ops.ssd_scan(**first)
-    y2, last = linmu_ops.ssd_scan(**{**second, "initial_state": middle})
+    y1, middle = scan(**first)
+    y2, last = scan(**{**second, "initial_state": middle})
     pieces = torch.cat([y1, y2] if direction == "forward" else [y2, y1], 1)
     close(pieces, whole)
     close(last, end)
@@ -82,7 +82,7 @@ def test_pieces_with_carried_state_are_the_whole(direction, cut):
 
 def test_steps_are_the_scan():
     i = make_inputs(CASE, options=("D", "dt_softplus", "dt_bias"), direction="forward")
-    y, final = linmu_ops.ssd_scan(**i, return_final_state=True)
+    y, final = scan(**i, return_final_state=True)
     state = torch.zeros_like(final)
     token = [
         linmu_ops.ssd_step(
@@ -104,12 +104,12 @@ def test_text_never_sees_a_later_token(masked):
     i["reverse_mask"] = visual[None]
     block = (t >= 60).int() + (t >= 100).int()  # the second block restarts within, too
     i["reverse_seq_idx"] = (block if masked else torch.where(visual, block, 100 + t.int())).int()[None]
-    before = linmu_ops.ssd_scan(**i)
+    before = scan(**i)
     for changed, same in ((145, t < 145), (90, t < 80), (30, t < 20), (120, (t < 80))):
         other = {**i, "x": i["x"].clone(), "B": i["B"].clone()}
         other["x"][:, changed] += 1
         other["B"][:, changed] += 1
-        after = linmu_ops.ssd_scan(**other)
+        after = scan(**other)
         assert torch.equal(after[:, same], before[:, same])
         assert not torch.equal(after[:, changed], before[:, changed])
 
@@ -124,7 +124,7 @@ def test_extreme_steps(direction):
     i["dt"] = torch.tensor([0.0, 1e-6, 0.3, 80.0, 1e4])[pick]
     values = [{k: v.requires_grad_() if k in used(i) else v for k, v in to(i).items()} for to in (copy, copy, double)]
     results = []
-    for f, v in zip((linmu_ops.ssd_scan, by_reference, by_reference), values, strict=True):
+    for f, v in zip((scan, by_reference, by_reference), values, strict=True):
         y = f(**v)
         w = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
         results.append([y, *torch.autograd.grad(y, [v[k] for k in used(i)], w)])
@@ -133,7 +133,7 @@ def test_extreme_steps(direction):
     i["dt"] = torch.full((1, 70, 4), 1e4)
     alone = i["dt"][..., None] * i["x"].detach().repeat_interleave(2, 2)
     alone = alone * (i["B"].detach().repeat_interleave(2, 2) * i["C"].detach()).sum(-1, keepdim=True)
-    close(linmu_ops.ssd_scan(**i).detach(), alone * (2 if direction == "both" else 1))
+    close(scan(**i).detach(), alone * (2 if direction == "both" else 1))
 
 
 def copy(i):
@@ -148,14 +148,14 @@ def test_growing_states():
     """A > 0 is outside the documented range, and still computed."""
     i = make_inputs((1, 40, 2, 1, 1, 2, 3, 4), direction="both", options=("gate",))
     i["A"] = torch.tensor([0.05, 0.3])
-    close(linmu_ops.ssd_scan(**i), by_reference(**i), 1e-4)
+    close(scan(**i), by_reference(**i), 1e-4)
 
 
 def test_a_long_sequence_does_not_drift():
     length, heads = 131072, 2
     i = make_inputs((1, length, heads, heads, 1, 1, 1, 2), options=("dt_softplus",))
     i["dt"] = i["dt"] - 4  # memories of hundreds of tokens
-    y = linmu_ops.ssd_scan(**i)
+    y = scan(**i)
     assert y.isfinite().all()
     dt = np.logaddexp(0, i["dt"][0].double().numpy())
     A, x = i["A"].double().numpy(), i["x"][0, :, :, 0].double().numpy()
@@ -190,7 +190,7 @@ def test_offsets_beyond_32_bits():
     for stride in ((far, 16, 8, 1), (64, far // 2 // 8 * 8, 8, 1)):
         x = storage.as_strided((2, 3, 1, 8), stride)
         x.copy_(i["x"])
-        assert torch.equal(linmu_ops.ssd_scan(**{**i, "x": x}), linmu_ops.ssd_scan(**i))
+        assert torch.equal(scan(**{**i, "x": x}), scan(**i))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_same_bits_always(case):
 
     def run():
         leaves = {k: v.clone().requires_grad_() if k in names else v for k, v in i.items()}
-        y, state = linmu_ops.ssd_scan(**leaves)
+        y, state = scan(**leaves)
         return y, state, *torch.autograd.grad((y * y).sum() + (state * state).sum(), [leaves[k] for k in names])
 
     assert_same_bits(run, threads=(1, 2, 2, 3))
@@ -211,7 +211,7 @@ def test_same_bits_always(case):
 @pytest.mark.parametrize("chunk", [16, 48, 64, 128])
 def test_chunks_do_not_matter(chunk):
     i = make_inputs(CASE, torch.float64, options=("all",))
-    close(linmu_ops.ssd_scan(**i, chunk_size=chunk)[0], linmu_ops.ssd_scan(**i)[0], 1e-13)
+    close(scan(**i, chunk_size=chunk)[0], scan(**i)[0], 1e-13)
 
 
 def test_transformers_chunk_scan():
@@ -221,7 +221,7 @@ def test_transformers_chunk_scan():
         i["x"], i["dt"], i["A"], i["B"], i["C"], 32, D=i["D"], dt_bias=i["dt_bias"], dt_softplus=True,
         initial_states=i["initial_state"], return_final_states=True,
     )  # fmt: skip
-    ours, our_state = linmu_ops.ssd_scan(**i, dt_softplus=True, return_final_state=True)
+    ours, our_state = scan(**i, dt_softplus=True, return_final_state=True)
     close(ours, theirs, 1e-4)
     close(our_state, their_state, 1e-4)
 
@@ -235,7 +235,7 @@ def test_transformers_state_update():
         state, i["x"][:, 0], i["dt"][:, 0, :, None].expand(2, 8, 16), i["A"][:, None, None].expand(8, 16, 12),
         i["B"][:, 0], i["C"][:, 0], **rows, dt_softplus=True,
     )  # fmt: skip
-    ours, our_state = linmu_ops.ssd_scan(**i, dt_softplus=True, return_final_state=True)
+    ours, our_state = scan(**i, dt_softplus=True, return_final_state=True)
     close(ours[:, 0], theirs)
     close(our_state, state)
 
@@ -243,7 +243,7 @@ def test_transformers_state_update():
 def test_every_argument_reaches_the_kernel():
     """Changing any argument changes the output or the state; none is read past or ignored."""
     i = make_inputs(CASE, options=("all",))
-    before = linmu_ops.ssd_scan(**i)
+    before = scan(**i)
     for name in ARGUMENTS:
         if name == "direction":
             changed = "forward"
@@ -256,5 +256,5 @@ def test_every_argument_reaches_the_kernel():
         other = {**i, name: changed}
         if name == "direction":
             other = {k: v for k, v in other.items() if "reverse" not in k and k != "gate"}
-        after = linmu_ops.ssd_scan(**other)
+        after = scan(**other)
         assert not all(torch.equal(a, b) for a, b in zip(after, before, strict=True)), name

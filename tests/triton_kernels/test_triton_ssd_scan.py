@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import check_against_reference
+from linmu_ops._testing import check_against_reference, run_op
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def make_inputs(B, L, H, Gx, Gb, Gc, P, N, dtype=torch.float32, options=()):
 def by(impl, direction, final):
     def f(**kw):
         with linmu_ops.use_impl(f"ssd_scan:{impl}"):
-            return linmu_ops.ssd_scan(**kw, direction=direction, return_final_state=final)
+            return run_op("ssd_scan", **kw, direction=direction, return_final_state=final)
 
     return f
 
