@@ -1,30 +1,17 @@
-"""Plots that can be read on a light and on a dark page."""
+"""Plots of benches, in the style of the plots of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-GREY = "#808080"
-COLOURS = ("#3b82f6", "#e8710a", "#16a34a", "#d946ef", "#ca8a04", "#14b8a6")
+from linmu_distill.figures import COLOURS, GREY, figure
 
 
 def drawn(plot: Path, command: str) -> str:
     """A page's line about a plot beside it. Plots are drawn from rows, and git does not keep them."""
     return f"Plot: `{command}` draws `{plot.name}`."
-
-
-def figure(panels: int = 1) -> tuple[Any, Sequence[Any]]:
-    """A figure and its axes, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    width = 7 if panels == 1 else 4.2 * panels
-    made, axes = plt.subplots(1, panels, figsize=(width, 4), layout="constrained", squeeze=False)
-    return made, axes[0]
 
 
 def length_axis(axes: Any, lengths: Iterable[int], ylabel: str, title: str) -> None:
@@ -50,19 +37,35 @@ def legend(made: Any) -> None:
         made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
-def save(made: Any, target: Path) -> None:
-    """Write the figure as SVG, its text and lines in grey, its background transparent."""
-    import matplotlib.pyplot as plt
+def row_intervals(
+    path: Path, panels: dict[str, dict[str, tuple[float, float, float]]], teacher: dict[str, float]
+) -> None:
+    """A panel for each task group: rows of a table down, mean and 95 % interval across; the teacher as a line."""
+    rows = list(next(iter(panels.values())))
+    with figure(path, len(panels), 2.2 + 1.9 * len(panels), 1.1 + 0.26 * len(rows)) as axes:
+        for axis, (group, values) in zip(axes, panels.items(), strict=True):
+            for i, row in enumerate(rows):
+                mean, low, high = (100 * v for v in values[row])
+                colour = COLOURS[0] if i else COLOURS[1]
+                axis.plot([low, high], [i, i], color=colour, linewidth=1.6)
+                axis.plot([mean], [i], "o", color=colour, markersize=4.5)
+            axis.axvline(100 * values[rows[0]][0], color=COLOURS[1], linewidth=0.8, alpha=0.6)
+            if group in teacher:
+                axis.axvline(100 * teacher[group], color=GREY, linewidth=1, linestyle="--")
+            axis.set(title=f"{group}, %", ylim=(len(rows) - 0.5, -0.5))
+            axis.set_yticks(range(len(rows)), rows if axis is axes[0] else [""] * len(rows))
 
-    for text in (text for one in made.legends for text in one.get_texts()):
-        text.set_color(GREY)
-    for axes in made.axes:
-        for item in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            item.set_color(GREY)
-        axes.tick_params(colors=GREY)
-        for spine in axes.spines.values():
-            spine.set_color(GREY)
-        axes.grid(color=GREY, alpha=0.25)
-    with plt.rc_context({"svg.hashsalt": "linmu"}):  # and no date: a plot of the same numbers is the same file
-        made.savefig(target, transparent=True, metadata={"Date": None})
-    plt.close(made)
+
+def answer_curves(path: Path, ticks: list[str], lines: dict[str, list[tuple[float, float, float]]], label: str,
+                  trained: str | None) -> None:  # fmt: skip
+    """Accuracy against a size, a line for each row, with 95 % intervals; what training showed is drawn in."""
+    with figure(path, 1, 7, 3.4) as (axis,):
+        for colour, (name, values) in zip((GREY, *COLOURS * 4), lines.items(), strict=False):
+            means, lows, highs = ([100 * v for v in part] for part in zip(*values, strict=True))
+            axis.plot(range(len(ticks)), means, "o-", color=colour, label=name)
+            axis.fill_between(range(len(ticks)), lows, highs, color=colour, alpha=0.12, linewidth=0)
+        if trained in ticks:
+            axis.axvline(ticks.index(trained), color=GREY, linewidth=1, linestyle=":")
+        axis.set(xlabel=label, ylabel="exact match, %", ylim=(0, 105))
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.legend()

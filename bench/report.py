@@ -9,8 +9,6 @@ from typing import Any
 from linmu_distill.files import read_lines
 from linmu_ops._tables import markdown, plain
 
-from . import plots
-
 HERE = Path(__file__).parent
 Row = dict[str, Any]
 
@@ -62,6 +60,8 @@ def _markdown(rows: list[Row]) -> list[str]:
 
 def section(op: str, rows: list[Row], page: Path) -> list[str]:
     """Markdown of one op; plots go beside the page."""
+    from . import plots  # matplotlib: measuring does without
+
     lines = [f"## {op}", ""]
     if plot := _length_plot(op, rows, page.with_name(f"{page.stem}_{op}.svg")):
         lines += [plots.drawn(plot, f"python -m bench.page {page.stem}"), ""]
@@ -80,16 +80,17 @@ def section(op: str, rows: list[Row], page: Path) -> list[str]:
 
 def _length_plot(op: str, rows: list[Row], target: Path) -> Path | None:
     """Time against L over the cases that differ in L alone, with the roof drawn in."""
+    from . import plots
+
     swept = [r for r in rows if "us" in r and r["case"].startswith("L=")]
     if not swept:
         return None
-    made, (axes,) = plots.figure()
-    for colour, impl in zip(plots.COLOURS * 3, dict.fromkeys(r["impl"] for r in swept), strict=False):
-        points = [(r["sizes"]["L"], r["us"] / r["sizes"]["L"]) for r in swept if r["impl"] == impl]
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=impl)
-    roof = {r["sizes"]["L"]: r["us"] * r["roof_percent"] / 100 / r["sizes"]["L"] for r in swept}
-    axes.plot(list(roof), list(roof.values()), "--", color=plots.GREY, label="roof")
-    plots.length_axis(axes, roof, "µs per token", op)
-    plots.legend(made)
-    plots.save(made, target)
+    with plots.figure(target, 1, 7, 4) as (axes,):
+        for colour, impl in zip(plots.COLOURS * 3, dict.fromkeys(r["impl"] for r in swept), strict=False):
+            points = [(r["sizes"]["L"], r["us"] / r["sizes"]["L"]) for r in swept if r["impl"] == impl]
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=impl)
+        roof = {r["sizes"]["L"]: r["us"] * r["roof_percent"] / 100 / r["sizes"]["L"] for r in swept}
+        axes.plot(list(roof), list(roof.values()), "--", color=plots.GREY, label="roof")
+        plots.length_axis(axes, roof, "µs per token", op)
+        plots.legend(axes.figure)
     return target

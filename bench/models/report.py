@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench import plots
 from bench import report as ops_report
 from linmu_distill.files import read_lines
 from linmu_ops._tables import markdown, plain
@@ -86,6 +85,8 @@ def read(device: str) -> dict[str, list[Row]]:
 
 def section(name: str, rows: list[Row], page: Path) -> list[str]:
     """Markdown of one model; plots go beside the page."""
+    from bench import plots  # matplotlib: measuring does without
+
     lines = [f"## Model {name}", "", _about(rows[-1]), ""]
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         mine = [r for r in rows if r["dtype"] == dtype]
@@ -140,6 +141,8 @@ def _markdown(rows: list[Row]) -> list[str]:
 
 def _plot(rows: list[Row], target: Path) -> Path | None:
     """Time to first token, tokens/s and memory against length, at the smallest batch (decode: also the largest)."""
+    from bench import plots
+
     timed = [r for r in rows if "seconds" in r and r["part"] == "decoder" and not is_light(r)]
     prefill = [r for r in timed if r["kind"] == "prefill" and r["batch"] == min(x["batch"] for x in timed)]
     decode = [r for r in timed if r["kind"] == "decode"]
@@ -159,15 +162,14 @@ def _plot(rows: list[Row], target: Path) -> Path | None:
         panels.append(("peak memory of the prefill", "MB", peaks, "megabytes"))
     if not panels:
         return None
-    made, all_axes = plots.figure(len(panels))
     names = list(dict.fromkeys(r["variant"] for r in timed))
     colours = dict(zip(names, plots.COLOURS * len(names), strict=False))
-    for axes, (heading, unit, group, field) in zip(all_axes, panels, strict=True):
-        for name in names:
-            points = sorted((r["tokens"], r[field]) for r in group if r["variant"] == name)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
-        plots.length_axis(axes, (r["tokens"] for r in group), unit, heading)
-    plots.legend(made)
-    plots.save(made, target)
+    with plots.figure(target, len(panels), 7 if len(panels) == 1 else 4.2 * len(panels), 4) as all_axes:
+        for axes, (heading, unit, group, field) in zip(all_axes, panels, strict=True):
+            for name in names:
+                points = sorted((r["tokens"], r[field]) for r in group if r["variant"] == name)
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
+            plots.length_axis(axes, (r["tokens"] for r in group), unit, heading)
+        plots.legend(all_axes[0].figure)
     return target

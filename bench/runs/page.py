@@ -13,7 +13,6 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from linmu_distill.evaluation import wilson_interval
-from linmu_distill.figures import answer_curves, row_intervals
 from linmu_distill.run import TEACHER
 from linmu_ops._tables import markdown
 
@@ -245,7 +244,7 @@ def _draw_answers(page: Page, plot: Path) -> None:
         for group, value in page.accuracies(records).items():
             panels[group][name] = value
     teacher = {group: value[0] for group, value in page.accuracies(page.teacher).items()} if page.teacher else {}
-    row_intervals(plot, panels, teacher)
+    plots.row_intervals(plot, panels, teacher)
 
 
 def _curve(page: Page, name: str, curve: Curve) -> dict[str, list[Interval]]:
@@ -267,7 +266,7 @@ def _ticks(curve: Curve) -> list[str]:
 
 def _draw_curve(plot: Path, curve: Curve, lines: dict[str, list[Interval]]) -> None:
     trained = None if curve.trained is None else str(curve.trained)
-    answer_curves(plot, _ticks(curve), lines, curve.label or curve.option, trained)
+    plots.answer_curves(plot, _ticks(curve), lines, curve.label or curve.option, trained)
 
 
 def write_page(table: Table, results: Results, folder: Path) -> Path:

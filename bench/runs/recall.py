@@ -18,7 +18,6 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from linmu_distill.figures import answer_curves
 from linmu_ops._tables import markdown
 from linmu_ops.nn import MMATE, MMATEConfig
 
@@ -132,7 +131,7 @@ def write_page(pairs: tuple[int, ...], steps: int, results: Results, folder: Pat
         markdown(["pairs", *map(str, shown)], rows), "",
     ]  # fmt: skip
     if shown:
-        answer_curves(folder / "recall.svg", [str(count) for count in shown], lines, "pairs", None)
+        plots.answer_curves(folder / "recall.svg", [str(count) for count in shown], lines, "pairs", None)
         parts += [plots.drawn(folder / "recall.svg", "python -m bench.runs.recall"), ""]
     path.write_text("\n".join(parts))
     return path
