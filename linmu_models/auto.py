@@ -17,7 +17,7 @@ from transformers.models.auto import (
     video_processing_auto,
 )
 
-from .modeling import HoldsBlocks, LinmuModel
+from .modeling import FAMILIES, HoldsBlocks, LinmuModel
 
 # What makes a model's inputs, by the class of its configuration.
 _INPUTS = (
@@ -54,6 +54,14 @@ class _Inner(LinmuModel):
     @property
     def inner_model(self) -> nn.Module:
         return self  # type: ignore[return-value]
+
+
+def register(model_class: type[Any]) -> type[Any]:
+    """Make a family known: to `convert` by its teacher's model type, to transformers' Auto classes by its own."""
+    config_class = model_class.config_class
+    FAMILIES[config_class.model_type.removeprefix("linmu_")] = model_class
+    register_auto(model_class)
+    return model_class
 
 
 def register_auto(model_class: type[Any]) -> None:

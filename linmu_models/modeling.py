@@ -496,13 +496,3 @@ def write_remote_code(folder: Path, config_class: type, model_class: type) -> No
 
 
 FAMILIES: dict[str, type[LinmuModel]] = {}
-
-
-def register(model_class: type[Any]) -> type[Any]:
-    """Make a family known: to `convert` by its teacher's model type, to transformers' Auto classes by its own."""
-    from .auto import register_auto
-
-    config_class = model_class.config_class
-    FAMILIES[config_class.model_type.removeprefix("linmu_")] = model_class
-    register_auto(model_class)
-    return model_class

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.auto import register
+from linmu_models.modeling import LinmuModel
 
 from ._square import SquarePlaceholders
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
+from linmu_models.auto import register
 from linmu_models.layout import Placeholders, grids_to_units, to_numpy
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.modeling import LinmuModel
 
 
 class LinmuGlm4vConfig(Glm4vConfig):

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from linmu_models.auto import register
 from linmu_models.layout import Placeholders
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.modeling import LinmuModel
 
 from ._sizes import placeholders_by_size
 from ._square import SquarePlaceholders

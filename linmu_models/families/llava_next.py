@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
+from linmu_models.auto import register
 from linmu_models.layout import Placeholders, to_numpy
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.modeling import LinmuModel
 
 from ._anyres import anyres_unit
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
+from linmu_models.auto import register
 from linmu_models.layout import Placeholders, VisualUnit, to_numpy
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.modeling import LinmuModel
 
 from ._anyres import anyres_unit, base_side, single_view
 

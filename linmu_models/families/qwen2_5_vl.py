@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.auto import register
+from linmu_models.modeling import LinmuModel
 
 from ._thw import ThwPlaceholders
 

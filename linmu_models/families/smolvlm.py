@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
+from linmu_models.auto import register
 from linmu_models.layout import Block, Placeholders, VisualUnit
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.modeling import LinmuModel
 
 
 class LinmuSmolVLMConfig(SmolVLMConfig):

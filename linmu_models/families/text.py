@@ -11,7 +11,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.auto import register
+from linmu_models.modeling import LinmuModel
 
 
 class LinmuLlamaConfig(LlamaConfig):

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
 
+from linmu_models.auto import register
 from linmu_models.layout import Placeholders, VisualUnit, grids_to_units, to_numpy
-from linmu_models.modeling import LinmuModel, register
+from linmu_models.modeling import LinmuModel
 
 
 class LinmuVideoLlama3Config(VideoLlama3Config):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._ssd_tiles import _exp, _log_decays, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
 from ._visits import token_rows
-from .ssd_scan import _exp, _log_decays, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
 
 
 @triton.jit
