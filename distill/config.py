@@ -33,6 +33,7 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Mixture = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+EVALUATION_SEED = 2024  # fixed, so that runs are asked the same questions
 # Of a folder, which must not be the one above.
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 
@@ -61,9 +62,6 @@ class TeacherConfig(_Table):
 
     path: str
     """A folder that transformers can load, or a hub name. Relative folders are looked up from the working directory."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    inside: bool = True
-    """The teacher shares its frozen weights with the student: one copy in memory. False: a model beside the student."""
     max_new_tokens: Positive = 64
     """Length limit of the teacher's own answers (L_seq)."""
 
@@ -80,8 +78,6 @@ class TaskData(_Table):
     """How often each task group is drawn."""
     batch_size: Positive | dict[str, Positive] = 16
     """Samples in a batch, for all groups or for each."""
-    turns: Positive = 4
-    """Questions about one picture or video, at most."""
     options: dict[str, dict[str, Any]] = {}
     """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`; and `batch_frames`, see
     `linmu_distill.data.TaskStream`."""
@@ -124,12 +120,8 @@ class SetConfig(_Table):
     """Glob patterns of the parquet, JSON or text files; `**` reaches into folders."""
     folder: str | None = None
     """Where the images or videos are that the files name."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a batch is of this set, against the others."""
-    stages: Annotated[list[Literal[1, 2, 3]], Field(min_length=1)] = [1, 2, 3]
-    """The stages that use it."""
-    instruction: str = ""
-    """ActivityNet-QA: a line after each question, to ask for answers as short as its own."""
+    weight: Annotated[float, Field(gt=0)] | tuple[Weight, Weight, Weight] = 1.0
+    """How often a batch is of this set, against the others: in every stage, or in each of the three, 0 for never."""
 
 
 class RecordData(_Table):
@@ -138,8 +130,6 @@ class RecordData(_Table):
     sets: Annotated[dict[str, SetConfig], Field(min_length=1)]
     max_tokens: Positive = 8192
     """Tokens of a batch, padding included; a longer sample is left out, and counted."""
-    max_samples: Positive = 64
-    """Samples of a batch."""
     packing: bool = False
     """A batch is one row of several samples, each of which trains as if it were alone, without padding; else each is a
     row, padded to the longest. Not in `[evaluation.held_out]`."""
@@ -155,8 +145,15 @@ class RecordData(_Table):
     """Larger video frames are made smaller."""
     window: Positive = 512
     """Records that are read, sorted by length and packed together."""
-    workers: Positive = 2
-    """Threads that decode."""
+
+    def in_stage(self, number: int) -> "RecordData":
+        """With the sets of stage 1, 2 or 3 alone, and their weights in it."""
+        chosen = {
+            name: given.model_copy(update={"weight": weight})
+            for name, given in self.sets.items()
+            if (weight := given.weight[number - 1] if isinstance(given.weight, tuple) else given.weight)
+        }
+        return self.model_copy(update={"sets": chosen})
 
 
 def _kind(value: Any) -> str:
@@ -166,72 +163,30 @@ def _kind(value: Any) -> str:
 DataConfig = Annotated[Annotated[TaskData, Tag("tasks")] | Annotated[RecordData, Tag("records")], Discriminator(_kind)]
 
 
-class LossConfig(_Table):
-    """How the losses are taken; their weights are in the stage table."""
-
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """tau of L_tok."""
-    relative_hidden: bool = True
-    """Divide each layer's L_hid by the mean of ||teacher output||^2, measured before stage 1."""
-    hidden_average: Literal["tokens", "kinds", "read"] = "tokens"
-    """L_hid as the mean over all tokens, as in the paper; `kinds`: as half the mean over visual tokens and half that
-    over text: where a video is a hundred times as long as the question, answers else count for nothing; `read`: as a
-    third of these each and a third of the mean over answers of what they read: a token's error at a layer counts by the
-    attention that later layers give it from where answers are predicted, and these positions count themselves."""
-    chunk_size: Positive = 1024
-    """Logits of so many positions are held at a time."""
-
-
-class OptimizerConfig(_Table):
-    """AdamW with a linear warm-up and half a cosine."""
-
-    weight_decay: Weight = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    warmup: Share = 0.03
-    """Share of the steps in which the learning rate rises."""
-    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """The last learning rate, as a share of the highest."""
-    clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest norm of the gradient."""
-
-
 class LoraConfig(_Table):
     """Low-rank updates of the decoder's FFNs in stage 3."""
 
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
     target: Pattern = r".*layers\.\d+\.mlp\.(gate|up|down)_proj"
     """Regular expression over the names of the language model's modules; the vision tower is never touched."""
-
-
-class CheckpointConfig(_Table):
-    """How often to save and how much to keep."""
-
-    every: Positive = 200
-    """Steps."""
-    keep: Positive = 2
 
 
 class EvaluationConfig(_Table):
     """Exact match on held-out samples after initialisation and each stage, and speed at the end."""
 
-    groups: list[str] = ["read", "line", "where", "video", "needle"]
     samples: Count | dict[str, Count] = 200
-    """Samples of each group, for all groups or for each; 0 turns evaluation off."""
+    """Samples of each task group, or of those that are named; 0 turns evaluation off."""
     final_samples: Count | dict[str, Count] | None = None
     """Samples for the teacher and the final student, when other than `samples`."""
-    seed: Count = 2024
     options: dict[str, dict[str, Any]] = {}
     speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
     """Visual tokens at which time to first token, decode speed and cache size are measured; empty: not at all."""
-    speed_new_tokens: Positive = 16
     held_out: RecordData | None = None
     """Data sets that no stage sees: perplexity, agreement with the teacher and distance to it are measured on them."""
     held_out_batches: Positive = 16
 
     @model_validator(mode="after")
     def _check_groups(self) -> "EvaluationConfig":
-        _among_groups("groups", self.groups)
         for name in ("samples", "final_samples", "options"):
             if isinstance(given := getattr(self, name), dict):
                 _among_groups(name, given)
@@ -248,8 +203,14 @@ class EvaluationConfig(_Table):
     def counts(self, *, final: bool) -> dict[str, int]:
         """Samples of each group that is evaluated: of the teacher and the finished student, or in between."""
         chosen = self.final_samples if final and self.final_samples is not None else self.samples
-        every = {group: chosen if isinstance(chosen, int) else chosen.get(group, 0) for group in self.groups}
+        every = {group: chosen if isinstance(chosen, int) else chosen.get(group, 0) for group in GROUPS}
         return {group: count for group, count in every.items() if count}
+
+    @property
+    def groups(self) -> list[str]:
+        """The task groups that are evaluated at all."""
+        counted = self.counts(final=False) | self.counts(final=True)
+        return [group for group in GROUPS if group in counted]
 
 
 class StageConfig(_Table):
@@ -258,15 +219,20 @@ class StageConfig(_Table):
     steps: Count | None = None
     """0 skips the stage: the next one goes on from the one before."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    train: Annotated[list[Literal["scan", "windows", "lora"]], Field(min_length=1)] | None = None
-    """Kinds of parameters that are trained, in the place of the table's."""
-    losses: dict[Literal["hidden", "token", "sequence", "supervised"], Weight] | None = None
-    """Weight of each loss, in the place of the table's; one that is not named is not used."""
-    block_input: Literal["student", "teacher"] = "student"
-    """`teacher`: each block is given what the teacher's attention was given, not what the layers below it made. Not
-    with L_seq, whose rows the teacher has not seen."""
+    losses: dict[Literal["hidden", "block", "token", "sequence", "supervised"], Weight] | None = None
+    """Weight of each loss, in the place of the table's; one that is not named is not used. `block`, which stands alone,
+    is L_hid of blocks that are each given what the teacher's attention was given, not what the layers below made."""
     freeze: list[Pattern] = []
-    """Regular expressions: trainable parameters with such a name stay frozen in this stage."""
+    """Regular expressions: trainable parameters with such a name stay frozen in this stage. All but LoRA:
+    `'^(?!.*\\.lora_)'`."""
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> "StageConfig":
+        used = [name for name, weight in (self.losses or {}).items() if weight]
+        if "block" in used and len(used) > 1:
+            raise ValueError(f"losses must have none beside `block`, got {used}")
+        return self
+
     data: DataConfig | None = None
     """Other data in this stage."""
 
@@ -287,26 +253,28 @@ class Config(_Table):
     `MMATEConfig`; and `keep_attention`, a list of decoder layers that stay quadratic, negative ones counted from the
     end. Once read, it holds every option, so that a run is not gone on with when the library's have changed."""
     data: DataConfig = TaskData()
-    losses: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    hidden_average: Literal["tokens", "read"] = "tokens"
+    """L_hid as the mean over all tokens, as in the paper. `read`: a third each of the mean over visual tokens, of that
+    over text, and of that over what answers read: a token's error at a layer counts by the attention that later layers
+    give it from where answers are predicted, and these positions count themselves."""
+    warmup: Share = 0.03
+    """Share of a stage's steps in which the learning rate rises; then it falls by half a cosine."""
     lora: LoraConfig = LoraConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
+    checkpoint_every: Positive = 200
+    """Steps; the last two are kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    calibration_batches: Annotated[int, Field(ge=1)] = 4
-    """Batches on which the mixers' norms and the scales of L_hid are set before stage 1."""
-    calibrate_step_sizes: bool = False
-    """Also fit the step sizes of the scans to where the teacher's text looks; see `linmu_models.calibrate`."""
-    calibrate: bool = True
-    """False: the mixers start with whatever size they have."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    calibration_batches: Count = 4
+    """Batches on which, before stage 1, the sizes of the blocks' outputs are fitted, with `exact` also step sizes of
+    the scans (see `linmu_models.calibrate`), and the teacher's mean squares measured, which L_hid is relative to. 0:
+    blocks start with whatever size they have, and L_hid is absolute."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the teacher's weights and of matrix products; what is trained is float32 always."""
     gradient_accumulation: Positive = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With more than one process: a whole student in each, or FSDP2, a part in each."""
     gradient_checkpointing: bool = False
     """In stages whose blocks are given the student's inputs: it runs a layer twice, the second time without the
     teacher's."""
-    threads: Positive | None = None
-    """CPU threads; None: torch's choice."""
     stage1: StageConfig = StageConfig()
     stage2: StageConfig = StageConfig()
     stage3: StageConfig = StageConfig()
@@ -315,8 +283,6 @@ class Config(_Table):
     @classmethod
     def _start_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name, start in PRESETS.get(str(values.get("preset", "exact")), {}).items():
-            if name == "calibrate_step_sizes" and values.get("calibrate") is False:
-                continue
             given = values.get(name, start)
             if isinstance(given, BaseModel):
                 given = given.model_dump(exclude_unset=True)
@@ -337,14 +303,6 @@ class Config(_Table):
         return {**dataclasses.asdict(parse_options(options)), **kept}
 
     @model_validator(mode="after")
-    def _check_block_input(self) -> "Config":
-        for number in (1, 2, 3):
-            stage = self.stage(number)
-            if stage.block_input == "teacher" and "sequence" in stage.losses:
-                raise ValueError(f"stage{number}.block_input must be 'student' with the loss `sequence`, got 'teacher'")
-        return self
-
-    @model_validator(mode="after")
     def _check_skipped(self) -> "Config":
         trained = [number for number in (1, 2, 3) if self.stage(number).steps]
         if trained == [1] and isinstance(self.block, MMATEConfig) and self.block.swin:
@@ -354,11 +312,10 @@ class Config(_Table):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_calibration(self) -> "Config":
-        if self.calibrate_step_sizes and not self.calibrate:
-            raise ValueError("calibrate_step_sizes must be false where calibrate is false, got true")
-        return self
+    @property
+    def mixed_precision(self) -> str:
+        """`precision` in the words of accelerate."""
+        return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[self.precision]
 
     @property
     def block(self) -> MMATEConfig | ExactConfig:
@@ -400,16 +357,15 @@ class Config(_Table):
     def stage(self, number: int) -> Stage:
         """The row of the stage table with this run's overrides."""
         row, changes = STAGES[number - 1], self.overrides(number)
-        return Stage(
-            row.number,
-            row.title,
-            row.trainable if changes.train is None else tuple(changes.train),
-            row.windows,
-            row.losses if changes.losses is None else {k: w for k, w in changes.losses.items() if w},
-            changes.learning_rate or row.learning_rate,
-            row.steps if changes.steps is None else changes.steps,
-            changes.block_input,
-            tuple(changes.freeze),
+        losses = row.losses if changes.losses is None else {name: w for name, w in changes.losses.items() if w}
+        alone = "block" in losses
+        return dataclasses.replace(
+            row,
+            losses={"hidden": losses["block"]} if alone else losses,
+            learning_rate=changes.learning_rate or row.learning_rate,
+            steps=row.steps if changes.steps is None else changes.steps,
+            block_input="teacher" if alone else "student",
+            freeze=tuple(changes.freeze),
         )
 
     def has_lora(self, number: int) -> bool:
@@ -419,37 +375,26 @@ class Config(_Table):
     def stage_data(self, number: int) -> TaskData | RecordData:
         """The data of a stage; a table with sets has those of this stage only."""
         data = self.overrides(number).data or self.data
-        if isinstance(data, TaskData):
-            return data
-        return data.model_copy(update={"sets": {n: s for n, s in data.sets.items() if number in s.stages}})
+        return data if isinstance(data, TaskData) else data.in_stage(number)
 
     def fingerprint(self, number: int) -> str:
         """Hash of everything in this file that the result of stage `number` depends on, stages before it excepted.
 
         0: the calibrated student.
         """
+        data = self.stage_data(number or 1).model_dump(mode="json")
         if not number:
-            parts = {"seed", "student", "mixed_precision", "calibrate", "calibrate_step_sizes", "calibration_batches"}
-            start = {
-                **self.model_dump(include=parts, mode="json"),
-                "data": self.stage_data(1).model_dump(mode="json", exclude={"workers"}),
-                "hidden_average": self.losses.hidden_average,
-            }
-            return hash_of(start)
+            parts = {"seed", "student", "precision", "calibration_batches", "hidden_average"}
+            return hash_of({**self.model_dump(include=parts, mode="json"), "data": data})
         stage = self.stage(number)
-        train = self.overrides(number).train
+        parts = {"seed", "student", "hidden_average", "warmup", "precision", "gradient_accumulation"}
         facts = {
-            **self.model_dump(include={"seed", "student", "losses", "optimizer", "mixed_precision"}, mode="json"),
-            "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, stage.freeze],
-            "block_input": stage.block_input,
-            "data": self.stage_data(number).model_dump(mode="json", exclude={"workers"}),
+            **self.model_dump(include=parts, mode="json"),
+            "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, stage.freeze, stage.block_input],
+            "data": data,
             "lora": self.lora.model_dump(mode="json") if self.has_lora(number) else None,
-            "calibration": self.calibration_batches if number == 1 else None,
-            "batches": self.gradient_accumulation,
+            "calibration_batches": self.calibration_batches if number == 1 else None,
             "max_new_tokens": self.teacher.max_new_tokens if "sequence" in stage.losses else None,
-            **({} if train is None else {"train": train}),
-            **({} if self.calibrate or number != 1 else {"calibrate": False}),
-            **({"step_sizes": True} if self.calibrate_step_sizes and number == 1 else {}),
         }
         return hash_of(facts)
 
@@ -490,6 +435,27 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
         raise ConfigError(describe(error, source)) from error
 
 
+# What became of keys that once were.
+_GONE = {
+    r"(teacher\.)?(dtype|mixed_precision)": "`precision` above all tables sets the teacher's and that of products",
+    r"teacher\.inside": "the student shares the teacher's frozen weights",
+    r"(.*\.)?turns": "up to four questions are asked about a picture or video",
+    r"(.*\.)?(workers|max_samples)": "chosen by the program",
+    r"(.*\.)?stages": "`weight` may be a list, the weights in stages 1 to 3",
+    r"(.*\.)?instruction": "ActivityNet-QA asks for a word or a short phrase",
+    r"losses": "`hidden_average` stands above all tables; L_hid is absolute where `calibration_batches` is 0",
+    r"optimizer": "`warmup` stands above all tables; the rest of AdamW is fixed",
+    r"lora\.alpha": "twice the rank",
+    r"checkpoints": "`checkpoint_every` stands above all tables; the last two are kept",
+    r"evaluation\.groups": "name the groups in `samples`",
+    r"evaluation\.(seed|speed_new_tokens)": "fixed, so that runs compare",
+    r"calibrate(_step_sizes)?": "`calibration_batches = 0` turns calibration off; preset `exact` fits step sizes",
+    r"threads": "set OMP_NUM_THREADS",
+    r"stage\d\.train": "`freeze` what is not to be trained",
+    r"stage\d\.block_input": "`losses = {block = 1.0}` gives each block the teacher's inputs",
+}
+
+
 def describe(error: ValidationError, source: str) -> str:
     """A line for each mistake, with its key."""
     lines = []
@@ -497,6 +463,9 @@ def describe(error: ValidationError, source: str) -> str:
         # pydantic names the kind of a data table among the keys.
         key = ".".join(str(part) for part in problem["loc"] if part not in ("tasks", "records"))
         unknown = problem["type"] == "extra_forbidden"
-        said = "unknown key" if unknown else problem["msg"].removeprefix("Value error, ")
+        said = problem["msg"].removeprefix("Value error, ")
+        if unknown:
+            known_once = next((told for pattern, told in _GONE.items() if re.fullmatch(pattern, key)), None)
+            said = "unknown key" if known_once is None else f"no key any more: {known_once}"
         lines.append(": ".join(filter(None, (source, key, said))))
     return "\n".join(lines)

@@ -268,7 +268,7 @@ def write_report(
         "",
         _LOSSES.format(
             relative=" relative to that output's own mean square (1 = as wrong as saying nothing)"
-            if config.losses.relative_hidden
+            if config.calibration_batches
             else ""
         ),
         *(["![losses](figures/losses.png)", ""] if curves else []),

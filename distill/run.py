@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 import linmu_models
 from linmu_models.generate import copy_processor
 from linmu_models.modeling import IN_FLOAT32, sees_images
-from linmu_ops.nn import MMATEConfig
+from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from . import handoff, held_out
 from .checkpoint import CheckpointStore, locked, write_atomically
-from .config import Config, ConfigError, RecordData, TaskData, hash_of
+from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, hash_of
 from .files import read_json
 from .packing import check_packable
 from .sources import UNFIT, build_source, fits_tasks
@@ -67,21 +67,15 @@ class Run:
         """Load the teacher.
 
         Raises:
-            RunError: a teacher in half precision without mixed precision, or one that cannot be loaded.
+            RunError: it cannot be loaded.
         """
-        if config.teacher.dtype != "float32" and config.mixed_precision == "no":
-            raise RunError(
-                f"a {config.teacher.dtype} teacher needs mixed_precision: the student's own weights train in float32"
-            )
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # One process evaluates, the others wait.
         self.accelerator = accelerator or Accelerator(
             mixed_precision=config.mixed_precision, kwargs_handlers=[patience]
         )
         self.config, self.folder = config, config.folder
         try:
-            self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.teacher.dtype)
+            self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.precision)
         except (ValueError, SafetensorError) as error:
             raise RunError(f"teacher.path: {config.teacher.path} cannot be loaded: {error}") from error
         self.teacher.to(self.accelerator.device)
@@ -94,7 +88,7 @@ class Run:
         """A new student with the teacher's weights; random numbers depend on the seed alone."""
         torch.manual_seed(self.config.seed)
         kept = self.config.student.get("keep_attention", ())
-        model = linmu_models.convert(self.teacher, self.config.block, kept, share_frozen=self.config.teacher.inside)
+        model = linmu_models.convert(self.teacher, self.config.block, kept, share_frozen=True)
         blocks = mixers(model, self.teacher)
         handle = add_lora(model, self.config.lora, self.config.seed) if lora else None
         # In half precision, small updates would be rounded away.
@@ -191,25 +185,23 @@ class Run:
             for i in range(self.config.calibration_batches):
                 batch = source.processor(source.samples(i))
                 batches.append({name: value.to(self.accelerator.device) for name, value in batch.items()})
-            layers = list(student.blocks)
             with self.accelerator.autocast():
-                if self.config.calibrate:
-                    linmu_models.calibrate(
-                        student.model, self.teacher, batches, step_sizes=self.config.calibrate_step_sizes
-                    )
-                average = self.config.losses.hidden_average
-                reading = [what_is_read(self.teacher, layers, b) if average == "read" else None for b in batches]
-                kinds = [
-                    hidden_kinds(student.model, batch, average, read)
-                    for batch, read in zip(batches, reading, strict=True)
-                ]
-                squares = mean_squares(self.teacher, layers, batches, kinds)
+                squares = self._calibrate(student, batches) if batches else None
             handoff.save_result(
                 self.folder, 0, own_state(student.model, student.blocks), self.teacher_hash, self.config,
-                layers=layers, mean_squares=squares,
+                layers=list(student.blocks), mean_squares=squares,
                 seconds=time.perf_counter() - began,
             )  # fmt: skip
         self.accelerator.wait_for_everyone()
+
+    def _calibrate(self, student: Student, batches: list[Batch]) -> dict[str, list[float]]:
+        """Set sizes before training; the teacher's mean squares, which L_hid is relative to."""
+        layers, exact = list(student.blocks), isinstance(self.config.block, ExactConfig)
+        linmu_models.calibrate(student.model, self.teacher, batches, step_sizes=exact)
+        reads = self.config.hidden_average == "read"
+        reading = [what_is_read(self.teacher, layers, batch) if reads else None for batch in batches]
+        kinds = [hidden_kinds(student.model, batch, read) for batch, read in zip(batches, reading, strict=True)]
+        return mean_squares(self.teacher, layers, batches, kinds)
 
     def train(self, number: int) -> None:
         """Train stage `number` from the result of the stage before it; without steps, hand that result on."""
@@ -236,12 +228,11 @@ class Run:
         if "sequence" in stage.losses:
             cache = AnswerCache(self.folder / "answers.sqlite", self.teacher_hash)
             transcripts = Transcripts(self.teacher, self.tokenizer, source, cache, config.teacher.max_new_tokens)
-        scales = start["mean_squares"] if config.losses.relative_hidden else None
         trainer = StageTrainer(
             config,
             stage,
             student.model,
-            Teacher(self.teacher, start["layers"], scales),
+            Teacher(self.teacher, start["layers"], start["mean_squares"]),
             source,
             trainable_parameters(student.model, student.blocks, stage),
             handoff.stage_folder(self.folder, number),
@@ -291,12 +282,12 @@ class Run:
         known = table.setdefault(label, {})
         for group, samples in counts.items():
             more = options.options.get(group, {})
-            of = self._measured(after, n=samples, seed=options.seed, options=more)
+            of = self._measured(after, n=samples, seed=EVALUATION_SEED, options=more)
             row = known.get(group)
             if isinstance(row, dict) and row.get("of") == of:
                 continue
             with self.accelerator.autocast():
-                result = evaluate(model, self.tokenizer, group, samples, options.seed, **more)
+                result = evaluate(model, self.tokenizer, group, samples, EVALUATION_SEED, **more)
             known[group] = {
                 "of": of, "n": result.n, "correct": result.correct, "accuracy": result.accuracy,
                 "interval": result.interval, "right": "".join(str(int(hit)) for hit in result.hits),
@@ -314,7 +305,7 @@ class Run:
         table = _measurements(path)
         if self._held_out is None:
             source = build_source(
-                options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, options.seed
+                options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, EVALUATION_SEED
             )
             self._held_out = [source.processor(samples) for samples in source.once(options.held_out_batches)]
         digest = hashlib.sha256()
@@ -326,7 +317,7 @@ class Run:
         if known.pop("of", None) == of:
             return known
         with self.accelerator.autocast():
-            found = held_out.measure(model, self.teacher, self._held_out, self.config.losses.chunk_size)
+            found = held_out.measure(model, self.teacher, self._held_out)
         table[label] = {"of": of, **found}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(_in_order(table), indent=1))
@@ -377,16 +368,16 @@ class Run:
         if not self.accelerator.is_main_process:
             return None
         from .report import write_report
-        from .speed import measure_speed
+        from .speed import NEW_TOKENS, measure_speed
 
-        student, _ = load_teacher(str(folder), self.config.teacher.dtype)
+        student, _ = load_teacher(str(folder), self.config.precision)
         student.to(self.accelerator.device)
         path, options = self.folder / "transfer.json", self.config.evaluation
         if "rows" not in read_json(path):
             self.fresh_student().model.linmu_report.save(path)
         path = self.folder / "speed.json"
         if options.speed_lengths:
-            of = self._measured(len(STAGES), lengths=options.speed_lengths, new_tokens=options.speed_new_tokens)
+            of = self._measured(len(STAGES), lengths=options.speed_lengths, new_tokens=NEW_TOKENS)
             if {row.get("of") if isinstance(row, dict) else None for row in read_json(path, list)} != {of}:
                 rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, options)
                 write_atomically(path, json.dumps([{"of": of, **row} for row in rows], indent=1))

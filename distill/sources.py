@@ -1,5 +1,6 @@
 """From the `[data]` table to training data."""
 
+import os
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -7,6 +8,8 @@ from transformers import PreTrainedModel
 from .config import RecordData, SetConfig, TaskData
 from .teacher import Source
 
+_TURNS = 4  # questions about one picture or video, at most
+_SHORT = "Answer with a word or a short phrase."  # as ActivityNet-QA's own answers are
 UNFIT = "they need a vision-language model laid out as Qwen2.5-VL, whose tokens divide frames of 64 x 128 pixels"
 
 
@@ -40,7 +43,7 @@ def build_source(
     from .data import Processor, TaskStream
 
     processor = Processor.from_config(teacher.config, tokenizer)
-    return TaskStream(processor, data.mixture, data.batch_size, data.turns, seed, options=data.options)
+    return TaskStream(processor, data.mixture, data.batch_size, _TURNS, seed, options=data.options)
 
 
 def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -> Source:
@@ -53,13 +56,14 @@ def _stream(data: RecordData, path: str, seed: int, rank: int, processes: int) -
     if not processor.speaks and any(chosen.format != "text" for chosen in data.sets.values()):
         raise DataError(f"{path} has no chat template for conversations: put a chat_template.jinja there")
     decoding = Decoding(data.frames, data.fps, data.image_pixels, data.frame_pixels)
-    packing = Packing(data.max_tokens, data.max_samples, data.window, data.packing)
+    packing = Packing(data.max_tokens, window=data.window, one_row=data.packing)
     readers = []
     for name, chosen in data.sets.items():
         records = _records(chosen, data, processor.tokenizer)
         readers.append(SetReader(name, records, processor, decoding, packing, seed, rank, processes))
     weights = [chosen.weight for chosen in data.sets.values()]
-    return RecordStream(processor, readers, weights, seed, data.workers, data.packing)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return RecordStream(processor, readers, weights, seed, max(2, min(8, cores)), data.packing)
 
 
 def _records(chosen: SetConfig, data: RecordData, tokenizer: Any) -> Any:
@@ -71,6 +75,6 @@ def _records(chosen: SetConfig, data: RecordData, tokenizer: Any) -> Any:
         case "llava_video":
             return records.JsonRecords(chosen.files, chosen.folder)
         case "activitynet_qa":
-            return records.ActivityNetRecords(chosen.files, chosen.folder, chosen.instruction)
+            return records.ActivityNetRecords(chosen.files, chosen.folder, _SHORT)
         case "text":
             return records.TextRecords(chosen.files, tokenizer, data.text_length)

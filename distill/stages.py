@@ -39,19 +39,18 @@ STAGES = (
 )
 # fmt: on
 
-_BLOCKS = {"block_input": "teacher", "losses": {"hidden": 1.0}}
+_BLOCKS = {"losses": {"block": 1.0}}
 _OUTPUT, _WINDOW = PRESET_FREEZES = r"self_attn\.o_proj", r"windows\.[qkv]_"
 PRESETS: dict[str, dict[str, Any]] = {
     # What is exact from the start stays so; each block learns by itself what it lacks, and then all of them together.
     "exact": {
-        "calibrate_step_sizes": True,
-        "losses": {"hidden_average": "read"},
+        "hidden_average": "read",
         "stage1": _BLOCKS | {"freeze": [_OUTPUT]},
         "stage2": _BLOCKS | {"freeze": [_OUTPUT, _WINDOW]},
         "stage3": {"freeze": [_OUTPUT, _WINDOW]},
     },
     "paper": {},
     # Eq. 6 is absolute, and the paper sets no sizes before it trains.
-    "literal": {"calibrate": False, "losses": {"relative_hidden": False}},
+    "literal": {"calibration_batches": 0},
 }
 """Options of a run that go with a preset of the block of the same name, and what they are where a file does not say."""

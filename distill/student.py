@@ -57,9 +57,6 @@ def trainable_parameters(
         ConfigError: a pattern in `stage.freeze` matches no parameter of the stage, or nothing is left to train. The
             presets' own patterns may match nothing: a block may be without the part.
     """
-    windows_off = not stage.windows and not all(isinstance(b.config, ExactConfig) for b in blocks.values())
-    if "windows" in stage.trainable and windows_off:
-        raise ConfigError(f"stage{stage.number}.train must be without 'windows': Local-Swin is off in this stage")
     last = len(attention_modules(student)) - 1
     kinds: dict[int, str] = {}
     unreached: set[int] = set()
@@ -150,7 +147,7 @@ def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
     pattern = "|".join(re.escape(name) for name in targets)
     torch.manual_seed(seed)
     return LoraModel(
-        student, PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=f"({pattern})"), "default"
+        student, PeftConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=f"({pattern})"), "default"
     )
 
 
@@ -222,17 +219,16 @@ def what_is_read(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) 
 
 
 def hidden_kinds(
-    student: PreTrainedModel, batch: Batch, average: str, reading: list[Tensor] | None = None
+    student: PreTrainedModel, batch: Batch, reading: list[Tensor] | None = None
 ) -> dict[str, Tensor | list[Tensor]]:
-    """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them: all tokens, or visual tokens and text
-    apart, with `reading` what answers read as well."""
+    """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them: all tokens, or with `reading` visual
+    tokens, text, and what answers read."""
     mask = real_tokens(batch)
-    if average == "tokens":
+    if reading is None:
         return {"tokens": mask}
     layout = student.build_layout(model_inputs(batch))
     visual = torch.zeros_like(mask) if layout is None else layout.visual_mask(mask.device)
-    kinds: dict[str, Tensor | list[Tensor]] = {"visual": mask & visual, "text": mask & ~visual}
-    return kinds if reading is None else {**kinds, "read": reading}
+    return {"visual": mask & visual, "text": mask & ~visual, "read": reading}
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def shared_vision_features(*models: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_size: int) -> Tensor:
+def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_size: int = 1024) -> Tensor:
     """`(rows,)` bool: samples at which greedy decoding would give the labels, token by token.
 
     Args:

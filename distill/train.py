@@ -53,6 +53,10 @@ from .teacher import (
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
 ZERO_GRADIENT_STEPS = 10
+WEIGHT_DECAY = 0.01  # of AdamW, on weights of linear maps
+_BETAS = (0.9, 0.95)
+_LAST_RATE = 0.05  # the last learning rate, as a share of the highest
+_LARGEST_NORM = 1.0  # of a step's gradient
 _RECENT = 50  # steps whose mean stands for the end of a stage
 
 
@@ -120,7 +124,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student = student
         self._teacher = (teacher,)
-        self.stage, self.options = stage, config.losses
+        self.stage = stage
 
     def forward(self, part: Part, counts: dict[str, int]) -> dict[str, Tensor]:
         """This micro-batch's share of each loss's mean; `counts` are the tokens of the whole step."""
@@ -155,13 +159,11 @@ class Objective(nn.Module):
             kept.targets,
             teacher_states=part.states,
             teacher_head=teacher.model.lm_head,
-            temperature=self.options.temperature,
             in_sequence=own[kept.samples],
             in_supervised=kept.samples < part.num_samples,
             num_token=counts["token"],
             num_sequence=counts["sequence"],
             num_supervised=counts["supervised"],
-            chunk_size=self.options.chunk_size,
         )
         every = {"token": answers.token, "sequence": answers.sequence, "supervised": answers.supervised}
         # In stages 1 and 2 the distance to the true answers is shown where it is known, not trained on.
@@ -185,19 +187,18 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
         return {name: value.to(device) for name, value in batch.items()}
 
     batch, number = made(samples), len(samples)
-    average, learns_hidden = config.losses.hidden_average, "hidden" in stage.losses
-    states, hidden, inputs, reading = teacher(
-        batch, learns_hidden, stage.block_input == "teacher", learns_hidden and average == "read"
-    )
+    learns_hidden = "hidden" in stage.losses
+    reads = learns_hidden and config.hidden_average == "read"
+    states, hidden, inputs, reading = teacher(batch, learns_hidden, stage.block_input == "teacher", reads)
     kept = kept_positions(batch["labels"], batch.get("seq_idx"))
     if not len(kept):
         raise TrainingError("a batch has no supervised position: every answer in it is empty")
     states = kept.select(states)
-    kinds = hidden_kinds(student, batch, average, reading) if hidden else {}
+    kinds = hidden_kinds(student, batch, reading) if hidden else {}
     same = torch.zeros(number, dtype=torch.bool, device=device)
     if "sequence" in stage.losses:
         # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
-        same = predicts_targets(states, teacher.model.lm_head, kept, number, config.losses.chunk_size)
+        same = predicts_targets(states, teacher.model.lm_head, kept, number)
         # Plain text asks nothing that could be answered.
         asked = [any(question for question, _ in sample.turns) for sample in samples]
         others = [s for s, asks, equal in zip(samples, asked, same.tolist(), strict=True) if asks and not equal]
@@ -219,13 +220,11 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
 
 def learning_rate(config: Config, stage: Stage, step: int) -> float:
     """The learning rate of a step counted from 0: linear warm-up, then half a cosine."""
-    optimizer = config.optimizer
-    warmup = math.ceil(optimizer.warmup * stage.steps)
+    warmup = math.ceil(config.warmup * stage.steps)
     if step < warmup:
         return stage.learning_rate * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, stage.steps - warmup)
-    floor = optimizer.final_learning_rate
-    return stage.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+    return stage.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def checksums(parameters: dict[str, Tensor]) -> dict[str, int]:
@@ -281,7 +280,7 @@ class StageTrainer:
         for parameter in self.student.parameters():
             parameter.requires_grad_(id(parameter) in trainable)
         reach_all(attention_modules(self.student)[i] for i in self.teacher.layers)
-        self.store = CheckpointStore(self.folder / "checkpoints", self.config.checkpoints.keep)
+        self.store = CheckpointStore(self.folder / "checkpoints", keep=2)
         self._moved: set[str] = set()
         self._may_rest = beyond_windows(self.student)
         self._live_steps = 0
@@ -302,9 +301,7 @@ class StageTrainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         objective = self._spread(Objective(self.student, self.teacher, self.stage, self.config))
         self.student.train()
-        optimizer = torch.optim.AdamW(
-            self._groups(), lr=self.stage.learning_rate, betas=self.config.optimizer.betas, foreach=False
-        )
+        optimizer = torch.optim.AdamW(self._groups(), lr=self.stage.learning_rate, betas=_BETAS, foreach=False)
         optimizer = self.accelerator.prepare(optimizer)
         frozen = {n: p for n, p in self.student.named_parameters() if not p.requires_grad}
         before = checksums(frozen)
@@ -321,7 +318,7 @@ class StageTrainer:
                 if self.on_step is not None:
                     self.on_step(step)
                 stop = self._agree(bool(signals))
-                if stop or step % self.config.checkpoints.every == 0 or step == self.stage.steps:
+                if stop or step % self.config.checkpoint_every == 0 or step == self.stage.steps:
                     self._check_frozen(frozen, before, step)
                     self._save(step, optimizer)
                 if stop:
@@ -358,8 +355,7 @@ class StageTrainer:
         decayed = decaying(self.student)
         weights = [p for name, p in self.trainable.items() if name in decayed]
         others = [p for name, p in self.trainable.items() if name not in decayed]
-        decay = self.config.optimizer.weight_decay
-        groups = [{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def _step(self, objective: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
@@ -429,7 +425,7 @@ class StageTrainer:
         norm = total_norm(parameters)
         value = float(norm)
         if math.isfinite(value):
-            nn.utils.clip_grads_with_norm_(parameters, self.config.optimizer.clip, norm, foreach=False)
+            nn.utils.clip_grads_with_norm_(parameters, _LARGEST_NORM, norm, foreach=False)
         elif self.accelerator.scaler is None:  # With one, an overflow is expected now and then, and skipped.
             grads = {n: local_part(p.grad) for n, p in self.trainable.items() if p.grad is not None}
             bad = [n for n, grad in grads.items() if not bool(torch.isfinite(grad).all())]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from bench.provenance import where
 from linmu_distill import handoff, held_out
 from linmu_distill.checkpoint import CheckpointError, locked, write_atomically
-from linmu_distill.config import Config, ConfigError
+from linmu_distill.config import EVALUATION_SEED, Config, ConfigError
 from linmu_distill.data import Processor, generate
 from linmu_distill.data.records import DataError
 from linmu_distill.evaluation import evaluate
@@ -44,7 +44,7 @@ def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> 
 
     def told(group: str, samples: int, more: dict[str, Any]) -> dict[str, Any]:
         with run.accelerator.autocast():
-            result = evaluate(model, run.tokenizer, group, samples, options.seed, **more)
+            result = evaluate(model, run.tokenizer, group, samples, EVALUATION_SEED, **more)
         right = "".join(str(int(hit)) for hit in result.hits)
         return {"n": result.n, "accuracy": result.accuracy, "interval": result.interval, "right": right}
 
@@ -54,11 +54,11 @@ def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> 
         scores[group] = told(group, samples, more)
         if table.config.held_out:
             processor = Processor.from_config(run.teacher.config, run.tokenizer)
-            chosen = generate(group, table.config.held_out, options.seed, "test", **more)
+            chosen = generate(group, table.config.held_out, EVALUATION_SEED, "test", **more)
             size = 2 if group == "needle" else 16
             batches = [processor(chosen[i : i + size]) for i in range(0, len(chosen), size)]
             with run.accelerator.autocast():
-                scores[group] |= held_out.measure(model, run.teacher, batches, run.config.losses.chunk_size)
+                scores[group] |= held_out.measure(model, run.teacher, batches)
     if options.held_out is not None:
         scores["held_out"] = run.measure_held_out(after, model)
     curves = {
@@ -80,7 +80,7 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     """
     config = table.run_config(row, seed)
     path = config.folder / "config.json"
-    facts = config.model_dump(mode="json", exclude={"threads", "checkpoints", "evaluation"})
+    facts = config.model_dump(mode="json", exclude={"checkpoint_every", "evaluation"})
     if known := read_json(path):
         if known != json.loads(json.dumps(facts)):
             raise RunError(f"{config.folder} holds a run with other options; delete it, or rename the row")

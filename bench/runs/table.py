@@ -145,7 +145,7 @@ class Table:
     def scoring(self, config: Config) -> dict[str, Any]:
         """Everything but the model that scores depend on."""
         return {
-            "evaluation": config.evaluation.model_dump(mode="json", exclude={"speed_lengths", "speed_new_tokens"}),
+            "evaluation": config.evaluation.model_dump(mode="json", exclude={"speed_lengths"}),
             "held_out": self.config.held_out,
             "curves": {name: curve.model_dump(mode="json") for name, curve in self.config.curves.items()},
             "teacher": config.teacher.path,
@@ -154,7 +154,7 @@ class Table:
     def key(self, row: Row, seed: int) -> str:
         """Hash of all that the result of a row depends on, the code excepted."""
         config = self.run_config(row if row.of is None else self.row(row.of), seed)
-        ignored = {"name", "output", "threads", "checkpoints", "evaluation"}
+        ignored = {"name", "output", "checkpoint_every", "evaluation"}
         facts = {"run": config.model_dump(mode="json", exclude=ignored), "after": row.after, **self.scoring(config)}
         return hash_of(facts)[:16]
 

@@ -43,8 +43,8 @@ def run_values(folder, teacher, **changes):
     steps = {f"stage{i}": {"steps": 2} for i in (1, 2, 3)}
     values = {
         "name": "r", "preset": "paper", "output": str(folder), "teacher": {"path": teacher, "max_new_tokens": 3},
-        "data": {"batch_size": 2, "turns": 2, "mixture": {"where": 1, "video": 1}},
-        "evaluation": {"groups": ["where", "video"], "samples": 2, "speed_lengths": [32, 64], "speed_new_tokens": 2},
-        "calibration_batches": 1, "checkpoints": {"every": 1}, **steps,
+        "data": {"batch_size": 2, "mixture": {"where": 1, "video": 1}},
+        "evaluation": {"samples": {"where": 2, "video": 2}, "speed_lengths": [32, 64]},
+        "calibration_batches": 1, "checkpoint_every": 1, **steps,
     }  # fmt: skip
     return {**values, **changes}

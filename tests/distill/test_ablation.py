@@ -24,9 +24,9 @@ preset = "paper"
 output = "{output}"
 calibration_batches = 1
 teacher = {{path = "{teacher}", max_new_tokens = 3}}
-data = {{batch_size = 2, turns = 2, mixture = {{where = 1}}}}
-evaluation = {{groups = ["where"], samples = 3}}
-checkpoints = {{every = 1}}
+data = {{batch_size = 2, mixture = {{where = 1}}}}
+evaluation = {{samples = {{where = 3}}}}
+checkpoint_every = 1
 stage1 = {{steps = 1}}
 stage2 = {{steps = 0}}
 stage3 = {{steps = 2}}

@@ -112,8 +112,8 @@ def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
         {
             "name": "r", "preset": preset, "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
             "student": {"reverse": False, **student}, "data": sets("train.txt"), "calibration_batches": 1,
-            "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "held_out_batches": 2, "speed_lengths": [16],
-                           "speed_new_tokens": 2},
+            "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "held_out_batches": 2,
+                           "speed_lengths": [16]},
             "stage1": {"steps": 2}, "stage2": {"steps": 2},
             "stage3": {"steps": 2, "losses": {"token": 0.5, "supervised": 0.5}},
         }

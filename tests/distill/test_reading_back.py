@@ -42,7 +42,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     teacher = save_teacher(tmp_path_factory.mktemp("teacher"))
-    measured = {"groups": ["where"], "samples": 2, "speed_lengths": [32], "speed_new_tokens": 2}
+    measured = {"samples": {"where": 2}, "speed_lengths": [32]}
     config = parse_config(run_values(tmp_path_factory.mktemp("runs"), teacher, evaluation=measured))
     assert distill(config) == config.folder / "report.md"
     return config
@@ -216,10 +216,10 @@ def test_a_whole_run_refuses_a_checkpoint_with_code_in_one_line(tmp_path, finish
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
     toml = tmp_path / "c.toml"
     toml.write_text(
-        f'name = "r"\npreset = "paper"\noutput = "{config.output}"\ncalibration_batches = 1\n'
+        f'name = "r"\npreset = "paper"\noutput = "{config.output}"\ncalibration_batches = 1\ncheckpoint_every = 1\n'
         f'[teacher]\npath = "{config.teacher.path}"\nmax_new_tokens = 3\n'
-        "[data]\nbatch_size = 2\nturns = 2\nmixture = {where = 1, video = 1}\n"
-        "[evaluation]\nsamples = 0\n[checkpoints]\nevery = 1\n"
+        "[data]\nbatch_size = 2\nmixture = {where = 1, video = 1}\n"
+        "[evaluation]\nsamples = 0\n"
         "[stage1]\nsteps = 9\n[stage2]\nsteps = 2\n[stage3]\nsteps = 2\n"
     )
     done = CliRunner().invoke(app, ["distill", str(toml), "--resume"])

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from linmu_distill import handoff
 from linmu_distill.checkpoint import CheckpointStore, locked
-from linmu_distill.config import parse_config
+from linmu_distill.config import EVALUATION_SEED, parse_config
 from linmu_distill.handoff import HandoffError
 from linmu_distill.losses import kept_positions
 from linmu_distill.report import read_metrics, write_report
@@ -200,12 +200,13 @@ def test_a_full_disk_is_one_line(finished, monkeypatch):
         handoff.save_result(finished.folder, 1, {}, "t", finished)
 
 
-def test_measurements_are_of_what_they_say(teacher, tmp_path):
+def test_measurements_are_of_what_they_say(teacher, tmp_path, monkeypatch):
     """What is known of other questions, or of a stage as it was before, is measured again; what is known is not."""
-    values = run_values(tmp_path, teacher, evaluation={"groups": ["where"], "samples": 2, "speed_lengths": []})
+    values = run_values(tmp_path, teacher, evaluation={"samples": {"where": 2}, "speed_lengths": []})
 
-    def measure(stage=0, **evaluation):
-        run = Run(parse_config({**values, "evaluation": {**values["evaluation"], **evaluation}}))
+    def measure(stage=0, seed=EVALUATION_SEED):
+        monkeypatch.setattr("linmu_distill.run.EVALUATION_SEED", seed)
+        run = Run(parse_config(values))
         run.prepare()
         run.evaluate_stage(stage)
         return json.loads((run.folder / "evaluation.json").read_text())
@@ -245,15 +246,15 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     source = build_source(config.data, config.teacher.path, run.teacher, run.tokenizer, 0)
     batch = source.processor(source.samples(0))
     # The first block sees what the first attention sees; later ones see other streams.
-    kinds = [hidden_kinds(student, batch, "tokens")]
+    kinds = [hidden_kinds(student, batch)]
     ours, theirs = (mean_squares(model, [0], [batch], kinds)["tokens"][0] for model in (student, run.teacher))
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
 def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path):
     """L_hid with `hidden_average = "read"`, against the teacher's own attention weights."""
-    imitate = {"block_input": "teacher", "losses": {"hidden": 1.0}}
-    values = run_values(tmp_path, teacher, stage1=imitate, losses={"hidden_average": "read"}, calibration_batches=1)
+    imitate = {"losses": {"block": 1.0}}
+    values = run_values(tmp_path, teacher, stage1=imitate, hidden_average="read", calibration_batches=1)
     run = Run(parse_config(values))
     run.prepare()
     _, facts = handoff.load_result(run.folder, 0, run.teacher_hash, run.config)
@@ -298,7 +299,7 @@ def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path):
 
 def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch):
     """Given the teacher's inputs and L_hid only, leaving out all between the blocks changes no number."""
-    imitate = {"block_input": "teacher", "losses": {"hidden": 1.0}, "steps": 3}
+    imitate = {"losses": {"block": 1.0}, "steps": 3}
     curves = []
     for name, whole in (("alone", False), ("within", True)):
         monkeypatch.setattr("linmu_distill.train.is_sharded", lambda block, whole=whole: whole)
@@ -347,8 +348,7 @@ def test_command_line(finished, teacher, tmp_path):
 
 
 def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
-    values = run_values(tmp_path, teacher, mixed_precision="bf16", evaluation={"samples": 0, "speed_lengths": []})
-    values["teacher"]["dtype"] = "bfloat16"
+    values = run_values(tmp_path, teacher, precision="bfloat16", evaluation={"samples": 0, "speed_lengths": []})
     config = parse_config(values)
     distill(config)
     run = Run(config)
@@ -361,8 +361,6 @@ def test_low_precision_teachers_train_in_float32(teacher, tmp_path):
         assert tensor.dtype == (torch.float32 if IN_FLOAT32.search(name) else torch.bfloat16), name
         if name.endswith(("A_log", "dt_bias")):
             assert torch.equal(tensor, state[name])
-    with pytest.raises(RunError, match="bfloat16 teacher needs mixed_precision"):
-        distill(parse_config({**values, "name": "s", "mixed_precision": "no"}))
 
 
 _SECOND_PROCESS_LATE = """
@@ -385,7 +383,7 @@ main()
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.sweep)])
 def test_accelerate_launch(teacher, tmp_path, parallel):
     """Two processes, one of them late, give the curves of one process with twice the micro-batches."""
-    changes = dict(evaluation={"samples": 0, "speed_lengths": []}, threads=1)
+    changes = dict(evaluation={"samples": 0, "speed_lengths": []})
     one = parse_config(run_values(tmp_path / "one", teacher, gradient_accumulation=2, **changes))
     distill(one)
     values = run_values(tmp_path / "two", teacher, parallel=parallel, **changes)

@@ -62,7 +62,5 @@ def test_a_run_leaves_its_teacher_as_it_was(tmp_path):
     for number in (1, 2):
         run.train(number)
         assert not any("features" in name for name in vars(run.teacher.model))
-    measure_speed({"teacher": run.teacher}, run.tokenizer, config.evaluation.model_copy(
-        update={"speed_lengths": [32], "speed_new_tokens": 1}
-    ))  # fmt: skip
+    measure_speed({"teacher": run.teacher}, run.tokenizer, config.evaluation.model_copy(update={"speed_lengths": [32]}))
     assert not any("features" in name for name in vars(run.teacher.model))

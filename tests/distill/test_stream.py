@@ -204,7 +204,7 @@ def config(folder, output, **changes):
         "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
         "data": {"sets": sets, "max_tokens": 200, "window": 8, "frames": 4},
         "evaluation": {"samples": 0, "speed_lengths": []},
-        "calibration_batches": 1, "checkpoints": {"every": 2}, "threads": 1,
+        "calibration_batches": 1, "checkpoint_every": 2,
         **{f"stage{i}": {"steps": 6 if i != 2 else 1} for i in (1, 2, 3)},
     }  # fmt: skip
     return parse_config({**values, **changes})
@@ -212,7 +212,7 @@ def config(folder, output, **changes):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    speed = {"samples": 0, "speed_lengths": [16], "speed_new_tokens": 2}
+    speed = {"samples": 0, "speed_lengths": [16]}
     done = config(folder, tmp_path_factory.mktemp("whole"), evaluation=speed)
     distill(done)
     return done

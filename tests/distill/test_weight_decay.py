@@ -5,6 +5,7 @@ import tiny
 import torch
 
 from linmu_distill.student import add_lora, decaying
+from linmu_distill.train import WEIGHT_DECAY
 from linmu_ops import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn import PRESETS
 
@@ -44,9 +45,9 @@ def test_every_parameter_is_of_one_of_two_kinds(name):
 def test_the_optimiser_decays_these_and_loras(tmp_path, number):
     trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), number)
     groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in trainer._groups()}
-    assert set(groups) == {0.0, trainer.config.optimizer.weight_decay}
+    assert set(groups) == {0.0, WEIGHT_DECAY}
     for name, parameter in trainer.trainable.items():
-        decayed = id(parameter) in groups[trainer.config.optimizer.weight_decay]
+        decayed = id(parameter) in groups[WEIGHT_DECAY]
         assert decayed == (name.endswith("_proj.weight") or ".lora_" in name), name
         assert decayed != (id(parameter) in groups[0.0])
 

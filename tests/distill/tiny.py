@@ -162,7 +162,7 @@ def tiny_config(tmp_path, **changes) -> Config:
         "preset": "paper",
         "output": str(tmp_path),
         "teacher": {"path": "none", "max_new_tokens": 6},
-        "checkpoints": {"every": 4, "keep": 2},
+        "checkpoint_every": 4,
         "stage1": {"steps": 10, "learning_rate": 1e-2},
         "stage2": {"steps": 10, "learning_rate": 1e-2},
         "stage3": {"steps": 10, "learning_rate": 1e-2},
