@@ -59,7 +59,7 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Te
         return None
     if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
         attention_mask = None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(*args, **{**kwargs, "attention_mask": attention_mask})
 
 
 AttentionMaskInterface.register(RECORDED, _mask)

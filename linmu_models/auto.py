@@ -53,7 +53,7 @@ class _Inner(LinmuModel):
 
     @property
     def inner_model(self) -> nn.Module:
-        return self  # type: ignore[return-value]
+        return self
 
 
 def register(model_class: type[Any]) -> type[Any]:

@@ -25,23 +25,20 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = False
     supports_early_init = False
 
     def __init__(self, static: bool = False, mask_length: int | None = None) -> None:
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=0)
         CacheLayerMixin.__init__(self)
         self.is_static, self.mask_length = static, mask_length
-        self.cumulative_length: int | Tensor = torch.tensor(0) if static else 0
+        self.cumulative_length: Any = torch.tensor(0) if static else 0  # a tensor, as in transformers' static layers
         self.state: MMATEState | None = None
         self.packed = False  # the state is that of the last of a row's sequences
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]  # the two bases of transformers declare it apart
         return self.is_static
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: the first forward brings the state."""
@@ -61,7 +58,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         else:
             self.cumulative_length.add_(tokens)
             for mine, new in zip(self.state, state, strict=True):
-                if mine is not None and mine is not new:
+                if mine is not None and new is not None and mine is not new:
                     mine.copy_(new)
         self.is_initialized = True
 
@@ -74,7 +71,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.state = MMATEState(*(None if t is None else t.clone() for t in self.state or ()))
         return self.state
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> Any:
         return self.cumulative_length if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -134,8 +131,10 @@ def cache_bytes(cache: Cache) -> int:
 
     def tensors() -> Iterable[Tensor | None]:
         for layer in cache.layers:
-            kept = getattr(layer, "state", None) if isinstance(layer, LinmuCacheLayer) else (layer.keys, layer.values)
-            yield from kept or ()
+            if isinstance(layer, LinmuCacheLayer):
+                yield from layer.state or ()
+            elif isinstance(layer, CacheLayerMixin):
+                yield from (layer.keys, layer.values)
 
     return sum(t.numel() * t.element_size() for t in tensors() if t is not None)
 
@@ -151,7 +150,7 @@ def linear_layer(cache: Cache, layer_idx: int, beside_attention: bool = False) -
     """
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
         cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if isinstance(layer, LinmuCacheLayer):
         return layer
     # One that is initialised early, as before a prefill in chunks, is empty.

@@ -51,8 +51,8 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
                 padding, sequences = (
                     None if t is None else t.to(output.device) for t in (common.padding, common.seq_idx)
                 )
-                every = dict(layout=common.layout, attention_mask=padding, seq_idx=sequences)
-                kept.append(({**arguments, **every}, output))
+                call = dict(layout=common.layout, attention_mask=padding, seq_idx=sequences)
+                kept.append(({**arguments, **call}, output))
         for number, block, kept in zip(numbers, blocks, seen, strict=True):
             if looks and block.scan is not None:
                 hidden = [arguments["hidden_states"] for arguments, _ in kept]

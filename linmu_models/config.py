@@ -40,7 +40,7 @@ def _kept_layers(value: Any, low: int, layers: int) -> list[int]:
         raise ValueError(f"linmu: keep_attention must hold {rule}, got {value!r}")
     kept = list(value)
     for index in kept:
-        if not isinstance(index, Integral) or isinstance(index, bool) or not low <= index < layers:
+        if not isinstance(index, Integral) or isinstance(index, bool) or not low <= int(index) < layers:
             raise ValueError(f"linmu: keep_attention must hold {rule}, got {index!r}")
     return [int(index) for index in kept]
 
@@ -59,7 +59,7 @@ def parse_options(options: MMATEConfig | ExactConfig | Mapping[str, Any]) -> MMA
         return options
     if not isinstance(options, Mapping):
         raise ValueError(f"linmu: options must be an MMATEConfig, an ExactConfig or a dict, got {options!r}")
-    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     preset = changes.pop("preset", "exact")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"linmu: preset must be one of {', '.join(PRESETS)}, got {preset!r}")

@@ -162,9 +162,9 @@ def _block(
         if not IN_FLOAT32.search(f"{name}.{parameter_name}"):
             parameter.data = parameter.data.to(weight.dtype)
     parts = {part: getattr(attention, f"{part}_proj") for part in "qkvo"}
-    weights = {f"{part}_weight": projection.weight for part, projection in parts.items()}
-    biases = {f"{part}_bias": projection.bias for part, projection in parts.items()}
-    norms = {n: getattr(attention, n, None) for n in ("q_norm", "k_norm")}
+    weights: dict[str, Any] = {f"{part}_weight": projection.weight for part, projection in parts.items()}
+    biases: dict[str, Any] = {f"{part}_bias": projection.bias for part, projection in parts.items()}
+    norms: dict[str, Any] = {n: getattr(attention, n, None) for n in ("q_norm", "k_norm")}
     sizes = {n: p.numel() for n, p in block.named_parameters()}
     rows = block.load_attention_weights(**weights, **biases, **norms)
     return block, [

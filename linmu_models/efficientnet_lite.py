@@ -7,7 +7,7 @@ gives that many visual tokens. Batch norms are folded into the convolutions when
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class EfficientNetLiteModel(PreTrainedModel):
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
     main_input_name = "pixel_values"
-    _no_split_modules: ClassVar[list[str]] = ["_Block"]
+    _no_split_modules = ["_Block"]  # noqa: RUF012  # as transformers declares it
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)

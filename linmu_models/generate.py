@@ -92,7 +92,7 @@ def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None)
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(model), allow_patterns=patterns))
+    return Path(snapshot_download(str(model), allow_patterns=None if patterns is None else list(patterns)))
 
 
 def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
@@ -224,8 +224,11 @@ def generate_text(
     except UnicodeEncodeError as error:
         raise ValueError(f"generate: prompt must be UTF-8, got {prompt!r}") from error
     media = []
-    for path, read in [*((p, read_image) for p in images), *((p, partial(read_video, frames=frames, fps=fps))
-                                                             for p in videos)]:  # fmt: skip
+    given: list[tuple[Any, Callable[[Any], Any]]] = [
+        *((p, read_image) for p in images),
+        *((p, partial(read_video, frames=frames, fps=fps)) for p in videos),
+    ]
+    for path, read in given:
         try:
             media.append(read(path))
         except UnreadableError as error:
@@ -269,5 +272,6 @@ def fast_decode(**compile_options: Any) -> dict[str, Any]:
             left out.
     """
     config = CompileConfig(**compile_options)
-    config._compile_all_devices = True  # transformers would not compile on a CPU
+    compiles: Any = config
+    compiles._compile_all_devices = True  # transformers would not compile on a CPU
     return {"cache_implementation": "static", "compile_config": config}

@@ -27,13 +27,13 @@ def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor | None]]:
+def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Collect what each module returns, `(B, L, D)`, while the context is open.
 
     An attention module returns (output, weights), a mixer may return the output alone. Recomputation in the backward
     pass happens outside the context and is not recorded.
     """
-    outputs: list[Tensor | None] = [None] * len(modules)
+    outputs: list[Any] = [None] * len(modules)  # until each has run
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:

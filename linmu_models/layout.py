@@ -84,7 +84,8 @@ def repeat_units(placeholders: Placeholders) -> Placeholders:
     repeated: list[VisualUnit] = []
     left = list(units)
     for row in mask[::times] if times > 1 else ():
-        count, mine = int(row.sum()), []
+        count = int(row.sum())
+        mine: list[VisualUnit] = []
         while left and sum(unit.tokens for unit in mine) < count:
             mine.append(left.pop(0))
         repeated += mine * times

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,18 @@ from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token
 from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
 from .report import TransferReport
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
+
+    from linmu_ops.nn.block import Block as _Block
+
+    _Part = PreTrainedModel
+
+    class _Whole(PreTrainedModel, GenerationMixin):
+        """A transformers class that generates."""
+else:  # the class that a mixin is mixed into brings them
+    _Block = _Part = _Whole = object
 
 REMOTE_CODE = "modeling_linmu.py"
 REPORT = "linmu_report.json"
@@ -85,7 +97,7 @@ def attention_window(attention: Any) -> int | None:
     return window or None
 
 
-class LinmuAttention:
+class LinmuAttention(_Block):
     """Mixed into a block: the interface of the transformers attention module whose place it takes.
 
     Args:
@@ -106,11 +118,11 @@ class LinmuAttention:
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: Any,
         config: MMATEConfig | ExactConfig,
         layer_idx: int,
         text_only: bool = False,
-        **facts: bool | None,
+        **facts: bool,
     ) -> None:
         head_dim = attention.head_dim
         norm = getattr(attention, "q_norm", None)
@@ -118,10 +130,12 @@ class LinmuAttention:
         # All that text sees in such an attention is near: there is no first token, and nothing far, to look at. Visual
         # tokens see text by both.
         self.text_only = text_only
-        self.all_near = window is not None and window <= config.text_window
-        if self.all_near:
-            sinks = {"sink_tokens": 0} if text_only and isinstance(config, ExactConfig) else {}
-            config = dataclasses.replace(config, text_window=window, **sinks)
+        if window is not None and window <= config.text_window:
+            self.all_near = True
+            if text_only and isinstance(config, ExactConfig):
+                config = dataclasses.replace(config, text_window=window, sink_tokens=0)
+            else:
+                config = dataclasses.replace(config, text_window=window)
         super().__init__(
             attention.q_proj.in_features,
             attention.q_proj.out_features // head_dim,
@@ -138,7 +152,7 @@ class LinmuAttention:
         if self.all_near and self.windows is not None:
             self.windows.nothing_beyond = True
 
-    def forward(
+    def forward(  # type: ignore[override]  # called as the attention in whose place it is, not as a block
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -157,7 +171,7 @@ class LinmuAttention:
         padding = None if linmu.padding is None else linmu.padding.to(hidden_states.device)
         seq_idx = None if linmu.seq_idx is None else linmu.seq_idx.to(hidden_states.device)
         if cache is None:
-            out = super().forward(
+            out: Any = super().forward(
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding,
                 seq_idx=seq_idx,
             )  # fmt: skip
@@ -195,28 +209,28 @@ class LinmuExactMMATE(LinmuAttention, ExactMMATE):
 
 
 def linmu_attention(
-    attention: nn.Module,
+    attention: Any,
     config: MMATEConfig | ExactConfig,
     layer_idx: int,
     text_only: bool = False,
-    **facts: bool | None,
+    **facts: bool,
 ) -> LinmuMMATE | LinmuExactMMATE:
     """The block of these options in the place of an attention module; arguments as `LinmuAttention`."""
     kind = LinmuExactMMATE if isinstance(config, ExactConfig) else LinmuMMATE
     return kind(attention, config, layer_idx, text_only, **facts)
 
 
-class HoldsBlocks:
+class HoldsBlocks(_Part):
     """Mixed into a transformers class some part of which has M-MATE blocks: how these begin, and in which dtype."""
 
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {IN_FLOAT32.pattern}
+    _keep_in_fp32_modules_strict = {IN_FLOAT32.pattern}  # noqa: RUF012  # as transformers declares it
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         # The inner models, which initialise their own parts, know linear maps but not a block's other parameters.
-        blocks = [m for m in self.modules() if isinstance(m, LinmuAttention)]  # type: ignore[attr-defined]
+        blocks = [m for m in self.modules() if isinstance(m, LinmuAttention)]
         new = [b for b in blocks if not getattr(b, "_is_hf_initialized", False)]
-        super().initialize_weights()  # type: ignore[misc]
+        super().initialize_weights()
         for block in new:
             if all(getattr(p, "_is_hf_initialized", False) for p in block.parameters()):
                 continue
@@ -248,7 +262,7 @@ def _loaded_put_aside(block: nn.Module) -> Iterator[None]:
             module._parameters[name] = p
 
 
-class LinmuModel(HoldsBlocks):
+class LinmuModel(HoldsBlocks, _Whole):
     """Mixed into a transformers class, before it in the bases. A family adds where its visual tokens are.
 
     Attributes:
@@ -314,7 +328,8 @@ class LinmuModel(HoldsBlocks):
     def _share_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("linmu") is not None:
             return None
-        given = {**dict(zip(_forward_names(type(module)), args, strict=False)), **kwargs} if args else kwargs
+        kind: Any = type(module)
+        given = {**dict(zip(_forward_names(kind), args, strict=False)), **kwargs} if args else kwargs
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if tokens is None:
             return None  # the model's own error says it better
@@ -331,11 +346,16 @@ class LinmuModel(HoldsBlocks):
         linmu = self.block_inputs(given, length, visual=not decoding and module is self.inner_model)
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
         if linmu.seq_idx is not None:
-            kwargs = self._with_sequences(given, kwargs, linmu, caches)
+            kwargs = self._with_sequences(given, kwargs, linmu, linmu.seq_idx, caches)
         return args, {**kwargs, "linmu": linmu}
 
     def _with_sequences(
-        self, given: Mapping[str, Any], kwargs: dict[str, Any], linmu: LinmuInputs, caches: list[Cache]
+        self,
+        given: Mapping[str, Any],
+        kwargs: dict[str, Any],
+        linmu: LinmuInputs,
+        sequences: Tensor,
+        caches: list[Cache],
     ) -> dict[str, Any]:
         """The keywords of a call whose rows hold several sequences; refuses what would let one see another."""
         if any(int(cache.get_seq_length()) > 0 for cache in caches):
@@ -343,7 +363,7 @@ class LinmuModel(HoldsBlocks):
         if given.get("position_ids") is None:
             mrope = linmu.layout is not None and hasattr(self.inner_model, "get_rope_index")
             if not mrope:  # there a row's positions are as good: only their distances count
-                kwargs = {**kwargs, "position_ids": positions_in(linmu.seq_idx)}
+                kwargs = {**kwargs, "position_ids": positions_in(sequences)}
         positions = kwargs.get("position_ids", given.get("position_ids"))
         parted = positions is not None and (positions.ndim == 2 or positions.shape[0] == 4)
         if not self.is_linear and not (parted and given.get("attention_mask") is None and _without_cache(given)):
@@ -412,11 +432,12 @@ class LinmuModel(HoldsBlocks):
         make = getattr(super(), "create_masks_for_generate", create_attention_masks)
         return make(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> Any:
         # `generate` encodes pixels before the prefill and drops the grids with them; without them, the prefill would
         # take visual tokens for text. They travel with what was encoded.
         before = dict(model_kwargs)
-        out = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)  # type: ignore[misc]
+        mixed_in: Any = super()
+        out = mixed_in._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         dropped = {k: v for k, v in before.items() if k not in out and isinstance(v, Tensor) and "pixel" not in k}
         for encoded in (out.get("mm_encoder_outputs") or {}).values():
             encoded.linmu_sizes = dropped
@@ -430,7 +451,8 @@ class LinmuModel(HoldsBlocks):
                 "linmu: prefill_chunk_size must be None for a prompt with images or videos, which no chunk may split, "
                 f"got {generation_config.prefill_chunk_size}"
             )
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        mixed_in: Any = super()
+        return mixed_in._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -443,7 +465,7 @@ class LinmuModel(HoldsBlocks):
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         given = inputs.get("attention_mask")
-        if _is_padding(attention_mask) and not _is_padding(given):
+        if attention_mask is not None and _is_padding(attention_mask) and not _is_padding(given):
             # The mask of a static cache: attention's layers read it, padding can no longer be read from it.
             tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             inputs["linmu_padding"] = _last_of_mask(attention_mask, tokens.shape[1])
@@ -463,7 +485,7 @@ class LinmuModel(HoldsBlocks):
 
 
 @functools.cache
-def _forward_names(module_class: type[nn.Module]) -> tuple[str, ...]:
+def _forward_names(module_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
@@ -475,7 +497,7 @@ def _without_cache(inputs: Mapping[str, Any]) -> bool:
     return inputs.get("use_cache") is False and all(inputs.get(name) is None for name in ("cache", "past_key_values"))
 
 
-def write_remote_code(folder: Path, config_class: type, model_class: type) -> None:
+def write_remote_code(folder: Path, config_class: Any, model_class: Any) -> None:
     """Make the saved model in `folder` loadable with `trust_remote_code=True`."""
     (folder / REMOTE_CODE).write_text(
         # Within a try, as transformers asks for every other import under the name of its module, not of its package.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from linmu_models.layout import Placeholders, VisualUnit
@@ -21,6 +21,7 @@ class SquarePlaceholders:
     """Each image, or tile of one, is a square of its own; how tiles are arranged is not among the model's inputs."""
 
     config: Any
+    placeholder_mask: Callable[[Mapping[str, Any], int], Any]
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         images = count_images(inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from linmu_models.layout import Placeholders, grids_to_units
@@ -12,6 +12,7 @@ class ThwPlaceholders:
     """`image_grid_thw` and `video_grid_thw`; a video may be interrupted, e.g. by time stamps between its frames."""
 
     config: Any
+    placeholder_mask: Callable[[Mapping[str, Any], int], Any]
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         merge = self.config.vision_config.spatial_merge_size

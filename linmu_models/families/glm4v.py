@@ -24,7 +24,8 @@ class LinmuGlm4vForConditionalGeneration(LinmuModel, Glm4vForConditionalGenerati
     facts: ClassVar = {"interleaved_rotary": True}
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
-        merge = self.config.vision_config.spatial_merge_size
+        vision: Any = self.config.vision_config
+        merge = vision.spatial_merge_size
         given = [(kind, inputs.get(f"{name}_grid_thw")) for kind, name in ((1, "image"), (2, "video"))]
         given = [(kind, grids) for kind, grids in given if grids is not None]
         if not given:

@@ -27,5 +27,6 @@ class LinmuLlavaForConditionalGeneration(SquarePlaceholders, LinmuModel, LlavaFo
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         if inputs.get("image_sizes") is not None:
-            return placeholders_by_size(self, inputs, self.config.vision_config.patch_size)
+            vision: Any = self.config.vision_config
+            return placeholders_by_size(self, inputs, vision.patch_size)
         return SquarePlaceholders.placeholders(self, inputs)

@@ -25,4 +25,5 @@ class LinmuMistral3ForConditionalGeneration(LinmuModel, Mistral3ForConditionalGe
     config: LinmuMistral3Config
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
-        return placeholders_by_size(self, inputs, self.config.vision_config.patch_size * self.config.spatial_merge_size)
+        vision: Any = self.config.vision_config
+        return placeholders_by_size(self, inputs, vision.patch_size * self.config.spatial_merge_size)

@@ -26,7 +26,8 @@ class LinmuSmolVLMForConditionalGeneration(LinmuModel, SmolVLMForConditionalGene
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         if inputs.get("pixel_values") is None and inputs.get("mm_encoder_outputs") is None:
             return
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size // self.config.scale_factor
+        vision: Any = self.config.vision_config
+        side = vision.image_size // vision.patch_size // self.config.scale_factor
         mask = self.placeholder_mask(inputs, self.config.image_token_id)
         units = [unit for row in mask for unit in tiles_to_units(np.flatnonzero(row), side)]
         yield Placeholders(mask, units)

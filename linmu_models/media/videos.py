@@ -60,17 +60,19 @@ def _decode(packet: Any) -> list[Any]:
 class _Film:
     """The picture of a video file: what is known of it, and its frames in the order in which they are shown."""
 
+    _container: Any = None
+
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._seekable = True
         self._jump = _JUMP
-        self._container: Any = None
         self._reopen()
         rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
         self._rate = float(next((rate for rate in rates if rate and rate > 0), 25))
-        self._first, frame = next(self._frames(), (0.0, None))
-        if frame is None:
+        first: tuple[float, Any] | None = next(self._frames(), None)
+        if first is None:
             raise UnreadableError("video corrupt")
+        self._first, frame = first
         lying = _turn(frame)[0] % 2
         height, width = (frame.width, frame.height) if lying else (frame.height, frame.width)
         start = self._container.start_time
@@ -237,7 +239,7 @@ class _Film:
             return False
         entries = self._stream.index_entries
         place = entries.search_timestamp(int(time / self._stream.time_base), backward=True)
-        if place >= 0 and self._seconds(entries[place].timestamp) > position:
+        if place >= 0 and float(entries[place].timestamp * self._stream.time_base) > position:
             return True
         return time - position > self._jump
 
