@@ -156,5 +156,5 @@ def test_a_recipes_patterns_may_match_nothing_others_may_not(teacher, tmp_path):
 def test_fingerprints_follow_the_recipe():
     values = {"name": "x", "teacher": {"path": "t"}}
     plain = parse_config(values).fingerprint(3)
-    for change in ({"stage3": {"train": ["scan"]}}, {"student": {"keep_attention": [0]}}):
+    for change in ({"stage3": {"freeze": ["lora_"]}}, {"student": {"keep_attention": [0]}}):
         assert parse_config({**values, **change}).fingerprint(3) != plain
