@@ -135,7 +135,7 @@ def test_a_neighbour_changes_no_bit(models, samples, processor, preset):  # noqa
     found = []
     for which in (samples, others):
         stage = {"losses": {"hidden": 1.0, "token": 1.0, "supervised": 1.0}}
-        part, objective = part_of(models, preset, which, blind, True, "kinds", stage)
+        part, objective = part_of(models, preset, which, blind, True, "tokens", stage)
         mine = torch.isin(part.batch["seq_idx"], torch.tensor([0, 2, 3]))
         part.kinds = {kind: weights & mine for kind, weights in part.kinds.items()}
         losses, gradients = losses_and_gradients(part, objective)
