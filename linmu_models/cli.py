@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 try:
     import typer
@@ -31,11 +31,11 @@ def _added() -> dict[str, EntryPoint]:
 class Commands(TyperGroup):
     """Our own commands, then those that other packages add."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         own = super().list_commands(ctx)
         return [*own, *(name for name in dict.fromkeys([*OF_DISTILL, *sorted(_added())]) if name not in own)]
 
-    def get_command(self, ctx: typer.Context, name: str) -> typer.core.TyperCommand | None:
+    def get_command(self, ctx: Any, name: str) -> Any:
         own = super().get_command(ctx, name)
         if own is not None:
             return own

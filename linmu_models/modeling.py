@@ -383,7 +383,7 @@ class LinmuModel(HoldsBlocks, _Whole):
                 "linmu: attention_mask must be (B, L), 0 at padding: a block has no other mask, and sees every earlier "
                 f"token of its row, got {got}"
             )
-        tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        tokens: Any = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if mask is not None and (len(mask) != len(tokens) or mask.shape[1] < length):
             raise ValueError(
                 f"linmu: attention_mask must be (B, L) = ({len(tokens)}, {length}), or longer with a cache, got shape "
