@@ -24,7 +24,7 @@ __device__ inline float row_value(const WindowPlan& s, const GatheredRows& from,
   if (!turn || !p.cos || i >= p.rotary_dim) return to_float(row[i]);
   const int64_t at = rotary_offset(p, token);
   const float *cos = static_cast<const float*>(p.cos) + at, *sin = static_cast<const float*>(p.sin) + at;
-  return to_float(from_float<T>(turned<false>(p, row, cos, sin, i)));
+  return to_float(from_float<T>(rotated<false>(p, row, cos, sin, i)));
 }
 
 // A query and a key of one window, by their entries; all lanes of a warp have the same.
