@@ -55,7 +55,7 @@ def ssd_scan(
         forward:  h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (outer) B[t]                 y>[t] = h[t] C[t]
         reverse:  r[t] = exp(dt'[t] A') r[t+1] + m[t] dt'[t] x[t] (outer) B'[t]        y<[t] = r[t] C'[t]
         both:     y[t] = g[t] y>[t] + (1 - g[t]) y<[t]  where m[t],  y[t] = y>[t] elsewhere;  y> + y< without a gate
-        and D x[t] is added to each. dt', A', B', C' and m are those of `reverse`, or the forward ones, and all ones.
+        and D x[t] is added to each. `reverse` gives dt', A', B', C' and m; else they are the forward ones, and m is 1.
 
     t counts visits: `token_order[b, t]` is the position visited at t. Every other argument, and y, is in token
     positions. Where the mask m is False the reverse state passes through unchanged and the reverse output is 0.
@@ -71,14 +71,14 @@ def ssd_scan(
         dt_bias: (H,) float. Added to dt before softplus.
         dt_softplus: apply softplus to dt (+ bias), in both directions.
         direction: "forward", "reverse" or "both".
-        reverse: what the reverse direction has of its own, a `linmu_ops.Reverse(dt, A, B, C, dt_bias, mask, seq_idx)`;
-            what that leaves out is the forward one's. "reverse" and "both" only.
+        reverse: what the reverse direction has of its own, a `linmu_ops.Reverse(dt, A, B, C, dt_bias, mask, seq_idx)`.
+            What it leaves out is the forward direction's. "reverse" and "both" only.
         gate: (B, L, H) or (H,) float in (0, 1). Weight of the forward direction; "both" only.
         seq_idx: (B, L) int32. The state restarts at a visit whose index differs from the visit before.
         token_order: (B, L) int32. A permutation per row; the position visited at t. In place if None.
-        initial_state: (B, H, P, N) float32 (float64 for float64 x). State before the first visit (for "reverse":
-            before the last token); with "both" it belongs to the forward direction.
-        return_final_state: also return the state after the last visit of that same direction.
+        initial_state: (B, H, P, N) float32 (float64 for float64 x). State before the first visit; for "reverse", which
+            visits in the opposite order, before the last token. With "both" it is the forward direction's.
+        return_final_state: also return the state after the last visit, of the same direction.
         chunk_size: tokens per chunk of the fast kernels, >= 1; chosen by the kernel if None.
 
     Returns:
