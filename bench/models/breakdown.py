@@ -114,7 +114,7 @@ def _op_costs(
     total = {n: Cost(layers * c.flops, layers * c.bytes) for n, c in costs.items()}
     window = Cost(bytes=layers * itemsize * len(layout.positions) * size * (2 * heads + 2 * groups))
     for layer in getattr(model, "linmu_layers", lambda: [])():
-        counts = layout.window_table(*layer.self_attn.windows).offsets.diff().double()
+        counts = layout.window_table(*layer.self_attn.layer_windows).offsets.diff().double()
         window.flops += 4 * heads * size * counts.square().sum().item()
     return total | {"window attention": window}
 

@@ -194,9 +194,9 @@ def filled_cache(model: Any, tokens: int, batch: int, static_length: int | None 
 def counted_on(model: Any, tokens: int, batch: int) -> list[MMATEState]:
     """The state of each layer of a student after `tokens` tokens of text: of a real prefix, which is long enough to
     fill all that a state keeps and ends at the same place of the window, with its tokens counted on to `tokens`."""
-    config = model.linmu_layers()[0].self_attn.config
-    window = config.text_window
-    least = max(FULL, config.sink_tokens + window)
+    windows = model.linmu_layers()[0].self_attn.windows
+    window, sinks = (0, 0) if windows is None else (windows.text_window, windows.sink_tokens)
+    least = max(FULL, sinks + window)
     length = tokens if tokens <= least else least + (tokens - least) % max(window, 1)
     decoder, device = model.get_decoder(), model.device
     embeddings = torch.empty(batch, length, decoder.config.hidden_size, dtype=model.dtype, device=device)

@@ -146,9 +146,9 @@ def test_the_state_behind_a_step_is_that_of_a_prefix(block, tokens):
             )  # fmt: skip
         read.append(made.shapes)
     assert read[0] == read[1]
-    config = student.linmu_layers()[0].self_attn.config
-    keys = config.sink_tokens + min(tokens + 1, config.text_window)
-    assert not config.text_window or any(keys in shape for shape in read[1])
+    windows = student.linmu_layers()[0].self_attn.windows
+    keys = windows.sink_tokens + min(tokens + 1, windows.text_window)
+    assert not windows.text_window or any(keys in shape for shape in read[1])
 
 
 class Made(TorchDispatchMode):
