@@ -248,15 +248,15 @@ def unseen(samples: Sequence[Conversation]) -> list[Conversation]:
     return [dataclasses.replace(sample, media=(white,) * len(sample.media)) for sample in samples]
 
 
-def _data(files: Path, batch: int) -> RecordData:
+def _data(files: Path, tokens: int) -> RecordData:
     return RecordData.model_validate(
-        {"sets": {"stamps": {"format": "onevision", "files": [str(files)]}}, "max_samples": batch, "window": 256}
+        {"sets": {"stamps": {"format": "onevision", "files": [str(files)]}}, "max_tokens": tokens, "window": 256}
     )
 
 
 def train_projector(
-    model: Any, tokenizer: Any, folder: Path, files: Path, *, steps: int, batch: int = 16, learning_rate: float = 2e-3,
-    blind: bool = False,
+    model: Any, tokenizer: Any, folder: Path, files: Path, *, steps: int, tokens: int = 1024,
+    learning_rate: float = 2e-3, blind: bool = False,
 ) -> None:  # fmt: skip
     """Train the projector of a model on the answers of a parquet file; all else is frozen.
 
@@ -265,7 +265,7 @@ def train_projector(
         blind: show white pictures.
     """
     projector: nn.Module = model.model.multi_modal_projector.requires_grad_(True)
-    source = build_source(_data(files, batch), str(folder), model, tokenizer, seed=0)
+    source = build_source(_data(files, tokens), str(folder), model, tokenizer, seed=0)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=learning_rate, weight_decay=0.01)
     warmup = max(1, steps // 20)
     for step in range(steps):

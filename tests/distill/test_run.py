@@ -395,8 +395,8 @@ def test_accelerate_launch(teacher, tmp_path, parallel):
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     root = Path(__file__).parents[2]
     # `--cpu` would start one process, or ask for MPI.
-    path = os.pathsep.join([str(root), os.environ["PYTHONPATH"]])
-    environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    found = os.pathsep.join([str(root), os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "PYTHONPATH": found, "ACCELERATE_USE_CPU": "true"}
     command += [str(program), "distill", str(path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr

@@ -28,8 +28,8 @@ def saved(tmp_path_factory):
     def get(family):
         if family not in folders:
             student = linmu_models.convert(tiny.teacher(family), tiny.NARROW)
-            student.save_pretrained(tmp_path_factory.mktemp(family))
-            folders[family] = tmp_path_factory.getbasetemp() / f"{family}0", student
+            folders[family] = tmp_path_factory.mktemp(family), student
+            student.save_pretrained(folders[family][0])
         return folders[family]
 
     return get
