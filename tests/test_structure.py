@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,12 @@ SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".toml", "CMakeLists.txt",
 def test_no_file_is_long():
     long = {f.name: n for f in tracked(*SOURCES) if (n := f.read_bytes().count(b"\n")) > MAX_LINES}
     assert not long
+
+
+def test_each_test_file_has_its_own_name():
+    """pytest can't collect two files of one name from folders that are no packages."""
+    files = [f for f in tracked(".py") if f.name.startswith("test_") and not (f.parent / "__init__.py").exists()]
+    assert not [name for name, n in Counter(f.name for f in files).items() if n > 1]
 
 
 def test_nothing_is_left_to_do():
