@@ -226,29 +226,7 @@ class Block(nn.Module):
         """
         return transfer.from_attention(cls, attention, layer_idx=layer_idx, **options)
 
-    def load_attention_weights(
-        self,
-        *,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        v_weight: Tensor,
-        o_weight: Tensor,
-        q_bias: Tensor | None = None,
-        k_bias: Tensor | None = None,
-        v_bias: Tensor | None = None,
-        o_bias: Tensor | None = None,
-        q_norm: nn.Module | None = None,
-        k_norm: nn.Module | None = None,
-        names: dict[str, str] | None = None,
-    ) -> list[transfer.TransferRow]:
-        """Copy an attention layer's weights into the scan and the windows.
-
-        `transfer.load_attention_weights` explains arguments, result and errors.
-        """
-        return transfer.load_attention_weights(
-            self, q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight, q_bias=q_bias,
-            k_bias=k_bias, v_bias=v_bias, o_bias=o_bias, q_norm=q_norm, k_norm=k_norm, names=names,
-        )  # fmt: skip
+    load_attention_weights = transfer.load_attention_weights
 
     def calibrate(
         self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None

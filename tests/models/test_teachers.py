@@ -151,6 +151,15 @@ class Doubled(torch.nn.Module):
         return 2 * self.inner(x)
 
 
+def assert_generate_alike(teacher, student, ids):
+    options = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    mask = torch.ones_like(ids)
+    theirs, mine = (m.generate(ids, attention_mask=mask, **options) for m in (teacher, student))
+    assert torch.equal(theirs.sequences, mine.sequences)
+    for a, b in zip(theirs.logits, mine.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
     """The block's is as short, no first token is in it, and text sees nothing beyond; in prefill and in steps, from
@@ -168,12 +177,7 @@ def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
         expected = teacher(input_ids=ids).logits
         for student in (loaded.eval(), calibrated):
             torch.testing.assert_close(student(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)
-    options = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    mask = torch.ones_like(ids)
-    theirs, mine = (m.generate(ids, attention_mask=mask, **options) for m in (teacher, loaded))
-    assert torch.equal(theirs.sequences, mine.sequences)
-    for a, b in zip(theirs.logits, mine.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert_generate_alike(teacher, loaded, ids)
 
 
 def test_text_of_a_model_with_images_keeps_its_sliding_window():
@@ -183,14 +187,9 @@ def test_text_of_a_model_with_images_keeps_its_sliding_window():
     # Visual tokens see text by the first tokens and by the scan.
     assert (block.config.text_window, block.config.sink_tokens, block.all_near) == (6, 4, True)
     ids = torch.tensor([tiny.text_ids(30), tiny.text_ids(30, 1)])
-    options = dict(max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
     with torch.no_grad():
         torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-    mask = torch.ones_like(ids)
-    theirs, mine = (m.generate(ids, attention_mask=mask, **options) for m in (teacher, student))
-    assert torch.equal(theirs.sequences, mine.sequences)
-    for a, b in zip(theirs.logits, mine.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert_generate_alike(teacher, student, ids)
 
 
 def test_a_longer_sliding_window_is_left_to_the_scan():
