@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import re
 import subprocess
@@ -130,6 +131,31 @@ def test_imports_go_one_way():
             for name in names:
                 top = name.split(".")[0]
                 assert top not in everywhere or top in allowed, f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
+
+
+def imported(file, module, modules):
+    """Which of `modules` the file imports: anywhere in it, for types only too."""
+    package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for name in (f"{base}.{alias.name}" for alias in node.names):
+                yield from {name if name in modules else base} & modules
+
+
+def test_imports_have_no_circles():
+    files = {}
+    for file in tracked(".py"):
+        path = file.relative_to(ROOT).with_suffix("")
+        if len(path.parts) > 1 and path.parts[0] != "tests":
+            parts = ["linmu_distill" if path.parts[0] == "distill" else path.parts[0], *path.parts[1:]]
+            files[".".join(parts[:-1] if file.name == "__init__.py" else parts)] = file
+    graph = {module: set(imported(file, module, set(files))) - {module} for module, file in files.items()}
+    assert sum(map(len, graph.values())) > len(files)
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
 def test_a_command_names_what_can_be_imported():

@@ -219,12 +219,44 @@ class Block(nn.Module):
         return state
 
     @classmethod
-    def from_attention(cls, attention: nn.Module, *, layer_idx: int = 0, **options: Any) -> Self:
+    def from_attention(
+        cls,
+        attention: nn.Module,
+        *,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        layer_idx: int = 0,
+        **options: Any,
+    ) -> Self:
         """Make a block with the sizes, device, dtype and weights of an attention layer.
 
-        `transfer.from_attention` explains the arguments.
+        Args:
+            attention: a module with linear projections under the names of transformers, timm, diffusers or
+                `torch.nn.MultiheadAttention`, separate or fused. It may have norms of queries and keys per head. A
+                dropout is left out, with a warning.
+            num_heads: the module's num_heads, num_attention_heads or config.num_attention_heads if None.
+            num_kv_heads: from the shape of the key projection if None.
+            head_dim: from the shape of the query projection if None.
+            layer_idx: of the block.
+            options: other arguments of the block (scale, config). scale: the module's own `scaling` or `scale` if not
+                given.
+
+        Raises:
+            ValueError: the module has no projection of a known name, or no number of heads; or it has a part that
+                changes its result and that a block has no place for. The message names the part.
+            TypeError: its weights are quantised.
         """
-        return transfer.from_attention(cls, attention, layer_idx=layer_idx, **options)
+        config = options.get("config") or cls.default_config
+        causal = options.get("causal_windows")
+        causal = cls.default_causal_windows if causal is None else causal
+        reach = max(config.text_window, math.prod(config.window) if causal else 0)
+        sizes, weights = transfer.read_attention(attention, reach, num_heads, num_kv_heads, head_dim)
+        options.setdefault("scale", sizes.pop("scale"))
+        block = cls(**sizes, layer_idx=layer_idx, **options)
+        block.to(device=weights["q_weight"].device, dtype=weights["q_weight"].dtype)
+        block.load_attention_weights(**weights)
+        return block
 
     load_attention_weights = transfer.load_attention_weights
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._attention import HEADS, SCALES, first, read
 
-if TYPE_CHECKING:
-    from .block import Block
-
-B = TypeVar("B", bound="Block")
 # (the block's module, the attention's part); a block has some of these modules
 PARTS = (
     ("scan.c_proj", "q"), ("scan.b_proj", "k"), ("scan.x_proj", "v"),
@@ -35,7 +30,7 @@ class TransferRow(NamedTuple):
 
 @torch.no_grad()
 def load_attention_weights(
-    block: Block,
+    block: nn.Module,
     *,
     q_weight: Tensor,
     k_weight: Tensor,
@@ -76,7 +71,7 @@ def load_attention_weights(
     for part, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         given[part] = {} if norm is None else dict(norm.state_dict())
     sources: dict[str, str] = {}
-    op = block._name
+    op = type(block).__name__
     modules = dict(block.named_modules())
     for module_name, part in PARTS:
         module = modules.get(module_name)
@@ -101,58 +96,32 @@ def load_attention_weights(
     ]
 
 
-def from_attention(
-    cls: type[B],
-    attention: nn.Module,
-    *,
-    num_heads: int | None = None,
-    num_kv_heads: int | None = None,
-    head_dim: int | None = None,
-    layer_idx: int = 0,
-    **options: Any,
-) -> B:
-    """Build a block from an attention module and copy its weights.
+def read_attention(
+    attention: nn.Module, reach: int, num_heads: int | None, num_kv_heads: int | None, head_dim: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of a block with an attention layer's sizes, and those of its `load_attention_weights`.
 
-    Args:
-        cls: `MMATE` or `ExactMMATE`.
-        attention: a module with linear projections under the names of transformers, timm, diffusers or
-            `torch.nn.MultiheadAttention`, separate or fused. It may have norms of queries and keys per head. A dropout
-            is left out, with a warning.
-        num_heads: the module's num_heads, num_attention_heads or config.num_attention_heads if None.
-        num_kv_heads: from the shape of the key projection if None.
-        head_dim: from the shape of the query projection if None.
-        layer_idx: of the block.
-        options: other arguments of the block (scale, config). scale: the module's own `scaling` or `scale` if not
-            given.
-
-    Raises:
-        ValueError: the module has no projection of a known name, or no number of heads; or it has a part that changes
-            its result and that a block has no place for. The message names the part.
-        TypeError: its weights are quantised.
+    The last three are read where they are None. reach: how many tokens the block's windows hold, if they are causal.
     """
     heads = num_heads or first(attention, HEADS) or first(getattr(attention, "config", None), HEADS)
-    config = options.get("config") or cls.default_config
-    causal = options.get("causal_windows")
-    causal = cls.default_causal_windows if causal is None else causal
-    reach = max(config.text_window, math.prod(config.window) if causal else 0)
     weights, biases, names, norms = read(attention, heads, reach)
-    q, k, v, o = (weights[part] for part in "qkvo")
-    head_dim = head_dim or q.shape[0] // heads
     query_norm = norms["q_norm"]
     scale = first(attention, SCALES)
     if isinstance(scale, (Tensor, nn.Module)):
         raise ValueError(
             f"from_attention: scale must be given for {type(attention).__name__}, whose own is learned, got None"
         )
-    options.setdefault("scale", scale if isinstance(scale, float) else None)
-    block = cls(
-        o.shape[0], heads, num_kv_heads or k.shape[0] // head_dim, head_dim, layer_idx=layer_idx,
-        qkv_bias=any(biases[part] is not None for part in "qkv"), out_bias=biases["o"] is not None,
-        qk_norm=None if query_norm is None else lambda _: copy.deepcopy(query_norm), **options,
-    )  # fmt: skip
-    block.to(device=q.device, dtype=q.dtype)
-    block.load_attention_weights(
-        q_weight=q, k_weight=k, v_weight=v, o_weight=o, **{f"{part}_bias": bias for part, bias in biases.items()},
-        q_norm=query_norm, k_norm=norms["k_norm"], names=names,
-    )  # fmt: skip
-    return block
+    size = head_dim or weights["q"].shape[0] // heads
+    sizes = {
+        "dim": weights["o"].shape[0],
+        "num_heads": heads,
+        "num_kv_heads": num_kv_heads or weights["k"].shape[0] // size,
+        "head_dim": size,
+        "qkv_bias": any(biases[part] is not None for part in "qkv"),
+        "out_bias": biases["o"] is not None,
+        "qk_norm": None if query_norm is None else lambda _: copy.deepcopy(query_norm),
+        "scale": scale if isinstance(scale, float) else None,
+    }
+    values: dict[str, Any] = {f"{part}_weight": weight for part, weight in weights.items()}
+    values |= {f"{part}_bias": bias for part, bias in biases.items()}
+    return sizes, {**values, **norms, "names": names}
