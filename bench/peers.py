@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 Inputs = dict[str, Any]
+Sizes = dict[str, Any]  # numbers, tuples, and names of choices
 
 
 class Missing(Exception):
@@ -45,7 +46,7 @@ class Case:
     One with a `target` is for a GPU: what is aimed at on an H200, in words.
     """
 
-    sizes: dict[str, Any]
+    sizes: Sizes
     dtypes: tuple[str, ...] = ("float32",)
     backward: bool = False
     quick: bool = False

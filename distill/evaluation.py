@@ -14,7 +14,7 @@ from .data import Processor, Sample, generate
 _VISUAL_TOKENS_A_BATCH = 8192
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion."""
     if n == 0:
         return 0.0, 1.0

@@ -7,6 +7,7 @@ import graphlib
 import inspect
 import re
 import subprocess
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def test_imports_have_no_circles():
     graph = {module: set(imported(file, module, set(files))) - {module} for module, file in files.items()}
     assert sum(map(len, graph.values())) > len(files)
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+
+
+def test_types_of_every_package_are_checked():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    folders = {file.relative_to(ROOT).parts[0] for file in tracked(".py")} - {"tests"}
+    assert {(ROOT / folder).resolve() for folder in folders} == {(ROOT / path).resolve() for path in settings["files"]}
 
 
 def test_a_command_names_what_can_be_imported():

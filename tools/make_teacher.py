@@ -29,7 +29,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, rotate_half
 
 from linmu_distill.checkpoint import load_data
 from linmu_distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
@@ -59,8 +59,8 @@ class Phase:
 
     def stream(self, processor: Processor, seed: int) -> TaskStream:
         """The training data of this phase."""
-        pages = {group: {"sizes": self.pages} for group in ("read", "line", "where")}
-        options = {**pages, "needle": {"frames": self.needle_frames}}
+        options: dict[str, dict[str, Any]] = {group: {"sizes": self.pages} for group in ("read", "line", "where")}
+        options["needle"] = {"frames": self.needle_frames}
         sizes = {"read": 16, "line": 16, "where": 16, "video": 8, "needle": self.needle_batch}
         return TaskStream(processor, self.mixture, sizes, 4, seed, options=options)
 
@@ -91,7 +91,12 @@ CHECKPOINT_EVERY = 50
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalGeneration:
     """The untrained teacher."""
-    token = tokenizer.convert_tokens_to_ids
+
+    def token(name: str) -> int:
+        number = tokenizer.convert_tokens_to_ids(name)
+        assert isinstance(number, int)
+        return number
+
     width = 256
     config = Qwen2_5_VLConfig(
         text_config={
@@ -131,6 +136,11 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLForConditionalG
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _attention_of(layer: torch.nn.Module) -> Qwen2_5_VLAttention:
+    assert isinstance(layer.self_attn, Qwen2_5_VLAttention)
+    return layer.self_attn
+
+
 class Tutor(torch.nn.Module):
     """Losses on what the decoder looks at, and on what it knows halfway up. Not part of the teacher.
 
@@ -144,7 +154,7 @@ class Tutor(torch.nn.Module):
         self.facts = torch.nn.Linear(width, sum(FACTS.values()))
         below, at = len(layers) // 2 - 1, len(layers) // 2
         # In a tuple, so that the decoder's parameters are not taken for the tutor's.
-        self.attentions = (layers[below].self_attn, layers[at].self_attn)
+        self.attentions = (_attention_of(layers[below]), _attention_of(layers[at]))
         self.inputs: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = {}
         for i, attention in enumerate(self.attentions):
             attention.register_forward_pre_hook(
@@ -318,7 +328,8 @@ class Trainer:
         record = {"seeing": loss.item(), "recognised": recognised.item()}
         if self.part != "eyes":
             batch.pop("pixel_values_videos" if video else "pixel_values")
-            outputs = {"video" if video else "image": BaseModelOutputWithPooling(pooler_output=[features])}
+            seen = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]  # one for each picture
+            outputs = {"video" if video else "image": seen}
             output = self.model(**batch, mm_encoder_outputs=outputs)
             labels = batch["labels"][:, 1:]
             right = (output.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORE)

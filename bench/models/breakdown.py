@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.hooks import RemovableHandle
 
 from bench import roofs, timing
 from bench.ops import ssd_scan, ssd_step
@@ -60,7 +61,8 @@ class Watch:
 
     @contextlib.contextmanager
     def __call__(self, model: Any) -> Iterator[None]:
-        handles, opened = [], []
+        handles: list[RemovableHandle] = []
+        opened: list[record_function] = []
 
         def watch(module: nn.Module, part: str) -> None:
             def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -162,7 +164,8 @@ def breakdown(
         if kind == "prefill":
             layout, inputs = decoder_inputs(variant.model, length, batch)
             prefill = Prefill(variant)
-            call, given = prefill.decoder, inputs | prefill.prepare(layout)
+            call: Callable[..., torch.Tensor] = prefill.decoder
+            given = inputs | prefill.prepare(layout)
         else:
             steps = 4
             call, given = Decode(variant, length, batch, steps), {}

@@ -82,16 +82,16 @@ def build(shape: Shape, dtype: torch.dtype, device: str, tower: bool = True, blo
             if shape.family == "qwen2_5_vl":
                 if not tower:
                     vision = TINY_VISION | dict(out_hidden_size=text["hidden_size"])
-                ids = {f"{n}_token_id": i for i, n in enumerate(("image", "video", "vision_start", "vision_end"), 3)}
+                ids: dict[str, Any] = {
+                    f"{n}_token_id": i for i, n in enumerate(("image", "video", "vision_start", "vision_end"), 3)
+                }
                 config: Any = hf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
                 config.tie_word_embeddings = text.get("tie_word_embeddings", False)
                 teacher: Any = hf.Qwen2_5_VLForConditionalGeneration(config)
             else:
                 if not tower:
                     vision = vision | dict(num_hidden_layers=1)
-                config = hf.SmolVLMConfig(
-                    text_config=text, vision_config=vision, image_token_id=3, scale_factor=3, pad_token_id=2
-                )
+                config = hf.SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=3, scale_factor=3)
                 teacher = hf.SmolVLMForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from linmu_models import LinmuInputs, LinmuModel
-from linmu_models.cache import linear_layer
+from linmu_models.cache import LinmuCacheLayer, linear_layer
 from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATEState
 
@@ -207,8 +207,10 @@ def counted_on(model: Any, tokens: int, batch: int) -> list[MMATEState]:
         inputs_embeds=embeddings, position_ids=positions, use_cache=True, linmu=LinmuInputs(),
         **{_cache_name(decoder): cache},
     )  # fmt: skip
-    states = [layer.state for layer in cache.layers]
-    for state in states:
-        if state.seen is not None:
-            state.seen.fill_(tokens)
+    states = []
+    for layer in cache.layers:
+        assert isinstance(layer, LinmuCacheLayer) and layer.state is not None
+        if layer.state.seen is not None:
+            layer.state.seen.fill_(tokens)
+        states.append(layer.state)
     return states

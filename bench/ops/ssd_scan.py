@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, gpu_case, mamba2, need
+from bench.peers import Bench, Case, Inputs, Missing, Peer, Sizes, case, compiled, gpu_case, mamba2, need
 from linmu_ops import ssd_scan
 from linmu_ops._testing import run_op
 
-SMALL = dict(B=1, H=16, Gx=16, Gb=1, Gc=1, P=64, N=64)  # Mamba-2: B and C shared by the heads
-GQA = dict(B=1, H=28, Gx=4, Gb=4, Gc=28, P=128, N=128)  # a converted 28-head, 4-group attention layer
+SMALL: Sizes = dict(B=1, H=16, Gx=16, Gb=1, Gc=1, P=64, N=64)  # Mamba-2: B and C shared by the heads
+GQA: Sizes = dict(B=1, H=28, Gx=4, Gb=4, Gc=28, P=128, N=128)  # a converted 28-head, 4-group attention layer
 CASES = {
     "tiny": case(B=1, L=9, H=4, Gx=4, Gb=1, Gc=1, P=8, N=8),
     "short": case(L=64, **SMALL),
@@ -73,13 +74,17 @@ def _heads(t: Tensor, heads: int) -> Tensor:
     return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], dim=2)
 
 
-def _both(scan: Any) -> Any:
+def _both(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Both directions out of a forward scan, as Bi-Mamba does it: flip, scan again, flip, add."""
 
-    def run(x, dt, A, B, C, direction="forward", reverse_dt=None, reverse_A=None, gate=None):  # type: ignore[no-untyped-def]
+    def run(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, direction: str = "forward",
+        reverse_dt: Tensor | None = None, reverse_A: Tensor | None = None, gate: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         y = scan(x, dt, A, B, C)
         if direction == "forward":
             return y
+        assert reverse_dt is not None and reverse_A is not None and gate is not None
         back = scan(x.flip(1), reverse_dt.flip(1), reverse_A, B.flip(1), C.flip(1)).flip(1)
         g = gate[..., None].to(y.dtype)
         return g * y + (1 - g) * back
@@ -106,7 +111,13 @@ def _transformers(c: Case, chunk_size: int) -> Peer:
 def _flip_twice(c: Case) -> Peer:
     if c.get("direction") != "both":
         raise Missing("one direction needs no flip")
-    return Peer(_both(ssd_scan))
+
+    def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        y = ssd_scan(x, dt, A, B, C)
+        assert isinstance(y, Tensor)
+        return y
+
+    return Peer(_both(forward))
 
 
 def _repeated_heads(c: Case) -> Peer:

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.peers import Bench, Case, Inputs, Peer, case, compiled, gpu_case, mamba2, need
+from bench.peers import Bench, Case, Inputs, Peer, Sizes, case, compiled, gpu_case, mamba2, need
 
-GQA = dict(H=28, Gx=4, Gb=4, Gc=28, P=128, N=128)
+GQA: Sizes = dict(H=28, Gx=4, Gb=4, Gc=28, P=128, N=128)
 CASES = {
     "tiny": case(B=1, H=4, Gx=4, Gb=1, Gc=1, P=16, N=16),
     "batch 1": case(quick=True, B=1, dtypes=("float32", "bfloat16"), **GQA),

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.peers import Bench, Case, Inputs, Missing, Peer, case, compiled, gpu_case, need
+from bench.peers import Bench, Case, Inputs, Missing, Peer, Sizes, case, compiled, gpu_case, need
 
-VIDEO = dict(grid=(16, 16, 16), window=(16, 4, 4), shift=(0, 2, 2))
-IMAGE = dict(grid=(1, 64, 64), window=(1, 8, 8), shift=(0, 4, 4))
+VIDEO: Sizes = dict(grid=(16, 16, 16), window=(16, 4, 4), shift=(0, 2, 2))
+IMAGE: Sizes = dict(grid=(1, 64, 64), window=(1, 8, 8), shift=(0, 4, 4))
 CASES = {
     "tiny": case(B=1, H=4, G=2, P=16, grid=(2, 4, 4), window=(2, 2, 2), shift=(0, 1, 1)),
     "video": case(B=1, H=16, G=16, P=64, backward=True, **VIDEO),

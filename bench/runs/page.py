@@ -305,12 +305,12 @@ def write_page(table: Table, results: Results, folder: Path) -> Path:
         commits = sorted({f"{record['commit']}{'-dirty' if record.get('dirty') else ''}" for record in every})
         # Lines from before the device was noted are of CPUs.
         places = Counter((record.get("device", "cpu"), *record["versions"].items()) for record in every)
-        told = [
+        devices = [
             f"{count} on {'a CPU' if device == 'cpu' else f'one {device}'} ({', '.join(map(' '.join, versions))})"
             for (device, *versions), count in sorted(places.items())
         ]
         parts += ["## Compute", "", page.compute_table(), "",
-                  f"Commits {', '.join(commits)}. Lines: {'; '.join(told)}.", ""]  # fmt: skip
+                  f"Commits {', '.join(commits)}. Lines: {'; '.join(devices)}.", ""]  # fmt: skip
     if page.stale:
         parts += [f"{page.stale} lines of `{results.path}` are of rows as they were once, and are not shown.", ""]
     path.write_text("\n".join(parts))
