@@ -19,7 +19,7 @@ import test_window_attention
 import torch
 
 from linmu_ops import _registry
-from linmu_ops._testing import Judge, results_of, run_op
+from linmu_ops._testing import Judge, results_of, run_op, small_inputs
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -180,3 +180,41 @@ def test_scans_with_a_mistake_fail(mistake, direction):
     # What does not depend on what was changed is right: D has no part here, C's own gradient none in C, x's none in x.
     free = {"an input rounded to bfloat16": ["C"], "a token left out at a chunk's edge": ["x"]}.get(mistake, [])
     assert rejected == [n for n in judge.names if n not in [f"gradient of {k}" for k in free]]
+
+
+def attention_inputs(factor):
+    inputs = small_inputs("window_attention") | dict(causal=False)
+    return inputs | dict(q=inputs["q"] * factor)
+
+
+ATTENTION_MISTAKES = {
+    "a key left out": lambda i: one_token("k", i, 7),
+    "a value left out": lambda i: one_token("v", i, 7),
+    "queries rounded to bfloat16": lambda i: {**i, "q": i["q"].bfloat16().float()},
+    "a scale off by 1e-4": lambda i: {**i, "scale": i["q"].shape[-1] ** -0.5 * (1 + 1e-4)},
+    "a bias of another head": lambda i: {**i, "bias": i["bias"].flip(0)},
+}
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])  # weights of all keys, and hardly any but one
+@pytest.mark.parametrize("mistake", ATTENTION_MISTAKES)
+def test_attention_with_a_mistake_fails(mistake, factor):
+    inputs, wrt = attention_inputs(factor), ["q", "k", "v", "bias"]
+    judge = Judge(test_window_attention.by_reference, inputs, wrt)
+    attend = functools.partial(run_op, "window_attention")
+    judge(results_of(attend, inputs, wrt, lambda _: judge.weights))
+    rejected = failures(judge, results_of(attend, ATTENTION_MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
+    # What does not depend on what was changed is right: no score on a value, nor a value's gradient.
+    free = {"a value left out": ["output 1", "gradient of v"]}.get(mistake, [])
+    assert rejected == [n for n in judge.names if n not in free]
+
+
+def test_a_weight_of_one_has_no_gradient_but_roundings():
+    """Two keys of which a query sees one alone: PyTorch subtracts equal numbers, another order nearly equal ones."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 1, 8, generator=g) for _ in range(3))
+    inputs, wrt = dict(q=40 * q, k=k, v=v, grid=(2, 1, 1), window=(2, 1, 1)), ["q", "k", "v"]
+    judge = Judge(test_window_attention.by_reference, inputs, wrt)
+    right = results_of(functools.partial(run_op, "window_attention"), inputs, wrt, lambda _: judge.weights)
+    judge(right)
+    assert failures(judge, [*right[:1], *(r + 1e-5 for r in right[1:])]) == judge.names[1:]
