@@ -120,7 +120,9 @@ def call(op, impl, inputs, wrt, weights):
     def run(**values):
         with linmu_ops.use_impl(f"{op}:{impl}"):
             out = run_op(op, **values)
-        if isinstance(out, tuple):  # a log-sum-exp of -inf says that a token is in no window
+        if op == "window_attention" and isinstance(
+            out, tuple
+        ):  # a log-sum-exp of -inf says that a token is in no window
             return tuple(o.masked_fill(o == -math.inf, 0.0) if i else o for i, o in enumerate(out))
         return out
 
