@@ -184,6 +184,14 @@ def test_each_test_file_has_its_own_name():
     assert not [name for name, n in Counter(f.name for f in files).items() if n > 1]
 
 
+def test_no_test_imports_another():
+    """What tests share is in a module of its own, or in a conftest.py."""
+    imports = re.compile(r"^\s*(?:from|import) (?:[^\n(]|\([^)]*\))*?\btest_\w+", re.MULTILINE)
+    for file in tracked(".py"):
+        found = imports.search(file.read_text()) if file.relative_to(ROOT).parts[0] == "tests" else None
+        assert not found, f"{file.relative_to(ROOT)}: {found[0].strip()}"
+
+
 def test_nothing_is_left_to_do():
     for file in tracked(*SOURCES):
         if file != Path(__file__):

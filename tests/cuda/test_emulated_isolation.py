@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.ops import test_isolation as isolation
+from tests.ops import isolation
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
 PAIRS = [(c, n) for c, n in isolation.PAIRS if "causal" in c or c.startswith("conv")]

@@ -7,7 +7,7 @@ import torch
 
 from linmu_ops import _registry
 from linmu_ops._testing import run_op
-from tests.ops import test_ssd_scan as scan_cases
+from tests.ops.cases import ssd_scan as scan_cases
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
 

@@ -7,9 +7,9 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_implementation
-from tests.ops import test_branch_mix_norm as mix_cases
-from tests.ops import test_causal_conv1d as conv_cases
-from tests.ops import test_causal_conv1d_step as step_cases
+from tests.ops.cases import branch_mix_norm as mix_cases
+from tests.ops.cases import causal_conv1d as conv_cases
+from tests.ops.cases import causal_conv1d_step as step_cases
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

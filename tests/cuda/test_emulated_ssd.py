@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from linmu_ops._testing import check_implementation, run_op
-from tests.ops import test_ssd_scan as scan_cases
-from tests.ops import test_ssd_step as step_cases
+from tests.ops.cases import ssd_scan as scan_cases
+from tests.ops.cases import ssd_step as step_cases
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

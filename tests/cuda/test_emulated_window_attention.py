@@ -7,7 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_against_reference
-from tests.ops.test_window_attention import CASES, LSE_CASES, by_reference, make_inputs, with_lse
+from tests.ops.cases.window_attention import CASES, LSE_CASES, by_reference, make_inputs, with_lse
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
 SLOW = {"several-key-blocks", "causal-key-blocks", "3d-shift", "blocks-scale"}  # of their kind, others are smaller

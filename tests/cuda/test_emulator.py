@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from linmu_ops import TokenLayout
-from tests.ops.test_window_attention import make_layout
+from tests.ops.cases.window_attention import make_layout
 
 I64 = ctypes.c_int64
 

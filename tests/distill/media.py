@@ -4,8 +4,10 @@ import io
 import json
 
 import av
+import datasets
 import numpy as np
 import torch
+from datasets import Dataset, Features, List, Value
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -128,4 +130,25 @@ def talk(question, answer):
 
 def write_json(path, value):
     path.write_text(json.dumps(value))
+    return str(path)
+
+
+ONEVISION = Features(
+    {
+        "id": Value("string"),
+        "image": datasets.Image(),
+        "conversations": List({"from": Value("string"), "value": Value("string")}),
+        "data_source": Value("string"),
+    }
+)
+
+
+def onevision(path, images, group=5):
+    """A parquet file of LLaVA-OneVision-Data's; `images` maps an id to bytes or None."""
+    rows = [
+        {"id": name, "image": data and {"bytes": data, "path": None}, "data_source": "made up",
+         "conversations": talk(f"<image>\nwhat is {name}?" if data else f"say {name}", f"it is {name}")}
+        for name, data in images.items()
+    ]  # fmt: skip
+    Dataset.from_list(rows, features=ONEVISION).to_parquet(str(path), batch_size=group)
     return str(path)

@@ -8,7 +8,6 @@ import zlib
 import media
 import pytest
 from PIL import Image
-from test_records import onevision
 
 from linmu_distill.data.records import JsonRecords, ParquetRecords
 from linmu_distill.data.stream import Decoding, Packing, RecordStream, SetReader
@@ -63,7 +62,7 @@ def processor(tmp_path_factory):
 
 
 def test_pictures(tmp_path, processor):
-    onevision(tmp_path / "odd.parquet", SEEN | {name: data for name, (data, _) in REFUSED.items()})
+    media.onevision(tmp_path / "odd.parquet", SEEN | {name: data for name, (data, _) in REFUSED.items()})
     records = ParquetRecords([str(tmp_path / "odd.parquet")], None)
     data = RecordStream(
         processor, [SetReader("odd", records, processor, Decoding(), Packing(4000, window=99), 0)], [1], 0

@@ -7,10 +7,10 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import record_sets
 import torch
-from test_parallel import in_two
-from test_stream import answers, config, folder, processor, reader, stop_at, stream  # noqa: F401
-from test_train import curve
+from record_sets import answers, config, reader, stop_at, stream
+from training import curve, in_two
 
 import linmu_models
 from linmu_distill.config import ConfigError, parse_config
@@ -20,7 +20,7 @@ from linmu_distill.run import Run, RunError, distill
 from linmu_distill.student import mixers
 from linmu_distill.teacher import load_teacher
 from linmu_distill.train import Interrupted, Objective, Teacher, assemble
-from linmu_models.chat import Conversation
+from linmu_models.chat import ChatProcessor, Conversation
 
 BLOCKS = {
     "exact": {"text_window": 4, "sink_tokens": 2, "window": [2, 2, 2], "image_window": [1, 2, 2]},
@@ -29,7 +29,17 @@ BLOCKS = {
 
 
 @pytest.fixture(scope="module")
-def models(folder):  # noqa: F811
+def folder(tmp_path_factory):
+    return record_sets.write(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return ChatProcessor.load(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def models(folder):
     teacher = load_teacher(str(folder / "teacher"), "float32")[0]
     made = {}
     for preset, options in BLOCKS.items():
@@ -44,7 +54,7 @@ def models(folder):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def samples(folder, processor):  # noqa: F811
+def samples(folder, processor):
     """Pictures, a video, plain text, talk without pictures, an answer of two turns."""
     data = stream(folder, processor, "whole")
     seen = [sample for i in range(12) for sample in data.samples(i)]
@@ -64,7 +74,7 @@ def values(**changes):
     return {"name": "x", "teacher": {"path": "none"}, **changes}
 
 
-def part_of(models, preset, samples, processor, packing, average, stage):  # noqa: F811
+def part_of(models, preset, samples, processor, packing, average, stage):
     options = parse_config(values(preset=preset, student=BLOCKS[preset], hidden_average=average, stage3=stage))
     teacher, student = models[0], models[1][preset]
     frozen = Teacher(teacher, list(mixers(student, teacher)))
@@ -98,7 +108,7 @@ BY_BLOCK = {"losses": {"block": 1.0}}
         ("paper", "read", {"losses": {"token": 1.0, "supervised": 1.0}}),
     ],
 )
-def test_loss_and_gradients_are_those_of_padded_rows(models, samples, processor, preset, average, stage):  # noqa: F811
+def test_loss_and_gradients_are_those_of_padded_rows(models, samples, processor, preset, average, stage):
     found, counts = [], []
     for packing in (False, True):
         part, objective = part_of(models, preset, samples, processor, packing, average, stage)
@@ -119,7 +129,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(models, samples, processor,
 
 
 @pytest.mark.parametrize("preset", BLOCKS)
-def test_a_neighbour_changes_no_bit(models, samples, processor, preset):  # noqa: F811
+def test_a_neighbour_changes_no_bit(models, samples, processor, preset):
     """What it says, and what its picture shows, length kept."""
     others = list(samples)
     others[1] = Conversation((("", "words here"),))
@@ -145,7 +155,7 @@ def test_a_neighbour_changes_no_bit(models, samples, processor, preset):  # noqa
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_layers_that_keep_attention(models, samples, processor):  # noqa: F811
+def test_layers_that_keep_attention(models, samples, processor):
     teacher = models[0]
     student = linmu_models.convert(teacher, {"preset": "exact", **BLOCKS["exact"]}, keep_attention=[0]).double()
     both = [
@@ -156,7 +166,7 @@ def test_layers_that_keep_attention(models, samples, processor):  # noqa: F811
         torch.testing.assert_close(both[1][0][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_rows_are_full(folder, processor):  # noqa: F811
+def test_rows_are_full(folder, processor):
     """Each record once, in fewer batches than padded ones; always the same."""
     for most in (64, 3):
         found = reader(folder, processor, window=20, one_row=True, max_tokens=200, max_samples=most)
@@ -172,7 +182,7 @@ def test_rows_are_full(folder, processor):  # noqa: F811
             assert least <= len(batches) <= least + 1 and len(batches) <= len(alike)
 
 
-def packed_config(folder, output, packing=True, **changes):  # noqa: F811
+def packed_config(folder, output, packing=True, **changes):
     (output / "t.txt").write_text("\n\n".join(f"Number {i} is {i * i}." for i in range(60)))
     plain = config(folder, output)
     data = {**plain.data.model_dump(), "packing": packing, "text_length": 32}
@@ -194,13 +204,13 @@ def train(options):
 
 
 @pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):  # noqa: F811
+def whole(folder, tmp_path_factory):
     done = packed_config(folder, tmp_path_factory.mktemp("packed"))
     distill(done)
     return done
 
 
-def test_a_run_of_packed_rows(whole, folder, tmp_path):  # noqa: F811
+def test_a_run_of_packed_rows(whole, folder, tmp_path):
     """It tells what it saves."""
     padded = packed_config(folder, tmp_path, packing=False)
     train(padded)
@@ -217,7 +227,7 @@ def test_a_run_of_packed_rows(whole, folder, tmp_path):  # noqa: F811
     assert "| padding |" in report and "| 0.0% |" in report
 
 
-def test_where_training_starts_is_the_same(whole, folder, tmp_path):  # noqa: F811
+def test_where_training_starts_is_the_same(whole, folder, tmp_path):
     """Calibration sees the same records in rows of one."""
     padded = packed_config(folder, tmp_path, packing=False)
     Run(padded).prepare()
@@ -225,7 +235,7 @@ def test_where_training_starts_is_the_same(whole, folder, tmp_path):  # noqa: F8
     assert ours["mean_squares"] == theirs["mean_squares"] and ours["weights"]["sha256"] == theirs["weights"]["sha256"]
 
 
-def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):
     broken = packed_config(folder, tmp_path)
     for stage, stop in ((1, 3), (3, 5)):
         stop_at(monkeypatch, stage, stop)
@@ -239,7 +249,7 @@ def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):
         assert facts[0]["data"] == facts[1]["data"] and facts[0]["tokens"] == facts[1]["tokens"]
 
 
-def test_two_processes_pack(folder, tmp_path):  # noqa: F811
+def test_two_processes_pack(folder, tmp_path):
     """Rows of other lengths in each, and text in one where the other has pictures."""
     two = packed_config(folder, tmp_path, parallel="ddp", stage1={"steps": 0}, stage3={"steps": 4})
 
@@ -248,7 +258,7 @@ def test_two_processes_pack(folder, tmp_path):  # noqa: F811
     assert len(steps) == 4 and all(step["padding"] == 0 for step in steps)
 
 
-def test_what_is_not_packed_is_refused(folder, tmp_path):  # noqa: F811
+def test_what_is_not_packed_is_refused(folder, tmp_path):
     sets = {"t": {"format": "text", "files": ["t.txt"]}}
     for changes, words in (
         ({"data": {"packing": True}}, "data: packing is for data sets, the built-in tasks are not packed; got True"),

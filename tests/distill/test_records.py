@@ -6,7 +6,6 @@ import media
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from typer.testing import CliRunner
 
@@ -23,26 +22,6 @@ from linmu_distill.data.records import (
 from linmu_models.chat import SLOT, ChatProcessor, Conversation, end_tokens, grid_patches
 from linmu_models.cli import app
 from linmu_models.media import UnreadableError, fit, image_size, read_image, read_video, video_facts
-
-ONEVISION = Features(
-    {
-        "id": Value("string"),
-        "image": Image(),
-        "conversations": List({"from": Value("string"), "value": Value("string")}),
-        "data_source": Value("string"),
-    }
-)
-
-
-def onevision(path, images, group=5):
-    """A parquet file of LLaVA-OneVision-Data's; `images` maps an id to bytes or None."""
-    rows = [
-        {"id": name, "image": data and {"bytes": data, "path": None}, "data_source": "made up",
-         "conversations": media.talk(f"<image>\nwhat is {name}?" if data else f"say {name}", f"it is {name}")}
-        for name, data in images.items()
-    ]  # fmt: skip
-    Dataset.from_list(rows, features=ONEVISION).to_parquet(str(path), batch_size=group)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +45,7 @@ def every(records):
 
 def test_onevision_parquet(tmp_path):
     images = {"a": media.png(1), "b": None, "c": media.png(2), "d": media.png(3)}
-    records = ParquetRecords([onevision(tmp_path / "x.parquet", images, group=2)], None)
+    records = ParquetRecords([media.onevision(tmp_path / "x.parquet", images, group=2)], None)
     assert (records.shards, records.rows_per_shard) == (2, 2)
     found = every(records)
     assert found[0].turns == ((f"{SLOT}\nwhat is a?", "it is a"),) and found[0].media == (Medium(images["a"], False),)

@@ -2,28 +2,23 @@
 
 import itertools
 import json
-import os
-import signal
 from collections import Counter
 
 import media
 import pytest
+import record_sets
 import torch
-from test_parallel import in_two
-from test_records import onevision
-from test_train import curve
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+from record_sets import answers, config, reader, stop_at, stream
+from training import curve, in_two
 from typer.testing import CliRunner
 
-from linmu_distill import run
 from linmu_distill.checkpoint import CheckpointStore
-from linmu_distill.config import parse_config
-from linmu_distill.data.records import JsonRecords, ParquetRecords
+from linmu_distill.data.records import JsonRecords
 from linmu_distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
 from linmu_distill.handoff import stage_folder
 from linmu_distill.run import Run, distill
 from linmu_distill.teacher import AnswerCache, Stream
-from linmu_distill.train import Interrupted, StageTrainer, TrainingError
+from linmu_distill.train import Interrupted, TrainingError
 from linmu_models.chat import ChatProcessor
 from linmu_models.cli import app
 from linmu_models.media import UnreadableError
@@ -31,52 +26,12 @@ from linmu_models.media import UnreadableError
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Qwen2.5-VL, and data sets with flaws."""
-    folder = tmp_path_factory.mktemp("stream")
-    media.qwen_folder(folder / "teacher")
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder / "teacher"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    model.save_pretrained(folder / "teacher")
-    good = {f"{i:02d}" * (1 + i % 5): media.png(i, 30 + i, 60) for i in range(20)}
-    onevision(folder / "whole.parquet", good)
-    bad = {"cut": media.png(1)[:500], "noise": b"noise", "<|end|>": media.png(2), "long" * 100: media.png(3)}
-    onevision(folder / "flawed.parquet", {**good, **bad})
-    video = media.write_video(folder / "good.mkv", frames=20)
-    (folder / "short.mkv").write_bytes(video.read_bytes()[: video.stat().st_size // 2])
-    names = ["good.mkv", "short.mkv", "none.mkv", "good.mkv"]
-    talks = [media.talk("<image>\nwhat?", "grey") for _ in names[:3]] + [media.talk("<image>\nwhat?", "")]
-    media.write_json(
-        folder / "videos.json", [{"conversations": t, "video": n} for t, n in zip(talks, names, strict=True)]
-    )
-    return folder
+    return record_sets.write(tmp_path_factory.mktemp("stream"))
 
 
 @pytest.fixture(scope="module")
 def processor(folder):
     return ChatProcessor.load(folder / "teacher")
-
-
-def reader(folder, processor, file="whole", rank=0, processes=1, seed=0, window=5, **packing):
-    records = ParquetRecords([str(folder / f"{file}.parquet")], None)
-    packing = Packing(**{"max_tokens": 400, "window": window, **packing})
-    return SetReader("pictures", records, processor, Decoding(), packing, seed, rank, processes)
-
-
-def stream(folder, processor, file="flawed"):
-    videos = JsonRecords([str(folder / "videos.json")], str(folder))
-    readers = [
-        reader(folder, processor, file),
-        SetReader("videos", videos, processor, Decoding(4, 2.0), Packing(400), 0),
-    ]
-    return RecordStream(processor, readers, [3, 1], seed=5)
-
-
-def answers(batch):
-    return [sample.turns[0][1] for sample in batch]
 
 
 def test_what_is_broken_is_left_out_and_counted(folder, processor):
@@ -95,7 +50,7 @@ def test_what_is_broken_is_left_out_and_counted(folder, processor):
 
 
 def test_nothing_usable_is_an_error(folder, processor, tmp_path):
-    onevision(tmp_path / "bad.parquet", {"a": b"noise", "b": b"more"})
+    media.onevision(tmp_path / "bad.parquet", {"a": b"noise", "b": b"more"})
     data = RecordStream(processor, [reader(tmp_path, processor, "bad")], [1], 0)
     with pytest.raises(DataError, match=r"data.sets.pictures: no record can be used \(2 read, 2 image corrupt\)"):
         data.samples(0)
@@ -119,7 +74,7 @@ def test_nothing_that_can_be_decoded_is_an_error(folder, processor, monkeypatch)
 def test_pictures_for_a_language_model_are_counted(folder, tmp_path):
     tokens = media.tokenizer("")
     text_only = ChatProcessor(tokens, "llama")
-    onevision(tmp_path / "both.parquet", {"a": media.png(0), "b": None})
+    media.onevision(tmp_path / "both.parquet", {"a": media.png(0), "b": None})
     batches, counts = reader(tmp_path, text_only, "both").plan(0)
     assert counts == {"read": 2, "media for a text-only model": 1} and sum(map(len, batches)) == 1
 
@@ -194,22 +149,6 @@ def test_generate_sees_videos(folder):
     assert done.exit_code == 1 and "short.mkv: video truncated" in done.stderr
 
 
-def config(folder, output, **changes):
-    sets = {
-        "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")], "weight": 3},
-        "videos": {"format": "llava_video", "files": [str(folder / "videos.json")], "folder": str(folder)},
-    }
-    values = {
-        "name": "r", "preset": "paper", "output": str(output),
-        "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
-        "data": {"sets": sets, "max_tokens": 200, "window": 8, "frames": 4},
-        "evaluation": {"samples": 0, "speed_lengths": []},
-        "calibration_batches": 1, "checkpoint_every": 2,
-        **{f"stage{i}": {"steps": 6 if i != 2 else 1} for i in (1, 2, 3)},
-    }  # fmt: skip
-    return parse_config({**values, **changes})
-
-
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     speed = {"samples": 0, "speed_lengths": [16]}
@@ -265,16 +204,6 @@ def test_a_process_may_have_text_where_the_other_has_pictures(folder, tmp_path, 
 
     assert in_two(work) == [0, 0]
     assert len(curve(stage_folder(two.folder, 3))) == 8
-
-
-def stop_at(monkeypatch, number, step):
-    """Ctrl-C after a step of a stage."""
-
-    def trainer(config, stage, *rest):
-        on_step = lambda now: stage.number == number and now == step and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-        return StageTrainer(config, stage, *rest, on_step=on_step)
-
-    monkeypatch.setattr(run, "StageTrainer", trainer)
 
 
 def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import pytest
 import tiny
 import torch
+from training import curve
 
 from linmu_distill.checkpoint import CheckpointStore
 from linmu_distill.config import ConfigError
@@ -21,13 +22,6 @@ from linmu_distill.teacher import (
 )
 from linmu_distill.train import Interrupted, Objective, TrainingError, assemble, checksums, learning_rate
 from linmu_models.hooks import attention_modules, record_outputs
-
-
-def curve(folder):
-    """Every record of a stage, timing left out."""
-    noise = ("tokens_per_second", "peak_memory_mb", "seconds")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in lines]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -8,12 +8,12 @@ import torch
 import linmu_ops
 from linmu_ops import _registry
 from linmu_ops._testing import check_implementation, run_op, run_small, small_inputs
-from tests.ops import test_branch_mix_norm as branch
-from tests.ops import test_causal_conv1d as conv
-from tests.ops import test_causal_conv1d_step as conv_step
-from tests.ops import test_ssd_scan as scan
-from tests.ops import test_ssd_step as step
-from tests.ops import test_window_attention as window
+from tests.ops.cases import branch_mix_norm as branch
+from tests.ops.cases import causal_conv1d as conv
+from tests.ops.cases import causal_conv1d_step as conv_step
+from tests.ops.cases import ssd_scan as scan
+from tests.ops.cases import ssd_step as step
+from tests.ops.cases import window_attention as window
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -17,8 +17,7 @@ from linmu_models.generate import convert_folder
 from linmu_models.modeling import FAMILIES
 
 from . import tiny
-
-TEMPLATE = "{% for m in messages %}{% for c in m['content'] %}{{ c.get('text', '<image>') }}{% endfor %}{% endfor %}"
+from .folders import save_llava
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +70,8 @@ def test_a_model_without_its_head_is_saved_whole(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    from .test_cli import tokenizer
-
     folder = tmp_path_factory.mktemp("llava")
-    tiny.teacher("llava").save_pretrained(folder / "teacher")
-    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    hf.LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer(), patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, image_token="<image>", chat_template=TEMPLATE,
-    ).save_pretrained(folder / "teacher")  # fmt: skip
+    save_llava(folder / "teacher")
     convert_folder(folder / "teacher", folder / "student")
     return folder
 

@@ -5,54 +5,13 @@ from __future__ import annotations
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from typer.testing import CliRunner
 
-from linmu_models.cli import app
 from linmu_models.generate import convert_folder, generate_text, load
 
 from . import tiny
-
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
-
-
-def tokenizer():
-    vocab = {c: i for i, c in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(32, 127))])}
-    vocab |= {f"<t{i}>": i for i in range(len(vocab), tiny.IMAGE)} | {"<image>": tiny.IMAGE}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    names = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
-    return tiny.hf.PreTrainedTokenizerFast(
-        tokenizer_object=inner, additional_special_tokens=["<image>"], clean_up_tokenization_spaces=False, **names
-    )
-
-
-def run(*args, status=0):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    assert result.exit_code == status, (result.output, result.exception)
-    return result
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    tiny.teacher("llava").save_pretrained(folder / "teacher")
-    images = tiny.hf.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    processor = tiny.hf.LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer(), patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, image_token="<image>", chat_template=TEMPLATE,
-    )  # fmt: skip
-    processor.save_pretrained(folder / "teacher")
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.png")
-    return folder
+from .folders import run, tokenizer
 
 
 def test_convert_and_generate(folders):

@@ -9,16 +9,17 @@ import pytest
 from typer.testing import CliRunner
 
 from linmu_models.cli import app
+from linmu_models.generate import convert_folder
 
 from . import tiny
-from .test_cli import folders  # noqa: F401
+from .folders import tokenizer
 
 BAD = os.fsdecode(b"na\xffme")
 ASK = ("--prompt", "what?", "--max-new-tokens", "2")
 
 
 @pytest.fixture(scope="module")
-def places(folders, tmp_path_factory):  # noqa: F811
+def places(folders, tmp_path_factory):
     """Names of folders and files of every wrong kind."""
     root = tmp_path_factory.mktemp("places")
     (root / "file").write_text("x")
@@ -105,10 +106,6 @@ def test_words_of_any_kind_are_answered(places, prompt):
 
 def test_named_templates_are_kept(tmp_path):
     """Whatever a tokenizer or processor reads of the teacher's folder, it finds in the student's."""
-    from linmu_models.generate import convert_folder
-
-    from .test_cli import tokenizer
-
     tiny.teacher("qwen2").save_pretrained(tmp_path / "teacher")
     words = tokenizer()
     words.chat_template = {"default": "a", "tool_use": "b", "rag": "c"}

@@ -17,7 +17,6 @@ from linmu_models.report import TransferReport
 from linmu_ops import LinmuWarning
 
 from . import tiny
-from .test_cli import folders  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_a_teacher_that_lacks_weights_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe\0", b"[1]", b"null", b'{"version": "1.0"}'])
-def test_tokenizer(folders, tmp_path, data):  # noqa: F811
+def test_tokenizer(folders, tmp_path, data):
     folder = shutil.copytree(folders / "teacher", tmp_path / "teacher")
     (folder / "tokenizer.json").write_bytes(data)
     with pytest.raises((ValueError, OSError)) as error:
@@ -107,7 +106,7 @@ def test_tokenizer(folders, tmp_path, data):  # noqa: F811
 @pytest.mark.parametrize(
     "template", ["{% for", "{{ raise_exception('system first') }}", "{{ messages[5].content.x }}", "{{ 1 / 0 }}"]
 )
-def test_chat_template(folders, template):  # noqa: F811
+def test_chat_template(folders, template):
     chat = ChatProcessor.load(folders / "teacher")
     for speaker in (chat.processor, chat.tokenizer):
         if speaker is not None:
@@ -117,7 +116,7 @@ def test_chat_template(folders, template):  # noqa: F811
     assert "\n" not in str(error.value)
 
 
-def test_a_chat_template_that_says_nothing(folders):  # noqa: F811
+def test_a_chat_template_that_says_nothing(folders):
     chat = ChatProcessor.load(folders / "teacher")
     chat._speaker.chat_template = "{{ '' }}"
     with pytest.raises(ValueError, match="must make tokens of the words"):
@@ -125,7 +124,7 @@ def test_a_chat_template_that_says_nothing(folders):  # noqa: F811
 
 
 @pytest.mark.parametrize("value", ["x", 1.5, [1, [2]], [True], {"a": 1}])
-def test_what_ends_an_answer(folders, tmp_path, value):  # noqa: F811
+def test_what_ends_an_answer(folders, tmp_path, value):
     folder = Path(shutil.copytree(folders / "teacher", tmp_path / "teacher"))
     edit(folder / "generation_config.json", eos_token_id=value)
     assert "generation_config.json" in refusal(folder, ChatProcessor.load)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from linmu_models.generate import generate_text
 
-from .test_cli import folders, run  # noqa: F401
+from .folders import run
 
 
 def _jpeg(entries: bytes, count: int) -> bytes:
@@ -29,7 +29,7 @@ CUT = _jpeg(ORIENTATION, 9)
 
 
 @pytest.mark.parametrize("data", [WRONG_TYPE, CUT], ids=["a field of a wrong type", "fields that are not there"])
-def test_broken_metadata_is_no_reason(folders, tmp_path, data):  # noqa: F811
+def test_broken_metadata_is_no_reason(folders, tmp_path, data):
     (tmp_path / "picture.jpg").write_bytes(data)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -52,7 +52,7 @@ def test_broken_metadata_is_no_reason(folders, tmp_path, data):  # noqa: F811
         ("video", "a.mp4", WRONG_TYPE, "video is an image: give it as an image"),
     ],
 )
-def test_an_unreadable_file_is_one_line(folders, tmp_path, monkeypatch, kind, name, data, reason):  # noqa: F811
+def test_an_unreadable_file_is_one_line(folders, tmp_path, monkeypatch, kind, name, data, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=r"^generate: ") as error:

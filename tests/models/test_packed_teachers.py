@@ -14,9 +14,8 @@ from linmu_models.attention_mass import each_alone, record_mass
 from linmu_models.hooks import attention_modules
 
 from . import tiny
-from .test_packing import MIXED
 
-KINDS = {**MIXED, "llama": ("text",) * 3, "qwen2": ("text",) * 3, "qwen3": ("text",) * 3}
+KINDS = {**tiny.MIXED, "llama": ("text",) * 3, "qwen2": ("text",) * 3, "qwen3": ("text",) * 3}
 
 
 def padded(parts):

@@ -97,19 +97,11 @@ def positions_of(model, batch):
     return out, torch.arange(length)[None] if seen[0] is None else seen[0]
 
 
-MIXED = {
-    "qwen2_vl": ("image", "text", "video"), "qwen2_5_vl": ("video", "image", "text"), "qwen3_vl": ("images", "video"),
-    "glm4v": ("video", "text", "text"), "llava": ("text", "image", "images"), "llava_onevision": ("image", "image"),
-    "internvl": ("image", "text", "image"), "video_llama_3": ("image", "text", "image"), "mistral3": ("image", "text"),
-    "llava_next": ("image", "text"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("family", tiny.MIXED)
 @torch.no_grad()
 def test_images_and_videos_in_packed_rows(students, family):
     student = students(family)
-    parts = [tiny.example(family, kind) for kind in MIXED[family]]
+    parts = [tiny.example(family, kind) for kind in tiny.MIXED[family]]
     alone, positions = zip(*(positions_of(student, part) for part in parts), strict=True)
     most = max(p.dim() for p in positions)
     positions = [p if p.dim() == most else p.expand(3, 1, -1) for p in positions]

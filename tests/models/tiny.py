@@ -374,6 +374,15 @@ def example(family: str, kind: str = "image") -> Batch | None:
     return images[family]() if family in images else None
 
 
+# Examples of a family that make one packed row.
+MIXED = {
+    "qwen2_vl": ("image", "text", "video"), "qwen2_5_vl": ("video", "image", "text"), "qwen3_vl": ("images", "video"),
+    "glm4v": ("video", "text", "text"), "llava": ("text", "image", "images"), "llava_onevision": ("image", "image"),
+    "internvl": ("image", "text", "image"), "video_llama_3": ("image", "text", "image"), "mistral3": ("image", "text"),
+    "llava_next": ("image", "text"),
+}  # fmt: skip
+
+
 def longer(row: Batch, ids: torch.Tensor) -> Batch:
     """The same row with `ids`, which go on with text, in the place of its own."""
     more = (0, ids.shape[1] - row["input_ids"].shape[1])

@@ -62,34 +62,38 @@ def assert_alike(held, plain, dtype, exact=True):
             torch.testing.assert_close(a, b, **tolerance)
 
 
+def quantised(block, dtype, bits):
+    """A copy with the linear maps of bitsandbytes, and one with plain maps; of 4 bits, with the same values."""
+    bnb = pytest.importorskip("bitsandbytes")
+    held, plain = copy.deepcopy(block), copy.deepcopy(block)
+    for where, linear in linears(block):
+        sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight.data.clone()
+        if bits == 4:
+            new = bnb.nn.Linear4bit(*sizes, compute_dtype=dtype)
+            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(*sizes, False)
+            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        new.bias = linear.bias
+        held.set_submodule(where, new.to("cpu"))
+        if bits == 4:
+            assert new.weight.dtype == torch.uint8
+            values = bnb.functional.dequantize_4bit(new.weight.data, new.weight.quant_state)
+            plain.get_submodule(where).weight.copy_(values)
+    return held, plain
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bitsandbytes_4_bit(name, dtype):
-    bnb = pytest.importorskip("bitsandbytes")
-    held = block_of(name, dtype)
-    plain = copy.deepcopy(held)
-    for where, linear in linears(held):
-        new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype)
-        new.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4")
-        new.bias = linear.bias
-        held.set_submodule(where, new.to("cpu"))
-        assert new.weight.dtype == torch.uint8
-        weight = bnb.functional.dequantize_4bit(new.weight.data, new.weight.quant_state)
-        plain.get_submodule(where).weight.copy_(weight)
+    held, plain = quantised(block_of(name, dtype), dtype, 4)
     assert_alike(held, plain, dtype, exact=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bitsandbytes_8_bit(name, dtype):
-    bnb = pytest.importorskip("bitsandbytes")
-    held = block_of(name, dtype)
-    plain = copy.deepcopy(held)
-    for where, linear in linears(held):
-        new = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, False)
-        new.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-        new.bias = linear.bias
-        held.set_submodule(where, new.to("cpu"))
+    held, plain = quantised(block_of(name, dtype), dtype, 8)
     # Activations are rounded to 8 bits too, so that values are near only.
     for start in (False, True):
         out, state = use(held, dtype, held.init_state(2) if start else None)

@@ -12,14 +12,11 @@ import os
 import random
 
 import pytest
-import test_branch_mix_norm
-import test_causal_conv1d
-import test_ssd_scan
-import test_window_attention
 import torch
 
 from linmu_ops import _registry
 from linmu_ops._testing import Judge, results_of, run_op, small_inputs
+from tests.ops.cases import branch_mix_norm, causal_conv1d, ssd_scan, window_attention
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -35,14 +32,14 @@ def draw_ssd_scan(r: random.Random):
     share = r.choice([0.0, 0.3, 0.7])
     chosen = {o for o in options if r.random() < share}
     dtype = r.choice([torch.float32] * 6 + HALF)
-    i = test_ssd_scan.make_inputs(case, dtype, r.choice(test_ssd_scan.DIRECTIONS), chosen, r.randrange(10**9))
-    return i, test_ssd_scan.used(i)
+    i = ssd_scan.make_inputs(case, dtype, r.choice(ssd_scan.DIRECTIONS), chosen, r.randrange(10**9))
+    return i, ssd_scan.used(i)
 
 
 def draw_window_attention(r: random.Random):
-    quick = [k for k in test_window_attention.CASES if "several" not in k and "-blocks" not in k]
-    case = test_window_attention.CASES[r.choice(quick)]
-    i = test_window_attention.make_inputs(case, r.choice([torch.float32, *HALF]), r.randrange(10**9))
+    quick = [k for k in window_attention.CASES if "several" not in k and "-blocks" not in k]
+    case = window_attention.CASES[r.choice(quick)]
+    i = window_attention.make_inputs(case, r.choice([torch.float32, *HALF]), r.randrange(10**9))
     return i, ["q", "k", "v", *(["bias"] if "bias" in i else [])]
 
 
@@ -50,23 +47,23 @@ def draw_causal_conv1d(r: random.Random):
     torch.manual_seed(r.randrange(10**9))
     case = (r.randint(1, 2), r.randint(1, 40), r.randint(1, 40), r.randint(1, 6))
     dtype = r.choice([torch.float32, *HALF])
-    i = test_causal_conv1d.make_inputs(case, dtype, r.random() < 0.5, r.choice([None, "silu"]))
-    return i, test_causal_conv1d.wrt(i)
+    i = causal_conv1d.make_inputs(case, dtype, r.random() < 0.5, r.choice([None, "silu"]))
+    return i, causal_conv1d.wrt(i)
 
 
 def draw_branch_mix_norm(r: random.Random):
     torch.manual_seed(r.randrange(10**9))
-    case, norm = (r.randint(1, 3), r.randint(1, 20), r.randint(4, 70)), r.choice(test_branch_mix_norm.NORMS)
-    mix, dtype = r.choice(test_branch_mix_norm.MIXES), r.choice([torch.float32, *HALF])
-    i = test_branch_mix_norm.make_inputs(case, dtype, norm, mix, r.random() < 0.5) | dict(eps=1e-3)
-    return i, test_branch_mix_norm.wrt(i)
+    case, norm = (r.randint(1, 3), r.randint(1, 20), r.randint(4, 70)), r.choice(branch_mix_norm.NORMS)
+    mix, dtype = r.choice(branch_mix_norm.MIXES), r.choice([torch.float32, *HALF])
+    i = branch_mix_norm.make_inputs(case, dtype, norm, mix, r.random() < 0.5) | dict(eps=1e-3)
+    return i, branch_mix_norm.wrt(i)
 
 
 OPS = {
-    "branch_mix_norm": (draw_branch_mix_norm, test_branch_mix_norm.by_reference),
-    "causal_conv1d": (draw_causal_conv1d, test_causal_conv1d.by_reference),
-    "ssd_scan": (draw_ssd_scan, test_ssd_scan.by_reference),
-    "window_attention": (draw_window_attention, test_window_attention.by_reference),
+    "branch_mix_norm": (draw_branch_mix_norm, branch_mix_norm.by_reference),
+    "causal_conv1d": (draw_causal_conv1d, causal_conv1d.by_reference),
+    "ssd_scan": (draw_ssd_scan, ssd_scan.by_reference),
+    "window_attention": (draw_window_attention, window_attention.by_reference),
 }
 
 
@@ -170,13 +167,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("direction", test_ssd_scan.DIRECTIONS)
+@pytest.mark.parametrize("direction", ssd_scan.DIRECTIONS)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_scans_with_a_mistake_fail(mistake, direction):
-    inputs = test_ssd_scan.make_inputs((1, 70, 4, 2, 2, 4, 8, 12), direction=direction) | dict(chunk_size=32)
-    wrt = test_ssd_scan.used(inputs)
-    judge = Judge(test_ssd_scan.by_reference, inputs, wrt)
-    rejected = failures(judge, results_of(test_ssd_scan.scan, MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
+    inputs = ssd_scan.make_inputs((1, 70, 4, 2, 2, 4, 8, 12), direction=direction) | dict(chunk_size=32)
+    wrt = ssd_scan.used(inputs)
+    judge = Judge(ssd_scan.by_reference, inputs, wrt)
+    rejected = failures(judge, results_of(ssd_scan.scan, MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
     # What does not depend on what was changed is right: D has no part here, C's own gradient none in C, x's none in x.
     free = {"an input rounded to bfloat16": ["C"], "a token left out at a chunk's edge": ["x"]}.get(mistake, [])
     assert rejected == [n for n in judge.names if n not in [f"gradient of {k}" for k in free]]
@@ -200,7 +197,7 @@ ATTENTION_MISTAKES = {
 @pytest.mark.parametrize("mistake", ATTENTION_MISTAKES)
 def test_attention_with_a_mistake_fails(mistake, factor):
     inputs, wrt = attention_inputs(factor), ["q", "k", "v", "bias"]
-    judge = Judge(test_window_attention.by_reference, inputs, wrt)
+    judge = Judge(window_attention.by_reference, inputs, wrt)
     attend = functools.partial(run_op, "window_attention")
     judge(results_of(attend, inputs, wrt, lambda _: judge.weights))
     rejected = failures(judge, results_of(attend, ATTENTION_MISTAKES[mistake](inputs), wrt, lambda _: judge.weights))
@@ -214,7 +211,7 @@ def test_a_weight_of_one_has_no_gradient_but_roundings():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 1, 8, generator=g) for _ in range(3))
     inputs, wrt = dict(q=40 * q, k=k, v=v, grid=(2, 1, 1), window=(2, 1, 1)), ["q", "k", "v"]
-    judge = Judge(test_window_attention.by_reference, inputs, wrt)
+    judge = Judge(window_attention.by_reference, inputs, wrt)
     right = results_of(functools.partial(run_op, "window_attention"), inputs, wrt, lambda _: judge.weights)
     judge(right)
     assert failures(judge, [*right[:1], *(r + 1e-5 for r in right[1:])]) == judge.names[1:]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.ops import test_isolation as isolation
+from tests.ops import isolation
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linmu_ops._testing import check_implementation
-from tests.ops import test_branch_mix_norm, test_causal_conv1d, test_causal_conv1d_step, test_ssd_step
+from tests.ops.cases import branch_mix_norm, causal_conv1d, causal_conv1d_step, ssd_step
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,26 +19,26 @@ def check(op, inputs, wrt=()):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", test_ssd_step.CASES[:3] + test_ssd_step.CASES[4:], ids=str)
+@pytest.mark.parametrize("case", ssd_step.CASES[:3] + ssd_step.CASES[4:], ids=str)
 def test_ssd_step_kernel(case, dtype):
-    check("ssd_step", test_ssd_step.make_inputs(case, dtype, softplus=True, skip=True))
+    check("ssd_step", ssd_step.make_inputs(case, dtype, softplus=True, skip=True))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("case", [*test_causal_conv1d.CASES[:6], *test_causal_conv1d.EMPTY], ids=str)
+@pytest.mark.parametrize("case", [*causal_conv1d.CASES[:6], *causal_conv1d.EMPTY], ids=str)
 def test_causal_conv1d_kernels(case, full):
-    inputs = test_causal_conv1d.make_inputs(case, torch.float32, full, "silu" if full else None)
-    check("causal_conv1d", inputs, test_causal_conv1d.wrt(inputs))
+    inputs = causal_conv1d.make_inputs(case, torch.float32, full, "silu" if full else None)
+    check("causal_conv1d", inputs, causal_conv1d.wrt(inputs))
 
 
-@pytest.mark.parametrize("case", test_causal_conv1d_step.CASES[:3], ids=str)
+@pytest.mark.parametrize("case", causal_conv1d_step.CASES[:3], ids=str)
 def test_causal_conv1d_step_kernel(case):
-    check("causal_conv1d_step", test_causal_conv1d_step.make_inputs(case, torch.float32))
+    check("causal_conv1d_step", causal_conv1d_step.make_inputs(case, torch.float32))
 
 
-@pytest.mark.parametrize("norm", test_branch_mix_norm.NORMS)
-@pytest.mark.parametrize("mix", test_branch_mix_norm.MIXES)
-@pytest.mark.parametrize("case", [*test_branch_mix_norm.CASES[1:4], *test_branch_mix_norm.EMPTY], ids=str)
+@pytest.mark.parametrize("norm", branch_mix_norm.NORMS)
+@pytest.mark.parametrize("mix", branch_mix_norm.MIXES)
+@pytest.mark.parametrize("case", [*branch_mix_norm.CASES[1:4], *branch_mix_norm.EMPTY], ids=str)
 def test_branch_mix_norm_kernels(case, mix, norm):
-    inputs = test_branch_mix_norm.make_inputs(case, torch.float32, norm, mix, masked=case[1] != 40) | dict(eps=1e-3)
-    check("branch_mix_norm", inputs, test_branch_mix_norm.wrt(inputs))
+    inputs = branch_mix_norm.make_inputs(case, torch.float32, norm, mix, masked=case[1] != 40) | dict(eps=1e-3)
+    check("branch_mix_norm", inputs, branch_mix_norm.wrt(inputs))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linmu_ops._testing import check_implementation
-from tests.ops.test_window_attention import CASES, make_inputs
+from tests.ops.cases.window_attention import CASES, make_inputs
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
