@@ -14,7 +14,7 @@ from ..branch_mix_norm import branch_mix_norm
 from ._inputs import Call
 from .block import Block, root_mean_square
 from .config import PAPER, MMATEConfig
-from .scan import Scan
+from .scan import NarrowLinear, Scan
 from .state import MMATEState
 from .windows import Windows
 
@@ -65,7 +65,7 @@ class MMATE(Block):
         self.scan_enabled, self.windows_enabled = config.flex, config.swin
         if config.flex and config.swin:
             self.mix = nn.Parameter(torch.empty(1))
-            self.mix_proj = nn.Linear(shape.dim, 1, bias=False) if config.literal else None
+            self.mix_proj = NarrowLinear(shape.dim, 1, bias=False) if config.literal else None
         self.norm = BranchNorm(shape.dim, "layer" if config.literal else "none")
 
     @torch.no_grad()

@@ -39,6 +39,11 @@ class Far(NamedTuple):
     log_total: Tensor | None
 
 
+class NarrowLinear(nn.Linear):
+    """A linear map to one number, or to one per head. What replaces each `nn.Linear` by a quantised map takes no
+    subclass: this one saves no memory, a decay needs its bits, and 4-bit kernels want outputs by the 32."""
+
+
 class Scan(nn.Module):
     """Masked bidirectional scan in the shape of an attention layer (LinMU, arXiv:2601.01322, Eq. 1-3).
 
@@ -90,17 +95,17 @@ class Scan(nn.Module):
         self.scale = None if initial_scale is None else nn.Parameter(torch.empty(H))
         self.b_map = None if feature_dim is None else nn.Parameter(torch.empty(G, P, N))
         self.c_map = None if feature_dim is None else nn.Parameter(torch.empty(H, P, N))
-        self.dt_proj = nn.Linear(dim, H, bias=False)
+        self.dt_proj = NarrowLinear(dim, H, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.reverse_c_proj = self.reverse_b_proj = self.gate_proj = None
         if reverse:
-            self.reverse_dt_proj = nn.Linear(dim, H, bias=False)
+            self.reverse_dt_proj = NarrowLinear(dim, H, bias=False)
             self.reverse_dt_bias = nn.Parameter(torch.empty(H))
             self.reverse_A_log = nn.Parameter(torch.empty(H))
             self.gate = nn.Parameter(torch.empty(H))
             if literal:
-                self.gate_proj = nn.Linear(dim, H, bias=False)
+                self.gate_proj = NarrowLinear(dim, H, bias=False)
                 self.reverse_c_proj, self.reverse_b_proj, _ = shape.projections()
         self.z_proj = nn.Linear(dim, H * P) if z_gate else None
         self.head_norm = nn.Parameter(torch.empty(H, P)) if head_norm else None
