@@ -19,6 +19,31 @@ from .modeling import LinmuAttention
 _TOGETHER = 8
 
 
+def as_batches(name: str, batches: Any) -> list[dict[str, Any]]:
+    """Batches as dicts without their labels.
+
+    Args:
+        name: what errors call them.
+
+    Raises:
+        TypeError: these are no batches.
+        ValueError: a batch has no `input_ids` (B, L).
+    """
+    rule = f"{name} must be a list of dicts, the teacher's inputs"
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"{rule}, got {type(batches).__name__}")
+    checked = []
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"{rule}, got {type(batch).__name__} among them")
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            got = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"{name} must have input_ids (B, L) in each batch, got {got}")
+        checked.append({key: value for key, value in batch.items() if key != "labels"})
+    return checked
+
+
 @torch.no_grad()
 def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], *, step_sizes: bool = False) -> None:
     """Fit each block of `student` to the teacher's attention at its layer.
@@ -33,11 +58,24 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
             `Scan.fit_step_sizes`). So a block remembers from the start what the teacher looks at. In all other fits a
             token then counts half by what text reads of it in later layers. For this the teacher runs once more, and
             the attention of text is computed in full, a few hundred rows at a time.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a batch has no `input_ids`, or the models differ in their number of layers.
     """
-    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    if not hasattr(student, "block_inputs"):
+        raise TypeError(f"calibrate: student must be a model that `convert` made, got {type(student).__name__}")
+    if not hasattr(teacher, "get_decoder"):
+        raise TypeError(f"calibrate: teacher must be a transformers model, got {type(teacher).__name__}")
+    if not isinstance(step_sizes, bool):
+        raise TypeError(f"calibrate: step_sizes must be a bool, got {step_sizes!r}")
+    batches = as_batches("calibrate: batches", batches)
+    ours, theirs = attention_modules(student), attention_modules(teacher)
+    if len(ours) != len(theirs):
+        raise ValueError(f"calibrate: teacher must have the student's {len(ours)} layers, got {len(theirs)}")
     shared = [student.block_inputs(inputs, inputs["input_ids"].shape[1]) for inputs in batches]
     layouts = [inputs.layout for inputs in shared]
-    every = list(zip(attention_modules(student), attention_modules(teacher), strict=True))
+    every = list(zip(ours, theirs, strict=True))
     linear = {i: pair for i, pair in enumerate(every) if isinstance(pair[0], LinmuAttention)}
     looks = [_looks_of_text(teacher, *pair) for pair in zip(batches, layouts, strict=True) if step_sizes]
     for start in range(0, len(linear), _TOGETHER):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
-from .calibrate import calibrate
+from .calibrate import as_batches, calibrate
 from .config import linmu_field, parse_options
 from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel, linmu_attention
 from .report import TensorRow, TransferReport
@@ -53,8 +53,11 @@ def convert(
     Raises:
         ValueError: the family or an option is unknown; the teacher is quantised or offloaded, or its attention does
             what a block cannot do (`linmu_models.teachers`); calibration is asked of a teacher on the meta device.
-        TypeError: the teacher is no such model.
+        TypeError: the teacher is no such model, or another argument is of another type.
     """
+    batches = as_batches("convert: calibration", calibration)
+    if not isinstance(share_frozen, bool):
+        raise TypeError(f"convert: share_frozen must be a bool, got {share_frozen!r}")
     family = _family(teacher)
     options = parse_options(config)
     layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
@@ -83,7 +86,6 @@ def convert(
     for name in type(teacher.config).sub_configs:
         _same_attention(getattr(student.config, name, None), getattr(teacher.config, name, None))
     student._name_attention()
-    batches = list(calibration)
     if batches:
         if teacher.device.type == "meta":
             raise ValueError("convert: calibration needs a teacher with values, got one on the meta device")

@@ -57,7 +57,7 @@ def convert_folder(
         OSError: there is no such model.
     """
     _check_dtype(dtype)
-    if not os.fspath(out) or (Path(out).exists() and not Path(out).is_dir()):
+    if not _path("convert: out", out) or (Path(out).exists() and not Path(out).is_dir()):
         raise ValueError(f"convert: out must be a folder, or the name of a new one, got {os.fspath(out)!r}")
     folder = _local(teacher)
     if Path(out).resolve() == folder.resolve():
@@ -117,16 +117,24 @@ def _config(folder: str | os.PathLike[str]) -> Any:
 
 
 def check_model_name(model: str | os.PathLike[str]) -> None:
-    """Raise ValueError where `model` is neither a folder nor the name of a model on the hub.
+    """Raise ValueError where `model` is neither a folder nor the name of a model on the hub, TypeError where it is no
+    path at all.
 
     transformers would look for it on the hub, and say so.
     """
-    name = os.fspath(model)
+    name = _path("a model", model)
     if Path(name).is_file():
         raise ValueError(f"a model must be a folder, got the file {name!r}")
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and not name.startswith(".")
     if not name or not (on_hub or Path(name).is_dir()):
         raise ValueError(f"a model must be a folder, or a name on the hub, got {name!r}")
+
+
+def _path(what: str, value: str | os.PathLike[str]) -> str:
+    """A path as text; TypeError where it is none."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
+        raise TypeError(f"{what} must be a path, got {value!r}")
+    return path
 
 
 def load(
@@ -153,7 +161,7 @@ def find_device(device: str | None) -> torch.device:
     """
     try:
         found = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"device must be one that is there, got {device}") from error
     if found.type == "meta":
         raise ValueError("device must be one that holds values, got meta")
@@ -217,6 +225,11 @@ def generate_text(
     Raises:
         ValueError: beams are asked for; a picture or video cannot be read, or the model takes none.
     """
+    for name, paths in (("images", images), ("videos", videos)):
+        if isinstance(paths, (str, bytes, os.PathLike, Mapping)) or not isinstance(paths, Iterable):
+            raise TypeError(f"generate: {name} must be a list of paths, got {paths!r}")
+    if not isinstance(prompt, str):
+        raise TypeError(f"generate: prompt must be text, got {type(prompt).__name__}")
     if not prompt and not images and not videos:
         raise ValueError("generate: prompt must not be empty")
     try:
@@ -270,7 +283,13 @@ def fast_decode(**compile_options: Any) -> dict[str, Any]:
     Args:
         compile_options: of transformers' `CompileConfig`, that is of `torch.compile`. The mode is "reduce-overhead" if
             left out.
+
+    Raises:
+        TypeError: there is no such option.
     """
+    known = [field.name for field in dataclasses.fields(CompileConfig)]
+    if unknown := [name for name in compile_options if name not in known]:
+        raise TypeError(f"fast_decode: options must be of {', '.join(known)}, got {unknown[0]}")
     config = CompileConfig(**compile_options)
     compiles: Any = config
     compiles._compile_all_devices = True  # transformers would not compile on a CPU

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from linmu_models.layout import Block, Placeholders, VisualUnit, build_layout, to_numpy
+from linmu_models.modeling import LinmuModel
 from linmu_ops import TokenLayout
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
@@ -43,24 +44,30 @@ def convert_nvila(
     """
     from linmu_models.convert import convert
 
-    _check(model)
+    _check("convert_nvila", model)
     model.llm = convert(model.llm, config, keep_attention)
     return attach_nvila(model)
 
 
 def attach_nvila(model: Any) -> Any:
-    """Connect a linear decoder to its NVILA model, which then says in each `_embed` where the visual tokens are."""
-    _check(model)
+    """Connect a linear decoder to its NVILA model, which then says in each `_embed` where the visual tokens are.
+
+    Raises:
+        TypeError: a name is missing, or `llm` is no linear decoder.
+    """
+    _check("attach_nvila", model)
+    if not isinstance(model.llm, LinmuModel):
+        raise TypeError(f"attach_nvila: model.llm must be a LinmuModel, got {type(model.llm).__name__}")
     recorder = _Recorder(model)
     model.llm.layout_source = recorder.layout
     model._embed = recorder.embed
     return model
 
 
-def _check(model: Any) -> None:
+def _check(function: str, model: Any) -> None:
     for name in ("llm", "encoders", "_embed", "tokenizer"):
         if not hasattr(model, name):
-            raise TypeError(f"convert_nvila: model must have the attribute {name}, got {type(model).__name__}")
+            raise TypeError(f"{function}: model must have the attribute {name}, got {type(model).__name__}")
 
 
 class _Recorder:

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .source import INSTALL, Clip, Source, check_pixels, fit, opened, too_large
+from .source import INSTALL, Clip, Source, check_pixels, check_positive, fit, opened, too_large
 
 # Pillow's formats that are pixels, decoded in this process, the common ones first. EPS would start Ghostscript.
 _FORMATS = (
@@ -112,8 +112,11 @@ def read_image(source: Source, max_pixels: int | None = None) -> Clip:
 
     Raises:
         UnreadableError: the image is missing, corrupt or cut short, too large, or too elongated.
+        TypeError, ValueError: an argument is of another type, or `max_pixels` is not over 0.
     """
     _need_pillow()
+    if max_pixels is not None:
+        check_positive("max_pixels", max_pixels)
     from PIL import Image
 
     with opened(source, "image") as file:

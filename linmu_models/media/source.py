@@ -9,7 +9,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from numbers import Integral, Real
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -69,6 +70,14 @@ def too_large(kind: str) -> UnreadableError:
     return UnreadableError(f"{kind} over 178 megapixels: make it smaller")
 
 
+def check_positive(name: str, value: Any, *, whole: bool = True) -> None:
+    """Raise TypeError where this is no (whole) number, ValueError where it is not over 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+    if not float(value) > 0:
+        raise ValueError(f"{name} must be over 0, got {value!r}")
+
+
 @contextmanager
 def opened(source: Source, kind: str) -> Iterator[BinaryIO]:
     """The bytes of a source, to be read at any place; `kind` is "image" or "video".
@@ -78,7 +87,10 @@ def opened(source: Source, kind: str) -> Iterator[BinaryIO]:
 
     Raises:
         UnreadableError: missing, not a file, or whatever went wrong inside.
+        TypeError: the source is neither bytes nor a path.
     """
+    if not isinstance(source, (bytes, str, os.PathLike)):
+        raise TypeError(f"{kind} must be bytes or a path, got {type(source).__name__}")
     try:
         if isinstance(source, bytes):
             file: BinaryIO = io.BytesIO(source)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .source import INSTALL, MOST_PIXELS, Clip, Source, UnreadableError, check_pixels, fit, opened
+from .source import INSTALL, MOST_PIXELS, Clip, Source, UnreadableError, check_pixels, check_positive, fit, opened
 
 # FFmpeg's formats that hold their own frames. Others (playlists, session descriptions, patterns of names) open files
 # that the one at hand names. Those of sound alone are here to be told apart from what is broken.
@@ -385,7 +385,12 @@ def read_video(source: Source, frames: int, fps: float, max_pixels: int | None =
 
     Raises:
         UnreadableError: the video is missing, corrupt, cut short, too large, too elongated, or is none.
+        TypeError, ValueError: an argument is of another type, or a number is not over 0.
     """
+    check_positive("frames", frames)
+    check_positive("fps", fps, whole=False)
+    if max_pixels is not None:
+        check_positive("max_pixels", max_pixels)
     with _film(source) as film:
         facts = film.facts
         size = fit(facts.height, facts.width, max_pixels)
