@@ -9,10 +9,10 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def random_states() -> dict[str, Any]:
     """The states of every random generator a training step may use."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     return {
         "python": random.getstate(),
         # No array: reading one back takes more than data.
@@ -96,7 +96,10 @@ def load_data(path: Path) -> Any:
     """
     # Random states were once saved with an array of 32-bit numbers.
     array = np.zeros(0, np.uint32)
-    known = [array.__reduce__()[0], np.ndarray, np.dtype, type(array.dtype)]
+    made_by = cast(Callable[..., Any], array.__reduce__()[0])
+    known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        made_by, np.ndarray, np.dtype, type(array.dtype)
+    ]  # fmt: skip
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True)

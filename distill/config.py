@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -25,28 +24,17 @@ from pydantic import (
 from linmu_models.config import parse_options
 from linmu_ops.nn import ExactConfig, MMATEConfig
 
-from .data.tasks import GROUPS, check_options
-from .stages import PRESETS, STAGES, Stage
+from .data.tasks import GROUPS, NEEDLE_FRAMES
+from .stages import PRESETS, Stage, alone
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
-Mixture = Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+Rate = Annotated[float, Field(gt=0)]
 EVALUATION_SEED = 2024  # fixed, so that runs are asked the same questions
-# Of a folder, which must not be the one above.
+_BLOCK = 8  # samples; so many are cheap, and a share of so few means little
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
-
-
-def _regular(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"must be a regular expression, got {text!r}: {error}") from error
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_regular)]
+"""Names a folder, which must not be the one above."""
 
 
 class ConfigError(ValueError):
@@ -57,30 +45,21 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TeacherConfig(_Table):
-    """The model to imitate."""
-
-    path: str
-    """A folder that transformers can load, or a hub name. Relative folders are looked up from the working directory."""
-    max_new_tokens: Positive = 64
-    """Length limit of the teacher's own answers (L_seq)."""
-
-
-def _among_groups(name: str, groups: Iterable[str]) -> None:
+def _check_groups(name: str, groups: Iterable[str]) -> None:
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"{name} must be of the groups {', '.join(GROUPS)}, got {unknown[0]}")
 
 
 class TaskData(_Table):
-    """What to train on: the built-in tasks, see `distill/data/README.md`."""
+    """Training on the built-in tasks. They are for the shipped teacher; `distill/data/README.md` describes them."""
 
-    mixture: Mixture = {"read": 1, "line": 1, "where": 1, "video": 1, "needle": 1}
-    """How often each task group is drawn."""
+    mixture: Annotated[dict[str, Rate], Field(min_length=1)] = dict.fromkeys(GROUPS, 1.0)
+    """How often each task group is drawn, against the others."""
     batch_size: Positive | dict[str, Positive] = 16
-    """Samples in a batch, for all groups or for each."""
-    options: dict[str, dict[str, Any]] = {}
-    """More arguments of a group's generator: `options.needle = {frames = [16, 64]}`; and `batch_frames`, see
-    `linmu_distill.data.TaskStream`."""
+    """Samples of a batch: one number for all groups, or one for each group. A batch of needles has fewer where their
+    videos are long."""
+    needle_frames: tuple[Positive, Positive] = NEEDLE_FRAMES
+    """The least and the most frames of a needle's video. All videos of a batch are equally long."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,64 +69,72 @@ class TaskData(_Table):
         return values
 
     @model_validator(mode="after")
-    def _check_groups(self) -> "TaskData":
-        _among_groups("mixture", self.mixture)
-        _among_groups("options", self.options)
+    def _check_values(self) -> "TaskData":
+        _check_groups("mixture", self.mixture)
         if isinstance(self.batch_size, dict):
-            _among_groups("batch_size", self.batch_size)
+            _check_groups("batch_size", self.batch_size)
             if missing := [group for group in self.mixture if group not in self.batch_size]:
                 raise ValueError(f"batch_size must be given for every group of mixture, got none for {missing[0]}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_options(self) -> "TaskData":
-        for group, options in self.options.items():
-            check_options(group, {name: value for name, value in options.items() if name != "batch_frames"})
-            total = options.get("batch_frames", 1)
-            if type(total) is not int or total < 1:
-                raise ValueError(f"options.{group}.batch_frames must be a number of frames, got {total!r}")
-            frames = options.get("frames")
-            if "batch_frames" in options and not (isinstance(frames, list | tuple) and len(frames) == 2):
-                raise ValueError(f"options.{group}.frames must be [least, most] beside batch_frames, got {frames}")
+        least, most = self.needle_frames
+        if not 2 <= least <= most:
+            raise ValueError(f"needle_frames must be [least, most] with 2 <= least <= most, got {[least, most]}")
         return self
 
 
 class SetConfig(_Table):
-    """One data set in its published format; see "Data sets" in `distill/README.md`."""
+    """One data set in the format in which it is published. "Data sets" in `distill/README.md` describes the formats."""
 
     format: Literal["onevision", "llava_video", "activitynet_qa", "text"]
     files: Annotated[list[str], Field(min_length=1)]
-    """Glob patterns of the parquet, JSON or text files; `**` reaches into folders."""
+    """Glob patterns of the parquet, JSON or text files. `**` reaches into folders."""
     folder: str | None = None
-    """Where the images or videos are that the files name."""
-    weight: Annotated[float, Field(gt=0)] | tuple[Weight, Weight, Weight] = 1.0
-    """How often a batch is of this set, against the others: in every stage, or in each of the three, 0 for never."""
+    """The folder of the images or videos that the files name."""
+    weight: Rate | tuple[Weight, Weight, Weight] = 1.0
+    """How often a batch is of this set, against the other sets. Three numbers are the weights in stages 1 to 3; 0
+    leaves the set out of a stage."""
 
 
 class RecordData(_Table):
-    """What to train on: data sets on disk."""
+    """Training on data sets on disk."""
 
     sets: Annotated[dict[str, SetConfig], Field(min_length=1)]
+    """The data sets, by names of your own."""
     max_tokens: Positive = 8192
-    """Tokens of a batch, padding included; a longer sample is left out, and counted."""
+    """The most tokens of a batch, padding included. A longer sample is left out and counted. Plain text is cut into
+    pieces of this length."""
     packing: bool = False
-    """A batch is one row of several samples, each of which trains as if it were alone, without padding; else each is a
-    row, padded to the longest. Not in `[evaluation.held_out]`."""
-    text_length: Positive = 1024
-    """Tokens of a piece of plain text."""
+    """A batch is one row of several samples, without padding. Each sample trains as if it were alone. Otherwise each
+    sample is a row, padded to the longest. `[evaluation.held_out]` is never packed."""
     frames: Positive = 64
-    """Frames of a video, at most."""
-    fps: Annotated[float, Field(gt=0)] = 1.0
+    """The most frames that are taken of a video."""
+    fps: Rate = 1.0
     """Frames that are taken of a second of video."""
     image_pixels: Positive | None = None
-    """Larger images are made smaller."""
+    """The most pixels of an image. A larger image is made smaller."""
     frame_pixels: Positive | None = None
-    """Larger video frames are made smaller."""
-    window: Positive = 512
-    """Records that are read, sorted by length and packed together."""
+    """The most pixels of a video frame. A larger frame is made smaller."""
+
+    def weights(self) -> list[float]:
+        """The weight of each set, where each has one for all stages.
+
+        Raises:
+            ValueError: a set has three.
+        """
+        found: list[float] = []
+        for name, given in self.sets.items():
+            if isinstance(given.weight, tuple):
+                rule = "must be one number, as no stage sees it"
+                raise ValueError(f"held_out.sets.{name}.weight {rule}, got {given.weight}")
+            found.append(given.weight)
+        return found
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether no set has questions or pictures."""
+        return {chosen.format for chosen in self.sets.values()} == {"text"}
 
     def in_stage(self, number: int) -> "RecordData":
-        """With the sets of stage 1, 2 or 3 alone, and their weights in it."""
+        """The sets of stage 1, 2 or 3 alone, with their weights in it."""
         chosen = {
             name: given.model_copy(update={"weight": weight})
             for name, given in self.sets.items()
@@ -163,68 +150,59 @@ def _kind(value: Any) -> str:
 DataConfig = Annotated[Annotated[TaskData, Tag("tasks")] | Annotated[RecordData, Tag("records")], Discriminator(_kind)]
 
 
-class LoraConfig(_Table):
-    """Low-rank updates of the decoder's FFNs in stage 3."""
-
-    rank: Positive = 8
-    target: Pattern = r".*layers\.\d+\.mlp\.(gate|up|down)_proj"
-    """Regular expression over the names of the language model's modules; the vision tower is never touched."""
-
-
 class EvaluationConfig(_Table):
-    """Exact match on held-out samples after initialisation and each stage, and speed at the end."""
+    """What is measured: exact match on the built-in tasks, distance to the teacher on held-out data, and speed."""
 
     samples: Count | dict[str, Count] = 200
-    """Samples of each task group, or of those that are named; 0 turns evaluation off."""
-    final_samples: Count | dict[str, Count] | None = None
-    """Samples for the teacher and the final student, when other than `samples`."""
-    options: dict[str, dict[str, Any]] = {}
+    """Questions of each task group that the teacher and the finished student are asked. A table gives a number for each
+    group that it names, and leaves out the others. 0 turns this off. Before training and between stages about a quarter
+    of them is asked."""
     speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
-    """Visual tokens at which time to first token, decode speed and cache size are measured; empty: not at all."""
+    """Numbers of visual tokens at which time to first token, decode speed and cache size are measured at the end. An
+    empty list turns this off."""
     held_out: RecordData | None = None
-    """Data sets that no stage sees: perplexity, agreement with the teacher and distance to it are measured on them."""
-    held_out_batches: Positive = 16
+    """Data sets that no stage sees. Perplexity, agreement with the teacher and distance to it are measured on them."""
 
     @model_validator(mode="after")
-    def _check_groups(self) -> "EvaluationConfig":
-        for name in ("samples", "final_samples", "options"):
-            if isinstance(given := getattr(self, name), dict):
-                _among_groups(name, given)
-        for group, options in self.options.items():
-            check_options(group, options)
-        return self
-
-    @model_validator(mode="after")
-    def _check_packing(self) -> "EvaluationConfig":
+    def _check_values(self) -> "EvaluationConfig":
+        if isinstance(self.samples, dict):
+            _check_groups("samples", self.samples)
         if self.held_out is not None and self.held_out.packing:
             raise ValueError("held_out.packing must be false: what is only measured is not packed, got true")
+        if self.held_out is not None:
+            self.held_out.weights()
         return self
 
     def counts(self, *, final: bool) -> dict[str, int]:
         """Samples of each group that is evaluated: of the teacher and the finished student, or in between."""
-        chosen = self.final_samples if final and self.final_samples is not None else self.samples
-        every = {group: chosen if isinstance(chosen, int) else chosen.get(group, 0) for group in GROUPS}
-        return {group: count for group, count in every.items() if count}
+        given = self.samples if isinstance(self.samples, dict) else dict.fromkeys(GROUPS, self.samples)
+        every = {group: given.get(group, 0) for group in GROUPS}
+        return {group: count if final else _fewer(count) for group, count in every.items() if count}
 
     @property
     def groups(self) -> list[str]:
         """The task groups that are evaluated at all."""
-        counted = self.counts(final=False) | self.counts(final=True)
-        return [group for group in GROUPS if group in counted]
+        return list(self.counts(final=True))
+
+
+def _fewer(count: int) -> int:
+    """A quarter, in whole eights, at least eight of them: enough to see a stage fail."""
+    return min(count, max(_BLOCK, count // 4 // _BLOCK * _BLOCK))
 
 
 class StageConfig(_Table):
-    """Overrides of one row of the stage table."""
+    """What differs from a row of the stage table, `STAGES` in `stages.py`."""
 
     steps: Count | None = None
-    """0 skips the stage: the next one goes on from the one before."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """0 skips the stage. The next one goes on from the stage before."""
+    learning_rate: Rate | None = None
+    """The highest. It is reached after the first twentieth of the steps, and then falls by half a cosine."""
     losses: dict[Literal["hidden", "block", "token", "sequence", "supervised"], Weight] | None = None
-    """Weight of each loss, in the place of the table's; one that is not named is not used. `block`, which stands alone,
-    is L_hid of blocks that are each given what the teacher's attention was given, not what the layers below made."""
-    freeze: list[Pattern] = []
-    """Regular expressions: trainable parameters with such a name stay frozen in this stage. All but LoRA:
-    `'^(?!.*\\.lora_)'`."""
+    """The weight of each loss. It replaces all losses of the table; a loss that is not named is not used. `block`
+    stands alone: it is L_hid where each block gets what the teacher's attention got, not what the layers below made.
+    `hidden` counts all tokens alike; `block` weighs them by what answers read."""
+    data: DataConfig | None = None
+    """Other data in this stage."""
 
     @model_validator(mode="after")
     def _check_losses(self) -> "StageConfig":
@@ -233,62 +211,63 @@ class StageConfig(_Table):
             raise ValueError(f"losses must have none beside `block`, got {used}")
         return self
 
-    data: DataConfig | None = None
-    """Other data in this stage."""
-
 
 class Config(_Table):
     """A whole run."""
 
-    name: Name
-    output: str = "runs"
-    """Results go to `output/name`."""
-    seed: Count = 0
-    teacher: TeacherConfig
+    output: str
+    """The run's folder, as `runs/demo`. All results go there. Its last part is the run's name."""
+    teacher: str
+    """The model to imitate: a folder that transformers can load, or a name on the hub. A relative folder starts from
+    the working directory."""
     preset: Literal["exact", "paper", "literal"] = "exact"
     """Where all other options start: what the tables in `bench/reports` chose, the paper's structure, or the paper to
-    the letter; see `linmu_distill.stages.PRESETS`."""
+    the letter. It sets the block's options, the stages' losses, and what stays frozen. `literal` calibrates nothing, so
+    its L_hid is absolute."""
     student: dict[str, Any] = Field({}, validate_default=True)
-    """Options of the block that differ from the preset's: the fields of `linmu_ops.nn.ExactConfig`, or of
-    `MMATEConfig`; and `keep_attention`, a list of decoder layers that stay quadratic, negative ones counted from the
-    end. Once read, it holds every option, so that a run is not gone on with when the library's have changed."""
+    """Options of the block that differ from the preset's: fields of `linmu_ops.nn.ExactConfig`, or of `MMATEConfig`.
+    `keep_attention` is a list of decoder layers that stay quadratic; negative numbers count from the end. Once read,
+    this holds every option: a run is not resumed when the library's defaults have changed."""
+    seed: Count = 0
+    """Sets the new parameters and the training data."""
     data: DataConfig = TaskData()
-    hidden_average: Literal["tokens", "read"] = "tokens"
-    """L_hid as the mean over all tokens, as in the paper. `read`: a third each of the mean over visual tokens, of that
-    over text, and of that over what answers read: a token's error at a layer counts by the attention that later layers
-    give it from where answers are predicted, and these positions count themselves."""
-    warmup: Share = 0.03
-    """Share of a stage's steps in which the learning rate rises; then it falls by half a cosine."""
-    lora: LoraConfig = LoraConfig()
-    checkpoint_every: Positive = 200
-    """Steps; the last two are kept."""
-    evaluation: EvaluationConfig = EvaluationConfig()
-    calibration_batches: Count = 4
-    """Batches on which, before stage 1, the sizes of the blocks' outputs are fitted, with `exact` also step sizes of
-    the scans (see `linmu_models.calibrate`), and the teacher's mean squares measured, which L_hid is relative to. 0:
-    blocks start with whatever size they have, and L_hid is absolute."""
+    """Training data: built-in tasks, or data sets."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the teacher's weights and of matrix products; what is trained is float32 always."""
+    """Of the teacher's weights and of matrix products. What is trained is always float32."""
     gradient_accumulation: Positive = 1
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With more than one process: a whole student in each, or FSDP2, a part in each."""
+    """Batches of each process in a step."""
     gradient_checkpointing: bool = False
-    """In stages whose blocks are given the student's inputs: it runs a layer twice, the second time without the
-    teacher's."""
+    """Saves memory in stages whose blocks get the student's own inputs: the backward pass runs each layer again."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: a whole student in each (`ddp`), or a part in each (`fsdp`, FSDP2)."""
+    max_new_tokens: Positive = 64
+    """The most tokens of the teacher's own answers (L_seq). An answer that does not end in time is left out."""
+    lora_rank: Positive = 8
+    """Rank of the low-rank updates of the decoder's FFNs in stage 3."""
+    checkpoint_every: Positive = 200
+    """Steps between checkpoints. The last two are kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured."""
     stage1: StageConfig = StageConfig()
     stage2: StageConfig = StageConfig()
     stage3: StageConfig = StageConfig()
 
-    @model_validator(mode="before")
+    @field_validator("teacher", mode="before")
     @classmethod
-    def _start_from_preset(cls, values: dict[str, Any]) -> dict[str, Any]:
-        for name, start in PRESETS.get(str(values.get("preset", "exact")), {}).items():
-            given = values.get(name, start)
-            if isinstance(given, BaseModel):
-                given = given.model_dump(exclude_unset=True)
-            tables = isinstance(start, dict) and isinstance(given, dict)
-            values = {**values, name: {**start, **given} if tables else given}
-        return values
+    def _check_teacher(cls, teacher: Any) -> Any:
+        if isinstance(teacher, dict):
+            raise ValueError(
+                'must be a folder or a name, as in teacher = "..."; `max_new_tokens` stands above all tables; '
+                f"got a table of {', '.join(map(str, teacher)) or 'nothing'}"
+            )
+        return teacher
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, output: str) -> str:
+        if Path(output).name in ("", ".."):
+            raise ValueError(f"must be the run's own folder, as in runs/demo, got {output!r}")
+        return output
 
     @field_validator("student")
     @classmethod
@@ -303,7 +282,19 @@ class Config(_Table):
         return {**dataclasses.asdict(parse_options(options)), **kept}
 
     @model_validator(mode="after")
-    def _check_skipped(self) -> "Config":
+    def _check_stages(self) -> "Config":
+        for number in (1, 2, 3):
+            data = self.stage_data(number)
+            if isinstance(data, RecordData) and not data.sets:
+                raise ValueError(f"data.sets: none of them is for stage {number}")
+            stage = self.stage(number)
+            if not stage.losses:
+                raise ValueError(f"stage{number}.losses must have a weight over 0, got none")
+            if stage.steps and "sequence" in stage.losses and isinstance(data, RecordData) and data.is_plain_text:
+                raise ValueError(
+                    f"stage{number}.losses must not have `sequence` where all data is plain text: it asks nothing that "
+                    "the teacher could answer"
+                )
         trained = [number for number in (1, 2, 3) if self.stage(number).steps]
         if trained == [1] and isinstance(self.block, MMATEConfig) and self.block.swin:
             raise ValueError(
@@ -313,9 +304,20 @@ class Config(_Table):
         return self
 
     @property
-    def mixed_precision(self) -> str:
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return Path(self.output)
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.folder.name
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
         """`precision` in the words of accelerate."""
-        return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[self.precision]
+        words: dict[str, Literal["no", "bf16", "fp16"]] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+        return words[self.precision]
 
     @property
     def block(self) -> MMATEConfig | ExactConfig:
@@ -324,49 +326,37 @@ class Config(_Table):
         return parse_options({"preset": self.preset, **options})
 
     @property
-    def folder(self) -> Path:
-        """Where the run lives."""
-        return Path(self.output) / self.name
-
-    @model_validator(mode="after")
-    def _every_stage_has_data(self) -> "Config":
-        for number in (1, 2, 3):
-            data = self.stage_data(number)
-            if isinstance(data, RecordData) and not data.sets:
-                raise ValueError(f"data.sets: none of them is for stage {number}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_losses(self) -> "Config":
-        for number in (1, 2, 3):
-            stage, data = self.stage(number), self.stage_data(number)
-            if not stage.losses:
-                raise ValueError(f"stage{number}.losses must have a weight over 0, got none")
-            formats = {chosen.format for chosen in data.sets.values()} if isinstance(data, RecordData) else set()
-            if stage.steps and "sequence" in stage.losses and formats == {"text"}:
-                raise ValueError(
-                    f"stage{number}.losses must not have `sequence` where all data is plain text: it asks nothing that "
-                    "the teacher could answer"
-                )
-        return self
+    def is_calibrated(self) -> bool:
+        """Whether sizes are set before training, and L_hid is relative to the teacher's own size. The paper says
+        neither."""
+        return self.preset != "literal"
 
     def overrides(self, number: int) -> StageConfig:
         """The overrides of stage 1, 2 or 3."""
         return {1: self.stage1, 2: self.stage2, 3: self.stage3}[number]
 
     def stage(self, number: int) -> Stage:
-        """The row of the stage table with this run's overrides."""
-        row, changes = STAGES[number - 1], self.overrides(number)
-        losses = row.losses if changes.losses is None else {name: w for name, w in changes.losses.items() if w}
-        alone = "block" in losses
+        """The preset's row of the stage table, with this run's overrides."""
+        stage, changes = PRESETS[self.preset][number - 1], self.overrides(number)
+        if changes.losses is not None:
+            losses = {str(name): weight for name, weight in changes.losses.items() if weight}
+            stage = dataclasses.replace(stage, losses=losses, block_input="student", average="tokens")
+            if "block" in losses:
+                stage = alone(stage, losses["block"])
+        data = self.stage_data(number)
+        if isinstance(data, RecordData) and data.is_plain_text:  # Every token of it is an answer.
+            stage = dataclasses.replace(stage, average="tokens")
         return dataclasses.replace(
-            row,
-            losses={"hidden": losses["block"]} if alone else losses,
-            learning_rate=changes.learning_rate or row.learning_rate,
-            steps=row.steps if changes.steps is None else changes.steps,
-            block_input="teacher" if alone else "student",
-            freeze=tuple(changes.freeze),
+            stage,
+            learning_rate=changes.learning_rate or stage.learning_rate,
+            steps=stage.steps if changes.steps is None else changes.steps,
         )
+
+    @property
+    def averages(self) -> list[Literal["tokens", "read"]]:
+        """The averages of L_hid that stages of this run use."""
+        used = {stage.average for stage in map(self.stage, (1, 2, 3)) if stage.steps and "hidden" in stage.losses}
+        return sorted(used)
 
     def has_lora(self, number: int) -> bool:
         """Whether the student has LoRA in stage `number`: from the first stage on that trains it."""
@@ -382,19 +372,19 @@ class Config(_Table):
 
         0: the calibrated student.
         """
-        data = self.stage_data(number or 1).model_dump(mode="json")
+        facts: dict[str, Any] = {
+            **self.model_dump(include={"seed", "student", "precision"}, mode="json"),
+            "data": self.stage_data(number or 1).model_dump(mode="json"),
+            "is_calibrated": self.is_calibrated,
+        }
         if not number:
-            parts = {"seed", "student", "precision", "calibration_batches", "hidden_average"}
-            return hash_of({**self.model_dump(include=parts, mode="json"), "data": data})
+            return hash_of({**facts, "averages": self.averages})
         stage = self.stage(number)
-        parts = {"seed", "student", "hidden_average", "warmup", "precision", "gradient_accumulation"}
-        facts = {
-            **self.model_dump(include=parts, mode="json"),
-            "stage": [number, dict(stage.losses), stage.learning_rate, stage.steps, stage.freeze, stage.block_input],
-            "data": data,
-            "lora": self.lora.model_dump(mode="json") if self.has_lora(number) else None,
-            "calibration_batches": self.calibration_batches if number == 1 else None,
-            "max_new_tokens": self.teacher.max_new_tokens if "sequence" in stage.losses else None,
+        facts |= {
+            "stage": dataclasses.asdict(stage),
+            "gradient_accumulation": self.gradient_accumulation,
+            "lora_rank": self.lora_rank if self.has_lora(number) else None,
+            "max_new_tokens": self.max_new_tokens if "sequence" in stage.losses else None,
         }
         return hash_of(facts)
 
@@ -437,21 +427,24 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
 
 # What became of keys that once were.
 _GONE = {
+    r"name": "`output` is the run's folder, as in runs/demo",
     r"(teacher\.)?(dtype|mixed_precision)": "`precision` above all tables sets the teacher's and that of products",
-    r"teacher\.inside": "the student shares the teacher's frozen weights",
-    r"(.*\.)?turns": "up to four questions are asked about a picture or video",
-    r"(.*\.)?(workers|max_samples)": "chosen by the program",
+    r"(.*\.)?(turns|window|workers|max_samples)": "chosen by the program",
+    r"(.*\.)?text_length": "a piece of plain text has `max_tokens`",
     r"(.*\.)?stages": "`weight` may be a list, the weights in stages 1 to 3",
     r"(.*\.)?instruction": "ActivityNet-QA asks for a word or a short phrase",
-    r"losses": "`hidden_average` stands above all tables; L_hid is absolute where `calibration_batches` is 0",
-    r"optimizer": "`warmup` stands above all tables; the rest of AdamW is fixed",
-    r"lora\.alpha": "twice the rank",
+    r"evaluation\.options": "a needle's video has 64 frames; `needle_frames` in [data] sets those of training",
+    r"(.*\.)?options": "`needle_frames = [least, most]` sets the frames of a needle's video",
+    r"hidden_average|losses": "L_hid of `block` weighs tokens by what answers read, that of `hidden` counts all alike",
+    r"warmup|optimizer": "the learning rate rises for the first twentieth of a stage; AdamW is fixed",
+    r"lora": "`lora_rank` stands above all tables; LoRA is on the decoder's FFNs",
     r"checkpoints": "`checkpoint_every` stands above all tables; the last two are kept",
     r"evaluation\.groups": "name the groups in `samples`",
-    r"evaluation\.(seed|speed_new_tokens)": "fixed, so that runs compare",
-    r"calibrate(_step_sizes)?": "`calibration_batches = 0` turns calibration off; preset `exact` fits step sizes",
+    r"evaluation\.final_samples": "`samples` are those of teacher and finished student; in between it is a quarter",
+    r"evaluation\.(seed|speed_new_tokens|held_out_batches)": "fixed, so that runs compare",
+    r"calibrate(_step_sizes)?|calibration_batches": "the preset decides; `literal` does not calibrate",
     r"threads": "set OMP_NUM_THREADS",
-    r"stage\d\.train": "`freeze` what is not to be trained",
+    r"stage\d\.(train|freeze)": "the preset says what is trained",
     r"stage\d\.block_input": "`losses = {block = 1.0}` gives each block the teacher's inputs",
 }
 

@@ -1,6 +1,9 @@
 """`linmu evaluate`: a saved model on the built-in tasks, side by side with its teacher."""
 
 from pathlib import Path
+from typing import cast
+
+from torch import nn
 
 from linmu_models.generate import check_model_name, find_device
 from linmu_ops._tables import markdown
@@ -64,7 +67,7 @@ def evaluate_folder(
             model, tokenizer = load_teacher(source, "auto")
             if not fits_tasks(model, tokenizer):
                 raise EvaluationError(f"{source} cannot be shown the built-in tasks: {UNFIT}")
-            model.to(where)
+            cast(nn.Module, model).to(where)
             results[label] = [evaluate(model, tokenizer, name, samples, seed, split=split) for name in names]
     rows = []
     for i, name in enumerate(names):

@@ -4,9 +4,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Processor, Sample, generate
 
@@ -63,7 +64,7 @@ def answer(
     del batch["labels"]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     eos = processor.tokenizer.eos_token_id
-    out = model.generate(
+    out = cast(GenerationMixin, model).generate(
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -73,7 +74,7 @@ def answer(
         pad_token_id=processor.tokenizer.pad_token_id,
     )
     said = [row[: row.index(eos)] if eos in row else None for row in out[:, batch["input_ids"].shape[1] :].tolist()]
-    return [None if row is None else processor.tokenizer.decode(row) for row in said]
+    return [None if row is None else cast(str, processor.tokenizer.decode(row)) for row in said]
 
 
 def evaluate(
@@ -86,7 +87,7 @@ def evaluate(
     split: str = "test",
     batch_size: int = 64,
     use_cache: bool = True,
-    **options: object,
+    **options: Any,
 ) -> Result:
     """Evaluate a model on `n` samples of a task group.
 

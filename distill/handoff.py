@@ -74,7 +74,7 @@ def save_result(run: Path, number: int, state: dict[str, Tensor], teacher: str, 
     manifest = {
         "stage": number,
         "finished": True,
-        "teacher": {"path": config.teacher.path, "sha256": teacher},
+        "teacher": {"path": config.teacher, "sha256": teacher},
         "student": config.student,
         "config": config.fingerprint(number),
         "weights": {"file": _WEIGHTS, "sha256": sha256(folder / _WEIGHTS)},
@@ -122,13 +122,13 @@ def load_result(
     if theirs["sha256"] != teacher:
         raise HandoffError(
             f"stage {number} in {run} was distilled from another teacher: {theirs['path']} ({theirs['sha256'][:12]}), "
-            f"not {config.teacher.path} ({teacher[:12]})"
+            f"not {config.teacher} ({teacher[:12]})"
         )
     if manifest["student"] != json.loads(json.dumps(config.student)):
         raise HandoffError(f"stage {number} in {run} has a student with other options: {manifest['student']}")
     if same_config and manifest["config"] != config.fingerprint(number):
         raise HandoffError(
-            f"stage {number} in {run} was run with another configuration; restore it, or choose another name"
+            f"stage {number} in {run} was run with another configuration; restore it, or choose another output"
         )
     path = folder / _WEIGHTS
     if not path.exists() or sha256(path) != manifest["weights"]["sha256"]:

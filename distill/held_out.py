@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -10,6 +10,25 @@ from transformers import PreTrainedModel
 
 from .losses import kept_positions
 from .teacher import Batch, model_inputs
+
+if TYPE_CHECKING:
+    from .data.stream import RecordStream
+
+MOST_BATCHES = 64
+ENOUGH_TOKENS = 7_000  # of answers
+
+
+def some(source: "RecordStream") -> list[Batch]:
+    """The first batches of data sets: as many as have enough answer tokens, or `MOST_BATCHES`, or all there are."""
+    batches: list[Batch] = []
+    tokens = 0
+    for samples in source.once(MOST_BATCHES):
+        batches.append(source.processor(samples))
+        tokens += len(kept_positions(batches[-1]["labels"]))
+        if tokens >= ENOUGH_TOKENS:
+            break
+    source.close()
+    return batches
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ lmms-eval finds `manifest` by the entry point `lmms_eval.models` in pyproject.to
 Its own `huggingface` model (0.7.3) does not find a converted model's class, and calls processors as transformers 4 did.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +13,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
-from transformers import AutoProcessor
+from torch import nn
+from transformers import AutoProcessor, GenerationMixin
 
 from linmu_models.chat import adds_special_tokens, end_tokens, to_model
 
@@ -41,7 +42,7 @@ class Linmu(lmms):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device if device is None else torch.device(device)
         self.model, self.tokenizer = load_teacher(pretrained, dtype)
-        self.model.to(self.device)
+        cast(nn.Module, self.model).to(self.device)
         self.processor = AutoProcessor.from_pretrained(pretrained)
         self.processor.tokenizer.padding_side = "left"
 
@@ -75,7 +76,7 @@ class Linmu(lmms):
         )  # fmt: skip
         inputs = to_model(inputs, self.model)
         heat = options.get("temperature") or 0.0
-        out = self.model.generate(
+        out = cast(GenerationMixin, self.model).generate(
             **inputs,
             max_new_tokens=options.get("max_new_tokens", 1024),
             do_sample=heat > 0,

@@ -168,6 +168,8 @@ def answer_losses(
     num_distilled = 0 if teacher_states is None else len(teacher_states)
     if num_distilled > len(targets):
         raise ValueError(f"answer_losses: teacher_states must have at most {len(targets)} rows, got {num_distilled}")
+    if teacher_states is not None and teacher_head is None:
+        raise ValueError("answer_losses: teacher_head must be given with teacher_states, got None")
     none = torch.zeros(len(targets), dtype=torch.bool, device=targets.device)
     in_sequence = none if in_sequence is None else in_sequence
     in_supervised = none if in_supervised is None else in_supervised
@@ -175,7 +177,7 @@ def answer_losses(
     def sums(ours: Tensor, theirs: Tensor | None, target: Tensor, sequence: Tensor, supervised: Tensor) -> Tensor:
         logits = student_head(ours).float()
         kl = logits.new_zeros(())
-        if theirs is not None and len(theirs):
+        if theirs is not None and teacher_head is not None and len(theirs):
             with torch.no_grad():
                 reference = functional.log_softmax(teacher_head(theirs).float() / temperature, -1)
             softened = functional.log_softmax(logits[: len(theirs)] / temperature, -1)

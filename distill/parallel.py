@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -24,7 +24,7 @@ def shard(objective: nn.Module, student: PreTrainedModel, accelerator: Accelerat
 @contextmanager
 def gradients_stay_local(objective: nn.Module, accelerator: Accelerator, local: bool) -> Iterator[None]:
     """While open and `local`, a backward pass adds up this process's gradients and talks to no other."""
-    if hasattr(objective, "set_requires_gradient_sync"):
+    if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(not local)
         yield
     elif local:

@@ -201,7 +201,7 @@ def _examples(folder: Path, config: Config, teacher: PreTrainedModel, student: P
         path = folder / "figures" / f"sample_{i + 1}.png"
         save_picture(sample.frames, path)
         question, truth = sample.turns[0]
-        said = [answer(m, processor, [sample], config.teacher.max_new_tokens)[0] for m in (teacher, student)]
+        said = [answer(m, processor, [sample], config.max_new_tokens)[0] for m in (teacher, student)]
 
         def show(text: str | None) -> str:
             return "(no end)" if text is None else f"`{text}`".replace("\n", "` / `")
@@ -253,7 +253,7 @@ def write_report(
     results, speed = read_json(folder / "evaluation.json"), read_json(folder / "speed.json", list)
     groups = [g for g in config.evaluation.groups if g in results.get("teacher", {})]
     parts = [
-        f"# {config.name}: {config.teacher.path} made linear",
+        f"# {config.name}: {config.teacher} made linear",
         "",
         _VISION_LANGUAGE if sees_images(teacher.config) else _LANGUAGE,
         _INTRODUCTION,
@@ -268,7 +268,7 @@ def write_report(
         "",
         _LOSSES.format(
             relative=" relative to that output's own mean square (1 = as wrong as saying nothing)"
-            if config.calibration_batches
+            if config.is_calibrated
             else ""
         ),
         *(["![losses](figures/losses.png)", ""] if curves else []),

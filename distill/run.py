@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 
 import linmu_models
 from linmu_models.generate import copy_processor
-from linmu_models.modeling import IN_FLOAT32, sees_images
+from linmu_models.modeling import IN_FLOAT32, LinmuModel, sees_images
+from linmu_models.report import TransferReport
 from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from . import handoff, held_out
@@ -27,8 +27,9 @@ from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, 
 from .files import read_json
 from .packing import check_packable
 from .sources import UNFIT, build_source, fits_tasks
-from .stages import STAGES
+from .stages import STAGES, Stage
 from .student import (
+    Block,
     add_lora,
     hidden_kinds,
     load_own_state,
@@ -44,6 +45,7 @@ from .teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher,
 from .train import StageTrainer, Teacher
 
 TEACHER = "teacher"
+CALIBRATION_BATCHES = 4
 
 
 class RunError(RuntimeError):
@@ -54,8 +56,8 @@ class RunError(RuntimeError):
 class Student:
     """A student as some stage left it."""
 
-    model: PreTrainedModel
-    blocks: dict[int, nn.Module]
+    model: LinmuModel
+    blocks: dict[int, Block]
     lora: Any = None
     """peft's handle, once stage 3 has begun."""
 
@@ -75,12 +77,20 @@ class Run:
         )
         self.config, self.folder = config, config.folder
         try:
-            self.teacher, self.tokenizer = load_teacher(config.teacher.path, config.precision)
+            self.teacher, self.tokenizer = load_teacher(config.teacher, config.precision)
         except (ValueError, SafetensorError) as error:
-            raise RunError(f"teacher.path: {config.teacher.path} cannot be loaded: {error}") from error
+            raise RunError(f"teacher: {config.teacher} cannot be loaded: {error}") from error
         self.teacher.to(self.accelerator.device)
         self.teacher_hash = fingerprint(self.teacher)
         self._held_out: list[Batch] | None = None
+
+    def stage(self, number: int) -> Stage:
+        """What stage 1, 2 or 3 does."""
+        return self.config.stage(number)
+
+    def add_lora(self, student: PreTrainedModel) -> Any:
+        """Put LoRA on a student of this run, in place; returns peft's handle."""
+        return add_lora(student, self.config.lora_rank, self.config.seed)
 
     # -- students ------------------------------------------------------------------------------------------------
 
@@ -90,7 +100,7 @@ class Run:
         kept = self.config.student.get("keep_attention", ())
         model = linmu_models.convert(self.teacher, self.config.block, kept, share_frozen=True)
         blocks = mixers(model, self.teacher)
-        handle = add_lora(model, self.config.lora, self.config.seed) if lora else None
+        handle = self.add_lora(model) if lora else None
         # In half precision, small updates would be rounded away.
         for block in blocks.values():
             block.float()
@@ -125,13 +135,13 @@ class Run:
         Raises:
             RunError: no layer would be replaced, a part of the block would never be used, or the built-in tasks are
                 asked of a teacher that cannot be shown them.
-            ConfigError: a stage has nothing to train, or freezes what is not there.
+            ConfigError: a stage has nothing to train.
         """
-        counts = {**self.config.evaluation.counts(final=False), **self.config.evaluation.counts(final=True)}
+        counts = self.config.evaluation.counts(final=True)
         tasks = [i for i in (1, 2, 3) if isinstance(self.config.stage_data(i), TaskData) and self.config.stage(i).steps]
         if (counts or tasks) and not fits_tasks(self.teacher, self.tokenizer):
             wanted = "data.sets must be given" if tasks else "evaluation.samples must be 0"
-            raise RunError(f"{wanted}: {self.config.teacher.path} cannot be shown the built-in tasks; {UNFIT}")
+            raise RunError(f"{wanted}: {self.config.teacher} cannot be shown the built-in tasks; {UNFIT}")
         stages = [i for i in (1, 2, 3) if self.config.stage(i).steps]
         if any(getattr(self.config.stage_data(i), "packing", False) for i in stages):
             try:
@@ -139,12 +149,12 @@ class Run:
             except ValueError as error:
                 raise RunError(str(error)) from error
         if not sees_images(self.teacher.config):
-            options, why = self.config.block, f"{self.config.teacher.path} is text only"
-            windows = isinstance(options, MMATEConfig) and options.swin and not options.text_window
-            if options.reverse and not (windows and not options.flex):
+            options, why = self.config.block, f"{self.config.teacher} is text only"
+            paper = options if isinstance(options, MMATEConfig) and options.swin and not options.text_window else None
+            if options.reverse and (paper is None or paper.flex):
                 raise RunError(f"student.reverse must be false: {why}, got true")
-            if windows:
-                raise RunError(f"student.branches must be 'flex' without text_window: {why}, got {options.branches!r}")
+            if paper is not None:
+                raise RunError(f"student.branches must be 'flex' without text_window: {why}, got {paper.branches!r}")
         try:
             student = self.fresh_student(lora=self.config.has_lora(len(STAGES)))
         except ConfigError:
@@ -154,7 +164,7 @@ class Run:
         if not student.blocks:
             raise RunError("the student has no M-MATE block: every layer keeps its attention")
         for row in STAGES:
-            if (stage := self.config.stage(row.number)).steps:
+            if (stage := self.stage(row.number)).steps:
                 trainable_parameters(student.model, student.blocks, stage)
 
     def _has_start(self) -> bool:
@@ -176,13 +186,13 @@ class Run:
             began = time.perf_counter()
             student = self.fresh_student()
             self.folder.mkdir(parents=True, exist_ok=True)
-            student.model.linmu_report.save(self.folder / "transfer.json")
-            data, path = self.config.stage_data(1), self.config.teacher.path
+            _report(student).save(self.folder / "transfer.json")
+            data, path = self.config.stage_data(1), self.config.teacher
             if isinstance(data, RecordData):  # What is measured is the same in rows of one sequence.
                 data = data.model_copy(update={"packing": False})
             source = build_source(data, path, self.teacher, self.tokenizer, self.config.seed * 4)
             batches = []
-            for i in range(self.config.calibration_batches):
+            for i in range(CALIBRATION_BATCHES if self.config.is_calibrated else 0):
                 batch = source.processor(source.samples(i))
                 batches.append({name: value.to(self.accelerator.device) for name, value in batch.items()})
             with self.accelerator.autocast():
@@ -198,14 +208,17 @@ class Run:
         """Set sizes before training; the teacher's mean squares, which L_hid is relative to."""
         layers, exact = list(student.blocks), isinstance(self.config.block, ExactConfig)
         linmu_models.calibrate(student.model, self.teacher, batches, step_sizes=exact)
-        reads = self.config.hidden_average == "read"
-        reading = [what_is_read(self.teacher, layers, batch) if reads else None for batch in batches]
-        kinds = [hidden_kinds(student.model, batch, read) for batch, read in zip(batches, reading, strict=True)]
-        return mean_squares(self.teacher, layers, batches, kinds)
+        squares: dict[str, list[float]] = {}
+        for average in self.config.averages:
+            reads = average == "read"
+            reading = [what_is_read(self.teacher, layers, batch) if reads else None for batch in batches]
+            kinds = [hidden_kinds(student.model, batch, read) for batch, read in zip(batches, reading, strict=True)]
+            squares |= mean_squares(self.teacher, layers, batches, kinds)
+        return squares
 
     def train(self, number: int) -> None:
         """Train stage `number` from the result of the stage before it; without steps, hand that result on."""
-        config, stage = self.config, self.config.stage(number)
+        config, stage = self.config, self.stage(number)
         if not stage.steps:
             state, _ = handoff.load_result(self.folder, number - 1, self.teacher_hash, config)
             if self.accelerator.is_main_process:
@@ -221,13 +234,13 @@ class Run:
         if config.gradient_checkpointing and stage.block_input == "student":
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
         source = build_source(
-            config.stage_data(number), config.teacher.path, self.teacher, self.tokenizer, config.seed * 4 + number,
+            config.stage_data(number), config.teacher, self.teacher, self.tokenizer, config.seed * 4 + number,
             self.accelerator.process_index, self.accelerator.num_processes,
         )  # fmt: skip
         transcripts = None
         if "sequence" in stage.losses:
             cache = AnswerCache(self.folder / "answers.sqlite", self.teacher_hash)
-            transcripts = Transcripts(self.teacher, self.tokenizer, source, cache, config.teacher.max_new_tokens)
+            transcripts = Transcripts(self.teacher, self.tokenizer, source, cache, config.max_new_tokens)
         trainer = StageTrainer(
             config,
             stage,
@@ -253,7 +266,7 @@ class Run:
         if unfinished:
             self.accelerator.print(
                 f"stage {number}  L_seq left out {unfinished} samples: the teacher's answer had no end within "
-                f"teacher.max_new_tokens = {config.teacher.max_new_tokens}"
+                f"max_new_tokens = {config.max_new_tokens}"
             )
         state = own_state(student.model, student.blocks)
         if self.accelerator.is_main_process:
@@ -277,17 +290,16 @@ class Run:
         `evaluation.json`."""
         from .evaluation import evaluate
 
-        label, path, options = _label(after), self.folder / "evaluation.json", self.config.evaluation
+        label, path = _label(after), self.folder / "evaluation.json"
         table = _measurements(path)
         known = table.setdefault(label, {})
         for group, samples in counts.items():
-            more = options.options.get(group, {})
-            of = self._measured(after, n=samples, seed=EVALUATION_SEED, options=more)
+            of = self._measured(after, n=samples, seed=EVALUATION_SEED)
             row = known.get(group)
             if isinstance(row, dict) and row.get("of") == of:
                 continue
             with self.accelerator.autocast():
-                result = evaluate(model, self.tokenizer, group, samples, EVALUATION_SEED, **more)
+                result = evaluate(model, self.tokenizer, group, samples, EVALUATION_SEED)
             known[group] = {
                 "of": of, "n": result.n, "correct": result.correct, "accuracy": result.accuracy,
                 "interval": result.interval, "right": "".join(str(int(hit)) for hit in result.hits),
@@ -304,10 +316,8 @@ class Run:
             return None
         table = _measurements(path)
         if self._held_out is None:
-            source = build_source(
-                options.held_out, self.config.teacher.path, self.teacher, self.tokenizer, EVALUATION_SEED
-            )
-            self._held_out = [source.processor(samples) for samples in source.once(options.held_out_batches)]
+            source = build_source(options.held_out, self.config.teacher, self.teacher, self.tokenizer, EVALUATION_SEED)
+            self._held_out = held_out.some(source)
         digest = hashlib.sha256()
         for batch in self._held_out:
             for value in batch.values():
@@ -358,7 +368,7 @@ class Run:
                 model.save_pretrained(target)
             except SafetensorError as error:
                 raise OSError(f"{target} could not be written: {error}") from error
-            copy_processor(self.config.teacher.path, target)
+            copy_processor(self.config.teacher, target)
         self.accelerator.wait_for_everyone()
         return target
 
@@ -374,7 +384,7 @@ class Run:
         student.to(self.accelerator.device)
         path, options = self.folder / "transfer.json", self.config.evaluation
         if "rows" not in read_json(path):
-            self.fresh_student().model.linmu_report.save(path)
+            _report(self.fresh_student()).save(path)
         path = self.folder / "speed.json"
         if options.speed_lengths:
             of = self._measured(len(STAGES), lengths=options.speed_lengths, new_tokens=NEW_TOKENS)
@@ -382,6 +392,14 @@ class Run:
                 rows = measure_speed({"teacher": self.teacher, "student": student}, self.tokenizer, options)
                 write_atomically(path, json.dumps([{"of": of, **row} for row in rows], indent=1))
         return write_report(self.folder, self.config, self.teacher, student, self.tokenizer)
+
+
+def _report(student: Student) -> TransferReport:
+    """What conversion copied from the teacher."""
+    report = student.model.linmu_report
+    if report is None:
+        raise ValueError("the student must be fresh from conversion, got one without a report")
+    return report
 
 
 def _label(after: int | None) -> str:
@@ -412,7 +430,7 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
     wanted = [row.number for row in STAGES] if stage is None else [stage]
     for number in wanted:
         if handoff.has_begun(config.folder, number) and not resume:
-            raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another name")
+            raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another output")
     run = Run(config)
     with locked(config.folder, wait=False) if run.accelerator.is_main_process else nullcontext(True) as mine:
         if not mine:

@@ -1,10 +1,10 @@
 """Time to first token, decode speed and cache size against length."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from linmu_models.cache import cache_bytes
 
@@ -50,13 +50,13 @@ def _measured(models: dict[str, PreTrainedModel], tokenizer: Any, options: Evalu
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         sizes = {}
         for model in models.values():
-            model.generate(**inputs, max_new_tokens=2, **common)
+            cast(GenerationMixin, model).generate(**inputs, max_new_tokens=2, **common)
         for _ in range(3):
             for name, model in models.items():
-                marks = []
+                marks: list[float] = []
                 for count in (1, 1 + NEW_TOKENS):
                     began = time.perf_counter()
-                    out = model.generate(
+                    out = cast(GenerationMixin, model).generate(
                         **inputs, max_new_tokens=count, min_new_tokens=count, return_dict_in_generate=True, **common
                     )
                     if torch.cuda.is_available():
@@ -64,8 +64,8 @@ def _measured(models: dict[str, PreTrainedModel], tokenizer: Any, options: Evalu
                     marks.append(time.perf_counter() - began)
                 times[name].append((marks[0], marks[1] - marks[0]))
                 sizes[name] = cache_bytes(out.past_key_values)
-        for name, marks in times.items():
-            first, rest = (sorted(values)[1] for values in zip(*marks, strict=True))
+        for name, measured in times.items():
+            first, rest = (sorted(values)[1] for values in zip(*measured, strict=True))
             rows.append(
                 {"model": name, "tokens": inputs["input_ids"].shape[1], "ttft_s": first,
                  "tokens_per_second": NEW_TOKENS / max(rest, 1e-9), "cache_bytes": sizes[name]}

@@ -1,8 +1,8 @@
-"""The three stages of distillation, as one table."""
+"""The three stages of distillation, as one table, and what each preset changes in it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 LOSSES = ("hidden", "token", "sequence", "supervised")
 
@@ -14,18 +14,23 @@ class Stage:
     number: int
     title: str
     trainable: tuple[str, ...]
-    """Kinds of parameters: `scan` (Flex-MA, the block's norm), `windows` (Local-Swin, the branch weights), `lora`."""
+    """Kinds of parameters. `scan`: the scans (Flex-MA) and the block's norm. `windows`: the windows (Local-Swin) and
+    the weights between the two branches. `lora`: low-rank updates of the decoder's FFNs."""
     windows: bool
-    """Whether the window branch takes part in the forward pass."""
+    """Whether the windows of an `MMATE` take part in the forward pass."""
     losses: Mapping[str, float]
     """Weight of each loss that is used: `hidden` (Eq. 6), `token` (7), `sequence` (8), `supervised` (9)."""
     learning_rate: float
     steps: int
-    block_input: str = "student"
-    """What the blocks are given: the `student`'s own hidden states, as in the paper, or the `teacher`'s, so that each
-    block learns from right inputs before the ones below it are right."""
+    block_input: Literal["student", "teacher"] = "student"
+    """Whose hidden states the blocks get. The paper gives them the student's own. With the teacher's, each block learns
+    from right inputs before the blocks below it are right."""
+    average: Literal["tokens", "read"] = "tokens"
+    """How L_hid averages tokens. `tokens` counts all of them alike, as in the paper. `read` is the mean of three means:
+    over visual tokens, over text, and over what answers read. In the last one a token counts by the attention that
+    later layers give it from the positions that predict answers; these positions count themselves."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions: trainable parameters with such a name stay as they are in this stage."""
+    """Regular expressions. A trainable parameter with such a name stays frozen in this stage."""
 
 
 _IMITATE = {"hidden": 0.5, "token": 0.5}
@@ -39,18 +44,20 @@ STAGES = (
 )
 # fmt: on
 
-_BLOCKS = {"losses": {"block": 1.0}}
-_OUTPUT, _WINDOW = PRESET_FREEZES = r"self_attn\.o_proj", r"windows\.[qkv]_"
-PRESETS: dict[str, dict[str, Any]] = {
-    # What is exact from the start stays so; each block learns by itself what it lacks, and then all of them together.
-    "exact": {
-        "hidden_average": "read",
-        "stage1": _BLOCKS | {"freeze": [_OUTPUT]},
-        "stage2": _BLOCKS | {"freeze": [_OUTPUT, _WINDOW]},
-        "stage3": {"freeze": [_OUTPUT, _WINDOW]},
-    },
-    "paper": {},
-    # Eq. 6 is absolute, and the paper sets no sizes before it trains.
-    "literal": {"calibration_batches": 0},
-}
-"""Options of a run that go with a preset of the block of the same name, and what they are where a file does not say."""
+
+def alone(stage: Stage, weight: float) -> Stage:
+    """The stage, but each block learns by itself: from the teacher's inputs, by L_hid alone."""
+    return replace(stage, losses={"hidden": weight}, block_input="teacher", average="read")
+
+
+# An `ExactMMATE` starts with exact windows, and training keeps them exact. First each block learns by itself what its
+# windows leave out, then all blocks learn together.
+_OUTPUT, _WINDOWS = r"self_attn\.o_proj", r"windows\.[qkv]_"
+_EXACT = (
+    replace(alone(STAGES[0], 1.0), freeze=(_OUTPUT,)),
+    replace(alone(STAGES[1], 1.0), freeze=(_OUTPUT, _WINDOWS)),
+    replace(STAGES[2], freeze=(_OUTPUT, _WINDOWS)),
+)
+
+PRESETS = {"exact": _EXACT, "paper": STAGES, "literal": STAGES}
+"""The stages that go with a preset of the block. They hold where a file says nothing else."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
-from linmu_ops.nn import ExactConfig, ExactMMATE
+from linmu_models.modeling import LinmuModel
+from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE
 
-from .config import ConfigError, LoraConfig
+from .config import ConfigError
 from .losses import kept_positions, num_weighed
 from .packing import real_tokens
 from .parallel import gathered
-from .stages import PRESET_FREEZES, Stage
+from .stages import Stage
 from .teacher import Batch, model_inputs
 
 # Parts of a block that belong to the windows, or weigh them against the scan.
@@ -28,14 +29,20 @@ _REVERSE = re.compile(r"scan\.(reverse_|gate)")
 # Linear maps that make step sizes (and with them decays), gates, or the weights of the branches.
 _CONTROLS = re.compile(r"(reverse_)?dt_proj|gate_proj|z_proj|mix_proj|share")
 
+Block = MMATE | ExactMMATE
 
-def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, nn.Module]:
+# The linear layers of a decoder layer's FFN.
+_FFN = r".*layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj"
+
+
+def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, Block]:
     """Decoder layer -> the block that took the place of its attention; layers that kept attention are not in it."""
     pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
-    return {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "scan") and not hasattr(theirs, "scan")}
+    new = {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "scan") and not hasattr(theirs, "scan")}
+    return cast(dict[int, Block], new)
 
 
-def set_windows(blocks: Iterable[nn.Module], on: bool) -> None:
+def set_windows(blocks: Iterable[Block], on: bool) -> None:
     """Switch the windows of the paper's blocks on (where they have some) or off; off, a block gives Norm(y_flex).
 
     Those of `ExactMMATE` stay on: its scan stands for what they leave out.
@@ -45,26 +52,24 @@ def set_windows(blocks: Iterable[nn.Module], on: bool) -> None:
             block.windows_enabled = block.windows is not None and on
 
 
-def trainable_parameters(
-    student: PreTrainedModel, blocks: dict[int, nn.Module], stage: Stage
-) -> dict[str, nn.Parameter]:
+def trainable_parameters(student: PreTrainedModel, blocks: dict[int, Block], stage: Stage) -> dict[str, nn.Parameter]:
     """Name -> parameter that a stage trains.
 
-    Without L_hid, nothing depends on what the last decoder layer makes of visual tokens: its parts that act on these
-    alone stay as they are.
+    Without L_hid, a layer's visual tokens matter only where a layer above shows them to text. From the last layer that
+    does so on, the parts that act on visual tokens alone stay as they are.
 
     Raises:
-        ConfigError: a pattern in `stage.freeze` matches no parameter of the stage, or nothing is left to train. The
-            presets' own patterns may match nothing: a block may be without the part.
+        ConfigError: nothing is left to train.
     """
-    last = len(attention_modules(student)) - 1
+    layers = range(len(attention_modules(student)))
+    last = max((i for i in layers if i not in blocks or _shows_text(blocks[i])), default=-1)
     kinds: dict[int, str] = {}
     unreached: set[int] = set()
     for layer, block in blocks.items():
         for name, parameter in block.named_parameters():
             in_windows = bool(_WINDOWS.match(name))
             on_visual = _REVERSE.match(name) or (in_windows and not block.config.text_window)
-            if on_visual and layer == last and "hidden" not in stage.losses:
+            if on_visual and layer >= last and "hidden" not in stage.losses:
                 unreached.add(id(parameter))
             else:
                 kinds[id(parameter)] = "windows" if in_windows else "scan"
@@ -73,15 +78,15 @@ def trainable_parameters(
         kind = "lora" if ".lora_" in name else kinds.get(id(parameter))
         if kind in stage.trainable and id(parameter) not in unreached:
             chosen[name] = parameter
-    for pattern in stage.freeze:
-        hit = [name for name in chosen if re.search(pattern, name)]
-        if not hit and pattern not in PRESET_FREEZES:
-            raise ConfigError(f"stage{stage.number}.freeze: {pattern!r} matches no trainable parameter")
-        for name in hit:
-            del chosen[name]
+    chosen = {n: p for n, p in chosen.items() if not any(re.search(pattern, n) for pattern in stage.freeze)}
     if not chosen:
         raise ConfigError(f"stage{stage.number} trains nothing: it has no trainable parameter")
     return chosen
+
+
+def _shows_text(block: Block) -> bool:
+    """Whether text tokens see visual tokens in this block."""
+    return bool(block.config.text_window or getattr(block.config, "flex", True))
 
 
 def reach_all(blocks: Iterable[nn.Module]) -> None:
@@ -125,13 +130,20 @@ def decaying(student: nn.Module) -> set[str]:
     }
 
 
-def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
-    """Put low-rank updates on linear layers of the decoder, in place; returns peft's handle for `merge_lora`.
+def add_lora(student: PreTrainedModel, rank: int, seed: int, target: str = _FFN) -> Any:
+    """Put low-rank updates on linear layers of the decoder, in place.
+
+    Args:
+        rank: of the updates. They are scaled by 2, whatever the rank.
+        target: a regular expression over the names of the decoder's modules. The vision tower is never touched.
+
+    Returns:
+        peft's handle, for `merge_lora`.
 
     Raises:
-        ConfigError: `config.target` matches nothing in the decoder.
+        ConfigError: `target` matches no linear layer of the decoder.
     """
-    from peft import LoraConfig as PeftConfig
+    from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
     decoder = student.get_decoder()
@@ -139,16 +151,14 @@ def add_lora(student: PreTrainedModel, config: LoraConfig, seed: int) -> Any:
     targets = [
         f"{prefix}.{name}"
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(config.target, name)
+        if isinstance(module, nn.Linear) and re.fullmatch(target, name)
     ]
     if not targets:
-        raise ConfigError(f"lora.target: {config.target!r} matches no linear layer of the decoder")
+        raise ConfigError(f"LoRA has nothing to update: {target!r} matches no linear layer of the decoder")
     # A list of full names would be matched by suffix, and a vision tower has layers of the same names.
     pattern = "|".join(re.escape(name) for name in targets)
     torch.manual_seed(seed)
-    return LoraModel(
-        student, PeftConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=f"({pattern})"), "default"
-    )
+    return LoraModel(student, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({pattern})"), "default")
 
 
 @torch.no_grad()
@@ -167,7 +177,7 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def own_state(student: PreTrainedModel, blocks: dict[int, nn.Module]) -> dict[str, Tensor]:
+def own_state(student: PreTrainedModel, blocks: dict[int, Block]) -> dict[str, Tensor]:
     """What the student has and its teacher has not: the M-MATE blocks, and LoRA where it is on. For all processes."""
     own = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return {
@@ -219,7 +229,7 @@ def what_is_read(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) 
 
 
 def hidden_kinds(
-    student: PreTrainedModel, batch: Batch, reading: list[Tensor] | None = None
+    student: LinmuModel, batch: Batch, reading: list[Tensor] | None = None
 ) -> dict[str, Tensor | list[Tensor]]:
     """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them: all tokens, or with `reading` visual
     tokens, text, and what answers read."""

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedModel
 
 from linmu_models.chat import end_tokens, to_model
 from linmu_models.generate import load_model
@@ -34,7 +34,10 @@ class Source(Protocol):
     answer has the token that ends it. Where the source has `packing`, which is true, they are then made one row.
     """
 
-    processor: Callable[[Sequence[Any]], Batch]
+    @property
+    def processor(self) -> Callable[[Sequence[Any]], Batch]:
+        """Makes a batch of samples."""
+        ...
 
     def samples(self, step: int) -> list[Any]:
         """The samples of batch `step`."""
@@ -253,7 +256,7 @@ def own_answers(
         batch = prompts(source.processor(so_far), tokenizer.pad_token_id) if ask is None else ask(so_far)
         batch = to_model(batch, model)
         start, ends = batch["input_ids"].shape[1], end_tokens(model.generation_config, tokenizer)
-        out = model.generate(
+        out = cast(GenerationMixin, model).generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(ends),
         )  # fmt: skip
@@ -282,12 +285,12 @@ class Transcripts:
         if missing := [i for i, answers in enumerate(known) if answers is None]:
             wanted = [samples[i] for i in missing]
             decoded = own_answers(self.model, self.tokenizer, self.source, wanted, self.max_new_tokens)
-            for i, answers in zip(missing, decoded, strict=True):
-                known[i] = answers
-                self.cache.put(keys[i], answers)
+            for i, said in zip(missing, decoded, strict=True):
+                known[i] = said
+                self.cache.put(keys[i], said)
         out = []
         for sample, answers in zip(samples, known, strict=True):
-            if None in answers:
+            if answers is None or None in answers:
                 self.unfinished += 1
                 continue
             turns = tuple((question, said) for (question, _), said in zip(sample.turns, answers, strict=True))

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from linmu_models.attention_mass import each_alone
 from linmu_models.generate import peak_memory
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
+from linmu_models.modeling import LinmuModel
 from linmu_ops import LinmuWarning
 
 from .checkpoint import CheckpointStore, random_states, set_random_states, write_atomically
@@ -57,6 +58,7 @@ WEIGHT_DECAY = 0.01  # of AdamW, on weights of linear maps
 _BETAS = (0.9, 0.95)
 _LAST_RATE = 0.05  # the last learning rate, as a share of the highest
 _LARGEST_NORM = 1.0  # of a step's gradient
+_WARMUP = 0.05  # the share of a stage's steps in which the learning rate rises
 _RECENT = 50  # steps whose mean stands for the end of a stage
 
 
@@ -119,7 +121,7 @@ class Part:
 class Objective(nn.Module):
     """The student and the losses in one forward pass, so that DDP and FSDP see one module and one loss."""
 
-    def __init__(self, student: PreTrainedModel, teacher: Teacher, stage: Stage, config: Config) -> None:
+    def __init__(self, student: LinmuModel, teacher: Teacher, stage: Stage) -> None:
         """`teacher` is kept out of the module tree: it is frozen and wrapped by nobody."""
         super().__init__()
         self.student = student
@@ -176,8 +178,8 @@ def num_samples(batch: Batch) -> int:
     return len(batch["labels"]) if "seq_idx" not in batch else int(batch["seq_idx"][0, -1]) + 1
 
 
-def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreTrainedModel, stage: Stage,
-             config: Config, transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
+def assemble(source: Source, samples: list[Any], teacher: Teacher, student: LinmuModel, stage: Stage,
+             transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
     """Run the teacher on samples and collect what the losses need; the student tells where its visual tokens are."""
 
     def made(samples: list[Any]) -> Batch:
@@ -188,7 +190,7 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
 
     batch, number = made(samples), len(samples)
     learns_hidden = "hidden" in stage.losses
-    reads = learns_hidden and config.hidden_average == "read"
+    reads = learns_hidden and stage.average == "read"
     states, hidden, inputs, reading = teacher(batch, learns_hidden, stage.block_input == "teacher", reads)
     kept = kept_positions(batch["labels"], batch.get("seq_idx"))
     if not len(kept):
@@ -202,6 +204,8 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
         # Plain text asks nothing that could be answered.
         asked = [any(question for question, _ in sample.turns) for sample in samples]
         others = [s for s, asks, equal in zip(samples, asked, same.tolist(), strict=True) if asks and not equal]
+        if transcripts is None:
+            raise ValueError("assemble: transcripts must be given where L_seq is used, got None")
         if others and (own := transcripts(others)):
             batch = made([*samples, *own])
     all_kept = kept_positions(batch["labels"], batch.get("seq_idx"))
@@ -218,16 +222,16 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: PreT
     return Part(batch, number, states, hidden, inputs, kinds, same, counts)
 
 
-def learning_rate(config: Config, stage: Stage, step: int) -> float:
+def learning_rate(stage: Stage, step: int) -> float:
     """The learning rate of a step counted from 0: linear warm-up, then half a cosine."""
-    warmup = math.ceil(config.warmup * stage.steps)
+    warmup = math.ceil(_WARMUP * stage.steps)
     if step < warmup:
         return stage.learning_rate * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, stage.steps - warmup)
     return stage.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def checksums(parameters: dict[str, Tensor]) -> dict[str, int]:
+def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """A number for each tensor that changes when any of its bytes does (except by freak coincidence)."""
     sums = {}
     for name, tensor in parameters.items():
@@ -264,7 +268,7 @@ class StageTrainer:
 
     config: Config
     stage: Stage
-    student: PreTrainedModel
+    student: LinmuModel
     teacher: Teacher
     source: Source
     trainable: dict[str, nn.Parameter]
@@ -299,7 +303,7 @@ class StageTrainer:
     def run(self) -> dict[str, float]:
         """Train to the end of the stage and return the means of the last steps' losses."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        objective = self._spread(Objective(self.student, self.teacher, self.stage, self.config))
+        objective = self._spread(Objective(self.student, self.teacher, self.stage))
         self.student.train()
         optimizer = torch.optim.AdamW(self._groups(), lr=self.stage.learning_rate, betas=_BETAS, foreach=False)
         optimizer = self.accelerator.prepare(optimizer)
@@ -361,7 +365,7 @@ class StageTrainer:
     def _step(self, objective: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
         began = time.perf_counter()
         accelerator, config = self.accelerator, self.config
-        rate = learning_rate(config, self.stage, step)
+        rate = learning_rate(self.stage, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         processes, rank = accelerator.num_processes, accelerator.process_index
@@ -370,7 +374,7 @@ class StageTrainer:
             index = (step * config.gradient_accumulation + i) * processes + rank
             with accelerator.autocast():
                 parts.append(
-                    assemble(self.source, self.source.samples(index), self.teacher, self.student, self.stage, config,
+                    assemble(self.source, self.source.samples(index), self.teacher, self.student, self.stage,
                              self.transcripts, accelerator.device)
                 )  # fmt: skip
         names = list(parts[0].counts)
@@ -417,7 +421,7 @@ class StageTrainer:
     def _check_finite(self, record: dict[str, float], losses: Iterable[str]) -> None:
         bad = [f"{name} = {record[name]}" for name in losses if not math.isfinite(record[name])]
         if bad:
-            raise TrainingError(self._where(record["step"] - 1, "the loss is not finite: " + ", ".join(bad)))
+            raise TrainingError(self._where(int(record["step"]) - 1, "the loss is not finite: " + ", ".join(bad)))
 
     def _clip(self, optimizer: Any, step: int) -> float:
         self.accelerator.unscale_gradients(optimizer)
@@ -452,7 +456,7 @@ class StageTrainer:
         if still and self._live_steps + 1 >= ZERO_GRADIENT_STEPS:
             raise TrainingError(self._where(step, f"the gradient has been 0 in every step for {_list(still)}"))
 
-    def _check_frozen(self, frozen: dict[str, Tensor], before: dict[str, int], step: int) -> None:
+    def _check_frozen(self, frozen: Mapping[str, Tensor], before: dict[str, int], step: int) -> None:
         after = checksums(frozen)
         changed = [name for name in before if before[name] != after[name]]
         if changed:
@@ -529,7 +533,7 @@ class StageTrainer:
         if progress["fingerprint"] != self.config.fingerprint(self.stage.number):
             raise TrainingError(
                 f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
-                "restore the configuration, or choose another name"
+                "restore the configuration, or choose another output"
             )
         if isinstance(self.source, Stream):
             states = progress["data"]

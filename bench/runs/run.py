@@ -4,6 +4,7 @@ A table goes on where it stopped: what is in its results, or in those of a table
 that was cut short is resumed.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -26,7 +27,8 @@ from linmu_distill.files import read_json
 from linmu_distill.handoff import HandoffError
 from linmu_distill.report import read_metrics
 from linmu_distill.run import TEACHER, Run, RunError
-from linmu_distill.stages import STAGES
+from linmu_distill.stages import STAGES, Stage
+from linmu_distill.student import add_lora
 from linmu_distill.train import Interrupted, TrainingError
 from linmu_models.cli import stop
 
@@ -49,8 +51,10 @@ def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> 
         return {"n": result.n, "accuracy": result.accuracy, "interval": result.interval, "right": right}
 
     scores: dict[str, Any] = {}
+    frames = table.config.needle_frames
+    asked: dict[str, dict[str, Any]] = {"needle": {"frames": (frames, frames)}}
     for group, samples in counts.items():
-        more = options.options.get(group, {})
+        more = asked.get(group, {})
         scores[group] = told(group, samples, more)
         if table.config.held_out:
             processor = Processor.from_config(run.teacher.config, run.tokenizer)
@@ -63,7 +67,7 @@ def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> 
         scores["held_out"] = run.measure_held_out(after, model)
     curves = {
         name: [
-            {"value": value, **told(curve.group, curve.samples, {**options.options.get(curve.group, {}),
+            {"value": value, **told(curve.group, curve.samples, {**asked.get(curve.group, {}),
                                                                  curve.option: value})}
             for value in curve.values
         ]
@@ -81,6 +85,8 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     config = table.run_config(row, seed)
     path = config.folder / "config.json"
     facts = config.model_dump(mode="json", exclude={"checkpoint_every", "evaluation"})
+    if row.lora_alone is not None:
+        facts["lora_alone"] = row.lora_alone
     if known := read_json(path):
         if known != json.loads(json.dumps(facts)):
             raise RunError(f"{config.folder} holds a run with other options; delete it, or rename the row")
@@ -90,8 +96,22 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     return config
 
 
-def _start(config: Config) -> Run:
-    run = Run(config)
+class LoraAlone(Run):
+    """A run of another project's recipe: nothing is trained but LoRA, and LoRA may be on the new blocks."""
+
+    def __init__(self, config: Config, target: str) -> None:
+        super().__init__(config)
+        self.target = target
+
+    def stage(self, number: int) -> Stage:
+        return dataclasses.replace(super().stage(number), freeze=(r"^(?!.*\.lora_)",))
+
+    def add_lora(self, student: PreTrainedModel) -> Any:
+        return add_lora(student, self.config.lora_rank, self.config.seed, self.target)
+
+
+def _start(config: Config, row: Row | None = None) -> Run:
+    run = Run(config) if row is None or row.lora_alone is None else LoraAlone(config, row.lora_alone)
     if (processes := run.accelerator.num_processes) > 1:
         raise RunError(f"a table runs in one process, got {processes}; start several to use more")
     return run
@@ -99,7 +119,7 @@ def _start(config: Config) -> Run:
 
 def train_and_score(table: Table, row: Row, seed: int, looks: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Train one run from wherever it stopped; the records of `looks`, which are the row or looks at its stages."""
-    run = _start(_claim(table, row, seed))
+    run = _start(_claim(table, row, seed), row)
     if not run.is_finished(len(STAGES)):
         run.check_stages()
     run.prepare()

@@ -29,6 +29,8 @@ class Row(_Strict):
     """Score the runs of this line..."""
     after: Annotated[int, Field(ge=0, lt=len(STAGES))] | None = None
     """...as they were after this stage; 0: as converted and calibrated."""
+    lora_alone: str | None = None
+    """A recipe of another project: nothing is trained but LoRA, on modules of the decoder with such a name."""
 
     @model_validator(mode="after")
     def _a_run_or_a_look_at_one(self) -> "Row":
@@ -56,7 +58,8 @@ class TableConfig(_Strict):
     title: str
     about: str = ""
     base: str
-    """A configuration of `linmu distill`, relative to the table's folder. Its `name` and `seed` are not used."""
+    """A configuration of `linmu distill`, relative to the table's folder. Its `seed` is not used, and of its
+    `output` only the folder that it lies in: runs are in `<table>/<row>/<seed>` there."""
     seeds: Annotated[int, Field(gt=0)] = 3
     set: dict[str, Any] = {}
     """Options that all rows share."""
@@ -66,6 +69,8 @@ class TableConfig(_Strict):
     """Why rows may differ in their number of steps; without it, they may not."""
     held_out: Annotated[int, Field(ge=0)] = 64
     """Test samples of each group on which the distance to the teacher is measured."""
+    needle_frames: Annotated[int, Field(ge=2)] = 64
+    """Frames of the videos in which needles are asked about."""
     curves: dict[Name, Curve] = {}
     results: str = "bench/results/ablations"
     reports: str = "bench/reports"
@@ -139,24 +144,26 @@ class Table:
     def run_config(self, row: Row, seed: int) -> Config:
         """The configuration of one run: base, then the table's `set`, then the row's."""
         values = merged(merged(self._base, self.config.set), row.set)
-        output = str(Path(values.get("output", "runs")) / self.name / row.name)
-        return parse_config({**values, "output": output, "name": str(seed), "seed": seed}, f"{self.source}: {row.name}")
+        output = Path(values.get("output", "runs/base")).parent / self.name / row.name / str(seed)
+        return parse_config({**values, "output": str(output), "seed": seed}, f"{self.source}: {row.name}")
 
     def scoring(self, config: Config) -> dict[str, Any]:
         """Everything but the model that scores depend on."""
         return {
             "evaluation": config.evaluation.model_dump(mode="json", exclude={"speed_lengths"}),
             "held_out": self.config.held_out,
+            "needle_frames": self.config.needle_frames,
             "curves": {name: curve.model_dump(mode="json") for name, curve in self.config.curves.items()},
-            "teacher": config.teacher.path,
+            "teacher": config.teacher,
         }
 
     def key(self, row: Row, seed: int) -> str:
         """Hash of all that the result of a row depends on, the code excepted."""
-        config = self.run_config(row if row.of is None else self.row(row.of), seed)
-        ignored = {"name", "output", "checkpoint_every", "evaluation"}
-        facts = {"run": config.model_dump(mode="json", exclude=ignored), "after": row.after, **self.scoring(config)}
-        return hash_of(facts)[:16]
+        run = row if row.of is None else self.row(row.of)
+        config = self.run_config(run, seed)
+        stages = [config.fingerprint(number) for number in range(len(STAGES) + 1)]
+        own = {} if run.lora_alone is None else {"lora_alone": run.lora_alone}
+        return hash_of({"stages": stages, "after": row.after, **own, **self.scoring(config)})[:16]
 
     @property
     def teacher_key(self) -> str:

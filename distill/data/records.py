@@ -232,7 +232,7 @@ class ActivityNetRecords:
     def __init__(self, patterns: Sequence[str], folder: str | None, instruction: str = "") -> None:
         self.folder, self._instruction = Path(folder or "."), instruction
         questions: list[Any] = []
-        self._answers: dict[str, str] = {}
+        self._answers: dict[object, str] = {}
         for file in find_files(patterns):
             with _naming(file):
                 _check_begin(file)

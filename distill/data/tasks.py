@@ -4,9 +4,8 @@ A sample is one image or one video and one or more question-answer turns about i
 the same arguments give the same samples, byte for byte.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
 from zlib import crc32
 
 import numpy as np
@@ -228,22 +227,6 @@ GROUPS: dict[str, Callable[..., Sample]] = {
     "video": video,
     "needle": needle,
 }
-
-
-def check_options(group: str, options: Mapping[str, object]) -> None:
-    """Find out whether a group's generator takes these options.
-
-    Raises:
-        ValueError: it does not.
-    """
-    known = list(signature(GROUPS[group]).parameters)[3:]
-    if unknown := [name for name in options if name not in known]:
-        told = f"must be of {', '.join(known)}" if known else "must be left out"
-        raise ValueError(f"options.{group} {told}, got {unknown[0]}")
-    try:
-        generate(group, 1, 0, **options)
-    except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"options.{group} do not serve, got {dict(options)}: {error}") from error
 
 
 def generate(

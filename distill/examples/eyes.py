@@ -25,7 +25,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -213,14 +213,14 @@ def build_model(tower: EfficientNetLiteModel, language: Any, tokenizer: Any) -> 
     with torch.no_grad():
         size = language.get_input_embeddings().weight.float().std()
         model.model.multi_modal_projector.linear_2.weight.normal_(
-            0, float(size) / 0.3 / config.text_config.hidden_size**0.5
+            0, float(size) / 0.3 / language.config.hidden_size**0.5
         )
     return model
 
 
 def save_model(folder: Path, model: LlavaForConditionalGeneration, tokenizer: Any) -> None:
     """Write a model and its processor such that the Auto classes load them after `import linmu_models`."""
-    vision = model.config.vision_config
+    vision = cast(EfficientNetLiteConfig, model.config.vision_config)
     images = CLIPImageProcessorPil(
         size={"shortest_edge": vision.image_size},
         crop_size={"height": vision.image_size, "width": vision.image_size},
@@ -250,7 +250,7 @@ def unseen(samples: Sequence[Conversation]) -> list[Conversation]:
 
 def _data(files: Path, tokens: int) -> RecordData:
     return RecordData.model_validate(
-        {"sets": {"stamps": {"format": "onevision", "files": [str(files)]}}, "max_tokens": tokens, "window": 256}
+        {"sets": {"stamps": {"format": "onevision", "files": [str(files)]}}, "max_tokens": tokens}
     )
 
 

@@ -63,11 +63,10 @@ def config(folder, output, **changes):
         "videos": {"format": "llava_video", "files": [str(folder / "videos.json")], "folder": str(folder)},
     }
     values = {
-        "name": "r", "preset": "paper", "output": str(output),
-        "teacher": {"path": str(folder / "teacher"), "max_new_tokens": 3},
-        "data": {"sets": sets, "max_tokens": 200, "window": 8, "frames": 4},
+        "output": str(output / "r"), "preset": "paper", "teacher": str(folder / "teacher"), "max_new_tokens": 3,
+        "data": {"sets": sets, "max_tokens": 200, "frames": 4},
         "evaluation": {"samples": 0, "speed_lengths": []},
-        "calibration_batches": 1, "checkpoint_every": 2,
+        "checkpoint_every": 2,
         **{f"stage{i}": {"steps": 6 if i != 2 else 1} for i in (1, 2, 3)},
     }  # fmt: skip
     return parse_config({**values, **changes})

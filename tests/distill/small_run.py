@@ -42,9 +42,9 @@ def run_values(folder, teacher, **changes):
     """The configuration of a run of a few seconds."""
     steps = {f"stage{i}": {"steps": 2} for i in (1, 2, 3)}
     values = {
-        "name": "r", "preset": "paper", "output": str(folder), "teacher": {"path": teacher, "max_new_tokens": 3},
+        "output": f"{folder}/r", "preset": "paper", "teacher": teacher, "max_new_tokens": 3,
         "data": {"batch_size": 2, "mixture": {"where": 1, "video": 1}},
         "evaluation": {"samples": {"where": 2, "video": 2}, "speed_lengths": [32, 64]},
-        "calibration_batches": 1, "checkpoint_every": 1, **steps,
+        "checkpoint_every": 1, **steps,
     }  # fmt: skip
     return {**values, **changes}

@@ -19,11 +19,10 @@ from linmu_distill.train import StageTrainer
 
 SHIPPED = Path(__file__).parents[2] / "bench/runs/tables"
 BASE = """
-name = "base"
+output = "{output}/base"
 preset = "paper"
-output = "{output}"
-calibration_batches = 1
-teacher = {{path = "{teacher}", max_new_tokens = 3}}
+teacher = "{teacher}"
+max_new_tokens = 3
 data = {{batch_size = 2, mixture = {{where = 1}}}}
 evaluation = {{samples = {{where = 3}}}}
 checkpoint_every = 1

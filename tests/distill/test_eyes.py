@@ -223,12 +223,12 @@ def test_it_is_distilled(made):
 
     stage = {"steps": 2, "learning_rate": 1e-3}
     config = parse_config({
-        "name": "tiny", "preset": "paper", "output": str(made / "runs"),
-        "teacher": {"path": str(made / "teacher"), "max_new_tokens": 4},
-        "data": pictures("train.parquet"), "calibration_batches": 1,
+        "output": str(made / "runs/tiny"), "preset": "paper",
+        "teacher": str(made / "teacher"), "max_new_tokens": 4,
+        "data": pictures("train.parquet"),
         "stage1": stage, "stage2": stage, "stage3": stage,
         "evaluation": {
-            "samples": 0, "speed_lengths": [], "held_out": pictures("held_out.parquet"), "held_out_batches": 1,
+            "samples": 0, "speed_lengths": [], "held_out": pictures("held_out.parquet"),
         },
     })  # fmt: skip
     distill(config)

@@ -65,7 +65,7 @@ def test_measures_are_those_of_plain_logits(folder):
 
 def test_what_a_language_model_has_no_use_for_is_refused(folder, tmp_path):
     data = {"sets": {"t": {"format": "text", "files": [str(folder / "train.txt")]}}}
-    values = {"name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")}, "data": data,
+    values = {"output": str(tmp_path / "r"), "teacher": str(folder / "teacher"), "data": data,
               "evaluation": {"samples": 0}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
     with pytest.raises(RunError, match=r"student.reverse must be false: .* is text only, got true"):
         distill(parse_config(values))
@@ -80,9 +80,9 @@ def test_held_out_text_counts_once(folder, tmp_path):
     run = Run(
         parse_config(
             {
-                "name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")}, "data": sets,
+                "output": str(tmp_path / "r"), "teacher": str(folder / "teacher"), "data": sets,
                 "student": {"reverse": False}, "stage3": {"losses": {"token": 1}},
-                "evaluation": {"samples": 0, "held_out": {**sets, "text_length": 99}, "held_out_batches": 8},
+                "evaluation": {"samples": 0, "held_out": sets},
             }
         )
     )  # fmt: skip
@@ -95,7 +95,7 @@ def test_held_out_text_counts_once(folder, tmp_path):
 
 def test_built_in_tasks_are_for_models_that_can_be_shown_them(folder, tmp_path):
     data = {"sets": {"t": {"format": "text", "files": [str(folder / "train.txt")]}}}
-    values = {"name": "r", "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
+    values = {"output": str(tmp_path / "r"), "teacher": str(folder / "teacher"),
               "student": {"reverse": False}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
     with pytest.raises(RunError, match=r"data.sets must be given: .* cannot be shown the built-in tasks"):
         distill(parse_config(values))
@@ -106,14 +106,13 @@ def test_built_in_tasks_are_for_models_that_can_be_shown_them(folder, tmp_path):
 @pytest.mark.parametrize("preset, student", [("exact", {"text_window": 8}), ("paper", {"branches": "flex"})])
 def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     def sets(name):
-        return {"max_tokens": 128, "text_length": 64, "sets": {"t": {"format": "text", "files": [str(folder / name)]}}}
+        return {"max_tokens": 64, "sets": {"t": {"format": "text", "files": [str(folder / name)]}}}
 
     config = parse_config(
         {
-            "name": "r", "preset": preset, "output": str(tmp_path), "teacher": {"path": str(folder / "teacher")},
-            "student": {"reverse": False, **student}, "data": sets("train.txt"), "calibration_batches": 1,
-            "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "held_out_batches": 2,
-                           "speed_lengths": [16]},
+            "preset": preset, "output": str(tmp_path / "r"), "teacher": str(folder / "teacher"),
+            "student": {"reverse": False, **student}, "data": sets("train.txt"),
+            "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "speed_lengths": [16]},
             "stage1": {"steps": 2}, "stage2": {"steps": 2},
             "stage3": {"steps": 2, "losses": {"token": 0.5, "supervised": 0.5}},
         }

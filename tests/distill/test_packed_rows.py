@@ -28,6 +28,14 @@ BLOCKS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_windows():
+    """Little data, read in several windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linmu_distill.sources.WINDOW", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return record_sets.write(tmp_path_factory.mktemp("packed"))
@@ -71,18 +79,18 @@ def own(others):
 
 
 def values(**changes):
-    return {"name": "x", "teacher": {"path": "none"}, **changes}
+    return {"output": "x", "teacher": "none", **changes}
 
 
 def part_of(models, preset, samples, processor, packing, average, stage):
-    options = parse_config(values(preset=preset, student=BLOCKS[preset], hidden_average=average, stage3=stage))
+    options = parse_config(values(preset=preset, student=BLOCKS[preset], stage3=stage))
     teacher, student = models[0], models[1][preset]
     frozen = Teacher(teacher, list(mixers(student, teacher)))
     source = SimpleNamespace(processor=processor, packing=packing)
-    row = options.stage(3)
+    row = dataclasses.replace(options.stage(3), average=average)
     asks = own if "sequence" in row.losses else None
-    part = assemble(source, list(samples), frozen, student, row, options, asks, torch.device("cpu"))
-    return part, Objective(student, frozen, row, options)
+    part = assemble(source, list(samples), frozen, student, row, asks, torch.device("cpu"))
+    return part, Objective(student, frozen, row)
 
 
 def losses_and_gradients(part, objective):
@@ -185,7 +193,7 @@ def test_rows_are_full(folder, processor):
 def packed_config(folder, output, packing=True, **changes):
     (output / "t.txt").write_text("\n\n".join(f"Number {i} is {i * i}." for i in range(60)))
     plain = config(folder, output)
-    data = {**plain.data.model_dump(), "packing": packing, "text_length": 32}
+    data = {**plain.data.model_dump(), "packing": packing}
     data["sets"] = {
         "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")]},
         "text": {"format": "text", "files": [str(output / "t.txt")]},

@@ -52,7 +52,9 @@ def finished(tmp_path_factory):
 def again(finished, tmp_path):
     """A copy of a finished run."""
     shutil.copytree(finished.folder, tmp_path / finished.folder.name)
-    return parse_config({**json.loads(finished.model_dump_json(exclude_none=True)), "output": str(tmp_path)})
+    return parse_config(
+        {**json.loads(finished.model_dump_json(exclude_none=True)), "output": str(tmp_path / finished.folder.name)}
+    )
 
 
 def _damage(path, how):
@@ -205,7 +207,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, name, form):
 
 
 def test_a_whole_run_refuses_a_checkpoint_with_code_in_one_line(tmp_path, finished):
-    values = run_values(tmp_path, finished.teacher.path, evaluation={"samples": 0}, stage1={"steps": 9})
+    values = run_values(tmp_path, finished.teacher, evaluation={"samples": 0}, stage1={"steps": 9})
     config = parse_config(values)
     Run(config).prepare()
     store = CheckpointStore(handoff.stage_folder(config.folder, 1) / "checkpoints")
@@ -216,8 +218,8 @@ def test_a_whole_run_refuses_a_checkpoint_with_code_in_one_line(tmp_path, finish
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
     toml = tmp_path / "c.toml"
     toml.write_text(
-        f'name = "r"\npreset = "paper"\noutput = "{config.output}"\ncalibration_batches = 1\ncheckpoint_every = 1\n'
-        f'[teacher]\npath = "{config.teacher.path}"\nmax_new_tokens = 3\n'
+        f'output = "{config.output}"\npreset = "paper"\ncheckpoint_every = 1\n'
+        f'teacher = "{config.teacher}"\nmax_new_tokens = 3\n'
         "[data]\nbatch_size = 2\nmixture = {where = 1, video = 1}\n"
         "[evaluation]\nsamples = 0\n"
         "[stage1]\nsteps = 9\n[stage2]\nsteps = 2\n[stage3]\nsteps = 2\n"
@@ -247,11 +249,11 @@ def test_results_and_teachers_in_the_making_are_no_pickles(tmp_path, again):
 def test_weights_with_code_in_them_are_one_line(tmp_path, finished, command):
     """Of a teacher, or of a student, that somebody else has made."""
     folder = tmp_path / "model"
-    shutil.copytree(finished.teacher.path, folder)
+    shutil.copytree(finished.teacher, folder)
     (folder / "model.safetensors").unlink()
     torch.save({"w": Runs(tmp_path)}, folder / "pytorch_model.bin")
     toml = tmp_path / "c.toml"
-    toml.write_text(f'name = "r"\noutput = "{tmp_path}"\n[teacher]\npath = "{folder}"\n')
+    toml.write_text(f'output = "{tmp_path}/r"\nteacher = "{folder}"\n')
     given = {"generate": [folder, "--prompt", "a"], "convert": [folder, tmp_path / "o"], "evaluate": [folder],
              "distill": [toml]}[command]  # fmt: skip
     done = CliRunner().invoke(app, [command, *map(str, given)])

@@ -71,7 +71,7 @@ def test_saved_student_is_the_trained_one(finished):
     loaded = AutoModelForImageTextToText.from_pretrained(finished.folder / "student").eval()
     assert not any("lora" in name for name in loaded.state_dict())
     for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (finished.folder / "student" / name).read_text() == (Path(finished.teacher.path) / name).read_text()
+        assert (finished.folder / "student" / name).read_text() == (Path(finished.teacher) / name).read_text()
     from linmu_distill.data import Processor, generate
 
     processor = Processor.from_config(loaded.config, run.tokenizer)
@@ -130,7 +130,7 @@ def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_
     other = save_teacher(tmp_path / "other", seed=5)
     values = json.loads(finished.model_dump_json(exclude_none=True))
     with pytest.raises(HandoffError, match="distilled from another teacher"):
-        Run(parse_config({**values, "teacher": {"path": other}})).student_after(1)
+        Run(parse_config({**values, "teacher": other})).student_after(1)
     with pytest.raises(HandoffError, match="a student with other options"):
         Run(parse_config({**values, "student": {"initial_scale": 0.7}})).student_after(1)
     with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
@@ -140,7 +140,7 @@ def test_a_stage_refuses_another_teacher_student_or_configuration(finished, tmp_
 def test_a_start_from_other_settings_is_made_anew_or_refused(teacher, tmp_path):
     values = run_values(tmp_path, teacher)
     made = []
-    for change in ({}, {"calibration_batches": 2}, {"calibration_batches": 2, "stage1": {"steps": 3}}):
+    for change in ({}, {"seed": 2}, {"seed": 2, "stage1": {"steps": 3}}):
         run = Run(parse_config({**values, **change}))
         run.prepare()
         made.append((run.folder / "stage0/manifest.json").read_text())
@@ -215,7 +215,7 @@ def test_measurements_are_of_what_they_say(teacher, tmp_path, monkeypatch):
     assert measure() == first
     other = measure(seed=7)
     assert all(other[label]["where"]["of"] != first[label]["where"]["of"] for label in ("teacher", "initial"))
-    values["calibration_batches"] = 2
+    values["seed"] = 2
     third = measure(seed=7)
     assert third["teacher"] == other["teacher"] and third["initial"]["where"]["of"] != other["initial"]["where"]["of"]
 
@@ -232,9 +232,10 @@ def test_a_damaged_result_is_refused(teacher, tmp_path):
         run.student_after(0)
 
 
-def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
+def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path, monkeypatch):
     from linmu_distill.student import hidden_kinds, mean_squares
 
+    monkeypatch.setattr("linmu_distill.run.CALIBRATION_BATCHES", 1)
     config = parse_config(run_values(tmp_path, teacher, student={"branches": "flex"}))
     run = Run(config)
     run.prepare()
@@ -243,7 +244,7 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     student = run.student_after(0).model
     from linmu_distill.sources import build_source
 
-    source = build_source(config.data, config.teacher.path, run.teacher, run.tokenizer, 0)
+    source = build_source(config.data, config.teacher, run.teacher, run.tokenizer, 0)
     batch = source.processor(source.samples(0))
     # The first block sees what the first attention sees; later ones see other streams.
     kinds = [hidden_kinds(student, batch)]
@@ -251,14 +252,15 @@ def test_calibration_gives_blocks_the_size_of_attention(teacher, tmp_path):
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
-def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path):
-    """L_hid with `hidden_average = "read"`, against the teacher's own attention weights."""
+def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path, monkeypatch):
+    """L_hid of `block`, against the teacher's own attention weights."""
     imitate = {"losses": {"block": 1.0}}
-    values = run_values(tmp_path, teacher, stage1=imitate, hidden_average="read", calibration_batches=1)
+    values = run_values(tmp_path, teacher, stage1=imitate)
+    monkeypatch.setattr("linmu_distill.run.CALIBRATION_BATCHES", 1)
     run = Run(parse_config(values))
     run.prepare()
     _, facts = handoff.load_result(run.folder, 0, run.teacher_hash, run.config)
-    data, path = run.config.stage_data(1), run.config.teacher.path
+    data, path = run.config.stage_data(1), run.config.teacher
     source = build_source(data, path, run.teacher, run.tokenizer, 0)  # as for calibration
     batch = source.processor(source.samples(0))
     kept = kept_positions(batch["labels"])
@@ -282,9 +284,9 @@ def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path):
     student = run.student_after(0).model
     part = assemble(
         source, source.samples(0), Teacher(run.teacher, [0, 1], facts["mean_squares"]), student, run.config.stage(1),
-        run.config, None, torch.device("cpu"),
+        None, torch.device("cpu"),
     )  # fmt: skip
-    stage = Objective(student, Teacher(run.teacher, [0, 1], facts["mean_squares"]), run.config.stage(1), run.config)
+    stage = Objective(student, Teacher(run.teacher, [0, 1], facts["mean_squares"]), run.config.stage(1))
     with torch.no_grad(), record_outputs(attention_modules(student)) as ours:
         loss = stage(part, part.counts)["hidden"]
     visual = student.build_layout(model_inputs(batch)).visual_mask()
@@ -304,7 +306,7 @@ def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch
     for name, whole in (("alone", False), ("within", True)):
         monkeypatch.setattr("linmu_distill.train.is_sharded", lambda block, whole=whole: whole)
         stages = {"stage1": imitate, "stage2": imitate}
-        config = parse_config({**run_values(tmp_path, teacher, **stages), "name": name})
+        config = parse_config({**run_values(tmp_path, teacher, **stages), "output": str(tmp_path / name)})
         run = Run(config)
         run.prepare()
         for number in (1, 2):
@@ -318,10 +320,10 @@ def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch
 def test_command_line(finished, teacher, tmp_path):
     runner = CliRunner()
     path = tmp_path / "c.toml"
-    path.write_text('name = "x"\nstepz = 3\n[teacher]\npath = "t"\n')
+    path.write_text('output = "x"\nteacher = "t"\nstepz = 3\n')
     done = runner.invoke(app, ["distill", str(path)])
     assert done.exit_code == 1 and "c.toml: stepz: unknown key" in done.output
-    path.write_text(f'name = "r"\noutput = "{finished.output}"\n[teacher]\npath = "{teacher}"\n')
+    path.write_text(f'output = "{finished.output}"\nteacher = "{teacher}"\n')
     done = runner.invoke(app, ["distill", str(path)])
     assert done.exit_code == 1 and "go on with --resume" in done.output
     done = runner.invoke(

@@ -24,6 +24,14 @@ from linmu_models.cli import app
 from linmu_models.media import UnreadableError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_windows():
+    """Little data, read in several windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linmu_distill.sources.WINDOW", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return record_sets.write(tmp_path_factory.mktemp("stream"))
@@ -174,7 +182,7 @@ def beside_text(folder, output, **changes):
         "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")]},
         "text": {"format": "text", "files": [str(output / "t.txt")]},
     }
-    data = {"sets": sets, "max_tokens": 200, "window": 8, "text_length": 32}
+    data = {"sets": sets, "max_tokens": 200}
     return config(folder, output, data=data, **{f"stage{i}": {"steps": 8} for i in (1, 2, 3)}, **changes)
 
 

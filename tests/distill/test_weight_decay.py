@@ -54,6 +54,6 @@ def test_the_optimiser_decays_these_and_loras(tmp_path, number):
 
 def test_a_map_named_as_a_gate_is_a_weight_where_it_is_loras(tmp_path):
     student = tiny.student_model(tiny.teacher_model())
-    add_lora(student, tiny.tiny_config(tmp_path).lora, seed=0)
+    add_lora(student, tiny.tiny_config(tmp_path).lora_rank, seed=0)
     lora = {name for name, _ in student.named_parameters() if ".lora_" in name}
     assert any("gate_proj" in name for name in lora) and lora <= decaying(student)

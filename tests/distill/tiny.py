@@ -158,10 +158,10 @@ def student_model(teacher, inside=True, seed=1):
 
 def tiny_config(tmp_path, **changes) -> Config:
     values = {
-        "name": "tiny",
+        "output": f"{tmp_path}/tiny",
         "preset": "paper",
-        "output": str(tmp_path),
-        "teacher": {"path": "none", "max_new_tokens": 6},
+        "teacher": "none",
+        "max_new_tokens": 6,
         "checkpoint_every": 4,
         "stage1": {"steps": 10, "learning_rate": 1e-2},
         "stage2": {"steps": 10, "learning_rate": 1e-2},
@@ -181,11 +181,11 @@ def stage_trainer(config, number, accelerator=None, *, teacher=None, student=Non
     stage = config.stage(number)
     set_windows(blocks.values(), stage.windows)
     if "lora" in stage.trainable:
-        add_lora(student, config.lora, config.seed)
+        add_lora(student, config.lora_rank, config.seed)
     trainable = trainable_parameters(student, blocks, stage)
     source = Source()
     cache = AnswerCache(config.folder / "answers.sqlite", "tiny")
-    transcripts = Transcripts(teacher, Tokenizer(), source, cache, config.teacher.max_new_tokens)
+    transcripts = Transcripts(teacher, Tokenizer(), source, cache, config.max_new_tokens)
     return StageTrainer(
         config, stage, student, Teacher(teacher, list(blocks)), source, trainable,
         config.folder / f"stage{number}", accelerator, transcripts, on_step,
