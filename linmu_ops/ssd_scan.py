@@ -94,6 +94,41 @@ def ssd_scan(
     Source: Dao & Gu 2024, arXiv:2405.21060, section 6; LinMU, arXiv:2601.01322, equations 1-3.
     Reference: linmu_ops/reference/ssd_scan.py.
     """
+    r = check(
+        x, dt, A, B, C, D=D, dt_bias=dt_bias, direction=direction, reverse=reverse, gate=gate, seq_idx=seq_idx,
+        token_order=token_order, initial_state=initial_state, chunk_size=chunk_size,
+    )  # fmt: skip
+    acc = accumulate_dtype(x.dtype)
+
+    def small(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(acc)
+
+    y, state = _registry.call(
+        "ssd_scan", x, x, small(dt), small(A), B, C, small(D), small(dt_bias), dt_softplus, direction,
+        small(r.dt), small(r.A), r.B, r.C, small(r.dt_bias), r.mask, r.seq_idx,
+        small(gate), seq_idx, token_order, initial_state, return_final_state, chunk_size or 0,
+    )  # fmt: skip
+    return (y, state) if return_final_state else y
+
+
+def check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    direction: str,
+    reverse: Reverse | None,
+    gate: Tensor | None,
+    seq_idx: Tensor | None,
+    token_order: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int | None,
+) -> Reverse:
+    """Raise for arguments that break the table of `ssd_scan`; what the reverse direction has of its own."""
     if direction not in DIRECTIONS:
         raise ValueError(f"ssd_scan: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if reverse is not None and not isinstance(reverse, Reverse):
@@ -131,16 +166,7 @@ def ssd_scan(
     )  # fmt: skip
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size must be >= 1, got {chunk_size}")
-
-    def small(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(acc)
-
-    y, state = _registry.call(
-        "ssd_scan", x, x, small(dt), small(A), B, C, small(D), small(dt_bias), dt_softplus, direction,
-        small(r.dt), small(r.A), r.B, r.C, small(r.dt_bias), r.mask, r.seq_idx,
-        small(gate), seq_idx, token_order, initial_state, return_final_state, chunk_size or 0,
-    )  # fmt: skip
-    return (y, state) if return_final_state else y
+    return r
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -101,15 +101,15 @@ def window_attention(
     d.divides("k", "G", "H")
     if wrap not in WRAPS:
         raise ValueError(f"window_attention: wrap must be one of {', '.join(WRAPS)}, got {wrap!r}")
-    sizes = _padded("window", window, 1)
-    shifts = _padded("shift", shift, 0)
-    image_sizes = None if image_window is None else _padded("image_window", image_window, 1)
-    image_shifts = None if image_shift is None else _padded("image_shift", image_shift, 0)
+    sizes = padded("window", window, 1)
+    shifts = padded("shift", shift, 0)
+    image_sizes = None if image_window is None else padded("image_window", image_window, 1)
+    image_shifts = None if image_shift is None else padded("image_shift", image_shift, 0)
     if (layout is None) == (grid is None):
         raise ValueError("window_attention: exactly one of layout and grid must be given")
     if layout is None:
         assert grid is not None
-        block = _padded("grid", grid, 1)
+        block = padded("grid", grid, 1)
         if math.prod(block) != d["L"]:
             raise ValueError(f"window_attention: grid must hold L={d['L']} tokens, got {tuple(grid)}")
         if torch.compiler.is_exporting():
@@ -158,7 +158,7 @@ def window_attention(
     return out, everywhere.index_copy(0, table.tokens.long(), lse).view(q.shape[:3])
 
 
-def _padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
+def padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
     """Three sizes, missing leading ones filled in; `fill` is also the least allowed value."""
     try:
         sizes = [operator.index(v) for v in values]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -53,8 +54,8 @@ def _expression(c: Case) -> Peer:
     return Peer(run)
 
 
-def _transformers(c: Case) -> Peer:
-    update = mamba2().mamba2_selective_state_update
+def _selective(c: Case, update: Callable[..., Tensor]) -> Peer:
+    """Of Mamba's general update, which has a step for each channel and a decay for each element of the state."""
 
     def run(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         wide = dt[..., None].expand(*dt.shape, c["P"]), A[:, None, None].expand(c["H"], c["P"], c["N"])
@@ -62,17 +63,14 @@ def _transformers(c: Case) -> Peer:
         return update(state, _heads(x, c["H"]), *wide, B, C)
 
     return Peer(run)
+
+
+def _transformers(c: Case) -> Peer:
+    return _selective(c, mamba2().mamba2_selective_state_update)
 
 
 def _mamba_ssm(c: Case) -> Peer:
-    update = need("mamba_ssm.ops.triton.selective_state_update", "cuda").selective_state_update
-
-    def run(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        wide = dt[..., None].expand(*dt.shape, c["P"]), A[:, None, None].expand(c["H"], c["P"], c["N"])
-        B = _heads(B, C.shape[1]) if B.shape[1] != C.shape[1] else B
-        return update(state, _heads(x, c["H"]), *wide, B, C)
-
-    return Peer(run)
+    return _selective(c, need("mamba_ssm.ops.triton.selective_state_update", "cuda").selective_state_update)
 
 
 BENCH = Bench(

@@ -13,7 +13,7 @@ from .._dims import accumulate_dtype
 FEW = 16  # queries of a causal window at a time
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x: (B, L, H, P); cos, sin: (B or 1, L, R). Turns the first R elements of each head, R even."""
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     if interleaved:
@@ -101,7 +101,7 @@ def window_attention(
     _check(tokens, offsets, coords, q.shape[0] * q.shape[1], centre)
     q_, k_, v_ = q.to(acc), k.to(acc), v.to(acc)
     if cos is not None and sin is not None:
-        q_, k_ = (_rotate(t, cos, sin, interleaved).to(q.dtype).to(acc) for t in (q_, k_))
+        q_, k_ = (rotate(t, cos, sin, interleaved).to(q.dtype).to(acc) for t in (q_, k_))
     q_, k_, v_ = (t.flatten(0, 1) for t in (q_, k_, v_))  # (B L, H or G, P)
     out = torch.zeros_like(q_)
     lse = [q_.new_zeros(0, heads)]

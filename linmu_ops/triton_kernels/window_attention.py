@@ -49,10 +49,11 @@ def _store_rows(ptr, token, there, head, heads, P, value, BLOCK_P: tl.constexpr)
 
 @triton.jit
 def _turned_rows(
-    ptr, cos_ptr, sin_ptr, token, there, head, heads, P, R, cos_rows,
+    ptr, cos_ptr, sin_ptr, tokens_ptr, begin, i, count, num_tokens, head, heads, P, R, cos_rows,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Rows with the rotary embedding applied to their first R elements."""
+    """What `_entries` gives, and their rows with the rotary embedding applied to the first R elements."""
+    token, there = _entries(tokens_ptr, begin, i, count, num_tokens)
     x = _rows(ptr, token, there, head, heads, P, BLOCK_P)
     if ROTARY:
         offs = tl.arange(0, BLOCK_P)
@@ -68,7 +69,7 @@ def _turned_rows(
         cos = tl.load(cos_ptr + angle, mask=inside, other=1.0)
         sin = tl.load(sin_ptr + angle, mask=inside, other=0.0)
         x = (x.to(tl.float32) * cos + other.to(tl.float32) * sign[None, :] * sin).to(x.dtype)
-    return x
+    return token, there, x
 
 
 @triton.jit
@@ -117,17 +118,15 @@ def _fwd_kernel(
     begin, count = _window(offsets_ptr, tl.program_id(0), num_visual)
     for first in range(0, count, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        token_i, there_i = _entries(tokens_ptr, begin, i, count, num_tokens)
-        q = _turned_rows(q_ptr, cos_ptr, sin_ptr, token_i, there_i, head, H, P, R, cos_rows,
-                         ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+        token_i, there_i, q = _turned_rows(q_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, i, count, num_tokens,
+                                           head, H, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
         top = tl.full((BLOCK,), -float("inf"), tl.float32)
         norm = tl.zeros((BLOCK,), tl.float32)
         out = tl.zeros((BLOCK, BLOCK_P), tl.float32)
         for start in range(0, count, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            token_j, there_j = _entries(tokens_ptr, begin, j, count, num_tokens)
-            k = _turned_rows(k_ptr, cos_ptr, sin_ptr, token_j, there_j, group, G, P, R, cos_rows,
-                             ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+            token_j, there_j, k = _turned_rows(k_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, j, count, num_tokens,
+                                               group, G, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
             v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
             s = _scores(q, k, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, token_i, token_j,
                         there_j, HAS_BIAS, CAUSAL)  # fmt: skip
@@ -142,6 +141,14 @@ def _fwd_kernel(
         norm_safe = tl.where(norm == 0.0, 1.0, norm)
         _store_rows(out_ptr, token_i, there_i, head, H, P, out / norm_safe[:, None], BLOCK_P)
         tl.store(lse_ptr + (begin + i).to(tl.int64) * H + head, top + tl.log(norm_safe), mask=i < count)
+
+
+@triton.jit
+def _gradient_rows(dout_ptr, delta_ptr, lse_ptr, token, there, begin, i, count, head, H, P, BLOCK_P: tl.constexpr):
+    """The gradients of the outputs of entries i, their products with these, and the log-sum-exps."""
+    delta = tl.load(delta_ptr + token * H + head, mask=there, other=0.0)
+    lse = tl.load(lse_ptr + (begin + i).to(tl.int64) * H + head, mask=i < count, other=0.0)
+    return _rows(dout_ptr, token, there, head, H, P, BLOCK_P), delta, lse
 
 
 @triton.jit
@@ -172,18 +179,15 @@ def _dq_kernel(
     begin, count = _window(offsets_ptr, tl.program_id(0), num_visual)
     for first in range(0, count, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        token_i, there_i = _entries(tokens_ptr, begin, i, count, num_tokens)
-        q = _turned_rows(q_ptr, cos_ptr, sin_ptr, token_i, there_i, head, H, P, R, cos_rows,
-                         ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
-        dout = _rows(dout_ptr, token_i, there_i, head, H, P, BLOCK_P)
-        delta = tl.load(delta_ptr + token_i * H + head, mask=there_i, other=0.0)
-        lse = tl.load(lse_ptr + (begin + i).to(tl.int64) * H + head, mask=i < count, other=0.0)
+        token_i, there_i, q = _turned_rows(q_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, i, count, num_tokens,
+                                           head, H, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+        dout, delta, lse = _gradient_rows(dout_ptr, delta_ptr, lse_ptr, token_i, there_i, begin, i, count,
+                                          head, H, P, BLOCK_P)  # fmt: skip
         dq = tl.zeros((BLOCK, BLOCK_P), tl.float32)
         for start in range(0, count, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            token_j, there_j = _entries(tokens_ptr, begin, j, count, num_tokens)
-            k = _turned_rows(k_ptr, cos_ptr, sin_ptr, token_j, there_j, group, G, P, R, cos_rows,
-                             ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+            token_j, there_j, k = _turned_rows(k_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, j, count, num_tokens,
+                                               group, G, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
             v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
             _, ds, seen = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse,
                                    delta, token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
@@ -203,21 +207,18 @@ def _dkv_kernel(
     begin, count = _window(offsets_ptr, tl.program_id(0), num_visual)
     for start in range(0, count, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        token_j, there_j = _entries(tokens_ptr, begin, j, count, num_tokens)
-        k = _turned_rows(k_ptr, cos_ptr, sin_ptr, token_j, there_j, group, G, P, R, cos_rows,
-                         ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+        token_j, there_j, k = _turned_rows(k_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, j, count, num_tokens,
+                                           group, G, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
         v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
         dk = tl.zeros((BLOCK, BLOCK_P), tl.float32)
         dv = tl.zeros((BLOCK, BLOCK_P), tl.float32)
         for head in range(group * share, group * share + share):
             for first in range(0, count, BLOCK):
                 i = first + tl.arange(0, BLOCK)
-                token_i, there_i = _entries(tokens_ptr, begin, i, count, num_tokens)
-                q = _turned_rows(q_ptr, cos_ptr, sin_ptr, token_i, there_i, head, H, P, R, cos_rows,
-                                 ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
-                dout = _rows(dout_ptr, token_i, there_i, head, H, P, BLOCK_P)
-                delta = tl.load(delta_ptr + token_i * H + head, mask=there_i, other=0.0)
-                lse = tl.load(lse_ptr + (begin + i).to(tl.int64) * H + head, mask=i < count, other=0.0)
+                token_i, there_i, q = _turned_rows(q_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, i, count, num_tokens,
+                                                   head, H, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+                dout, delta, lse = _gradient_rows(dout_ptr, delta_ptr, lse_ptr, token_i, there_i, begin, i, count,
+                                                  head, H, P, BLOCK_P)  # fmt: skip
                 p, ds, seen = _weights(q, k, v, dout, bias_ptr, coords_ptr, begin, i, j, count, head, table, scale, lse,
                                        delta, token_i, token_j, there_i, there_j, HAS_BIAS, CAUSAL)  # fmt: skip
                 dk += _sum_seen(tl.trans(ds), q, tl.trans(seen), CAUSAL)
@@ -241,20 +242,17 @@ def _dbias_kernel(
         begin, count = _window(offsets_ptr, w, num_visual)
         for start in range(0, count, BLOCK):
             j = start + tl.arange(0, BLOCK)
-            token_j, there_j = _entries(tokens_ptr, begin, j, count, num_tokens)
-            k = _turned_rows(k_ptr, cos_ptr, sin_ptr, token_j, there_j, group, G, P, R, cos_rows,
-                             ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+            token_j, there_j, k = _turned_rows(k_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, j, count, num_tokens,
+                                               group, G, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
             v = _rows(v_ptr, token_j, there_j, group, G, P, BLOCK_P)
             cj = tl.load(coords_ptr + begin + j, mask=j < count, other=0)
             # One query at a time: its keys fall on distinct table entries, so the additions cannot meet.
             for row in range(count):
                 i = row + tl.zeros((1,), tl.int32)
-                token_i, there_i = _entries(tokens_ptr, begin, i, count, num_tokens)
-                q = _turned_rows(q_ptr, cos_ptr, sin_ptr, token_i, there_i, head, H, P, R, cos_rows,
-                                 ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
-                dout = _rows(dout_ptr, token_i, there_i, head, H, P, BLOCK_P)
-                delta = tl.load(delta_ptr + token_i * H + head, mask=there_i, other=0.0)
-                lse = tl.load(lse_ptr + (begin + i).to(tl.int64) * H + head)
+                token_i, there_i, q = _turned_rows(q_ptr, cos_ptr, sin_ptr, tokens_ptr, begin, i, count, num_tokens,
+                                                   head, H, P, R, cos_rows, ROTARY, INTERLEAVED, BLOCK_P)  # fmt: skip
+                dout, delta, lse = _gradient_rows(dout_ptr, delta_ptr, lse_ptr, token_i, there_i, begin, i, count,
+                                                  head, H, P, BLOCK_P)  # fmt: skip
                 ci = tl.load(coords_ptr + begin + i)
                 index = ci - cj + table // 2
                 here = there_j & (index >= 0) & (index < table)
