@@ -47,6 +47,26 @@ def test_docs_have_a_row_and_a_page_for_the_op(op):
     assert f"| `{op}` |" in (ROOT / "docs" / "ops.md").read_text()
     titles = [page.read_text().splitlines()[0] for page in (ROOT / "docs" / "kernels").glob("*.md")]
     assert any(op in re.split("[# ,]+", title) for title in titles), "docs/kernels/ needs a page of it"
+    assert f"`{op}`" in linmu_ops.__doc__
+
+
+def test_each_page_of_a_kernel_has_a_row():
+    folder = ROOT / "docs" / "kernels"
+    rows = set(re.findall(r"^\| \[\w+\]\((\w+\.md)\)", (folder / "README.md").read_text(), re.MULTILINE))
+    assert rows == {page.name for page in folder.glob("*.md")} - {"README.md"}
+
+
+def test_contributing_names_each_file_that_lists_the_ops():
+    """Else a new op touches a file that nobody told of."""
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    told = told[told.index("## A new op\n") : told.index("## A new option")]
+    differentiable = [op for op in OPS if _registry.OPS[op].backward]
+    for file in tracked(*SOURCES, ".sh"):
+        path, text = str(file.relative_to(ROOT)), file.read_text()
+        if path != "CONTRIBUTING.md" and not path.startswith(GENERATED):
+            ops = differentiable if path.startswith(("tests/ops/", "tests/fuzz/")) else OPS
+            listed = all(re.search(rf"(\b|_){op}\b", text) for op in ops)
+            assert not listed or f"`{path}`" in told, path
 
 
 @pytest.mark.parametrize("name", [n for n in linmu_ops.__all__ if callable(getattr(linmu_ops, n))])

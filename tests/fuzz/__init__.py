@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 
 from . import blocks, laws, ops
 
-OPS = ("ssd_scan", "ssd_step", "causal_conv1d", "causal_conv1d_step", "branch_mix_norm", "window_attention")
-LAWS = (*(f"{op}_unseen" for op in ("ssd_scan", "causal_conv1d", "branch_mix_norm", "window_attention")), "pieces")
+
+def targets(module: ModuleType) -> dict[str, Any]:
+    """By the name of each check, its strategy `<name>_cases` and itself."""
+    names = [name.removesuffix("_cases") for name in vars(module) if name.endswith("_cases")]
+    return {name: (getattr(module, f"{name}_cases"), getattr(module, name)) for name in names}
+
+
 TARGETS = {
-    **{name: (getattr(ops, f"{name}_cases"), getattr(ops, name)) for name in OPS},
-    **{name: (getattr(laws, f"{name}_cases"), getattr(laws, name)) for name in LAWS},
+    **targets(ops),
+    **targets(laws),
     "block": (blocks.cases, blocks.defined),
     "block_in_pieces": (blocks.carried_cases, blocks.carried),
     "block_padded": (blocks.padded_cases, blocks.padded),

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from linmu_ops import _registry
 from tests.fuzz import TARGETS
 
 
@@ -23,3 +24,7 @@ def test_a_few_cases(name):
         check(json.loads(json.dumps(case)))
 
     run()
+
+
+def test_every_op_is_a_target():
+    assert set(_registry.OPS) <= set(TARGETS)
