@@ -44,6 +44,16 @@ def _deterministic_and_poisoned():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def gang(tmp_path_factory):
+    """Processes that work together; none before a test calls it."""
+    from tests.context_parallel.gang import Gang
+
+    gang = Gang(tmp_path_factory.mktemp("gang"))
+    yield gang
+    gang.close()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Without a GPU, a test that needs one is not collected: thousands of skips would hide the one that matters.

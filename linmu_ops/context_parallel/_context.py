@@ -210,6 +210,66 @@ class ContextParallel:
         ]
         return torch.cat((t.new_zeros(rows, max(n - end, 0), *t.shape[2:]), *pieces), dim=1)
 
+    def tokens_before(
+        self, n: int, *tensors: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The last n tokens before this slab that are not padding, oldest first, of each (B, slab, ..., P) tensor; and
+        (B, n) bool, which of them there are.
+
+        mask: (B, slab) bool, False at padding. Where it is given, each rank sends its last n tokens to all.
+        seq_idx: (B, slab) int32, as `number` makes it: none are there of a sequence that ends before this slab.
+        """
+        sizes = [t.shape[-1] for t in tensors]
+        joined, rows = torch.cat(tensors, dim=-1), tensors[0].shape[0]
+        numbers = torch.zeros(joined.shape[:2], dtype=torch.int32, device=joined.device) if seq_idx is None else seq_idx
+        if mask is None:
+            found, number = self.before(joined, n), self.before(numbers, n)
+            there = (torch.arange(n, device=joined.device) >= n - self.start).expand(rows, n)
+        else:
+            found, number, there = self._real_before(joined, numbers, mask, n)
+        if numbers.shape[1]:
+            there = there & (number == numbers[:, :1])
+        return (*found.split(sizes, dim=-1), there)
+
+    def _real_before(self, t: Tensor, numbers: Tensor, mask: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        def last(real: Tensor, *tensors: Tensor) -> list[Tensor]:
+            """The last n that are real, after what fills up."""
+            latest = torch.argsort(real, dim=1, stable=True)[:, max(real.shape[1] - n, 0) :]
+            short = n - latest.shape[1]
+            return [torch.cat((t.new_zeros(len(t), short, *t.shape[2:]), visited(t, latest)), 1) for t in tensors]
+
+        mine, number, real = last(mask, t, numbers, mask.int())
+        whose = torch.arange(self.size, device=t.device)[:, None, None]
+        every, number, real = (
+            self.all_gather(s).unflatten(0, (self.size, len(t))) for s in (mine, number, real)
+        )  # (R, B, n, ...)
+        real = real * (whose < self.rank)
+        found, number, real = (s.transpose(0, 1).flatten(1, 2) for s in (every, number, real))
+        found, number, real = last(real.bool(), found, number, real)
+        return found, number, real.bool()
+
+    def number(self, seq_idx: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, slab) int32: 0, 1, ... for the sequences of whole rows. One begins where seq_idx (B, slab) int32 differs
+        from the token before. mask: (B, slab) bool, False at padding, which may have any number, and gets that of a
+        token beside it."""
+        rows, n = seq_idx.shape
+        real = torch.ones_like(seq_idx, dtype=torch.bool) if mask is None else mask
+        told, local = seq_idx.new_zeros(rows, 4), seq_idx
+        if n:
+            before = torch.where(real, torch.arange(n, device=seq_idx.device), -1).cummax(1).values
+            numbers = seq_idx.gather(1, torch.where(before < 0, real.int().argmax(1, keepdim=True), before))
+            changes = numbers[:, 1:] != numbers[:, :-1]
+            local = torch.cat((changes.new_zeros(rows, 1), changes), dim=1).cumsum(1, dtype=torch.int32)
+            told = torch.stack((real.any(1).int(), numbers[:, 0], numbers[:, -1], local[:, -1]), dim=1)
+        count, last = seq_idx.new_full((rows,), -1), seq_idx.new_zeros(rows)
+        mine = count
+        for k, (there, first, end, more) in enumerate(t.unbind(1) for t in self.all_gather(told).split(rows)):
+            begins = (there > 0) & ((count < 0) | (first != last))
+            count = count + begins
+            mine = count.clamp(min=0) if k == self.rank else mine
+            count, last = torch.where(there > 0, count + more, count), torch.where(there > 0, end, last)
+        return (mine[:, None] + local).int()
+
     def exchange(self, rows: Tensor, to: list[int], of: list[int]) -> Tensor:
         """Send rows (sum of `to`, ...), to[r] of them to rank r in turn; what came: of[r] from rank r in turn."""
         from torch.distributed import _functional_collectives as functional

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..token_layout import TokenLayout, WindowTable
@@ -74,6 +75,15 @@ class SlabLayout:
         return self._cached(
             ("order", layer % 4, device), lambda: self.context.order(self.layout.scan_order(layer, device), move=True)
         )
+
+    def text_chunks(self, size: int, device: torch.device | str | None = None) -> Tensor:
+        """(m,) int64: the slab's chunks of `size` tokens, row after row, in which not every token is visual."""
+
+        def chunks() -> Tensor:
+            text = F.pad(~self.visual_mask(device), (0, -self.length % size))
+            return text.view(-1, size).any(1).nonzero()[:, 0]
+
+        return self._cached(("text_chunks", size, device), chunks)
 
     def neighbourhood(
         self,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._traced_layout import TracedGrid
+from ..context_parallel import ContextParallel, SlabLayout
 from ..token_layout import TokenLayout
 from .state import MMATEState
 
@@ -33,6 +34,7 @@ class Call(NamedTuple):
         state: what an earlier call left, or None.
         keep: whether the state after these tokens is wanted.
         seq_idx: (B, L) int32, the number of a token's sequence, 0, 1, ...; None where each row is one.
+        context: how rows are split, of which these are slabs; None where they are whole. `layout` is the slab's too.
     """
 
     layout: TokenLayout | None
@@ -41,6 +43,23 @@ class Call(NamedTuple):
     state: MMATEState | None
     keep: bool
     seq_idx: Tensor | None
+    context: ContextParallel | None = None
+
+
+def slab_layout(
+    op: str,
+    context: ContextParallel,
+    hidden_states: Tensor,
+    layout: TokenLayout | SlabLayout | None,
+    grid: Sequence[int] | None,
+) -> SlabLayout | None:
+    """The slab's part of a layout of whole rows, or of a grid that is one."""
+    context.check(op, "hidden_states", hidden_states)
+    if layout is not None and grid is not None:
+        raise ValueError(f"{op}: layout must be None where grid is given, got both")
+    if grid is not None:
+        layout = TokenLayout.from_grid(grid, hidden_states.shape[0])
+    return SlabLayout(context, layout) if isinstance(layout, TokenLayout) else layout
 
 
 def check_inputs(

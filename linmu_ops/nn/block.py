@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
+from ..context_parallel import ContextParallel
 from ..token_layout import TokenLayout
 from . import transfer
-from ._inputs import Call, Rotary, check_inputs, number_sequences, prepare_layout, without_padding
+from ._inputs import Call, Rotary, check_inputs, number_sequences, prepare_layout, slab_layout, without_padding
 from .config import ExactConfig, MMATEConfig
 from .scan import Scan
 from .shape import AttentionShape
@@ -119,6 +120,7 @@ class Block(nn.Module):
         state: MMATEState | None = None,
         return_state: bool = False,
         seq_idx: Tensor | None = None,
+        context: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, MMATEState]:
         """Mix tokens.
 
@@ -136,6 +138,9 @@ class Block(nn.Module):
                 one before. Each sequence is as if it were alone. Padding may have any number. A visual block must lie
                 in one sequence (checked on a CPU). Not together with state. The state returned is that of the row's
                 last sequence.
+            context: how rows are split over ranks. The tensors are then this rank's slab of them, and so is out; the
+                layout, or grid, and the state are of whole rows, the same on all ranks. A `SlabLayout` is shared by
+                layers. `MMATE` alone; with a text_window without a state. See `linmu_ops.context_parallel`.
 
         Returns:
             out: (B, L, D). With return_state: (out, state); state is the given one if that was updated in place.
@@ -147,7 +152,7 @@ class Block(nn.Module):
             no gradient. Train on such batches under DDP with find_unused_parameters=True.
         """
         call = self._call(
-            hidden_states, layout, grid, position_embeddings, attention_mask, state, return_state, seq_idx
+            hidden_states, layout, grid, position_embeddings, attention_mask, state, return_state, seq_idx, context
         )
         hidden_states, call = without_padding(hidden_states, call)
         out, new = self._mix(hidden_states, call)
@@ -164,15 +169,26 @@ class Block(nn.Module):
         state: MMATEState | None,
         return_state: bool,
         seq_idx: Tensor | None,
+        context: ContextParallel | None = None,
     ) -> Call:
+        if context is not None:
+            self._check_context(state is not None or return_state)
+            layout = slab_layout(self._name, context, hidden_states, layout, grid)  # type: ignore[assignment]
+            grid = None
         layout = check_inputs(
             self._name, hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.layer_windows
         )
         if state is not None:
             check_state(self._name, state, hidden_states.shape[0], self._kept_tokens)
-        seq_idx = number_sequences(self._name, seq_idx, hidden_states, attention_mask, layout, state)
+        numbers = number_sequences(self._name, seq_idx, hidden_states, attention_mask, layout, state)
+        if context is not None and seq_idx is not None:
+            numbers = context.number(seq_idx, attention_mask)
         keep = return_state or state is not None
-        return Call(layout, position_embeddings, attention_mask, state, keep, seq_idx)
+        return Call(layout, position_embeddings, attention_mask, state, keep, numbers, context)
+
+    def _check_context(self, has_state: bool) -> None:
+        """Raise ValueError where this block cannot take slabs."""
+        raise ValueError(f"{self._name}: context must be None, got one")
 
     @property
     def layer_windows(self) -> Any:

@@ -82,6 +82,10 @@ class MMATE(Block):
     def _output_projection(self) -> nn.Module:
         return self.get_submodule("windows_o_proj" if self.scan_o_proj is None else "scan_o_proj")
 
+    def _check_context(self, has_state: bool) -> None:
+        if has_state and self.config.text_window:
+            raise ValueError("MMATE: state must be None, and not asked for, with a context and a text_window, got one")
+
     def _mix(self, hidden_states: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
         a = b = None
         state = MMATEState()

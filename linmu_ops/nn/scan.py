@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
 from .._directions import Reverse
+from ..context_parallel import ssd_scan as split_scan
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ._inputs import Call, Rotary, apply_rotary, ridge, split_heads
@@ -214,7 +216,7 @@ class Scan(nn.Module):
         dt, A = _step_size(self.dt_proj(z), call.mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(dt_bias=self.dt_bias, dt_softplus=True)
         ssm = None if call.state is None else call.state.ssm
-        if z.shape[1] == 1 and layout is None and ssm is not None and written_in_place():
+        if z.shape[1] == 1 and layout is None and ssm is not None and call.context is None and written_in_place():
             return ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)[:, None], ssm
         if layout is not None and self.reverse:
             gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate
@@ -228,7 +230,8 @@ class Scan(nn.Module):
             )  # fmt: skip
             scan |= dict(direction="both", gate=gate.to(acc).sigmoid(), reverse=reverse)
         order = layout.scan_order(self.shape.layer_idx, z.device) if layout is not None and self.major_scan else None
-        out = ssd_scan(
+        whole_or_split = ssd_scan if call.context is None else partial(split_scan, context=call.context)
+        out = whole_or_split(
             x, dt, A, B, C, seq_idx=call.seq_idx, token_order=order, initial_state=ssm, return_final_state=call.keep,
             **scan,
         )  # fmt: skip

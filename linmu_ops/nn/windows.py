@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..context_parallel import window_attention as split_window_attention
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
 from ._inputs import (
@@ -155,7 +157,8 @@ class Windows(nn.Module):
         assert call.layout is not None
         window, shift, wrap, image_window, image_shift = self.layer_windows
         cos, sin = call.rotary or (None, None)
-        return window_attention(
+        attend_in = window_attention if call.context is None else partial(split_window_attention, context=call.context)
+        return attend_in(
             q, k, v, layout=call.layout, window=window, shift=shift, wrap=wrap, image_window=image_window,
             image_shift=image_shift, scale=self.shape.scale, cos=cos, sin=sin,
             interleaved=self.shape.interleaved_rotary, causal=self.shape.causal_windows, return_lse=self.with_lse,
@@ -237,6 +240,10 @@ class Windows(nn.Module):
         if state is not None and state.keys is not None and state.values is not None:
             keys, values = (from_ring(ring[:, :, -window:], seen).to(k.dtype) for ring in (state.keys, state.values))
             filled = torch.arange(window, device=q.device) >= window - seen[:, None]
+        if call.context is not None:
+            keys, values, filled = call.context.tokens_before(window, k, v, mask=call.mask, seq_idx=seq_idx)
+            if seq_idx is not None:
+                seq_idx = seq_idx - seq_idx[:, :1]  # what came before has the number 0
         if new.seen is not None:
             latest = [last_tokens(*both, window, call.mask, order) for both in ((k, keys), (v, values))]
             if seq_idx is not None:
@@ -261,6 +268,8 @@ class Windows(nn.Module):
             rule, q, k, v, valid, reach, self.shape.scale, keys, values, filled, sinks, before,
             _chunks_with_text(call.layout, chunk_size(reach), order, valid), seq_idx,
         )  # fmt: skip
+        if call.context is not None and keys is not None and not length:
+            y = y + keys[:0].sum()  # no token here needs them, but every rank takes part in their backward
         if order is not None:
             back = order.argsort(1)
             y, lse = take(y, back), take(lse, back)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gang import assert_whole, bytes_sent, results, slabs
 
 import linmu_ops
 from linmu_ops import TokenLayout
 from linmu_ops._testing import run_op, small_inputs
 from linmu_ops.context_parallel import ContextParallel, SlabLayout, causal_conv1d, window_attention
 from linmu_ops.nn.text_window import attend_with_lse, causal_window_attention
+from tests.context_parallel.gang import assert_whole, bytes_sent, results, slabs
 
 ROWS = 2
 LENGTHS = {1: [19], 2: [11, 8], 3: [2, 1, 16], 4: [1, 0, 9, 9]}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gang import Gang, assert_whole, bytes_sent, joined, results, slabs
 from torch.distributed.device_mesh import init_device_mesh
 
 from linmu_ops import Reverse
 from linmu_ops._testing import grouped, run_op, small_inputs
 from linmu_ops.context_parallel import ContextParallel
 from linmu_ops.context_parallel import ssd_scan as split_scan
+from tests.context_parallel.gang import Gang, assert_whole, bytes_sent, joined, results, slabs
 
 OWN = [f"reverse_{name}" for name in Reverse._fields]
 PER_TOKEN = {"x", "dt", "B", "C", "gate", "seq_idx", "y", "reverse_dt", "reverse_B", "reverse_C", "reverse_mask"}

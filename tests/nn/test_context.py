@@ -1,0 +1,121 @@
+"""Blocks on rows split over processes give what they give on whole rows: outputs, states, every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import DIM, GROUPS, HEADS, OPTIONS, P, build, layout_of, prompt
+
+from linmu_ops import ExactMMATE, MMATEConfig, MMATEState
+from linmu_ops.context_parallel import ContextParallel, SlabLayout
+from tests.context_parallel.gang import assert_whole, results, slabs
+
+SPLIT = {name: config for name, config in OPTIONS.items() if isinstance(config, MMATEConfig)}
+LENGTHS = {1: [24], 2: [10, 14], 3: [5, 12, 7], 4: [8, 0, 1, 15]}
+PER_TOKEN = {"z", "cos", "sin", "mask", "seq_idx", "output 0"}
+
+
+def inputs_of(kind):
+    """Arguments of a block, whole, and a layout."""
+    z, (cos, sin), blocks = prompt()
+    given = dict(z=z, cos=cos, sin=sin)
+    if kind == "padded":
+        mask = torch.ones(2, 24, dtype=torch.bool)
+        mask[0, [0, 1, 12, 20, 21]] = mask[1, [2, 3, 16, 17, 18, 19, 20, 21, 22, 23]] = False
+        given |= dict(mask=mask)
+    if kind in ("packed", "packed and padded"):
+        blocks = [[((2, 2, 2), list(range(4, 12)))], [((1, 3, 2), [4, 5, 7, 8, 10, 11])]]
+        seq_idx = torch.zeros(2, 24, dtype=torch.int32)
+        seq_idx[0, 3:] = 5
+        seq_idx[0, 14:] = 0
+        seq_idx[1, 20:] = -1
+        given |= dict(seq_idx=seq_idx)
+    if kind == "packed and padded":
+        given["mask"] = torch.ones(2, 24, dtype=torch.bool)
+        for row, at in ((0, [0, 2, 3, 13, 15, 16]), (1, [*range(12, 21)])):
+            given["mask"][row, at] = False
+            given["seq_idx"][row, at] = 9
+    if kind == "continued":
+        given |= dict(ssm=torch.randn(2, HEADS, P, P, dtype=torch.float64))
+    return given, layout_of(blocks, 24)
+
+
+def called(block, layout, context=None):
+    """The block as a function of its tensors and parameters, all of which are to get gradients."""
+    asked = block.config.flex and not block.config.text_window
+
+    def call(z, cos, sin, mask=None, seq_idx=None, ssm=None, **parameters):
+        out = torch.func.functional_call(block, parameters, (z,), dict(
+            layout=layout, position_embeddings=(cos.detach(), sin.detach()), attention_mask=mask, seq_idx=seq_idx,
+            state=None if ssm is None else MMATEState(ssm=ssm), return_state=asked, context=context,
+        ))  # fmt: skip
+        out, *state = (out[0], out[1].ssm) if asked else (out,)
+        return (out if mask is None else out.masked_fill(~mask[..., None], 0), *state)
+
+    return call
+
+
+def work(group, name, kind, layer, lengths, weights):
+    context = ContextParallel(group, lengths)
+    torch.manual_seed(0)
+    block = build(SPLIT[name], layer, perturb=0.1)
+    given, layout = inputs_of(kind)
+    mine = slabs(lengths, PER_TOKEN, given)[context.rank] | {k: p.detach() for k, p in block.named_parameters()}
+    layout = SlabLayout(context, layout) if layer % 2 else layout
+    return results(called(block, layout, context), mine, weights[context.rank])
+
+
+def check(gang, name, kind, layer, lengths):
+    torch.manual_seed(0)
+    block = build(SPLIT[name], layer, perturb=0.1)
+    given, layout = inputs_of(kind)
+    parameters = {k: p.detach() for k, p in block.named_parameters()}
+    call = called(block, layout)
+    weights = [torch.randn(o.shape, dtype=torch.float64) for o in call(**given, **parameters)]
+    want = results(call, given | parameters, weights)
+    shares = [[out, *(w / len(lengths) for w in weights[1:])] for out in weights[0].split(lengths, dim=1)]
+    got = gang(len(lengths), work, name, kind, layer, lengths, shares)
+    assert_whole(lengths, PER_TOKEN, ["output 1"] * (len(weights) - 1), got, want)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed", "packed and padded"])
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_split_row_is_the_row(gang, name, kind):
+    """Blocks of several ranks, whose frames are cut, visited across ranks; padding and sequences on borders."""
+    check(gang, name, kind, 2, LENGTHS[4])
+
+
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_row_split_by_any_number_is_the_row(gang, n, layer):
+    check(gang, "default", "plain", layer, LENGTHS[n])
+
+
+def test_a_state_goes_on_over_split_rows(gang):
+    check(gang, "default", "continued", 2, LENGTHS[4])
+
+
+def refusals(group):
+    context = ContextParallel(group, 24)
+    z = torch.randn(1, 12, DIM)
+    texts = []
+    for block, options in (
+        (ExactMMATE(DIM, HEADS, GROUPS), {}),
+        (build(SPLIT["text_window"], dtype=torch.float32), dict(return_state=True)),
+        (build(SPLIT["default"], dtype=torch.float32), dict(layout=layout_of([[]], 12))),
+        (build(SPLIT["default"], dtype=torch.float32), dict(grid=(2, 3, 2))),
+    ):
+        with pytest.raises(ValueError) as caught:
+            block(z, context=context, **options)
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_what_is_not_split_says_so(gang):
+    for texts in gang(2, refusals):
+        assert texts == [
+            "ExactMMATE: context must be None, got one",
+            "MMATE: state must be None, and not asked for, with a context and a text_window, got one",
+            "ContextParallel: layout must be of L=24 tokens, got 12",
+            "ContextParallel: layout must be of L=24 tokens, got 12",
+        ]
