@@ -62,7 +62,7 @@ def convert(
     options = parse_options(config)
     layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     keep_attention = linmu_field(options, keep_attention, layers)["keep_attention"]
-    check_teacher(teacher, keep_attention, options, family.facts)
+    check_teacher(teacher, keep_attention, options, family.facts, family.prompt_sees_itself)
     with torch.device("meta"):
         student: Any = family(_student_config(teacher, family, options, keep_attention))
     memo: dict[int, nn.Parameter] = {}

@@ -275,6 +275,8 @@ class LinmuModel(HoldsBlocks, _Whole):
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     # What the block is told of the teacher's attention: see `linmu_ops.nn.Block`.
     facts: ClassVar[Mapping[str, bool]] = {}
+    # All tokens of a teacher's prompt see each other. A block has no place for it, and `convert` says so.
+    prompt_sees_itself: ClassVar[bool] = False
 
     config: Any
     model: nn.Module

@@ -33,7 +33,11 @@ TOKENS = 12  # of the probe
 
 
 def check_teacher(
-    teacher: PreTrainedModel, keep: Iterable[int], options: MMATEConfig | ExactConfig, facts: Mapping[str, bool]
+    teacher: PreTrainedModel,
+    keep: Iterable[int],
+    options: MMATEConfig | ExactConfig,
+    facts: Mapping[str, bool],
+    prompt_sees_itself: bool = False,
 ) -> None:
     """Refuse a teacher if a block cannot take the place of one of its layers.
 
@@ -41,6 +45,7 @@ def check_teacher(
         keep: layers that keep their attention; they are not checked.
         options: of the blocks.
         facts: what the blocks are told of the attention of this family.
+        prompt_sees_itself: as `LinmuModel.prompt_sees_itself` of this family.
 
     Raises:
         ValueError: a layer has a part or an option that a block has no place for; or a block with the same weights, all
@@ -62,20 +67,10 @@ def check_teacher(
             f"position), got {rope['llama_4_scaling_beta']!r}"
         )
     causal = all(getattr(a, "is_causal", True) for a in (getattr(layers[i], "self_attn", None) for i in linear))
-    if not causal and facts.get("causal_windows", isinstance(options, ExactConfig)):
+    if not causal and not prompt_sees_itself:
         raise ValueError("convert: the teacher's attention must be causal, got one that sees later tokens")
-    if not causal:
+    if prompt_sees_itself:
         warnings.warn("convert: text of a prompt sees later text in the teacher, but not in a block", LinmuWarning, 3)
-    windows = [attention_window(getattr(layers[i], "self_attn", None)) for i in linear]
-    shortest = min((w for w in windows if w), default=None)
-    largest = max(math.prod(w) for w in (options.window, options.image_window) if w)
-    if shortest is not None and shortest < largest and sees_images(teacher.config):
-        warnings.warn(
-            f"convert: visual tokens see up to {largest} of their block, and {shortest} tokens back in some layers of "
-            "the teacher",
-            LinmuWarning,
-            3,
-        )
     if getattr(config, "attention_dropout", 0):
         warnings.warn(
             f"convert: attention_dropout={config.attention_dropout} is left out of the blocks", LinmuWarning, 3
@@ -88,6 +83,16 @@ def check_teacher(
             raise ValueError(f"convert: layer {index} must have full or sliding attention, got {kind}")
         if index in linear:
             _check_parts(attention, index)
+    windows = [attention_window(getattr(layers[i], "self_attn", None)) for i in linear]
+    shortest = min((w for w in windows if w), default=None)
+    largest = max(math.prod(w) for w in (options.window, options.image_window) if w)
+    # Where tokens of an image see each other, a sliding window does not part them.
+    within = facts.get("causal_windows", isinstance(options, ExactConfig))
+    if shortest is not None and shortest < largest and within and sees_images(teacher.config):
+        raise ValueError(
+            f"convert: window and image_window must hold at most as many tokens as the teacher's sliding window, "
+            f"{shortest}, got {largest}"
+        )
     if next(teacher.parameters()).device.type != "meta":
         _check_values(teacher, linear, facts.get("interleaved_rotary", False))
 

@@ -22,3 +22,4 @@ class LinmuPaliGemmaForConditionalGeneration(SquarePlaceholders, LinmuModel, Pal
     config_class = LinmuPaliGemmaConfig
     config: LinmuPaliGemmaConfig
     facts: ClassVar = {"causal_windows": False}  # tokens of an image see each other
+    prompt_sees_itself: ClassVar = True

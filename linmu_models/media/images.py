@@ -110,6 +110,9 @@ def read_image(source: Source, max_pixels: int | None = None) -> Clip:
     What is transparent is seen on white. Colour profiles are not applied. The bound on the size is 178 megapixels,
     about 3 GB.
 
+    Of a damaged TIFF libtiff prints lines to stderr. Pillow has no switch for that, and libtiff's is one for the whole
+    process, whose other threads may want them: they stay.
+
     Raises:
         UnreadableError: the image is missing, corrupt or cut short, too large, or too elongated.
         TypeError, ValueError: an argument is of another type, or `max_pixels` is not over 0.

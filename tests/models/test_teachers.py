@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -45,10 +46,10 @@ def randomised(model):
 
 CARRIED = {
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": SMALL, "gemma": SMALL,
-    "gemma3_text": SMALL | {"sliding_window": 300}, "granite": {"attention_multiplier": 0.4}, "starcoder2": {},
+    "gemma3_text": SMALL | {"sliding_window": 512}, "granite": {"attention_multiplier": 0.4}, "starcoder2": {},
     "exaone4": {}, "nemotron": {}, "apertus": {}, "seed_oss": {"head_dim": 12, "attention_dropout": 0.0},
     "mixtral": {"num_local_experts": 2}, "ministral": {"head_dim": 12},
-    "gemma2": SMALL | {"attn_logit_softcapping": None, "sliding_window": 300},
+    "gemma2": SMALL | {"attn_logit_softcapping": None, "sliding_window": 512},
 }  # fmt: skip
 
 
@@ -181,8 +182,12 @@ def test_a_sliding_window_shorter_than_the_blocks(kind, tmp_path):
 
 
 def test_text_of_a_model_with_images_keeps_its_sliding_window():
-    with pytest.warns(LinmuWarning, match="visual tokens see up to 512 of their block, and 6 tokens back"):
-        student = linmu_models.convert(teacher := llava("mistral", sliding_window=6))
+    teacher = llava("mistral", sliding_window=6)
+    with pytest.raises(
+        ValueError, match=r"^convert: window and image_window must hold at most .* sliding window, 6, got 512$"
+    ):
+        linmu_models.convert(teacher)
+    student = linmu_models.convert(teacher, {"window": (1, 2, 3), "image_window": (1, 2, 2)})
     block = student.get_decoder().layers[0].self_attn
     # Visual tokens see text by the first tokens and by the scan.
     assert (block.config.text_window, block.config.sink_tokens, block.all_near) == (6, 4, True)
@@ -190,6 +195,23 @@ def test_text_of_a_model_with_images_keeps_its_sliding_window():
     with torch.no_grad():
         torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
     assert_generate_alike(teacher, student, ids)
+
+
+def test_a_sliding_window_does_not_part_an_image_whose_tokens_see_each_other():
+    teacher = copy.deepcopy(tiny.teacher("gemma3"))
+    for part in (
+        teacher.config.text_config,
+        *teacher.get_decoder().layers,
+        *(a.self_attn for a in teacher.get_decoder().layers),
+    ):
+        if getattr(part, "sliding_window", None):
+            part.sliding_window = 64  # of text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student = linmu_models.convert(teacher, {"text_window": 64, "sink_tokens": 64})
+    batch = tiny.example("gemma3", "image")
+    with torch.no_grad():
+        torch.testing.assert_close(student(**batch).logits, teacher(**batch).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_longer_sliding_window_is_left_to_the_scan():
@@ -207,6 +229,17 @@ def test_what_a_block_leaves_out_is_said():
         linmu_models.convert(teacher)
     with pytest.warns(LinmuWarning, match="text of a prompt sees later text in the teacher"):
         linmu_models.convert(tiny.teacher("paligemma"))
+
+
+def test_a_teacher_all_of_whose_tokens_see_each_other():
+    torch.manual_seed(0)
+    text = tiny.SIZES | dict(head_dim=16, sliding_window=8, use_bidirectional_attention=True)
+    vision = tiny.teacher("gemma3").config.vision_config
+    config = hf.Gemma3Config(
+        vision_config=vision, text_config=text, mm_tokens_per_image=4, image_token_index=tiny.IMAGE
+    )
+    with pytest.raises(ValueError, match="must be causal, got one that sees later tokens"):
+        linmu_models.convert(randomised(hf.Gemma3ForConditionalGeneration(config)))
 
 
 def test_the_probe_leaves_no_trace():
