@@ -408,7 +408,10 @@ def load_values(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the file is missing, or is no TOML.
+        TypeError: `path` is none.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"a configuration must be the path of a TOML file, got {path!r}")
     try:
         return tomllib.loads(Path(path).read_text())
     except OSError as error:

@@ -97,7 +97,12 @@ def evaluate(
         batch_size: the most samples at once; long videos are batched less.
         use_cache: False makes `generate` run the whole sequence for each token, to check a student's cache.
         options: passed to the group's generator.
+
+    Raises:
+        TypeError: the model does not generate.
     """
+    if not hasattr(model, "generate"):
+        raise TypeError(f"evaluate: model must be a transformers model that generates, got {type(model).__name__}")
     processor = Processor.from_config(model.config, tokenizer)
     samples = generate(group, n, seed, split, **options)
     limit = 1 + max(len(tokenizer.encode(sample.turns[0][1], add_special_tokens=False)) for sample in samples)

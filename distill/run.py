@@ -425,7 +425,9 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
         RunError: the folder holds a run and `resume` is False, or another process is at work in it.
         HandoffError, TrainingError, Interrupted: see there.
     """
-    if stage is not None and not 1 <= stage <= len(STAGES):
+    if not isinstance(config, Config):
+        raise TypeError(f"distill: config must be a Config, as load_config gives it, got {type(config).__name__}")
+    if stage is not None and stage not in [row.number for row in STAGES]:
         raise RunError(f"--stage must be 1 to {len(STAGES)}, got {stage}")
     wanted = [row.number for row in STAGES] if stage is None else [stage]
     for number in wanted:

@@ -1,7 +1,8 @@
 """Makes a Qwen2.5-VL-like model's tensors of samples. For videos transformers would need torchvision."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -148,6 +149,17 @@ class TaskStream:
     """Per group, more arguments of its generator: `{"needle": {"frames": (8, 16)}}`. `batch_frames`, an int beside
     `frames`: all videos of a batch have one length, drawn from `frames`, so that none is padded, and there are as many
     as have about so many frames together, at most `batch_size`."""
+
+    def __post_init__(self) -> None:
+        weights = self.mixture if isinstance(self.mixture, Mapping) else {}
+        if not all(isinstance(w, Real) and float(w) >= 0 for w in weights.values()) or not any(weights.values()):
+            raise ValueError(f"TaskStream: mixture must hold weights of groups, not all 0, got {self.mixture!r}")
+        for name, given in (("batch_size", self.batch_size), ("turns", self.turns)):
+            if not isinstance(given, int | Mapping):
+                raise TypeError(f"TaskStream: {name} must be a whole number, or one for each group, got {given!r}")
+            missing = [group for group in weights if isinstance(given, Mapping) and group not in given]
+            if missing:
+                raise ValueError(f"TaskStream: {name} must have every group of mixture, got none for {missing[0]}")
 
     def group(self, step: int) -> str:
         """The group of batch `step`."""

@@ -4,8 +4,10 @@ A sample is one image or one video and one or more question-answer turns about i
 the same arguments give the same samples, byte for byte.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
+from numbers import Integral
 from zlib import crc32
 
 import numpy as np
@@ -229,6 +231,34 @@ GROUPS: dict[str, Callable[..., Sample]] = {
 }
 
 
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_options(group: str, options: Mapping[str, object]) -> None:
+    known = list(signature(GROUPS[group]).parameters)[3:]
+    if unknown := [name for name in options if name not in known]:
+        told = f"must be of {', '.join(known)}" if known else "must be left out"
+        raise ValueError(f"options of {group} {told}, got {unknown[0]}")
+    if "frames" in options and not _is_pair(options["frames"], 2, rising=True):
+        raise ValueError(f"frames must be (least, most) with 2 <= least <= most, got {options['frames']!r}")
+    if "sizes" in options:
+        sizes = options["sizes"]
+        if not isinstance(sizes, tuple | list) or not sizes or not all(_is_pair(size, 1) for size in sizes):
+            raise ValueError(f"sizes must be a list of (rows, columns), each at least 1, got {sizes!r}")
+
+
+def _is_pair(value: object, least: int, rising: bool = False) -> bool:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= least for one in value):
+        return False
+    return not rising or value[0] <= value[1]
+
+
 def generate(
     group: str, n: int, seed: int | tuple[int, ...], split: str = "train", turns: int = 1, **options: object
 ) -> list[Sample]:
@@ -241,11 +271,20 @@ def generate(
             font family never seen in training.
         turns: the most questions to ask about one image or video; evaluation asks one.
         options: passed to the generator: `sizes`, (rows, columns) of pages; `frames`, (least, most) of a needle.
+
+    Raises:
+        ValueError: the group or the split is unknown, or a number or an option is not what the group takes.
+        TypeError: a number is none.
     """
-    if group not in GROUPS:
+    if not isinstance(group, str) or group not in GROUPS:
         raise ValueError(f"group must be one of {tuple(GROUPS)}, got {group!r}")
-    if turns < 1:
-        raise ValueError(f"turns must be at least 1, got {turns}")
-    seeds = (seed,) if isinstance(seed, int) else seed
+    _check_whole("n", n, 0)
+    _check_whole("turns", turns, 1)
+    seeds = (seed,) if isinstance(seed, Integral) else seed
+    if not isinstance(seeds, tuple | list):
+        raise TypeError(f"seed must be a whole number or several, got {seed!r}")
+    for one in seeds:
+        _check_whole("seed", one, 0)
+    _check_options(group, options)
     rng = np.random.default_rng([crc32(f"{group}/{assets.check_split(split)}".encode()), *seeds])
     return [GROUPS[group](rng, split, turns, **options) for _ in range(n)]
