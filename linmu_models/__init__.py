@@ -8,40 +8,29 @@
 Import this package before you load a saved LinMU model: it makes them known to transformers' Auto classes.
 """
 
-from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig
-
-from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
-from . import families as _families  # noqa: F401  registers
-from .cache import LinmuCacheLayer
-from .calibrate import calibrate
-from .convert import convert
-from .families.nvila import attach_nvila, convert_nvila
-from .generate import fast_decode
-from .layout import LinmuInputs
-from .modeling import FAMILIES, LinmuAttention, LinmuModel
-from .report import TransferReport
+import sys
+from pathlib import PurePath
+from typing import Any
 
 
-def families() -> list[str]:
-    """Model types (`teacher.config.model_type`) that `convert` knows."""
-    return sorted(FAMILIES)
+def _is_asked_for_help() -> bool:
+    """Whether this process is the command `linmu`, and shall print its help. That takes seconds less without torch."""
+    program, *words = sys.argv or [""]
+    return PurePath(program).stem in ("linmu", "-m") and (not words or "--help" in words)
 
 
-__all__ = [
-    "EXACT",
-    "LITERAL",
-    "PAPER",
-    "ExactConfig",
-    "LinmuAttention",
-    "LinmuCacheLayer",
-    "LinmuInputs",
-    "LinmuModel",
-    "MMATEConfig",
-    "TransferReport",
-    "attach_nvila",
-    "calibrate",
-    "convert",
-    "convert_nvila",
-    "families",
-    "fast_decode",
-]
+if not _is_asked_for_help():
+    from ._api import *  # noqa: F403  what `__all__` lists
+    from ._api import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    """What was left out, where it is asked for all the same."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import _api
+
+    globals().update({known: getattr(_api, known) for known in _api.__all__})
+    if name not in _api.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]

@@ -23,6 +23,8 @@ from .cache import cache_bytes
 from .chat import ChatProcessor, to_model
 from .config import parse_options
 from .convert import convert
+from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
+from .families import nvila as _nvila  # noqa: F401  registers, with all families
 from .loading import check_weights, told, without_report
 from .media import UnreadableError, read_image, read_video
 from .modeling import FAMILIES, LinmuModel, auto_class

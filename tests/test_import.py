@@ -43,6 +43,43 @@ def test_imports_nothing_heavy():
         assert modules == "[]" and float(took) < 0.2  # seconds of this process; about 0.03 are usual
 
 
+HELP = """
+import sys
+sys.argv = ["linmu", *{words}]
+from linmu_models.cli import main
+try:
+    main()
+except SystemExit:
+    print({names} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["convert", "--help"], ["distill", "--help"]])
+def test_help_loads_neither_torch_nor_transformers(words):
+    heavy = {"torch", "transformers", "numpy", "linmu_ops"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/names")])
+    text = python(HELP.format(words=words, names=heavy), PYTHONPATH=path)
+    assert "Usage: linmu" in text and text.splitlines()[-1] == "set()"
+
+
+def test_a_program_of_that_name_finds_what_the_help_leaves_out():
+    code = (
+        "import sys; sys.argv = ['linmu', '--help']; import linmu_models;"
+        "print('torch' in sys.modules, linmu_models.families()[:1], linmu_models.convert.__name__);"
+        "print('torch' in sys.modules, hasattr(linmu_models, 'wibble'))"
+    )
+    assert python(code).splitlines()[:2] == ["False ['gemma3'] convert", "True False"]
+
+
+def test_words_that_are_asked_are_no_help():
+    """`linmu generate FOLDER --prompt --help` knows the models that it is to load."""
+    code = (
+        "import sys; sys.argv = ['linmu', 'generate', 'x', '--prompt', '--help']; import linmu_models.generate;"
+        "from transformers import AutoConfig; print(AutoConfig.for_model('linmu_qwen2').model_type)"
+    )
+    assert python(code).splitlines()[0] == "linmu_qwen2"
+
+
 def test_the_check_above_sees_a_module():
     code = "import sys; before = set(sys.modules); import tabnanny; " + SINCE.format(names=["tabnanny", "triton"])
     assert python(code) == "['tabnanny']\n"

@@ -1,0 +1,39 @@
+"""The names that `linmu_models` offers. Importing them makes LinMU models known to transformers."""
+
+from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig
+
+from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
+from . import families as _families  # noqa: F401  registers
+from .cache import LinmuCacheLayer
+from .calibrate import calibrate
+from .convert import convert
+from .families.nvila import attach_nvila, convert_nvila
+from .generate import fast_decode
+from .layout import LinmuInputs
+from .modeling import FAMILIES, LinmuAttention, LinmuModel
+from .report import TransferReport
+
+
+def families() -> list[str]:
+    """Model types (`teacher.config.model_type`) that `convert` knows."""
+    return sorted(FAMILIES)
+
+
+__all__ = [
+    "EXACT",
+    "LITERAL",
+    "PAPER",
+    "ExactConfig",
+    "LinmuAttention",
+    "LinmuCacheLayer",
+    "LinmuInputs",
+    "LinmuModel",
+    "MMATEConfig",
+    "TransferReport",
+    "attach_nvila",
+    "calibrate",
+    "convert",
+    "convert_nvila",
+    "families",
+    "fast_decode",
+]
