@@ -163,7 +163,56 @@ struct StateTiles {
 };
 static_assert(StateTiles<float>::bytes(64) <= 99 * 1024, "states fits the smallest shared memory, that of sm_86");
 
-template <class T>
+// A warp's part of a state, from row p0 and column n0 on, to one of P x N.
+template <class S>
+__device__ inline void store_state(S* to, Accumulator<kWarpTile, kWarpTile>& state, int64_t p0, int64_t n0, int64_t P,
+                                   int64_t N) {
+  to += (p0 + lane_row()) * N + n0 + lane_column();
+  if (p0 + kWarpTile <= P && n0 + kWarpTile <= N && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWarpTile / 8; ++i)
+#pragma unroll
+      for (int j = 0; j < kWarpTile / 8; ++j) {
+        const float* value = state.v[i / 2][j] + i % 2 * 2;
+        *reinterpret_cast<Vec<S, 2>*>(to + i * 8 * N + j * 8) = {{from_float<S>(value[0]), from_float<S>(value[1])}};
+      }
+  } else {
+    state.each_pair([&](float first, float second, int i, int j) {
+      if (p0 + i < P) store_pair(to + (i - lane_row()) * N + j - lane_column(), first, second, N - n0 - j);
+    });
+  }
+}
+
+// A step's rows of the columns' tile, each times its factor and rounded; what `parts` such roundings left over, if
+// there were any. Whether one of them is odd.
+template <class T, int kRows>
+__device__ inline bool scale_rows(T* to, const T* from, const float* factor, int parts) {
+  constexpr int kPitch = StateTiles<T>::kPitch, kAcross = kState / kVec<T>;
+  bool spoiled = false;
+#pragma unroll
+  for (int k = 0; k < kRows * kAcross / kStateThreads; ++k) {
+    const int i = static_cast<int>(threadIdx.x) + k * kStateThreads, r = i / kAcross,
+              at = r * kPitch + i % kAcross * kVec<T>;
+    const float f = factor[r];
+    float value[kVec<T>];
+    read_as_float(value, from + at);
+#pragma unroll
+    for (int v = 0; v < kVec<T>; ++v) spoiled |= odd(value[v]), value[v] = f == 0.f ? 0.f : value[v] * f;
+    for (int done = 0; done < parts; ++done) {
+#pragma unroll
+      for (int v = 0; v < kVec<T>; v += 2)
+        if constexpr (sizeof(T) == 2) {
+          const unsigned both = pack<T>(value[v], value[v + 1]);
+          value[v] -= to_float(T{static_cast<uint16_t>(both)});
+          value[v + 1] -= to_float(T{static_cast<uint16_t>(both >> 16)});
+        }
+    }
+    write_rounded(to + at, value);
+  }
+  return spoiled;
+}
+
+template <class T, int kRows>
 __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 3)
     states_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Walks walks,
                   const __grid_constant__ Spans spans) {
@@ -171,7 +220,8 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
   using Tiles = StateTiles<T>;
   const Walk& w = walks.of[blockIdx.z];
   const SsdScanParams& p = s.p;
-  const int rows = rows_per_step(s.chunk), parts = s.chunk / rows, d = w.direction;
+  constexpr int rows = kRows;
+  const int parts = s.chunk / rows, d = w.direction;
   const int64_t P = p.head_dim, N = p.state_dim, tiles_p = (P + kState - 1) / kState,
                 tiles_n = (N + kState - 1) / kState;
   const int64_t bh = blockIdx.x / (tiles_p * tiles_n), b = bh / p.heads, h = bh % p.heads;
@@ -186,31 +236,38 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
   int* tokens = reinterpret_cast<int*>(factors + 2 * rows);
   const T* x = group_of<T>(w.rows, w.row_groups, b, h, p.heads) + p0;
   const T* k = group_of<T>(w.columns, w.column_groups, b, h, p.heads) + n0;
-  const int64_t steps = count * parts;
-
-  const auto chunk_of = [&](int64_t step) {
-    const int64_t c = first + step / parts;
+  // A step: part `part` of the span's chunk number `chunk`.
+  struct Step {
+    int64_t chunk;
+    int part, stage;
+  };
+  const auto after = [&](const Step& step) {
+    const bool last = step.part + 1 == parts;
+    return Step{step.chunk + last, last ? 0 : step.part + 1, step.stage ^ 1};
+  };
+  const auto chunk_of = [&](const Step& step) {
+    const int64_t c = first + step.chunk;
     return backwards ? s.chunks - 1 - c : c;
   };
-  const auto copy_tokens = [&](int64_t step) {
-    const int32_t* from = s.tokens + s.rows(b, chunk_of(step)) + step % parts * rows;
+  const auto copy_tokens = [&](const Step& step) {
+    const int32_t* from = s.tokens + s.rows(b, chunk_of(step)) + step.part * rows;
     for (int i = threadIdx.x * 4; i < rows; i += kStateThreads * 4)
-      copy_async(tokens + step % 2 * rows + i, from + i, true);
+      copy_async(tokens + step.stage * rows + i, from + i, true);
   };
-  const auto copy_step = [&](int64_t step) {
-    const int* token = tokens + step % 2 * rows;
-    const float* factor = (w.adjoint ? s.arrive[d] : s.leave[d]) + s.rows(b, h, chunk_of(step)) + step % parts * rows;
+  const auto copy_step = [&](const Step& step) {
+    const int* token = tokens + step.stage * rows;
+    const float* factor = (w.adjoint ? s.arrive[d] : s.leave[d]) + s.rows(b, h, chunk_of(step)) + step.part * rows;
     for (int i = threadIdx.x * 4; i < rows; i += kStateThreads * 4)
-      copy_async(factors + step % 2 * rows + i, factor + i, true);
-    load_tile<T>(x_tiles + step % 2 * Tiles::tile(rows), rows, kState, P - p0, w.fast_rows,
-                 [&](int r) { return token[r] < 0 ? nullptr : x + token[r] * w.rows.token_stride; });
-    load_tile<T>(b_tiles + step % 2 * Tiles::tile(rows), rows, kState, N - n0, w.fast_columns,
-                 [&](int r) { return token[r] < 0 ? nullptr : k + token[r] * w.columns.token_stride; });
-    if (step + 1 < steps) copy_tokens(step + 1);
+      copy_async(factors + step.stage * rows + i, factor + i, true);
+    load_tile<T, kStateThreads>(x_tiles + step.stage * Tiles::tile(rows), rows, kState, P - p0, w.fast_rows,
+                                [&](int r) { return token[r] < 0 ? nullptr : x + token[r] * w.rows.token_stride; });
+    load_tile<T, kStateThreads>(b_tiles + step.stage * Tiles::tile(rows), rows, kState, N - n0, w.fast_columns,
+                                [&](int r) { return token[r] < 0 ? nullptr : k + token[r] * w.columns.token_stride; });
+    if (const Step next = after(step); next.chunk < count) copy_tokens(next);
   };
   const float* through = s.through[d] + bh * s.chunks;
-  const auto through_of = [&](int64_t step) {
-    return step < steps && step % parts == 0 ? through[chunk_of(step)] : 1.f;
+  const auto through_of = [&](const Step& step) {
+    return step.chunk < count && step.part == 0 ? through[chunk_of(step)] : 1.f;
   };
 
   const int warp = threadIdx.x / kWarp, warp_p = warp / 2 * kWarpTile, warp_n = warp % 2 * kWarpTile;
@@ -223,35 +280,33 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
     value = start && at_p < P && at_n < N ? start[at_p * N + at_n] : 0.f;
   });
   float passed = 1.f;  // through the whole span
-  const auto note = [&](bool spoiled, int64_t step) {
+  const auto note = [&](bool spoiled, const Step& step) {
     if (spoiled && !w.adjoint) s.spoiled[bh * s.chunks + chunk_of(step)] = 1;
   };
-  if (steps > 0) copy_tokens(0);
+  const Step begin{0, 0, 0};
+  if (count > 0) copy_tokens(begin);
   copy_commit();
   copy_wait<0>();
   __syncthreads();
-  if (steps > 0) copy_step(0);
+  if (count > 0) copy_step(begin);
   copy_commit();
-  float keep = through_of(0);
-  for (int64_t step = 0; step < steps; ++step) {
+  float keep = through_of(begin);
+  for (Step step = begin, next; step.chunk < count; step = next) {
+    next = after(step);
     copy_wait<0>();
     __syncthreads();
-    if (step + 1 < steps) copy_step(step + 1);
+    if (next.chunk < count) copy_step(next);
     copy_commit();
-    const float next_keep = through_of(step + 1);
-    if (step % parts == 0) {
+    const float next_keep = through_of(next);
+    if (step.part == 0) {
       if (!spans.adding && w.entering) {
         const int64_t at = (bh * s.chunks + chunk_of(step)) * P * N;
         bool spoiled = false;
-        state.each_pair([&](float first_value, float second_value, int i, int j) {
-          spoiled |= odd(first_value) || odd(second_value);
-          const int64_t at_p = p0 + warp_p + i, at_n = n0 + warp_n + j;
-          if (at_p >= P) return;
-          if (w.wide)
-            store_pair(static_cast<float*>(w.entering) + at + at_p * N + at_n, first_value, second_value, N - at_n);
-          else
-            store_pair(static_cast<T*>(w.entering) + at + at_p * N + at_n, first_value, second_value, N - at_n);
-        });
+        state.each([&](float& value, int, int) { spoiled |= odd(value); });
+        if (w.wide)
+          store_state(static_cast<float*>(w.entering) + at, state, p0 + warp_p, n0 + warp_n, P, N);
+        else
+          store_state(static_cast<T*>(w.entering) + at, state, p0 + warp_p, n0 + warp_n, P, N);
         note(spoiled, step);
       }
       passed *= keep;
@@ -259,12 +314,13 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
     }
     keep = next_keep;
     own.clear();
-    const T* k_tile = b_tiles + step % 2 * Tiles::tile(rows);
-    T* x_tile = x_tiles + step % 2 * Tiles::tile(rows);
-    const float* factor = factors + step % 2 * rows;
+    const T* k_tile = b_tiles + step.stage * Tiles::tile(rows);
+    T* x_tile = x_tiles + step.stage * Tiles::tile(rows);
+    const float* factor = factors + step.stage * rows;
     bool spoiled = false;
-    for (int i = threadIdx.x; i < rows * (kState / kVec<T>); i += kStateThreads) {
-      const int r = i / (kState / kVec<T>);
+#pragma unroll
+    for (int u = 0; u < rows * (kState / kVec<T>) / kStateThreads; ++u) {
+      const int i = static_cast<int>(threadIdx.x) + u * kStateThreads, r = i / (kState / kVec<T>);
       Vec<T, kVec<T>>& values =
           *reinterpret_cast<Vec<T, kVec<T>>*>(x_tile + r * Tiles::kPitch + i % (kState / kVec<T>)*kVec<T>);
       bool here = false;
@@ -275,16 +331,10 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
     }
     // The scaled rows of B, and, to be exact, what rounding them left over.
     const int roundings = !w.exact || std::is_same_v<T, float> ? 1 : std::is_same_v<T, bf16> ? 3 : 2;
+#pragma unroll 1
     for (int part = 0; part < roundings; ++part) {
       if (part > 0) __syncthreads();
-      for (int i = threadIdx.x; i < rows * kState; i += kStateThreads) {
-        const int r = i / kState, n = i % kState;
-        const float from = to_float(k_tile[r * Tiles::kPitch + n]);
-        spoiled |= odd(from);
-        float value = factor[r] == 0.f ? 0.f : from * factor[r];
-        for (int done = 0; done < part; ++done) value -= to_float(from_float<T>(value));
-        scaled[r * Tiles::kPitch + n] = from_float<T>(value);
-      }
+      spoiled |= scale_rows<T, rows>(scaled, k_tile, factor, part);
       __syncthreads();
       multiply<Major::MN, Major::MN>(own, x_tile + warp_p, Tiles::kPitch, scaled + warp_n, Tiles::kPitch, rows);
     }
@@ -409,16 +459,18 @@ void walk_states(const ScanPlan& s, const Walk* walks, int count, const CudaCont
   const dim3 blocks(static_cast<unsigned>(heads * tiles), static_cast<unsigned>(spans.count), count);
   dispatch_cuda("ssd_scan", p.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const int64_t shared = StateTiles<T>::bytes(rows_per_step(s.chunk));
+    const int rows = rows_per_step(s.chunk);
+    const int64_t shared = StateTiles<T>::bytes(rows);
+    auto* kernel = rows == 64 ? states_kernel<T, 64> : states_kernel<T, 32>;
     if (spans.count > 1) {
       spans.adding = true;
-      launch("ssd_scan", states_kernel<T>, blocks, kStateThreads, shared, context, s, both, spans);
+      launch("ssd_scan", kernel, blocks, kStateThreads, shared, context, s, both, spans);
       spans.adding = false;
       launch("ssd_scan", spans_kernel,
              dim3(static_cast<unsigned>(ceil_div(size, 256)), static_cast<unsigned>(heads), count), 256, 0, context,
              both, spans, size);
     }
-    launch("ssd_scan", states_kernel<T>, blocks, kStateThreads, shared, context, s, both, spans);
+    launch("ssd_scan", kernel, blocks, kStateThreads, shared, context, s, both, spans);
   });
 }
 

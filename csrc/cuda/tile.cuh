@@ -18,9 +18,20 @@ constexpr int round_to(int64_t n, int unit) { return static_cast<int>((n + unit 
 
 // Fills rows x columns of a tile. source(r) points at row r, or is null where there is none; `width` elements of a row
 // exist. fast: every source row is aligned to 16 bytes, and so is the width. Complete after copy_wait and a barrier.
-template <class T, class Source>
+// kThreads: the block's threads where they are known and the sizes constant, and divide the tile's pieces of 16 bytes.
+template <class T, int kThreads = 0, class Source>
 __device__ inline void load_tile(T* tile, int rows, int columns, int64_t width, bool fast, Source&& source) {
   const int per_row = columns / kVec<T>;
+  if (kThreads > 0 && fast) {
+#pragma unroll
+    for (int k = 0; k < rows * per_row / (kThreads + !kThreads); ++k) {
+      const int i = static_cast<int>(threadIdx.x) + k * kThreads, r = i / per_row, c = i % per_row * kVec<T>;
+      const T* from = source(r);
+      const bool valid = from && c < width;
+      copy_async(tile + r * padded<T>(columns) + c, valid ? from + c : nullptr, valid);
+    }
+    return;
+  }
   for (int i = threadIdx.x; i < rows * per_row; i += blockDim.x) {
     const int r = i / per_row, c = i % per_row * kVec<T>;
     const T* from = source(r);
