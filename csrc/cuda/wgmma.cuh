@@ -41,15 +41,12 @@ __device__ inline void load_swizzled_tile(T* tile, int rows, int columns, int64_
   }
 }
 
-// The i-th piece of 16 bytes of a tile: a warp's 32 are 8 rows x 64 bytes.
-template <class T>
+// For window_attention.cuh's `gather`.
 struct SwizzledPlace {
-  int row, column;
-  T* to;
-  __device__ SwizzledPlace(T* tile, int rows, int columns, int i)
-      : row(i / kWarp / (columns / 32) * 8 + i % 8),
-        column(i / kWarp % (columns / 32) * 32 + i % kWarp / 8 * 8),
-        to(swizzled_at(tile, rows, row, column)) {}
+  template <class T>
+  static __device__ T* at(T* tile, int rows, int, int row, int column) {
+    return swizzled_at(tile, rows, row, column);
+  }
 };
 
 using WarpgroupAccumulator = Accumulator<16, 64>;  // a warp's 16 of the 64 rows

@@ -27,16 +27,26 @@ __host__ __device__ inline int window_token(const WindowAttentionParams& p, int6
   return token >= 0 && token < p.batch * p.length ? static_cast<int>(token) : -1;
 }
 
+// A token's batch row, and its position there. Tokens have 32 bits, as has what divides them.
+struct TokenPlace {
+  unsigned row, position;
+  __host__ __device__ TokenPlace(int64_t token, int64_t length) {
+    const unsigned by = length < UINT32_MAX ? static_cast<unsigned>(length) : UINT32_MAX;
+    row = static_cast<unsigned>(token) / by, position = static_cast<unsigned>(token) - row * by;
+  }
+};
+
 // First element of a token's row of one head.
 template <class Pointer>
 __host__ __device__ inline int64_t row_offset(const TokenRows<Pointer>& rows, int64_t length, int64_t token,
                                               int64_t head) {
-  return token / length * rows.batch + token % length * rows.token + head * rows.head;
+  const TokenPlace at(token, length);
+  return at.row * rows.batch + at.position * rows.token + head * rows.head;
 }
 
 // First element of a token's angles.
 __host__ __device__ inline int64_t rotary_offset(const WindowAttentionParams& p, int64_t token) {
-  return (p.rotary_batch ? token : token % p.length) * p.rotary_dim;
+  return (p.rotary_batch ? token : TokenPlace(token, p.length).position) * p.rotary_dim;
 }
 
 // Where in a head's table the bias of (query, key) lies, or -1 if their coordinates are none of the window's.
@@ -149,52 +159,52 @@ __device__ inline Vec<T, kVec<T>> rotated_piece(const WindowAttentionParams& p, 
   return out;
 }
 
-// Which piece of 16 bytes is the i-th of a tile, and where it lies: here, rows one after another.
-template <class T>
+// Where an element of a tile lies: here, rows one after another.
 struct RowPlace {
-  int row, column;
-  T* to;
-  __device__ RowPlace(T* tile, int, int columns, int i)
-      : row(i / (columns / kVec<T>)),
-        column(i % (columns / kVec<T>)*kVec<T>),
-        to(tile + row * padded<T>(columns) + column) {}
+  template <class T>
+  static __device__ T* at(T* tile, int, int columns, int row, int column) {
+    return tile + row * padded<T>(columns) + column;
+  }
 };
 
 // Fills rows x columns of a tile with the rows of `tokens`, one head's, by `count` threads of which this is `thread`;
-// zeros where there is no token. Complete after copy_wait and a barrier.
-template <template <class> class Place = RowPlace, class T>
+// zeros where there is no token. Whole warps take part; rows are a multiple of 8, columns of 32. A warp takes 8 rows at
+// a time, so that a lane finds its row's place once. Complete after copy_wait and a barrier.
+template <class Place = RowPlace, class T>
 __device__ inline void gather(const WindowPlan& s, T* tile, int rows, int columns, const int* tokens,
                               const GatheredRows& from, int64_t head, bool rotate, int thread, int count) {
-  constexpr int V = kVec<T>;
+  constexpr int V = kVec<T>, kAtOnce = 4 * V;  // columns of a warp's access
   const WindowAttentionParams& p = s.p;
-  const int P = static_cast<int>(p.head_dim);
+  const int P = static_cast<int>(p.head_dim), lane = thread % kWarp, c0 = lane / 8 * V;
   const int R = rotate && p.cos ? static_cast<int>(p.rotary_dim) : 0;
-  for (int i = thread; i < rows * (columns / V); i += count) {
-    const Place<T> at(tile, rows, columns, i);
-    const int c = at.column, token = tokens[at.row];
-    T* to = at.to;
-    if (token < 0 || c >= P) {
-      piece(to) = Vec<T, V>{};
-      continue;
-    }
-    const T* row = static_cast<const T*>(from.at.data) + row_offset(from.at, p.length, token, head);
-    if (c >= R) {
-      if (from.fast) {
-        copy_async(to, row + c, true);
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) to[v] = c + v < P ? row[c + v] : T{};
+  for (int r = thread / kWarp * 8 + lane % 8; r < rows; r += count / kWarp * 8) {
+    const int token = tokens[r];
+    const bool here = token >= 0;
+    const T* row = static_cast<const T*>(from.at.data) + (here ? row_offset(from.at, p.length, token, head) : 0);
+    if (R == 0 && from.fast) {
+#pragma unroll 4
+      for (int c = c0; c < columns; c += kAtOnce) {
+        const bool valid = here && c < P;
+        copy_async(Place::at(tile, rows, columns, r, c), valid ? row + c : nullptr, valid);
       }
       continue;
     }
-    const int64_t angles = rotary_offset(p, token);
+    const int64_t angles = R > 0 && here ? rotary_offset(p, token) : 0;
     const float *cos = static_cast<const float*>(p.cos) + angles, *sin = static_cast<const float*>(p.sin) + angles;
-    if (from.fast && s.fast_rotary) {
-      piece(to) = rotated_piece(p, row, cos, sin, c);
-    } else {
+#pragma unroll 1
+    for (int c = c0; c < columns; c += kAtOnce) {
+      T* to = Place::at(tile, rows, columns, r, c);
+      if (!here || c >= P) {
+        piece(to) = Vec<T, V>{};
+      } else if (c < R && from.fast && s.fast_rotary) {
+        piece(to) = rotated_piece(p, row, cos, sin, c);
+      } else if (c >= R && from.fast) {
+        copy_async(to, row + c, true);
+      } else {
 #pragma unroll
-      for (int v = 0; v < V; ++v)
-        to[v] = c + v < R ? from_float<T>(rotated<false>(p, row, cos, sin, c + v)) : c + v < P ? row[c + v] : T{};
+        for (int v = 0; v < V; ++v)
+          to[v] = c + v < R ? from_float<T>(rotated<false>(p, row, cos, sin, c + v)) : c + v < P ? row[c + v] : T{};
+      }
     }
   }
 }

@@ -70,6 +70,38 @@ __device__ inline void to_stage(float* stage, int pitch, Accumulator<M, N>& sums
   });
 }
 
+// out . grad_out of a warp's rows, the latter in a tile; the rows' first element is aligned where out's rows are fast.
+template <class T, int D, int M>
+__device__ inline void out_dot_grad(const WindowPlan& s, float* sums, const int* tokens, const T* grad_tile, int pitch,
+                                    int64_t head) {
+  constexpr int V = kVec<T>, kLanes = D / V < kWarp ? D / V : kWarp, kRows = kWarp / kLanes;  // of a row; at once
+  const WindowAttentionParams& p = s.p;
+  const int lane = threadIdx.x % kWarp, P = static_cast<int>(p.head_dim);
+#pragma unroll 4
+  for (int r0 = 0; r0 < M; r0 += kRows) {
+    const int r = r0 + lane / kLanes, token = tokens[r];
+    const T* out = static_cast<const T*>(p.out) + (static_cast<int64_t>(token) * p.heads + head) * P;
+    float sum = 0.f;
+#pragma unroll
+    for (int c = lane % kLanes * V; c < D; c += kLanes * V) {
+      if (token < 0 || c >= P) continue;
+      float x[V], y[V];
+      read_as_float(y, grad_tile + r * pitch + c);
+      if (s.out.fast) {
+        read_as_float(x, out + c);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[v] = c + v < P ? to_float(out[c + v]) : 0.f;
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum += x[v] * y[v];
+    }
+#pragma unroll
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane % kLanes == 0) sums[r] = sum;
+  }
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(const __grid_constant__ WindowPlan s) {
   using Own = Shape<T, D>;
@@ -114,19 +146,13 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
       const int rows = load_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
       if (!active) continue;
       if (!ready) {
-        for (int r = 0; r < M; ++r) {
-          const T* out = static_cast<const T*>(p.out) + (static_cast<int64_t>(tokens[r]) * p.heads + head) * p.head_dim;
-          float sum = 0.f;
-          for (int c = lane; tokens[r] >= 0 && c < p.head_dim; c += kWarp)
-            sum += to_float(out[c]) * to_float(grad_tile[r * pitch + c]);
-          sum = warp_sum(sum);
-          if (lane == 0) {
-            const int64_t at = (window.begin + first + r) * p.heads + head;
-            // The log-sum-exp's gradient by a score is the score's weight, as delta's factor is.
-            if (s.grad_lse && tokens[r] >= 0) sum -= s.grad_lse[at];
-            deltas[r] = sum;
-            if (first + r < window.count) s.delta[at] = sum;
-          }
+        out_dot_grad<T, D, M>(s, deltas, tokens, grad_tile, pitch, head);
+        sync_warp();
+        for (int r = lane; r < M; r += kWarp) {
+          const int64_t at = (window.begin + first + r) * p.heads + head;
+          // The log-sum-exp's gradient by a score is the score's weight, as delta's factor is.
+          if (s.grad_lse && tokens[r] >= 0) deltas[r] -= s.grad_lse[at];
+          if (first + r < window.count) s.delta[at] = deltas[r];
         }
         sync_warp();
         ready = true;
