@@ -90,20 +90,12 @@ __global__ void __launch_bounds__(kThreads, 2)
                                      o.state_dim);
         scored = true;
       }
-#pragma unroll
-      for (int k = 0; k < kRows / 8; ++k) {
-        const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const Visit to = visits[d * Q + i];
-        const int mine = segments[d * Q + i];
-#pragma unroll
-        for (int l = 0; l < kColumns / 4; ++l) {
-          const int j = j0 + l / 2 * 8 + lane_column() + l % 2;
-          const Visit from = visits[d * Q + j];
-          const bool on = (d ? j >= i : j <= i) && mine == segments[d * Q + j];
-          m.v[k / 2][l / 2][k % 2 * 2 + l % 2] +=
-              scores.v[k / 2][l / 2][k % 2 * 2 + l % 2] * (decay(to, from, on) * from.step * to.weight);
-        }
-      }
+      each_pair_of_visits<kRows, kColumns>(visits + d * Q, segments + d * Q, d == 1, i0, j0,
+                                           [&](int k, int l, int, const Visit& to, int, const Visit& from, bool on) {
+                                             m.v[k / 2][l / 2][k % 2 * 2 + l % 2] +=
+                                                 scores.v[k / 2][l / 2][k % 2 * 2 + l % 2] *
+                                                 (decay(to, from, on) * from.step * to.weight);
+                                           });
     }
     m.each_pair([&](float u, float v, int i, int j) { store_pair(m_tile + (i0 + i) * pitch_m + j0 + j, u, v, 2); });
   }

@@ -107,4 +107,29 @@ __device__ inline float decay(const Visit& to, const Visit& from, bool on) {
 }
 __device__ inline float decay(const Visit& to, bool on) { return exp2f(on ? to.high + to.low : -INFINITY); }
 
+// A lane's pairs of visits in an M x N accumulator that begins at (i0, j0), in one direction of a chunk: visit i, a
+// row, sees visit j, a column, where that was visited before it, or is itself, with no restart between. f(value's row
+// part, column, element; i, to; j, from; whether i sees j)
+template <int M, int N, class F>
+__device__ inline void each_pair_of_visits(const Visit* visits, const int* segments, bool reverse, int i0, int j0,
+                                           F&& f) {
+  Visit to[M / 8];
+  int mine[M / 8];
+#pragma unroll
+  for (int k = 0; k < M / 8; ++k) {
+    const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
+    to[k] = visits[i], mine[k] = segments[i];
+  }
+#pragma unroll
+  for (int l = 0; l < N / 4; ++l) {
+    const int j = j0 + l / 2 * 8 + lane_column() + l % 2, other = segments[j];
+    const Visit from = visits[j];
+#pragma unroll
+    for (int k = 0; k < M / 8; ++k) {
+      const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
+      f(k, l, i, to[k], j, from, (reverse ? j >= i : j <= i) && mine[k] == other);
+    }
+  }
+}
+
 }  // namespace linmu

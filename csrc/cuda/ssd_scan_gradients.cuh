@@ -202,32 +202,25 @@ class ChunkGradients {
     for (int d = d0; d <= until; ++d) {
       float row[kRows / 8] = {}, column[kColumns / 4] = {};
       double row_flow[kRows / 8] = {}, column_flow[kColumns / 4] = {};
-#pragma unroll
-      for (int k = 0; k < kRows / 8; ++k) {
-        const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-        const Visit to = visits[d * Q + i];
-        const int mine = segments[d * Q + i];
-#pragma unroll
-        for (int l = 0; l < kColumns / 4; ++l) {
-          const int j = j0 + l / 2 * 8 + lane_column() + l % 2, e = k % 2 * 2 + l % 2;
-          const Visit from = visits[d * Q + j];
-          const bool on = (d ? j >= i : j <= i) && mine == segments[d * Q + j];
-          if (!on) continue;  // nor may its NaN be
-          const float a = decay(to, from, true);
-          const float g = gram.v[k / 2][l / 2][e], s_ij = scores.v[k / 2][l / 2][e], both = a * g * s_ij;
-          const float factor = a * from.step * to.weight;
-          if (from.step != 0.f && to.weight != 0.f)
-            m.v[k / 2][l / 2][e] += s_ij * factor, w.v[k / 2][l / 2][e] += g * factor;
-          if (i == j) {
-            diagonal[d * Q + i] = both, gram_diagonal[i] = g;
-          } else {
-            const float by_step = from.step == 0.f ? 0.f : both * from.step;
-            const float flow = to.weight == 0.f ? 0.f : by_step * to.weight;
-            row[k] += by_step, column[l] += to.weight == 0.f ? 0.f : both * to.weight;
-            row_flow[k] += flow, column_flow[l] += flow;  // each in both, to the last bit
-          }
-        }
-      }
+      each_pair_of_visits<kRows, kColumns>(
+          visits + d * Q, segments + d * Q, d == 1, i0, j0,
+          [&](int k, int l, int i, const Visit& to, int j, const Visit& from, bool on) {
+            if (!on) return;  // nor may its NaN be
+            const int e = k % 2 * 2 + l % 2;
+            const float a = decay(to, from, true);
+            const float g = gram.v[k / 2][l / 2][e], s_ij = scores.v[k / 2][l / 2][e], both = a * g * s_ij;
+            const float factor = a * from.step * to.weight;
+            if (from.step != 0.f && to.weight != 0.f)
+              m.v[k / 2][l / 2][e] += s_ij * factor, w.v[k / 2][l / 2][e] += g * factor;
+            if (i == j) {
+              diagonal[d * Q + i] = both, gram_diagonal[i] = g;
+            } else {
+              const float by_step = from.step == 0.f ? 0.f : both * from.step;
+              const float flow = to.weight == 0.f ? 0.f : by_step * to.weight;
+              row[k] += by_step, column[l] += to.weight == 0.f ? 0.f : both * to.weight;
+              row_flow[k] += flow, column_flow[l] += flow;  // each in both, to the last bit
+            }
+          });
 #pragma unroll
       for (int k = 0; k < kRows / 8; ++k) {
 #pragma unroll

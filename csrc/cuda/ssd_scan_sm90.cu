@@ -55,20 +55,12 @@ __global__ void __launch_bounds__(kWarpgroups* kWarpgroup, 1)
           warpgroup_fence_operand(acc);
           scored = true;
         }
-        const int i0 = own + lane_row();
-        const Visit to[2] = {visits[d * Q + i0], visits[d * Q + i0 + 8]};
-        const int mine[2] = {segments[d * Q + i0], segments[d * Q + i0 + 8]};
-#pragma unroll
-        for (int l = 0; l < 16; ++l) {
-          const int j = j0 + l / 2 * 8 + lane_column() + l % 2, other = segments[d * Q + j];
-          const Visit from = visits[d * Q + j];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int i = i0 + half * 8, e = half * 2 + l % 2;
-            const bool on = (d ? j >= i : j <= i) && mine[half] == other;
-            m.v[0][l / 2][e] += acc.v[0][l / 2][e] * (decay(to[half], from, on) * from.step * to[half].weight);
-          }
-        }
+        each_pair_of_visits<16, kColumns>(visits + d * Q, segments + d * Q, d == 1, own, j0,
+                                          [&](int half, int l, int, const Visit& to, int, const Visit& from, bool on) {
+                                            const int e = half * 2 + l % 2;
+                                            m.v[0][l / 2][e] +=
+                                                acc.v[0][l / 2][e] * (decay(to, from, on) * from.step * to.weight);
+                                          });
       }
       if (block == 0) pipeline.template wait<kX>();
       if (!scored) continue;
