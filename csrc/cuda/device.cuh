@@ -80,6 +80,14 @@ __device__ inline unsigned pack(float first, float second) {
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
 __device__ inline float shuffle(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 __device__ inline bool warp_any(bool x) { return __any_sync(kAllLanes, x); }
+// What all lanes of a warp have the same, so that the compiler knows.
+__device__ inline int warp_uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+// 2^x to 2 units in the last place; 0 for what float holds only as a subnormal.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // The same number, of which the compiler knows nothing.
 template <class T>
 __device__ inline T opaque(T x) {

@@ -148,15 +148,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The output of the chunks that hold something odd, by the definition. One block per (chunk, head).
+// The output of a chunk that holds something odd, by the definition.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    exact_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Output o) {
-  LINMU_SHARED(memory);
+__device__ inline void exact_chunk(const ScanPlan& s, const Output& o, int64_t b, int64_t h, int64_t c,
+                                   unsigned char* memory) {
   const SsdScanParams& p = s.p;
   const int Q = s.chunk, tid = threadIdx.x;
-  const int64_t P = p.head_dim, N = p.state_dim, H = p.heads;
-  const int64_t c = blockIdx.x % s.chunks, bh = blockIdx.x / s.chunks, b = bh / H, h = bh % H;
+  const int64_t P = p.head_dim, N = p.state_dim, H = p.heads, bh = b * H + h;
   const int32_t* tokens = s.tokens + s.rows(b, c);
   float* pairs = reinterpret_cast<float*>(memory);  // of visit i with each other; meaningless where not seen
   int *seen = reinterpret_cast<int*>(pairs + Q), *spoiled = seen + Q;
@@ -216,6 +214,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Blocks (head, of kExactBlocks that share its chunks): mostly there is nothing to do, and that soon.
+constexpr int64_t kExactBlocks = 64;
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    exact_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Output o) {
+  LINMU_SHARED(memory);
+  const int64_t bh = blockIdx.x;
+  if (s.redo && !s.redo[bh]) return;
+  for (int64_t c = blockIdx.y; c < s.chunks; c += gridDim.y) {
+    __syncthreads();
+    exact_chunk<T>(s, o, bh / s.p.heads, bh % s.p.heads, c, memory);
+  }
+}
+
+template <class T>
+void make_exact(const ScanPlan& s, const Output& o, const CudaContext& context) {
+  const dim3 blocks(static_cast<unsigned>(s.p.head_dim ? s.p.batch * s.p.heads : 0),
+                    static_cast<unsigned>(std::min(s.chunks, kExactBlocks)));
+  launch("ssd_scan", exact_kernel<T>, blocks, kThreads, (2 * s.chunk + 1) * static_cast<int64_t>(sizeof(int)), context,
+         s, o);
+}
+
 static_assert(OutputTiles::of<bf16>(64, 128, 64, true).bytes <= kSharedSm80);
 static_assert(OutputTiles::of<bf16>(128, 128, 64, false).bytes <= kSharedSm80);
 static_assert(OutputTiles::of<bf16>(32, 256, 32, true).bytes <= kSharedSm80);
@@ -237,7 +257,16 @@ void fit(const SsdScanParams& p, bool separate, int& chunk, Output& o) {
 
 }  // namespace
 
+void redo_spoiled(const ScanPlan& s, const CudaContext& context) {
+  Output o{};
+  const Walk walk = forward_walk(s, 0, false, s.p.final_state != nullptr, context);
+  o.entering[0] = walk.entering;
+  walk_states(s, &walk, 1, context);
+  make_exact<bf16>(s, o, context);
+}
+
 void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
+  if (ssd_scan_slices(p, context)) return;
   dispatch_cuda("ssd_scan", p.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     Output o{};
@@ -272,8 +301,7 @@ void ssd_scan_cuda(const SsdScanParams& p, const CudaContext& context) {
       const int64_t shared = OutputTiles::of<T>(chunk, o.state_dim, o.columns, o.separate).bytes;
       launch("ssd_scan", output_kernel<T>, blocks, kThreads, shared, context, s, o);
     }
-    launch("ssd_scan", exact_kernel<T>, blocks, kThreads, (2 * chunk + 1) * static_cast<int64_t>(sizeof(int)), context,
-           s, o);
+    make_exact<T>(s, o, context);
   });
 }
 

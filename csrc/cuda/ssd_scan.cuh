@@ -25,6 +25,11 @@ struct alignas(16) Visit {
   float weight;     // of this direction in the output
 };
 
+struct alignas(8) Passing {
+  float through;
+  unsigned short uneven, spoiled;  // a restart, or a step by which a decay grows; something odd
+};
+
 struct ScanPlan {
   SsdScanParams p;
   int chunk;               // a multiple of 32
@@ -37,6 +42,11 @@ struct ScanPlan {
   float* arrive[2];        // (B, H, chunks, chunk) what flows from the state that enters into the visit's output
   float* through[2];       // (B, H, chunks) what flows from one into the other
   unsigned char* spoiled;  // (B, H, chunks) whether something in it, or in the state that enters, is odd
+  // Only of a forward scan by slices, else null. A chunk is uneven if it has a restart, or a step by which a decay
+  // grows.
+  float* columns;       // (B, H, chunks, chunk) the step, decayed up to the last of the visit's 16
+  Passing* passing;     // (B, H, chunks)
+  unsigned char* redo;  // (B, H) whether the states and the spoiled chunks are to be made anew
 
   __host__ __device__ const SsdScanDirection& direction(int d) const { return d ? p.reverse : p.forward; }
   __host__ __device__ int64_t rows(int64_t b, int64_t c) const { return (b * chunks + c) * chunk; }
@@ -58,6 +68,7 @@ __device__ inline void read_visits(const ScanPlan& s, int Q, int64_t b, int64_t 
 // Plans and launches `visits`, for a range of the chunks or for all.
 ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chunks, const CudaContext& context);
 ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context);
+ScanPlan plan_slices(const SsdScanParams& p, const CudaContext& context);
 
 // One direction of `states`: along its visits, or, for the adjoint, against them.
 struct Walk {
@@ -73,7 +84,12 @@ struct Walk {
   bool exact;  // the state's sums take more than one rounding to the inputs' type
 };
 
+// Where the plan has `redo`, only of the heads that it names.
 void walk_states(const ScanPlan& plan, const Walk* walks, int count, const CudaContext& context);
+
+// What each span but the last adds to the forward state (B, H, spans, P, N), and what is left of it by then
+// (B, H, spans): the first becomes the state that enters each span.
+void enter_spans(const ScanPlan& plan, float* states, float* through, int64_t spans, const CudaContext& context);
 
 // The state entering each chunk, in each direction that is on.
 Walk forward_walk(const ScanPlan& plan, int direction, bool wide, bool exact, const CudaContext& context);
@@ -113,21 +129,31 @@ __device__ inline float decay(const Visit& to, bool on) { return exp2f(on ? to.h
 template <int M, int N, class F>
 __device__ inline void each_pair_of_visits(const Visit* visits, const int* segments, bool reverse, int i0, int j0,
                                            F&& f) {
-  Visit to[M / 8];
-  int mine[M / 8];
+  const auto row = [&](int k) { return i0 + k / 2 * 16 + k % 2 * 8 + lane_row(); };
+  const auto column = [&](int l) { return j0 + l / 2 * 8 + lane_column() + l % 2; };
+  const auto pair = [&](int k, int l, const Visit& to, int to_segment, const Visit& from, int from_segment) {
+    const int i = row(k), j = column(l);
+    f(k, l, i, to, j, from, (reverse ? j >= i : j <= i) && to_segment == from_segment);
+  };
+  if constexpr (M / 8 < N / 4) {  // what there is less of stays in registers
+    Visit to[M / 8];
+    int mine[M / 8];
 #pragma unroll
-  for (int k = 0; k < M / 8; ++k) {
-    const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-    to[k] = visits[i], mine[k] = segments[i];
-  }
+    for (int k = 0; k < M / 8; ++k) to[k] = visits[row(k)], mine[k] = segments[row(k)];
 #pragma unroll
-  for (int l = 0; l < N / 4; ++l) {
-    const int j = j0 + l / 2 * 8 + lane_column() + l % 2, other = segments[j];
-    const Visit from = visits[j];
+    for (int l = 0; l < N / 4; ++l) {
+      const Visit from = visits[column(l)];
+      const int other = segments[column(l)];
+#pragma unroll
+      for (int k = 0; k < M / 8; ++k) pair(k, l, to[k], mine[k], from, other);
+    }
+  } else {
 #pragma unroll
     for (int k = 0; k < M / 8; ++k) {
-      const int i = i0 + k / 2 * 16 + k % 2 * 8 + lane_row();
-      f(k, l, i, to[k], j, from, (reverse ? j >= i : j <= i) && mine[k] == other);
+      const Visit to = visits[row(k)];
+      const int mine = segments[row(k)];
+#pragma unroll
+      for (int l = 0; l < N / 4; ++l) pair(k, l, to, mine, visits[column(l)], segments[column(l)]);
     }
   }
 }

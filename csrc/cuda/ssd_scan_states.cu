@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
       const double rate = static_cast<const float*>(of.A)[h] * 1.4426950408889634;  // 1 / ln 2
       double carry = 0;
       int carried = 0;  // the segment of carry
-      bool spoiled = false;
+      bool spoiled = false, uneven = false;
       for (int first = 0; first < s.chunk; first += kWarp) {
         const int i = d ? s.chunk - 1 - first - lane : first + lane, token = tokens[i];
         const bool keep = token >= 0 && (!p.reverse.mask || p.reverse.mask[b * L + token]);
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
           }
         }
         double sum = v.step * rate;
+        uneven |= !(sum <= 0);
         spoiled |= odd(v.step) || odd(static_cast<float>(sum));
         sum = sum < -kSteepest ? -kSteepest : sum > kSteepest ? kSteepest : sum;  // a NaN stays
         for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -115,6 +116,10 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
           if (lane >= offset && segment[d ? i + offset : i - offset] == segment[i]) sum += other;
         }
         if (segment[i] == carried) sum += carry;
+        if (s.columns && d == 0) {
+          const double anchor = shuffle(sum, lane | 15);
+          s.columns[at + i] = exp2f(static_cast<float>(anchor - sum)) * v.step;
+        }
         carry = shuffle(sum, kWarp - 1), carried = segment[d ? s.chunk - first - kWarp : first + kWarp - 1];
         v.high = static_cast<float>(sum), v.low = static_cast<float>(sum - v.high);
         s.visits[d][at + i] = v;
@@ -128,9 +133,12 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
         s.leave[d][at + own] = segment[own] == leaving && v.step != 0.f ? decay(exit, v, true) * v.step : 0.f;
       }
       const int64_t chunk = (b * p.heads + h) * s.chunks + c;
-      spoiled = warp_any(spoiled);
+      spoiled = warp_any(spoiled), uneven = warp_any(uneven) || leaving > 0;
       if (lane == 0) {
-        s.through[d][chunk] = decay(exit, leaving == 0);
+        const float through = decay(exit, leaving == 0);
+        s.through[d][chunk] = through;
+        if (s.passing) s.passing[chunk] = {through, uneven, spoiled};
+        if (s.redo && c == 0) s.redo[b * p.heads + h] = 0;
         if (d == 0 || !p.forward.on) s.spoiled[chunk] = 0;
         if (spoiled) s.spoiled[chunk] = 1;
       }
@@ -140,10 +148,11 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
 
 // What a walk of several spans needs besides.
 struct Spans {
-  int64_t count, chunks;  // spans, chunks per span
-  float* states[2];       // (B, H, spans, P, N): what each span adds; then the state that enters it
-  float* through[2];      // (B, H, spans)
-  bool adding;            // the first of the two walks
+  int64_t count, chunks;      // spans, chunks per span
+  float* states[2];           // (B, H, spans, P, N): what each span adds; then the state that enters it
+  float* through[2];          // (B, H, spans)
+  bool adding;                // the first of the two walks
+  const unsigned char* only;  // (B, H) the heads to walk; null: all
 };
 
 struct Walks {
@@ -225,6 +234,7 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
   const int64_t P = p.head_dim, N = p.state_dim, tiles_p = (P + kState - 1) / kState,
                 tiles_n = (N + kState - 1) / kState;
   const int64_t bh = blockIdx.x / (tiles_p * tiles_n), b = bh / p.heads, h = bh % p.heads;
+  if (spans.only && !spans.only[bh]) return;
   const int64_t p0 = blockIdx.x / tiles_n % tiles_p * kState, n0 = blockIdx.x % tiles_n * kState;
   const int64_t span = blockIdx.y, first = span * spans.chunks;
   const int64_t count = s.chunks - first < spans.chunks ? s.chunks - first : spans.chunks;
@@ -357,14 +367,15 @@ __global__ void __launch_bounds__(kStateThreads, std::is_same_v<T, float> ? 2 : 
 __global__ void __launch_bounds__(256)
     spans_kernel(const __grid_constant__ Walks walks, const __grid_constant__ Spans spans, int64_t size) {
   const int64_t bh = blockIdx.y, at = blockIdx.x * int64_t{256} + threadIdx.x;
-  if (at >= size) return;
+  if (at >= size || (spans.only && !spans.only[bh])) return;
   const int z = blockIdx.z;
   const float* initial = walks.of[z].initial;
   float* states = spans.states[z] + bh * spans.count * size + at;
   float carry = initial ? initial[bh * size + at] : 0.f;
   for (int64_t i = 0; i < spans.count; ++i) {
-    const float added = states[i * size];
+    const float added = i + 1 < spans.count ? states[i * size] : 0.f;
     states[i * size] = carry;
+    if (i + 1 == spans.count) return;
     const float through = spans.through[z][bh * spans.count + i];
     carry = through == 0.f ? added : carry * through + added;
   }
@@ -395,7 +406,9 @@ ScanPlan plan_scan(const SsdScanParams& p, int chunk, const CudaContext& context
   return plan_scan(p, chunk, 0, ceil_div(p.length, chunk), context);
 }
 
-ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chunks, const CudaContext& context) {
+namespace {
+
+ScanPlan lay_out(const SsdScanParams& p, int chunk, int64_t first, int64_t chunks, const CudaContext& context) {
   ScanPlan s{};
   s.p = p, s.chunk = chunk, s.chunks = chunks, s.first_chunk = first;
   const int64_t visits = p.batch * s.chunks * chunk;
@@ -409,10 +422,43 @@ ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chu
     s.through[d] = allocate<float>(context, p.batch * s.chunks * p.heads);
   }
   s.spoiled = allocate<unsigned char>(context, p.batch * s.chunks * p.heads);
-  const dim3 blocks(static_cast<unsigned>(s.chunks), static_cast<unsigned>(p.batch),
-                    static_cast<unsigned>(ceil_div(p.heads, kHeads)));
-  launch("ssd_scan", visits_kernel, blocks, kVisitThreads, visit_bytes(chunk), context, s);
   return s;
+}
+
+void launch_visits(const ScanPlan& s, const CudaContext& context) {
+  const dim3 blocks(static_cast<unsigned>(s.chunks), static_cast<unsigned>(s.p.batch),
+                    static_cast<unsigned>(ceil_div(s.p.heads, kHeads)));
+  launch("ssd_scan", visits_kernel, blocks, kVisitThreads, visit_bytes(s.chunk), context, s);
+}
+
+}  // namespace
+
+ScanPlan plan_scan(const SsdScanParams& p, int chunk, int64_t first, int64_t chunks, const CudaContext& context) {
+  const ScanPlan s = lay_out(p, chunk, first, chunks, context);
+  launch_visits(s, context);
+  return s;
+}
+
+ScanPlan plan_slices(const SsdScanParams& p, const CudaContext& context) {
+  constexpr int kChunk = 64;
+  ScanPlan s = lay_out(p, kChunk, 0, ceil_div(p.length, kChunk), context);
+  const int64_t chunks = p.batch * p.heads * s.chunks;
+  s.columns = allocate<float>(context, chunks * kChunk);
+  s.passing = allocate<Passing>(context, chunks);
+  s.redo = allocate<unsigned char>(context, p.batch * p.heads);
+  launch_visits(s, context);
+  return s;
+}
+
+void enter_spans(const ScanPlan& s, float* states, float* through, int64_t spans, const CudaContext& context) {
+  const int64_t size = s.p.head_dim * s.p.state_dim;
+  Walks walks{};
+  walks.of[0].initial = static_cast<const float*>(s.p.initial_state);
+  Spans of{};
+  of.count = spans, of.states[0] = states, of.through[0] = through;
+  launch("ssd_scan", spans_kernel,
+         dim3(static_cast<unsigned>(ceil_div(size, 256)), static_cast<unsigned>(s.p.batch * s.p.heads)), 256, 0,
+         context, walks, of, size);
 }
 
 const float* narrow_states(const ScanPlan& s, const float* wide, half16* narrow, const CudaContext& context) {
@@ -447,7 +493,7 @@ void walk_states(const ScanPlan& s, const Walk* walks, int count, const CudaCont
   Walks both{};
   std::copy(walks, walks + count, both.of);
   Spans spans{};
-  spans.count = 1, spans.chunks = std::max<int64_t>(s.chunks, 1);
+  spans.count = 1, spans.chunks = std::max<int64_t>(s.chunks, 1), spans.only = s.redo;
   const int64_t wanted = std::min(kEnoughBlocks / (heads * tiles * count), s.chunks / 8);
   if (wanted > 1) {
     spans.chunks = ceil_div(s.chunks, wanted), spans.count = ceil_div(s.chunks, spans.chunks);

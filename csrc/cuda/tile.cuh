@@ -92,6 +92,16 @@ struct Accumulator {
   }
 };
 
+template <int M, int N>
+__device__ inline void multiply_rows(Accumulator<M, N>& sums, const float (&factor)[M / 8]) {
+#pragma unroll
+  for (int r = 0; r < M / 8; ++r)
+#pragma unroll
+    for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums.v[r / 2][c][r % 2 * 2 + e] *= factor[r];
+}
+
 // Along which dimension an operand is contiguous in its tile, in CUTLASS's words: K-major, one row of the tile per row
 // of M or N; or MN-major, one row of the tile per step of K.
 enum class Major { K, MN };

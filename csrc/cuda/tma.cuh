@@ -47,18 +47,22 @@ struct Barrier {
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-// By one thread; for the others, and for copies, after fence_proxy_async and __syncthreads.
-__device__ inline void barrier_init(Barrier* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n" ::"r"(shared_address(barrier)) : "memory");
+// By one thread; for the others, and for copies, after fence_proxy_async and __syncthreads. A phase is complete when so
+// many have arrived, and the bytes that were expected have come.
+__device__ inline void barrier_init(Barrier* barrier, int count = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
-// By the thread that then issues copies of so many bytes in all.
+__device__ inline void barrier_arrive(Barrier* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, by the thread that then issues copies of so many bytes in all.
 __device__ inline void barrier_expect_tx(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-// Until the load of that number is complete: 0, 1, 2, ..., of which only the last two can be told apart.
-__device__ inline void barrier_wait(Barrier* barrier, int load) {
+// Until the phase of that number is complete: 0, 1, 2, ..., of which only the last two can be told apart.
+__device__ inline void barrier_wait(Barrier* barrier, int phase) {
   unsigned done;
   do {
     asm volatile(
@@ -66,7 +70,7 @@ __device__ inline void barrier_wait(Barrier* barrier, int load) {
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}\n"
         : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(load % 2)
+        : "r"(shared_address(barrier)), "r"(phase % 2)
         : "memory");
   } while (!done);
 }

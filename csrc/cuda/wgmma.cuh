@@ -78,6 +78,8 @@ inline int architecture(const char* op) {
 // PTX's matrix descriptor: the operand's first element before swizzling, and 1024 bytes from eight rows to the next.
 // (The second field is between panels, of which no operand has two.)
 using Descriptor = uint64_t;
+// The operand so many bytes, a multiple of 16, further on.
+__device__ inline Descriptor advance(Descriptor from, int bytes) { return from + bytes / 16; }
 __device__ inline Descriptor make_descriptor(const void* first) {
   const uint64_t at = __cvta_generic_to_shared(first), swizzle = 1;
   return (at & 0x3FFFF) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | swizzle << 62;
@@ -98,13 +100,15 @@ __device__ inline Descriptor make_descriptor(const void* first) {
                ", %32, %33, 1, 1, 1, 0, %34;\n"                                                       \
                : LINMU_ACCUMULATOR(d)                                                                 \
                : "l"(a), "l"(b), "n"(kMajorB == Major::MN))
-#define LINMU_WGMMA_REGISTERS(type)                                                                   \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_ACCUMULATOR_TEXT \
-               ", {%32,%33,%34,%35}, %36, 1, 1, 1, %37;\n"                                            \
-               : LINMU_ACCUMULATOR(d)                                                                 \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kMajorB == Major::MN))
+#define LINMU_WGMMA_REGISTERS(type)                                                          \
+  asm volatile(                                                                              \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %38, 0;\n"                                           \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_ACCUMULATOR_TEXT \
+      ", {%32,%33,%34,%35}, %36, p, 1, 1, %37;\n}\n"                                         \
+      : LINMU_ACCUMULATOR(d)                                                                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kMajorB == Major::MN), "r"(int{add}))
 
-// d += a b over 16 of K. a is K-major in shared memory, or in registers as for mma.
+// d += a b over 16 of K, or, unless `add`, d = a b. a is K-major in shared memory, or in registers as for mma.
 template <class T, Major kMajorB>
 __device__ inline void wgmma(WarpgroupAccumulator& d, Descriptor a, Descriptor b) {
   if constexpr (std::is_same_v<T, bf16>)
@@ -113,7 +117,7 @@ __device__ inline void wgmma(WarpgroupAccumulator& d, Descriptor a, Descriptor b
     LINMU_WGMMA_SHARED("f16");
 }
 template <class T, Major kMajorB>
-__device__ inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], Descriptor b) {
+__device__ inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], Descriptor b, bool add = true) {
   if constexpr (std::is_same_v<T, bf16>)
     LINMU_WGMMA_REGISTERS("bf16");
   else
@@ -123,26 +127,53 @@ __device__ inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], De
 // Around wgmma, under CUTLASS's names: before the first, once its registers are written; after the last, until the
 // results are there.
 __device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+// Until at most kPending of the groups of products are on their way.
+template <int kPending>
+__device__ inline void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
 __device__ inline void warpgroup_commit_and_wait() {
-  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+  warpgroup_commit();
+  warpgroup_wait<0>();
 }
 // Keeps the compiler from reading the accumulator before, or writing it after.
 __device__ inline void warpgroup_fence_operand(WarpgroupAccumulator& d) {
   asm volatile("" : LINMU_ACCUMULATOR(d)::"memory");
 }
 
+// Of the registers that the block was launched with: a whole warpgroup gives what another then takes.
+template <int kRegisters>
+__device__ inline void warpgroup_give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void warpgroup_take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// The inverse of ldmatrix: lane 8 i + r gives the address of row r of tile i.
+__device__ inline void stmatrix(void* row, unsigned a, unsigned b, unsigned c, unsigned d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(row))),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 #endif
 
-// A barrier of the warpgroup alone, of at most four in a block. (A barrier by a number that is not constant takes all
+// A barrier of the warpgroup alone, of at most kMost in a block. (A barrier by a number that is not constant takes all
 // 16.)
-__device__ inline void warpgroup_sync() {
-  switch (threadIdx.x / kWarpgroup) {
-    case 0: asm volatile("bar.sync 1, 128;\n" ::: "memory"); break;
-    case 1: asm volatile("bar.sync 2, 128;\n" ::: "memory"); break;
-    case 2: asm volatile("bar.sync 3, 128;\n" ::: "memory"); break;
-    default: asm volatile("bar.sync 4, 128;\n" ::: "memory");
-  }
+template <int kMost = 4>
+__device__ inline void warpgroup_sync(int warpgroup = threadIdx.x / kWarpgroup) {
+  if (warpgroup == 0)
+    asm volatile("bar.sync 1, 128;\n" ::: "memory");
+  else if (kMost == 2 || warpgroup == 1)
+    asm volatile("bar.sync 2, 128;\n" ::: "memory");
+  else if (warpgroup == 2)
+    asm volatile("bar.sync 3, 128;\n" ::: "memory");
+  else
+    asm volatile("bar.sync 4, 128;\n" ::: "memory");
 }
 
 // What this thread wrote to shared memory, copies included, is there for wgmma and TMA after a barrier.

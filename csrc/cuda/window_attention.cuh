@@ -353,16 +353,6 @@ struct OnlineSoftmax {
   }
 };
 
-template <int M, int N>
-__device__ inline void multiply_rows(Accumulator<M, N>& sums, const float (&factor)[M / 8]) {
-#pragma unroll
-  for (int r = 0; r < M / 8; ++r)
-#pragma unroll
-    for (int c = 0; c < N / 8; ++c)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) sums.v[r / 2][c][r % 2 * 2 + e] *= factor[r];
-}
-
 // A piece of a token's row of (B, L, H, P) out.
 template <class T>
 __device__ inline void store_out(const WindowPlan& s, int token, int64_t head, int column, const T* from) {

@@ -1,6 +1,6 @@
 // csrc/cuda/wgmma.cuh and tma.cuh in plain C++, for emulator.h: the warpgroup's product, its operands read as the PTX
 // manual lays them out with the 128-byte swizzle, and TMA's copies, which arrive when their barrier is waited for, or
-// when issued. A product's results are there at once; proxies and their fences are not emulated.
+// when issued. Proxies and their fences are not emulated.
 #pragma once
 #include <cstdlib>
 #include <vector>
@@ -54,17 +54,44 @@ float value_at(const Descriptor& o, int r, int c) {
   return to_float(value);
 }
 
-// a(row, k) for the thread's rows of the warpgroup's 64.
+// Issues a thread's share of a product; a(row, k) for its rows of the warpgroup's 64.
 template <class T, Major kMajorB, class A>
-void warpgroup_product(WarpgroupAccumulator& d, const Descriptor& b, A&& a) {
-  const int lane = self().number % kLanes;
-  for (int j = 0; j < 8; ++j)
-    for (int e = 0; e < 4; ++e) {
-      const int row = self().number % 128 / kLanes * 16 + lane / 4 + e / 2 * 8, n = j * 8 + lane % 4 * 2 + e % 2;
-      float sum = 0;
-      for (int k = 0; k < 16; ++k)
-        sum += a(row, k) * (kMajorB == Major::MN ? value_at<T>(b, k, n) : value_at<T>(b, n, k));
-      d.v[0][j][e] += sum;
+void issue_product(WarpgroupAccumulator& d, const Descriptor& b, bool add, A a) {
+  Thread& me = self();
+  float* to = d.v[0][0];
+  const bool first = !me.sums.count(to);
+  Sums& sums = me.sums[to];
+  for (int i = 0; i < 32; ++i) {
+    if (first)
+      sums.of[i] = to[i];
+    else if (to[i] == to[i])
+      fail("an accumulator is written while a product is on its way");
+    to[i] = NAN;
+  }
+  ++sums.products;
+  const int lane = me.number % kLanes, row0 = me.number % 128 / kLanes * 16 + lane / 4;
+  Product product{to, [=](float* out) {
+                    for (int i = 0; i < 32; ++i) {
+                      const int row = row0 + i % 4 / 2 * 8, n = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                      float sum = 0;
+                      for (int k = 0; k < 16; ++k)
+                        sum += a(row, k) * (kMajorB == Major::MN ? value_at<T>(b, k, n) : value_at<T>(b, n, k));
+                      out[i] = add ? out[i] + sum : sum;
+                    }
+                  }};
+  if (!block->late) product.add(sums.of), product.add = nullptr;
+  me.products.push_back(std::move(product));
+}
+
+inline void finish_products(size_t pending) {
+  Thread& me = self();
+  for (; me.product_groups.size() > pending; me.product_groups.pop_front())
+    for (const Product& product : me.product_groups.front()) {
+      Sums& sums = me.sums[product.to];
+      if (product.add) product.add(sums.of);
+      if (--sums.products > 0) continue;
+      std::memcpy(product.to, sums.of, sizeof(sums.of));
+      me.sums.erase(product.to);
     }
 }
 
@@ -73,20 +100,43 @@ void warpgroup_product(WarpgroupAccumulator& d, const Descriptor& b, A&& a) {
 template <class T, Major kMajorB>
 inline void wgmma(WarpgroupAccumulator& d, const Descriptor& a, const Descriptor& b) {
   emulator::exchange_in_warpgroup({});
-  emulator::warpgroup_product<T, kMajorB>(d, b, [&](int row, int k) { return emulator::value_at<T>(a, row, k); });
+  emulator::issue_product<T, kMajorB>(d, b, true, [=](int row, int k) { return emulator::value_at<T>(a, row, k); });
 }
 template <class T, Major kMajorB>
-inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], const Descriptor& b) {
+inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], const Descriptor& b, bool add = true) {
   const emulator::AFragment* all = emulator::exchange_in_warpgroup({{a[0], a[1], a[2], a[3]}});
-  emulator::warpgroup_product<T, kMajorB>(d, b, [&](int row, int k) {
-    const int owner = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-    return to_float(T{emulator::bits_of(all[owner].a[row % 16 / 8 + k / 8 * 2], k % 2)});
+  // A row's values are with the four lanes that have its sums.
+  struct {
+    emulator::AFragment of[4];
+  } mine;
+  std::copy(all + emulator::self().number % 128 / 4 * 4, all + emulator::self().number % 128 / 4 * 4 + 4, mine.of);
+  emulator::issue_product<T, kMajorB>(d, b, add, [=](int row, int k) {
+    return to_float(T{emulator::bits_of(mine.of[k % 8 / 2].a[row % 16 / 8 + k / 8 * 2], k % 2)});
   });
 }
 
-inline void warpgroup_sync() { emulator::exchange_in_warpgroup({}); }
+inline Descriptor advance(const Descriptor& from, int bytes) { return {from.first + bytes}; }
+template <int kMost = 4>
+inline void warpgroup_sync(int = 0) {
+  emulator::exchange_in_warpgroup({});
+}
 inline void warpgroup_arrive() {}
-inline void warpgroup_commit_and_wait() {}
+inline void warpgroup_commit() {
+  emulator::self().product_groups.push_back(std::move(emulator::self().products));
+  emulator::self().products.clear();
+}
+template <int kPending>
+inline void warpgroup_wait() {
+  emulator::finish_products(kPending);
+}
+inline void warpgroup_commit_and_wait() {
+  warpgroup_commit();
+  warpgroup_wait<0>();
+}
+template <int kRegisters>
+inline void warpgroup_give_registers() {}
+template <int kRegisters>
+inline void warpgroup_take_registers() {}
 inline void warpgroup_fence_operand(WarpgroupAccumulator&) {}
 inline void fence_proxy_async() {}
 
@@ -112,6 +162,22 @@ inline TransactionBarrier& transactions_of(Barrier* barrier) {
   if (!block->barriers.count(barrier)) fail("a barrier is used before it is made");
   return block->barriers[barrier];
 }
+// Ends the phase if all have arrived and all bytes have been asked for; `landing`: copies may arrive now.
+inline bool end_phase(TransactionBarrier& b, bool landing) {
+  if (b.arrived < b.count || b.issued != b.expected || (!b.copies.empty() && !landing)) return false;
+  for (auto& copy : b.copies) copy();
+  b.copies.clear();
+  b.arrived = 0, b.expected = b.issued = 0, ++b.complete, ++block->progress;
+  return true;
+}
+inline void arrive(Barrier* barrier, int64_t bytes) {
+  TransactionBarrier& b = transactions_of(barrier);
+  if (b.arrived == b.count)
+    fail(bytes > 0 ? "a barrier expects a load before the last is complete"
+                   : "more arrive at a barrier than it counts");
+  ++b.arrived, b.expected += bytes;
+  if (bytes == 0) end_phase(b, false);
+}
 inline void issue(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
   TransactionBarrier& b = transactions_of(barrier);
   b.issued += bytes;
@@ -122,23 +188,16 @@ inline void issue(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
 }
 }  // namespace emulator
 
-inline void barrier_init(Barrier* barrier) { emulator::block->barriers[barrier] = {}; }
-inline void barrier_expect_tx(Barrier* barrier, int bytes) {
-  auto& b = emulator::transactions_of(barrier);
-  if (b.expected >= 0) emulator::fail("a barrier expects a load before the last is complete");
-  b.expected = bytes;
+inline void barrier_init(Barrier* barrier, int count = 1) {
+  emulator::block->barriers[barrier] = {};
+  emulator::block->barriers[barrier].count = count;
 }
-inline void barrier_wait(Barrier* barrier, int load) {
+inline void barrier_arrive(Barrier* barrier) { emulator::arrive(barrier, 0); }
+inline void barrier_expect_tx(Barrier* barrier, int bytes) { emulator::arrive(barrier, bytes); }
+inline void barrier_wait(Barrier* barrier, int phase) {
   auto& b = emulator::transactions_of(barrier);
-  while (b.complete % 2 == load % 2) {
-    if (b.expected >= 0 && b.issued == b.expected) {
-      for (auto& copy : b.copies) copy();
-      b.copies.clear();
-      b.expected = -1, b.issued = 0, ++b.complete, ++emulator::block->progress;
-    } else {
-      emulator::yield_thread();
-    }
-  }
+  while (b.complete % 2 == phase % 2)
+    if (!emulator::end_phase(b, true)) emulator::yield_thread();
 }
 inline void tma_load_1d(void* shared, const void* global, int bytes, Barrier* barrier) {
   emulator::check_aligned(shared), emulator::check_aligned(global);

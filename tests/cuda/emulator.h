@@ -3,7 +3,8 @@
 // A block's threads are fibers of one host thread. They run until a barrier, or an instruction that a warp executes
 // together, where they wait for each other as on a GPU; a warp runs as far as it can before the next one begins, in odd
 // blocks from last to first. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited
-// for, not before; in some blocks, TMA's copies as soon as issued. A misaligned copy, a warp that diverges at a
+// for, not before; in some blocks, TMA's copies as soon as issued. A warpgroup's products are computed when issued or,
+// in other blocks, when waited for, and their sums are NaN until then. A misaligned copy, a warp that diverges at a
 // shared instruction, or a deadlock is an error. Not emulated: the rounding of the tensor cores' sums (here float, in
 // order), and memory ordering within a warp.
 #pragma once
@@ -64,11 +65,21 @@ struct Copy {
   const void* from;  // null: zeros
 };
 
-// A barrier that counts the bytes of TMA's copies.
+// A barrier that counts arrivals, and the bytes of TMA's copies.
 struct TransactionBarrier {
-  int complete = 0;  // loads
-  int64_t expected = -1, issued = 0;
+  int count = 1, arrived = 0, complete = 0;  // of the phase; phases
+  int64_t expected = 0, issued = 0;
   std::deque<std::function<void()>> copies;
+};
+
+// A product of a warpgroup that is on its way: for the sums at `to`, which are poisoned until it is waited for.
+struct Product {
+  float* to;
+  std::function<void(float*)> add;  // to a lane's 32 sums; null if that is done
+};
+struct Sums {
+  float of[32];
+  int products = 0;  // on their way
 };
 
 struct Thread {
@@ -78,6 +89,9 @@ struct Thread {
   jmp_buf place;
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  std::deque<std::vector<Product>> product_groups;
+  std::vector<Product> products;
+  std::map<float*, Sums> sums;
 };
 
 struct Block {
@@ -90,7 +104,7 @@ struct Block {
   std::map<const void*, TransactionBarrier> barriers;
   int arrived = 0, live = 0;
   uint64_t phase = 0, progress = 0;
-  bool backwards = false, early = false;
+  bool backwards = false, early = false, late = false;  // warps; TMA's copies; products
   std::string error;
   jmp_buf scheduler;
   Thread* running = nullptr;
@@ -150,6 +164,7 @@ inline void finish_copies(size_t pending) {
 inline void enter_fiber() {
   block->body();
   Thread& me = self();
+  if (!me.sums.empty()) fail("a product is never waited for");
   me.done = true;
   ++block->progress;
   arrive_and_drop(*block);
@@ -281,6 +296,8 @@ inline bool warp_any(bool x) {
   for (int i = 0; i < emulator::kLanes; ++i) any |= all[i].number != 0;
   return any;
 }
+inline int warp_uniform(int x) { return x; }
+inline float fast_exp2(float x) { return x < -126.f ? 0.f : exp2f(x); }
 template <class T>
 inline T opaque(T x) {
   return x;
@@ -326,6 +343,22 @@ inline void ldmatrix_as(unsigned (&r)[4], const void* row, bool transposed) {
 inline void ldmatrix(unsigned (&r)[4], const void* row) { ldmatrix_as(r, row, false); }
 inline void ldmatrix_transposed(unsigned (&r)[4], const void* row) { ldmatrix_as(r, row, true); }
 
+namespace emulator {
+inline int64_t stored_matrices = 0;  // so far
+}
+inline void stmatrix(void* row, unsigned a, unsigned b, unsigned c, unsigned d) {
+  emulator::check_aligned(row);
+  ++emulator::stored_matrices;
+  emulator::LaneOperand mine{8, {}};
+  mine.address = row;
+  const emulator::LaneOperand* all = emulator::exchange(mine);
+  const int lane = emulator::self().number % emulator::kLanes;
+  const unsigned values[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i)
+    std::memcpy(const_cast<char*>(static_cast<const char*>(all[8 * i + lane / 4].address)) + lane % 4 * 4, &values[i],
+                4);
+}
+
 inline void copy_async(void* shared, const void* global, bool valid) {
   emulator::check_aligned(shared), emulator::check_aligned(global);
   emulator::self().open.push_back({shared, valid ? global : nullptr});
@@ -369,7 +402,7 @@ void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads,
         b.memory = b.shared.data() + (-reinterpret_cast<uintptr_t>(b.shared.data()) % emulator::kAlign);
         b.beyond = b.memory + shared;
         const unsigned number = b.index.x + b.index.y + b.index.z;
-        b.backwards = number % 2, b.early = (number + 1) / 2 % 2;
+        b.backwards = number % 2, b.early = (number + 1) / 2 % 2, b.late = (number + 1) % 3 > 0;
         b.phase = b.arrived = 0;
         emulator::run_block(b);
       }

@@ -167,4 +167,5 @@ PROBE int64_t probe_bias_index(int64_t bias_size, int64_t query, int64_t key) {
   return linmu::bias_index(p, query, key);
 }
 
+PROBE int64_t probe_stored_matrices() { return linmu::emulator::stored_matrices; }
 PROBE int64_t probe_boxes() { return linmu::emulator::tma_boxes; }

@@ -61,7 +61,7 @@ def test_scan_of_sm90(case, dtype, direction, options, monkeypatch):
     [
         ((2, 140, 4, 2, 1, 4, 128, 64), "both", ()),
         ((2, 100, 4, 2, 2, 4, 64, 64), "both", ("reverse_B", "reverse_C", "head_gate", "D")),
-        ((1, 300, 6, 6, 1, 1, 64, 128), "forward", ("seq_idx",)),
+        ((1, 300, 6, 6, 1, 1, 64, 128), "reverse", ("seq_idx",)),
         ((2, 100, 3, 1, 3, 1, 40, 24), "reverse", ("reverse_B", "seq_idx", "D")),
     ],
     ids=["grouped", "own B and C", "a head's own x", "rows shorter than a box"],
