@@ -1,0 +1,118 @@
+"""What ptxas makes of the kernels that matter on sm_90a: counts in their hot loops, and modelled cycles of a round.
+
+The figures are of one release of nvcc. Cycles are no time (see sass.py): a change that raises them by over a tenth has
+to say why, and to give the new figure here and on the kernel's page.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import pytest
+
+from tests.cuda import sass
+from tests.cuda.conftest import build
+
+NVCC = "release 13.0"
+
+
+@dataclass
+class Hot:
+    kernel: str  # its mangled name has it
+    loop: tuple[str, ...]  # holds all instructions of the first name, and some of the others
+    through: str  # the path that is modelled passes the most of these,
+    avoid: str  # and the fewest of these
+    tensor: int  # wgmma or mma in the loop
+    waits: int  # for wgmma
+    static: int  # instructions of the loop, at most
+    cycles: int
+
+
+# The slices' path: output is stored, chunks are even, nothing is spoiled.
+SLICE = ("HGMMA",), r"STG\.E\.128|HGMMA|EX2", r"-126|STG\.E\.U8"
+HOT = {
+    "slice": Hot("slice_kernelINS_4bf16ELi2ELb1ELi1E", *SLICE, tensor=28, waits=4, static=1750, cycles=2215),
+    "slice, 64 of N": Hot("slice_kernelINS_4bf16ELi1ELb1ELi1E", *SLICE, tensor=16, waits=4, static=1650, cycles=1999),
+    "slice, exact": Hot("slice_kernelINS_4bf16ELi2ELb1ELi3E", *SLICE, tensor=44, waits=6, static=2250, cycles=2826),
+    "slice, no output": Hot("slice_kernelINS_4bf16ELi2ELb0ELi1E", *SLICE, tensor=8, waits=1, static=250, cycles=691),
+    "states": Hot(
+        "states_kernelINS_4bf16ELi64E", ("HMMA", "LDGSTS"), "LDGSTS|HMMA|STS", r"STG|U16",
+        tensor=32, waits=0, static=2900, cycles=3575,
+    ),
+    "window": Hot(
+        "warpgroup_forward_kernelINS_4bf16ELi128E", ("HGMMA",), "HGMMA|EX2", "LDG",
+        tensor=16, waits=2, static=1450, cycles=1785,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def code():
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    if NVCC not in subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout:
+        pytest.skip(f"the figures are of nvcc {NVCC}")
+    tool = sass.cuobjdump()
+    if tool is None:
+        pytest.skip("needs cuobjdump (package nvidia-cuda-cuobjdump)")
+    options = dict(LINMU_CUDA="ON", LINMU_CUDA_ARCHS="90a-real", CMAKE_CUDA_FLAGS="-Xptxas=-v")
+    library, _ = build("linmu_cuda", "linmu_cuda_sm_90a", **options)
+    return sass.kernels(library, tool, "|".join(hot.kernel for hot in HOT.values()))
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_hot_loop(name, code):
+    hot = HOT[name]
+    (kernel,) = (k for n, k in code.items() if hot.kernel in n)
+    loop = kernel.loop(*hot.loop)
+    found = sass.count(loop)
+    assert found["HGMMA"] + found["HMMA"] == hot.tensor
+    assert found["wait"] == hot.waits  # one for each product would be one after another
+    assert found["LDL"] == found["STL"] == 0
+    assert found["I2F"] == 0  # a division
+    assert len(loop) <= hot.static
+    cycles, instructions = kernel.cycles(loop, hot.through, hot.avoid)
+    print(f"{name}: {instructions} of {len(loop)} instructions, {cycles} cycles")
+    assert cycles <= 1.1 * hot.cycles
+
+
+@pytest.mark.parametrize("name", ["slice", "slice, exact", "slice, no output"])
+def test_slices_touch_no_two_bytes_of_shared_memory(name, code):
+    (kernel,) = (k for n, k in code.items() if HOT[name].kernel in n)
+    assert not any(re.fullmatch(r"(LDS|STS)\.U16", k) for k in sass.count(kernel.code))
+
+
+def instructions(*lines):
+    return [sass.Instruction(16 * k, text, *control) for k, (text, *control) in enumerate(lines)]
+
+
+def test_the_model_waits_for_what_an_instruction_waits_for():
+    kernel = sass.Kernel(
+        "",
+        instructions(
+            ("LDS R0, [R1]", 1, 0, 7, 0),  # signals on scoreboard 0 after 30 cycles
+            ("IADD3 R2, R2, R3, RZ", 4, 7, 7, 0),
+            ("IADD3 R0, R0, R2, RZ", 5, 7, 7, 1),  # waits for it
+            ("@P0 BRA 0x0", 2, 7, 7, 0),
+        ),
+    )
+    assert kernel.cycles(kernel.loop("LDS"), "$^") == (30 + 5 + 2, 4)
+
+
+def test_the_model_takes_the_path_that_is_asked_for():
+    kernel = sass.Kernel(
+        "",
+        instructions(
+            ("@P0 BRA 0x30", 2, 7, 7, 0),
+            ("MUFU.EX2 R0, R0", 9, 7, 7, 0),
+            ("MUFU.EX2 R1, R1", 9, 7, 7, 0),
+            ("FADD R0, R0, R1", 4, 7, 7, 0),
+            ("@P1 BRA 0x0", 1, 7, 7, 0),
+        ),
+    )
+    loop = kernel.loop("MUFU")
+    assert kernel.cycles(loop, "EX2") == (2 + 9 + 9 + 4 + 1, 5)
+    assert kernel.cycles(loop, "FADD") == (2 + 8 + 4 + 1, 3)
