@@ -1,4 +1,4 @@
-"""The commands `linmu distill` and `linmu evaluate`. What takes long to import is imported inside them."""
+"""The commands `linmu distill`, `answers` and `evaluate`. What takes long to import is imported inside them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,35 @@ def distill(
         stop("stopped; go on with --resume", 130)
     if report is not None:
         typer.echo(f"report: {report}")
+
+
+def answers(
+    config: Annotated[Path, typer.Argument(help="The TOML file of a run.")],
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That will train; as many as decode if left out.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples that are decoded together.")] = 64,
+) -> None:
+    """Decode the teacher's own answers before stage 3 needs them. Stopped at any instant, it goes on from there."""
+    with _needs_extra():
+        from .config import ConfigError, load_config
+
+    try:
+        settings = load_config(config)
+    except ConfigError as error:
+        stop(error)
+    with _needs_extra():
+        from .answers import decode_ahead
+        from .data.records import DataError
+        from .run import RunError
+
+    try:
+        line = decode_ahead(settings, processes, batch)
+    except (RunError, DataError, OSError) as error:
+        stop(error)
+    except KeyboardInterrupt:
+        stop("stopped; the same command goes on", 130)
+    typer.echo(line)
 
 
 def evaluate(

@@ -95,4 +95,5 @@ def test_an_unknown_command_is_refused():
 def test_the_package_offers_its_commands(installed):
     text = (installed / "linmu.egg-info" / "entry_points.txt").read_text()
     assert "linmu = linmu_models.cli:main" in text and "linmu = linmu_distill.lmms:manifest" in text
-    assert "distill = linmu_distill.cli:distill" in text and "evaluate = linmu_distill.cli:evaluate" in text
+    for command in ("distill", "answers", "evaluate"):
+        assert f"{command} = linmu_distill.cli:{command}\n" in text

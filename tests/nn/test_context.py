@@ -78,8 +78,14 @@ def check(gang, name, kind, layer, lengths):
     assert_whole(lengths, PER_TOKEN, ["output 1"] * (len(weights) - 1), got, want)
 
 
-@pytest.mark.parametrize("kind", ["plain", "padded", "packed", "packed and padded"])
-@pytest.mark.parametrize("name", SPLIT)
+KINDS = ["plain", "padded", "packed", "packed and padded"]
+FEW = {(name, "plain") for name in SPLIT} | {(name, kind) for name in ("default", "text_window") for kind in KINDS}
+EVERY = [
+    pytest.param(name, kind, marks=() if (name, kind) in FEW else pytest.mark.sweep) for name in SPLIT for kind in KINDS
+]
+
+
+@pytest.mark.parametrize("name, kind", EVERY)
 def test_a_split_row_is_the_row(gang, name, kind):
     """Blocks of several ranks, whose frames are cut, visited across ranks; padding and sequences on borders."""
     check(gang, name, kind, 2, LENGTHS[4])
