@@ -26,7 +26,9 @@ def test_json(capsys):
     assert found["failures"] == [] and code == 0
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["python"] == sys.version.split()[0]
     assert set(found["binaries"]) == {"liblinmu_cpu.so", "liblinmu_cuda.so", "_C"}
-    assert "for sm_80 and sm_100 they have not run on a GPU" in found["binaries"]["liblinmu_cuda.so"]["evidence"]
+    evidence = found["binaries"]["liblinmu_cuda.so"]["evidence"]
+    assert "for sm_80 and sm_100 they have not run on a GPU" in evidence
+    assert "no GPU has run the forward scan by slices" in evidence
     rows = [r for r in found["ops"] if r["device"] == "cpu"]
     assert sorted((r["op"], r["implementation"]) for r in rows) == sorted(
         (op, impl) for op in _registry.OPS for impl in _registry.NAMESPACE
