@@ -1,4 +1,4 @@
-"""What one stage leaves for the next. A stage refuses to start from anything else, and says why."""
+"""What one stage leaves for the next. A stage starts from nothing else; where it cannot, it says why."""
 
 import json
 import os

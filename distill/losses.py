@@ -1,7 +1,7 @@
 """The four losses of the paper (Eq. 6-9), as means over tokens in nats.
 
-A mean is over the tokens that count, never over padding or the batch. Where a step is split over micro-batches or
-processes, the caller passes how many tokens the whole step has, so that the parts add up to one mean.
+A mean is over the tokens that count, never over padding or the batch. A step may be split over micro-batches or
+processes. The caller then passes how many tokens the whole step has, and the parts add up to one mean.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -93,8 +93,10 @@ def joint_weights(
     kinds: Mapping[str, Tensor | Sequence[Tensor]], scales: Mapping[str, Sequence[float]] | None,
     counts: Mapping[str, int], layers: int,
 ) -> list[Tensor]:  # fmt: skip
-    """Weights for which one `hidden_loss` with `num_tokens=1` is the mean of one for each kind, over the kinds that
-    have a token: whatever the number of kinds, errors are computed once.
+    """Weights that make one `hidden_loss` of several, so that errors are computed once.
+
+    With these weights and `num_tokens=1`, `hidden_loss` is a mean over kinds: of the loss of each kind that has a
+    token.
 
     Args:
         kinds: for each kind, the `weights` of its `hidden_loss`.
@@ -117,7 +119,7 @@ def joint_weights(
 
 
 def num_weighed(weights: Tensor | Sequence[Tensor]) -> int:
-    """The sum of the weights of tokens, the same at each layer and whole but for rounding."""
+    """The sum of the weights of tokens. It is the same at each layer, and a whole number but for rounding."""
     return round(float((weights if isinstance(weights, Tensor) else weights[0]).sum(dtype=torch.float64)))
 
 
@@ -148,7 +150,7 @@ def answer_losses(
     num_supervised: int | None = None,
     chunk_size: int = 1024,
 ) -> AnswerLosses:
-    """L_tok, L_seq and L_sup (Eq. 7-9) at the kept positions, with never more than `chunk_size` rows of logits alive.
+    """L_tok, L_seq and L_sup (Eq. 7-9) at the kept positions. Only `chunk_size` rows of logits are alive at a time.
 
         L_tok = tau^2 / T sum_t KL(softmax(teacher / tau) || softmax(student / tau))
         L_seq = -1 / T sum_t log softmax(student)[targets[t]]        over the positions of the teacher's own answers

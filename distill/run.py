@@ -1,4 +1,4 @@
-"""A whole run: convert, calibrate, three stages, evaluation after each, report. Any part of it can be gone on with."""
+"""A whole run: convert, calibrate, three stages, evaluation after each, report. A run that was cut short resumes."""
 
 import dataclasses
 import hashlib
@@ -120,8 +120,11 @@ class Run:
     # -- steps of a run ------------------------------------------------------------------------------------------
 
     def is_finished(self, number: int) -> bool:
-        """Whether a stage has its result, as the main process finds it: what a process that lags behind finds may be
-        newer, and processes that go different ways wait for each other for ever."""
+        """Whether a stage has its result. All processes use what the main process finds.
+
+        A process that lags behind could find a newer result. Processes that go different ways would wait for each other
+        for ever.
+        """
         return self._agreed(handoff.is_finished(self.folder, number))
 
     def _agreed(self, found: bool) -> bool:
@@ -130,11 +133,11 @@ class Run:
         return agreed[0]
 
     def check_stages(self) -> None:
-        """Find out what the options cannot do with this teacher before hours have gone by.
+        """Check the options against this teacher, before hours have gone by.
 
         Raises:
-            RunError: no layer would be replaced, a part of the block would never be used, or the built-in tasks are
-                asked of a teacher that cannot be shown them.
+            RunError: no layer would be replaced; a part of the block would never be used; or the teacher cannot be
+                shown the built-in tasks that are asked of it.
             ConfigError: a stage has nothing to train.
         """
         counts = self.config.evaluation.counts(final=True)
@@ -179,7 +182,11 @@ class Run:
         return True
 
     def prepare(self) -> None:
-        """Convert and calibrate: "stage 0"; anew if it is damaged or of other settings and no stage has begun."""
+        """Convert and calibrate: this is "stage 0".
+
+        A stage 0 that is there stays. It is made anew if it is damaged or of other settings, as long as no stage has
+        begun.
+        """
         if self._agreed(self.accelerator.is_main_process and self._has_start()):
             return
         if self.accelerator.is_main_process:
@@ -205,7 +212,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _calibrate(self, student: Student, batches: list[Batch]) -> dict[str, list[float]]:
-        """Set sizes before training; the teacher's mean squares, which L_hid is relative to."""
+        """Set the sizes of the blocks. Returns the teacher's mean squares, which L_hid is relative to."""
         layers, exact = list(student.blocks), isinstance(self.config.block, ExactConfig)
         linmu_models.calibrate(student.model, self.teacher, batches, step_sizes=exact)
         squares: dict[str, list[float]] = {}
@@ -217,7 +224,7 @@ class Run:
         return squares
 
     def train(self, number: int) -> None:
-        """Train stage `number` from the result of the stage before it; without steps, hand that result on."""
+        """Train stage `number` from the result of the stage before. Without steps, hand that result on."""
         config, stage = self.config, self.stage(number)
         if not stage.steps:
             state, _ = handoff.load_result(self.folder, number - 1, self.teacher_hash, config)
@@ -281,13 +288,15 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _measured(self, after: int | None, **options: Any) -> str:
-        """Hash of what a measurement of the teacher (None), or of what stage `after` left, depends on."""
+        """Hash of all that a measurement depends on: one of the teacher (None), or of what stage `after` left."""
         weights = self.teacher_hash if after is None else handoff.weights_hash(self.folder, after)
         return hash_of([self.teacher_hash, weights, options])[:16]
 
     def evaluate(self, after: int | None, model: PreTrainedModel, counts: dict[str, int]) -> None:
-        """Exact match of the teacher (None), or of what stage `after` left, on held-out samples; kept in
-        `evaluation.json`."""
+        """Measure exact match on held-out samples: of the teacher (None), or of what stage `after` left.
+
+        The results are kept in `evaluation.json`.
+        """
         from .evaluation import evaluate
 
         label, path = _label(after), self.folder / "evaluation.json"
@@ -309,8 +318,10 @@ class Run:
             self.accelerator.print(f"{label:<8} {result}")
 
     def measure_held_out(self, after: int | None, model: PreTrainedModel) -> dict[str, Any] | None:
-        """Perplexity and agreement on held-out data, if any, of the teacher (None), or of what stage `after` left; kept
-        in `held_out.json`."""
+        """Measure perplexity and agreement on held-out data: of the teacher (None), or of what stage `after` left.
+
+        The results are kept in `held_out.json`. None where the run has no held-out data.
+        """
         options, label, path = self.config.evaluation, _label(after), self.folder / "held_out.json"
         if options.held_out is None:
             return None
@@ -338,7 +349,7 @@ class Run:
         return found
 
     def evaluate_stage(self, number: int) -> None:
-        """Evaluate what stage `number` left (0: the untrained student), and before that, once, the teacher."""
+        """Evaluate what stage `number` left; 0 is the untrained student. The teacher is evaluated once, before it."""
         options = self.config.evaluation
         if 0 < number < len(STAGES) and not self.config.stage(number).steps:
             return
@@ -355,7 +366,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def export(self) -> Path:
-        """Write the finished student, LoRA merged, as a transformers model that loads anywhere `linmu` is installed."""
+        """Write the finished student as a transformers model, with LoRA merged. It loads where `linmu` is installed."""
         target = self.folder / "student"
         if self.accelerator.is_main_process:
             student = self.student_after(len(STAGES))
@@ -373,7 +384,7 @@ class Run:
         return target
 
     def finish(self) -> Path | None:
-        """Export the student, measure speed, write the report; its path on the first process."""
+        """Export the student, measure speed, write the report. Returns the report's path on the first process."""
         folder = self.export()
         if not self.accelerator.is_main_process:
             return None
@@ -408,18 +419,18 @@ def _label(after: int | None) -> str:
 
 
 def _measurements(path: Path) -> dict[str, Any]:
-    """What has been measured, by label; of what is no row, nothing."""
+    """What has been measured, by label. What is no row is left out."""
     return {label: row for label, row in read_json(path).items() if isinstance(row, dict)}
 
 
 def _in_order(table: dict[str, Any]) -> dict[str, Any]:
-    """Measurements in the order of a run, whichever was made first."""
+    """Measurements in the order of a run's stages."""
     labels = [_label(after) for after in (None, *range(len(STAGES) + 1))]
     return {label: table[label] for label in labels if label in table}
 
 
 def distill(config: Config, stage: int | None = None, resume: bool = False) -> Path | None:
-    """Run all stages, or one, and return the path of the report when the last one is done.
+    """Run all stages, or one. Returns the path of the report when the last stage is done.
 
     Raises:
         RunError: the folder holds a run and `resume` is False, or another process is at work in it.

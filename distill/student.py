@@ -1,4 +1,4 @@
-"""The student: which of its parameters are which, how its branches are switched, and what LoRA adds."""
+"""The student: what its parameters are, how its branches are switched, and what LoRA adds."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,16 +36,16 @@ _FFN = r".*layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj"
 
 
 def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, Block]:
-    """Decoder layer -> the block that took the place of its attention; layers that kept attention are not in it."""
+    """Decoder layer -> the block in the place of its attention. Layers that kept their attention are left out."""
     pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
     new = {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "scan") and not hasattr(theirs, "scan")}
     return cast(dict[int, Block], new)
 
 
 def set_windows(blocks: Iterable[Block], on: bool) -> None:
-    """Switch the windows of the paper's blocks on (where they have some) or off; off, a block gives Norm(y_flex).
+    """Switch the windows of the paper's blocks (`MMATE`) on or off. Without windows a block gives Norm(y_flex).
 
-    Those of `ExactMMATE` stay on: its scan stands for what they leave out.
+    The windows of an `ExactMMATE` stay on, as its scan stands for what they leave out.
     """
     for block in blocks:
         if not isinstance(block.config, ExactConfig):
@@ -90,9 +90,10 @@ def _shows_text(block: Block) -> bool:
 
 
 def reach_all(blocks: Iterable[nn.Module]) -> None:
-    """Let a block's output depend on all that it trains also where there are no visual tokens, if only by nothing.
+    """Let each block's output depend on all its trainable parameters, also in a batch without visual tokens.
 
-    What acts on these alone then has a gradient of 0 and not none, which DDP and FSDP2 would wait for in vain.
+    Parameters that act on visual tokens alone then have a gradient of 0. Otherwise they would have none, and DDP and
+    FSDP2 would wait for it in vain.
     """
 
     def add_nothing(block: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> Any:
@@ -106,8 +107,10 @@ def reach_all(blocks: Iterable[nn.Module]) -> None:
 
 
 def beyond_windows(student: nn.Module) -> set[str]:
-    """Names of parameters that act only where something lies beyond a token's window: of scans that are mixed with the
-    window as softmax would."""
+    """Names of parameters that act only where something lies beyond a token's window.
+
+    These are the scans that `ExactMMATE` mixes with its windows as one softmax would.
+    """
     return {
         f"{path}.{name}"
         for path, block in student.named_modules()
@@ -118,10 +121,10 @@ def beyond_windows(student: nn.Module) -> set[str]:
 
 
 def decaying(student: nn.Module) -> set[str]:
-    """Names of parameters that weight decay may pull to 0: weights of linear maps from channels to channels.
+    """Names of parameters that weight decay may pull to 0: the weights of linear maps from channels to channels.
 
-    Decays, step sizes, gates, norms and biases are no weights: pulling them to 0 would shorten the memory. What starts
-    as the identity (learned feature maps) is at 0 further from it than anywhere else.
+    Decays, step sizes, gates, norms and biases are left out, as pulling them to 0 would shorten the memory. So are
+    learned feature maps, which start as the identity: 0 is far from it.
     """
     return {
         f"{path}.weight"
@@ -163,7 +166,7 @@ def add_lora(student: PreTrainedModel, rank: int, seed: int, target: str = _FFN)
 
 @torch.no_grad()
 def merge_lora(handle: Any) -> PreTrainedModel:
-    """Fold the updates into weights of the student's own and remove peft's modules."""
+    """Fold the updates into weights of the student's own, and remove peft's modules."""
     for module in handle.model.modules():
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Linear):
@@ -173,12 +176,12 @@ def merge_lora(handle: Any) -> PreTrainedModel:
 
 
 def _plain(name: str) -> str:
-    """A tensor's name as it is without LoRA: peft keeps a layer that it updates one level down."""
+    """A tensor's name without LoRA. peft keeps a layer that it updates one level further down."""
     return name.replace(".base_layer.", ".")
 
 
 def own_state(student: PreTrainedModel, blocks: dict[int, Block]) -> dict[str, Tensor]:
-    """What the student has and its teacher has not: the M-MATE blocks, and LoRA where it is on. For all processes."""
+    """What the student has and its teacher has not: the blocks, and LoRA where it is on. All processes must call it."""
     own = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return {
         _plain(name): gathered(tensor)
@@ -189,7 +192,7 @@ def own_state(student: PreTrainedModel, blocks: dict[int, Block]) -> dict[str, T
 
 @torch.no_grad()
 def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Put back what `own_state` gave; LoRA in the state of a later stage is not expected in an earlier one.
+    """Put back what `own_state` gave. The student must have LoRA where the state has it.
 
     Raises:
         ValueError: a tensor of the state is not in the student, or has another shape.
@@ -204,11 +207,12 @@ def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) -> Iterator[list[Tensor]]:
-    """See, while `teacher` runs once on a batch, what its answers read.
+    """Record what answers read, while `teacher` runs once on a batch.
 
     Yields:
-        A list that holds afterwards for each of `layers` (B, L) float32, the weights of tokens: what `read_later` makes
-        of the attention from the positions that predict answers. Their sum is the number of these positions.
+        A list that is filled when the context ends. For each of `layers` it then holds weights of tokens, (B, L)
+        float32: what `read_later` makes of the attention from the positions that predict answers. The sum of the
+        weights is the number of these positions.
     """
     supervised = kept_positions(batch["labels"])
     answers = torch.zeros_like(batch["labels"], dtype=torch.bool)
@@ -222,7 +226,7 @@ def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch
 
 @torch.no_grad()
 def what_is_read(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) -> list[Tensor]:
-    """What `record_reading` finds in a run of the teacher."""
+    """Run the teacher once, and return what `record_reading` finds."""
     with record_reading(teacher, layers, batch) as reading:
         teacher.model(**model_inputs(batch), use_cache=False)
     return reading
@@ -231,8 +235,11 @@ def what_is_read(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) 
 def hidden_kinds(
     student: LinmuModel, batch: Batch, reading: list[Tensor] | None = None
 ) -> dict[str, Tensor | list[Tensor]]:
-    """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them: all tokens, or with `reading` visual
-    tokens, text, and what answers read."""
+    """The weights of tokens for each mean in L_hid, as `hidden_loss` takes them.
+
+    Without `reading` there is one mean, over all tokens. With it there are three: over visual tokens, over text, and
+    over what answers read.
+    """
     mask = real_tokens(batch)
     if reading is None:
         return {"tokens": mask}
@@ -244,8 +251,9 @@ def hidden_kinds(
 @torch.no_grad()
 def mean_squares(model: PreTrainedModel, layers: Sequence[int], batches: Sequence[Batch],
                  kinds: Sequence[dict[str, Tensor | list[Tensor]]]) -> dict[str, list[float]]:  # fmt: skip
-    """For each kind of token and each layer, the mean of ||attention output||^2; of a kind without a token, that of the
-    tokens of all kinds.
+    """For each kind of token and each layer, the mean of ||attention output||^2.
+
+    A kind without a token gets the mean over the tokens of all kinds.
 
     Args:
         kinds: what `hidden_kinds` gives for each batch.

@@ -63,11 +63,11 @@ _RECENT = 50  # steps whose mean stands for the end of a stage
 
 
 class TrainingError(RuntimeError):
-    """Training stopped because its result would be worth nothing; the last good checkpoint is untouched."""
+    """Training stopped, as its result would be worth nothing. The last good checkpoint is untouched."""
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C or a termination signal arrived; everything is saved."""
+    """Ctrl-C or a termination signal arrived. Everything is saved."""
 
 
 @dataclass
@@ -84,8 +84,12 @@ class Teacher:
     def __call__(
         self, batch: Batch, hidden: bool, inputs: bool, reading: bool
     ) -> tuple[Tensor, list[Tensor], list[Batch], list[Tensor] | None]:
-        """Final hidden states `(B, L, D)`, and where asked for the outputs and the inputs of attention at `layers`, and
-        what answers read (see `record_reading`)."""
+        """Run the teacher on a batch.
+
+        Returns:
+            The final hidden states `(B, L, D)`. The outputs and the inputs of attention at `layers`, where asked for.
+            What answers read (see `record_reading`), where asked for.
+        """
         modules = [attention_modules(self.model)[i] for i in self.layers]
         packed = batch.get("seq_idx")
         with (
@@ -100,8 +104,11 @@ class Teacher:
 
 @dataclass
 class Part:
-    """A micro-batch with all that its losses need. Samples after `num_samples` hold the teacher's own answers (L_seq);
-    a sample is a row, or all of them are one."""
+    """A micro-batch with all that its losses need.
+
+    The samples after the first `num_samples` hold the teacher's own answers (L_seq). Each sample is a row; or the batch
+    is packed, and one row holds all samples.
+    """
 
     batch: Batch
     num_samples: int
@@ -109,9 +116,9 @@ class Part:
     """(n, D): the teacher's hidden states at the kept positions of the first `num_samples` samples."""
     hidden: list[Tensor]
     inputs: list[Batch]
-    """What the teacher's attention saw at each layer, where the student's blocks are to see it too; else empty."""
+    """What the teacher's attention saw at each layer. Empty where the student's blocks see their own stream."""
     kinds: dict[str, Tensor | list[Tensor]]
-    """The weights (B, L) of the tokens that the teacher has seen, for each mean in L_hid, or those of each layer."""
+    """For each mean in L_hid, the weights (B, L) of the tokens: one tensor for all layers, or one for each."""
     same: Tensor
     """(num_samples,) bool: samples whose true answers are the teacher's own answers too."""
     counts: dict[str, int]
@@ -119,17 +126,17 @@ class Part:
 
 
 class Objective(nn.Module):
-    """The student and the losses in one forward pass, so that DDP and FSDP see one module and one loss."""
+    """The student and its losses in one forward pass. So DDP and FSDP see one module and one loss."""
 
     def __init__(self, student: LinmuModel, teacher: Teacher, stage: Stage) -> None:
-        """`teacher` is kept out of the module tree: it is frozen and wrapped by nobody."""
+        """The teacher stays out of the module tree, as it is frozen and nobody wraps it."""
         super().__init__()
         self.student = student
         self._teacher = (teacher,)
         self.stage = stage
 
     def forward(self, part: Part, counts: dict[str, int]) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss's mean; `counts` are the tokens of the whole step."""
+        """This micro-batch's share of the mean of each loss. `counts` are the tokens of the whole step."""
         (teacher,) = self._teacher
         hidden = "hidden" in self.stage.losses
         modules = attention_modules(self.student)
@@ -180,7 +187,12 @@ def num_samples(batch: Batch) -> int:
 
 def assemble(source: Source, samples: list[Any], teacher: Teacher, student: LinmuModel, stage: Stage,
              transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
-    """Run the teacher on samples and collect what the losses need; the student tells where its visual tokens are."""
+    """Run the teacher on samples, and collect what the losses need.
+
+    Args:
+        student: says where its visual tokens are.
+        transcripts: the teacher's own answers, where `stage` uses L_seq.
+    """
 
     def made(samples: list[Any]) -> Batch:
         batch = source.processor(samples)
@@ -223,7 +235,7 @@ def assemble(source: Source, samples: list[Any], teacher: Teacher, student: Linm
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """The learning rate of a step counted from 0: linear warm-up, then half a cosine."""
+    """The learning rate of a step; the first is 0. It rises linearly, then falls by half a cosine."""
     warmup = math.ceil(_WARMUP * stage.steps)
     if step < warmup:
         return stage.learning_rate * (step + 1) / (warmup + 1)
@@ -232,7 +244,7 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """A number for each tensor that changes when any of its bytes does (except by freak coincidence)."""
+    """A number for each tensor. It changes when a byte of the tensor does, but for a freak coincidence."""
     sums = {}
     for name, tensor in parameters.items():
         flat = local_part(tensor).detach().contiguous().flatten()
@@ -243,7 +255,7 @@ def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and termination signals instead of dying in the middle of a step; a second Ctrl-C does stop."""
+    """Collect Ctrl-C and termination signals, so that a step can end first. A second Ctrl-C stops at once."""
     caught: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -301,7 +313,7 @@ class StageTrainer:
         return self.folder / "metrics.jsonl"
 
     def run(self) -> dict[str, float]:
-        """Train to the end of the stage and return the means of the last steps' losses."""
+        """Train to the end of the stage. Returns the mean of each loss over the last steps."""
         self.folder.mkdir(parents=True, exist_ok=True)
         objective = self._spread(Objective(self.student, self.teacher, self.stage))
         self.student.train()
@@ -472,15 +484,18 @@ class StageTrainer:
         return [value] if self.accelerator.num_processes == 1 else gather_object([value])
 
     def counts(self) -> dict[str, dict[str, int]] | None:
-        """For each data set, what all processes have read, used and left out; None for data without end or flaws."""
+        """For each data set, what all processes have read, used and left out. None for the built-in tasks."""
         if not isinstance(self.source, Stream):
             return None
         every = self._of_all(self.source.counts)
         return {name: dict(sum((counts[name] for counts in every), Counter())) for name in every[0]}
 
     def throughput(self) -> dict[str, float]:
-        """Of all steps, over all attempts: `tokens`, those of padding left out, `tokens_per_second`, and `padding`, its
-        share of what the models were given. Empty on all processes but the first."""
+        """How fast all steps were, over all attempts. Empty on all processes but the first.
+
+        Returns:
+            `tokens` without padding, `tokens_per_second`, and `padding`: its share of what the models were given.
+        """
         records = read_lines(self.metrics_path) if self.accelerator.is_main_process else []
         if not records:
             return {}
@@ -563,7 +578,7 @@ class StageTrainer:
 
     @contextmanager
     def _log(self, step: int) -> Iterator[Callable[[dict[str, float]], None]]:
-        """Append to the metrics, after dropping what was written past the checkpoint that training goes on from."""
+        """Append to the metrics. What was written after the checkpoint of `step` is dropped first."""
         if not self.accelerator.is_main_process:
             yield lambda record: None
             return
