@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from blocks import DIM, GROUPS, HEADS, OPTIONS, P, build, layout_of, prompt
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from linmu_ops import ExactMMATE, MMATEConfig, MMATEState
 from linmu_ops.context_parallel import ContextParallel, SlabLayout
@@ -125,3 +128,62 @@ def test_what_is_not_split_says_so(gang):
             "ContextParallel: layout must be of L=24 tokens, got 12",
             "ContextParallel: layout must be of L=24 tokens, got 12",
         ]
+
+
+def beside_fsdp(group, lengths, given, parameters, weights, blocks):
+    """Two rows of data, each split over two ranks; the parameters are sharded over all four."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "cp"))
+    context, row = ContextParallel(mesh["cp"], lengths), mesh.get_local_rank("data")
+    block = build(SPLIT["default"], 2)
+    block.load_state_dict(parameters)
+    fully_shard(block, mesh=mesh["data", "cp"]._flatten("all"))
+    here = slice(sum(lengths[: context.rank]), sum(lengths[: context.rank + 1]))
+    z, cos, sin = (given[name][row : row + 1, here] for name in ("z", "cos", "sin"))
+    z = z.clone().requires_grad_()
+    out = block(z, position_embeddings=(cos, sin), layout=layout_of(blocks[row : row + 1], 24), context=context)
+    # FSDP takes the mean of its ranks' gradients, which are shares of one sum.
+    loss = 4 * (out * weights[row : row + 1, here]).sum()
+    loss.backward()
+    gradients = {name: p.grad.full_tensor() for name, p in block.named_parameters()}
+    return out.detach(), z.grad / 4, gradients
+
+
+def test_rows_are_split_beside_sharded_parameters(gang):
+    given, _ = inputs_of("plain")
+    blocks = [[((3, 1, 3), list(range(2, 11)))], [((1, 3, 2), [4, 5, 7, 8, 10, 11])]]
+    block = build(SPLIT["default"], 2)
+    z, weights, lengths = given["z"].clone().requires_grad_(), torch.randn(2, 24, DIM).double(), [9, 15]
+    out = block(z, position_embeddings=(given["cos"], given["sin"]), layout=layout_of(blocks, 24))
+    (out * weights).sum().backward()
+    found = gang(4, beside_fsdp, lengths, given, block.state_dict(), weights, blocks)
+    for row in range(2):
+        mine = found[2 * row : 2 * row + 2]
+        for at, want in ((0, out.detach()), (1, z.grad)):
+            assert (torch.cat([r[at] for r in mine], dim=1) - want[row : row + 1]).abs().max() < 1e-12
+    for _, _, gradients in found:
+        for name, parameter in block.named_parameters():
+            assert (gradients[name] - parameter.grad).abs().max() <= 1e-12 * max(1, parameter.grad.abs().max()), name
+
+
+def checkpointed(group, lengths, given, parameters):
+    """Gradients of a block whose forward runs twice, the second time within the backward pass."""
+    context = ContextParallel(group, lengths)
+    block = build(SPLIT["default"], 2)
+    block.load_state_dict(parameters)
+    mine = slabs(lengths, PER_TOKEN, given)[context.rank]
+    layout = SlabLayout(context, inputs_of("plain")[1])
+    found = []
+    for again in (False, True):
+        z = mine["z"].clone().requires_grad_()
+
+        def call(z):
+            return block(z, position_embeddings=(mine["cos"], mine["sin"]), layout=layout, context=context)
+
+        out = checkpoint(call, z, use_reentrant=False) if again else call(z)
+        found.append(torch.autograd.grad(out.square().sum(), [z, *block.parameters()]))
+    return all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
+def test_a_checkpointed_split_block_is_the_block(gang):
+    given, _ = inputs_of("plain")
+    assert gang(3, checkpointed, LENGTHS[3], given, build(SPLIT["default"], 2).state_dict()) == [True] * 3
