@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linmu_ops._testing import check_implementation, run_op
-from tests.ops import test_ssd_scan as scan_cases
+from tests.ops.cases import ssd_scan as scan_cases
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
 PLAIN, ALL = (), ("D", "dt_softplus", "dt_bias", "seq_idx", "initial_state", "return_final_state")
