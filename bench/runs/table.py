@@ -1,6 +1,7 @@
 """A table of runs: its TOML file, the configuration of each run, and the file of its results."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,8 +35,12 @@ class Row(_Strict):
 
     @model_validator(mode="after")
     def _a_run_or_a_look_at_one(self) -> "Row":
-        if (self.of is None) != (self.after is None) or (self.of and self.set):
+        if (self.of is None) != (self.after is None) or (self.of and (self.set or self.lora_alone)):
             raise ValueError("of and after belong together, without set")
+        try:
+            re.compile(self.lora_alone or "")
+        except re.error as error:
+            raise ValueError(f"lora_alone must be a regular expression, got {self.lora_alone!r}: {error}") from error
         return self
 
 

@@ -8,7 +8,7 @@ import pytest
 from small_run import save_teacher
 from typer.testing import CliRunner
 
-from bench.runs.page import accuracy, difference, draw
+from bench.runs.page import Page, accuracy, difference, draw
 from bench.runs.run import app, run_table
 from bench.runs.table import Results, Table, merged
 from linmu_distill.checkpoint import locked
@@ -143,6 +143,7 @@ def test_processes_share_a_table(tmp_path, capsys):
     [
         ("held_out = 2", "heldout = 2", "two.toml: heldout: unknown key"),
         ("after = 0", "", "two.toml: rows.1: of and after belong together, without set"),
+        ('about = "causal"', 'lora_alone = "("', "two.toml: rows.2: lora_alone must be a regular expression, got '('"),
         ('of = "first"', 'of = "none"', "two.toml: rows.start.of must name a row that is run, got none"),
         ('name = "other"', 'name = "first"', "two.toml: rows: a name must occur once"),
         ("set.student.reverse = false", "set.stage2.steps = 4", "as many steps in all, got first 3, other 7"),
@@ -156,6 +157,15 @@ def test_mistakes_are_named(tmp_path, old, new, line):
     with pytest.raises(ConfigError) as error:
         Table(_write(tmp_path, TABLE.replace(old, new)))
     assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_recipe_of_another_project_is_part_of_its_rows_key(tmp_path):
+    plain = Table(_write(tmp_path))
+    other = Table(_write(tmp_path, TABLE.replace('about = "causal"', r"lora_alone = '.*c_proj'")))
+    assert plain.key(plain.row("first"), 0) == other.key(other.row("first"), 0)
+    assert plain.key(plain.row("other"), 0) != other.key(other.row("other"), 0)
+    page = Page(other, Results(tmp_path / "none.jsonl"))
+    assert r"`lora_alone = '.*c_proj'`" in page.row_table()
 
 
 def test_rows_may_differ_in_compute_where_the_table_says_why(tmp_path):
