@@ -42,7 +42,7 @@ fuzz: setup
 # The libraries under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 ASAN_PRELOAD = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(lib)))
 asan: .venv/ready
-	LINMU_SANITIZE=1 $(BIN)/python setup.py -q build_ext
+	LINMU_BUILD=cpu LINMU_SANITIZE=1 $(BIN)/python setup.py -q build_ext
 	tar -c --exclude='*.so' --exclude=__pycache__ linmu_ops | tar -x -C build/asan
 	for isa in avx2 avx512 avx512bf16; do \
 	  LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
