@@ -44,12 +44,23 @@ def _deterministic_and_poisoned():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def gang(tmp_path_factory):
-    """Processes that work together; none before a test calls it."""
-    from tests.context_parallel.gang import Gang
+GANG = pytest.StashKey()
 
-    gang = Gang(tmp_path_factory.mktemp("gang"))
+
+def pytest_collection_finish(session):
+    """Fork the processes of `gang` before any test: where there is a GPU, PyTorch refuses a backward pass in a process
+    that was forked off one that has run one."""
+    if not session.config.option.collectonly and any("gang" in getattr(i, "fixturenames", ()) for i in session.items):
+        from tests.context_parallel.gang import Gang
+
+        session.config.stash[GANG] = Gang(Path(tempfile.mkdtemp(dir=SCRATCH.name)))
+        session.config.stash[GANG].start()
+
+
+@pytest.fixture(scope="session")
+def gang(request):
+    """Processes that work together; see `tests/context_parallel/gang.py`."""
+    gang = request.config.stash[GANG]
     yield gang
     gang.close()
 

@@ -16,7 +16,7 @@ SIZE = 4
 
 
 class Gang:
-    """Four processes, forked when first needed. `gang(n, work, *args)` is [work(group, *args) in each of the first n].
+    """Four processes. `gang(n, work, *args)` is [work(group, *args) in each of the first n].
 
     One that fails leaves the others waiting for it: all are ended, and the next call forks anew.
     """
