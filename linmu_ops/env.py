@@ -76,6 +76,36 @@ def _torch() -> dict[str, str]:
     return found
 
 
+def _gpus() -> dict[str, str]:
+    """What cuda-python tells of each GPU: what kernels are planned by, and what a clock's cycles are worth."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return {"cuda-python": "not installed (pip install cuda-python): no clocks, caches or multiprocessors"}
+    error, count = runtime.cudaGetDeviceCount()
+    if int(error):
+        return {"devices": error.name}
+    _, driver = runtime.cudaDriverGetVersion()
+    found = {"driver": f"CUDA {driver // 1000}.{driver % 1000 // 10}"}
+
+    def ask(name: str, device: int) -> int:
+        error, value = runtime.cudaDeviceGetAttribute(getattr(runtime.cudaDeviceAttr, f"cudaDevAttr{name}"), device)
+        if int(error):
+            raise RuntimeError(f"{name} of GPU {device}: {error.name}")
+        return int(value)
+
+    for i in range(count):
+        found[f"GPU {i}"] = ", ".join(
+            (
+                f"{ask('MultiProcessorCount', i)} multiprocessors at up to {ask('ClockRate', i) / 1e6:.2f} GHz",
+                f"memory {ask('GlobalMemoryBusWidth', i)} bits at up to {ask('MemoryClockRate', i) / 1e6:.2f} GHz",
+                f"L2 {ask('L2CacheSize', i) / 2**20:.0f} MiB",
+                f"{ask('MaxSharedMemoryPerBlockOptin', i) / 1024:.0f} KiB shared memory a block",
+            )
+        )
+    return found
+
+
 def _binaries(failures: list[str]) -> dict[str, dict[str, str]]:
     from linmu_ops import _native, _registry
 
@@ -150,6 +180,7 @@ def report() -> dict[str, Any]:
         "system": guarded("system", _system),
         "variables": guarded("variables", _variables),
         "torch": guarded("torch", _torch),
+        "CUDA": guarded("CUDA", _gpus),
         "import": guarded("import linmu_ops", lambda: {"linmu_ops": importlib.import_module("linmu_ops").__file__}),
     }
     if "error" not in found["import"]:

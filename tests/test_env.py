@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -103,3 +104,57 @@ def test_describes_an_installation_without_torch():
     found = json.loads(done.stdout)
     assert found["versions"]["torch"] == torch.__version__  # installed, and yet
     assert any(f.startswith("torch: ModuleNotFoundError") for f in found["failures"])
+
+
+class FakeRuntime:
+    """cuda.bindings.runtime, as far as `linmu env` asks it."""
+
+    class cudaDeviceAttr:
+        cudaDevAttrMultiProcessorCount, cudaDevAttrClockRate, cudaDevAttrMemoryClockRate = 132, 1980000, 2619000
+        cudaDevAttrGlobalMemoryBusWidth, cudaDevAttrL2CacheSize = 5120, 50 * 2**20
+        cudaDevAttrMaxSharedMemoryPerBlockOptin = 227 * 1024
+
+    class Error(int):
+        name = "cudaErrorInsufficientDriver"
+
+    def __init__(self, error=0):
+        self.error = self.Error(error)
+
+    def cudaGetDeviceCount(self):
+        return self.error, 1
+
+    def cudaDriverGetVersion(self):
+        return self.Error(0), 13010
+
+    def cudaDeviceGetAttribute(self, attribute, device):
+        return self.Error(0), attribute
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    def give(fake):
+        bindings = types.ModuleType("cuda.bindings")
+        monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+        monkeypatch.delitem(sys.modules, "cuda.bindings.runtime", raising=False)
+        if fake is not None:
+            bindings.runtime = fake
+
+    return give
+
+
+def test_a_gpu_is_described(runtime):
+    runtime(FakeRuntime())
+    assert env._gpus() == {
+        "driver": "CUDA 13.1",
+        "GPU 0": "132 multiprocessors at up to 1.98 GHz, memory 5120 bits at up to 2.62 GHz, L2 50 MiB, "
+        "227 KiB shared memory a block",
+    }
+
+
+def test_no_driver_and_no_cuda_python_are_one_line_each(runtime):
+    runtime(FakeRuntime(35))
+    assert env._gpus() == {"devices": "cudaErrorInsufficientDriver"}
+    runtime(None)
+    (line,) = env._gpus().values()
+    assert line.startswith("not installed (pip install cuda-python)")
