@@ -3,7 +3,8 @@
 A product of (m, k) and (k, n) counts 2 m k n, as PyTorch's own formulas have it; elementwise work counts nothing. A
 chunked or tiled kernel may do more, and is not charged for it:
 
-    ssd_scan              per direction and visit, dt x (outer) B and h C: 4 H P N; the gradient twice that
+    ssd_scan              per direction and visit, dt x (outer) B and h C: 4 H P N; the gradient twice that. A mass
+                          counts as one channel of x
     ssd_step              the same, one visit
     causal_conv1d         2 D K a token; the gradient twice that
     causal_conv1d_step    the same, one token
@@ -33,7 +34,7 @@ Count = Callable[[Mapping[str, Any]], int]
 
 
 def _ssd_scan(given: Mapping[str, Any]) -> int:
-    P, N = given["x"].shape[-1], given["B"].shape[-1]
+    P, N = given["x"].shape[-1] + bool(given.get("normalize")), given["B"].shape[-1]
     return 4 * math.prod(given["dt"].shape) * P * N * (2 if given.get("direction") == "both" else 1)
 
 

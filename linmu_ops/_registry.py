@@ -59,6 +59,7 @@ class Op:
     entries: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...]  # name, schema, reference, fake
     autograd: tuple[Callable[..., None], Callable[..., Any]] | None  # setup_context, backward
     limits: dict[str, Limit]  # per implementation that does not take every call
+    notes: dict[str, Limit]  # per implementation that does some call in another way
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,18 @@ class Asked:
         )
 
 
-# The reason an implementation cannot serve a call, or None.
+# The reason an implementation cannot serve a call, or what it does in another way; or None.
 Limit = Callable[[Asked], str | None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of `explain`: `why_not` is None for a usable implementation."""
+    """One row of `explain`: `why_not` is None for a usable implementation. `note` says what it does in another way."""
 
     impl: str
     why_not: str | None
     chosen: bool = False
+    note: str | None = None
 
 
 OPS: dict[str, Op] = {}
@@ -111,6 +113,7 @@ def define_op(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     limits: dict[str, Limit] | None = None,
+    notes: dict[str, Limit] | None = None,
 ) -> None:
     """Define `name` (and `<name>_bwd`) in every namespace.
 
@@ -122,7 +125,8 @@ def define_op(
         assert bwd_reference and bwd_fake
         entries.append((f"{name}_bwd", bwd_schema, bwd_reference, bwd_fake))
     autograd = (setup_context, backward) if setup_context and backward else None
-    OPS[name] = Op(name, schema, f"{name}_bwd" if bwd_schema else None, tuple(entries), autograd, limits or {})
+    bwd_name = f"{name}_bwd" if bwd_schema else None
+    OPS[name] = Op(name, schema, bwd_name, tuple(entries), autograd, limits or {}, notes or {})
     for ns, lib in _libraries.items():
         define_in(ns, lib, OPS[name])
 
@@ -366,7 +370,7 @@ def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named:
 
     Give the tensors of the call, in the order in which the op takes them, or by name (a scan's `reverse` as it is).
     Some implementations have a limit on sizes; they are judged by the tensors that are given. Returns one
-    `Choice(impl, why_not, chosen)` per implementation.
+    `Choice(impl, why_not, chosen, note)` per implementation.
     """
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
@@ -384,7 +388,13 @@ def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named:
     chosen = wanted or _automatic(op, where, dtype)
     if wanted is None and reason(chosen):
         chosen = next(i for i in PREFERENCE.get(where, ("reference",)) if reason(i) is None)
-    return [Choice(impl, reason(impl), impl == chosen) for impl in NAMESPACE]
+    asked, notes = Asked(arguments, 0), OPS[op].notes
+    return [Choice(i, reason(i), i == chosen, notes[i](asked) if i in notes else None) for i in NAMESPACE]
+
+
+def serves(op: str, like: torch.Tensor) -> str:
+    """The implementation of `op` for tensors like `like`, but for its limits on sizes."""
+    return forced(op) or _automatic(op, like.device.type, like.dtype)
 
 
 def warn_once(key: Any, message: str, stacklevel: int = 5) -> None:

@@ -218,7 +218,8 @@ def check_implementation(op: str, impl: str, inputs: dict[str, Any], wrt: Sequen
         def call(**values: Any) -> Any:
             with _registry.use_impl(f"{op}:{which}"):
                 out = run_op(op, **values)
-            return (out, values["state"]) if "state" in values else out
+            outputs = out if isinstance(out, tuple) else (out,)
+            return (*outputs, values["state"]) if "state" in values else out
 
         return call
 
@@ -286,24 +287,31 @@ class _Draw:
         return (torch.arange(length, dtype=torch.int32) // every).repeat(rows, 1).to(self.device)
 
 
-def _ssd_scan(r: _Draw, B: int = 2, L: int = 37, P: int = 8, N: int = 12) -> dict[str, Any]:
+def _ssd_scan(r: _Draw, B: int = 2, L: int = 37, P: int = 8, N: int = 12, normalize: bool = False) -> dict[str, Any]:
     H, G = 8, 4
-    return dict(
+    inputs = dict(
         x=r.normal(B, L, G, P), dt=r.unit(B, L, H), A=-r.unit(H), B=r.normal(B, L, G, N), C=r.normal(B, L, H, N),
         D=r.small(H), dt_bias=r.small(H), dt_softplus=True, direction="both", reverse_dt=r.unit(B, L, H),
         reverse_A=-r.unit(H), reverse_B=r.normal(B, L, G, N), reverse_C=r.normal(B, L, H, N),
         reverse_dt_bias=r.small(H), reverse_mask=r.mask(B, L), reverse_seq_idx=r.segments(B, L, 9),
         gate=r.unit(B, L, H), seq_idx=r.segments(B, L, 23), token_order=r.order(B, L),
-        initial_state=r.small(B, H, P, N), return_final_state=True,
+        initial_state=r.small(B, H, P + normalize, N), return_final_state=True, normalize=normalize,
     )  # fmt: skip
+    return _without_negative_weights(inputs) if normalize else inputs
 
 
-def _ssd_step(r: _Draw, B: int = 2, P: int = 8, N: int = 12) -> dict[str, Any]:
+def _without_negative_weights(inputs: dict[str, Any]) -> dict[str, Any]:
+    names = ("B", "C", "D", "reverse_B", "reverse_C", "initial_state", "state")
+    return inputs | {k: inputs[k].abs() for k in names if k in inputs}
+
+
+def _ssd_step(r: _Draw, B: int = 2, P: int = 8, N: int = 12, normalize: bool = False) -> dict[str, Any]:
     H, G = 8, 4
-    return dict(
-        state=r.small(B, H, P, N), x=r.normal(B, G, P), dt=r.unit(B, H), A=-r.unit(H), B=r.normal(B, G, N),
-        C=r.normal(B, H, N), D=r.small(H), dt_bias=r.small(H), dt_softplus=True,
+    inputs = dict(
+        state=r.small(B, H, P + normalize, N), x=r.normal(B, G, P), dt=r.unit(B, H), A=-r.unit(H), B=r.normal(B, G, N),
+        C=r.normal(B, H, N), D=r.small(H), dt_bias=r.small(H), dt_softplus=True, normalize=normalize,
     )  # fmt: skip
+    return _without_negative_weights(inputs) if normalize else inputs
 
 
 def _causal_conv1d(r: _Draw, B: int = 2, L: int = 19, D: int = 24, K: int = 4) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
 from ._directions import Reverse
+from .reference._visits import normalized
 from .reference.ssd_scan import ssd_scan as reference
 
 # The fields of `Reverse` lie flat in the schema, each after `reverse_`: autograd, vmap and the other transforms know
@@ -18,11 +20,17 @@ INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, str direction, "
     "Tensor? reverse_dt, Tensor? reverse_A, Tensor? reverse_B, Tensor? reverse_C, Tensor? reverse_dt_bias, "
     "Tensor? reverse_mask, Tensor? reverse_seq_idx, "
-    "Tensor? gate, Tensor? seq_idx, Tensor? token_order, Tensor? initial_state, "
+    "Tensor? gate, Tensor? seq_idx, Tensor? token_order, Tensor? initial_state, bool normalize, "
 )
-SCHEMA = f"({INPUTS}bool return_final_state, int chunk_size) -> (Tensor, Tensor)"
+# y, its mass (0 where there is no mean), final state; of what is not asked for, an empty tensor.
+# for_gradient: a mean is of the accumulate type, because its gradient is a difference, for which 16 bits are too few.
+SCHEMA = f"({INPUTS}bool return_final_state, bool for_gradient, int chunk_size) -> (Tensor, Tensor, Tensor)"
 # One gradient per entry of DIFFERENTIABLE, an empty tensor where the input was None.
-BWD_SCHEMA = f"(Tensor grad_y, Tensor? grad_final_state, {INPUTS}int chunk_size) -> Tensor[]"
+BWD_SCHEMA = (
+    "(Tensor grad_y, Tensor? grad_mass, Tensor? grad_final_state, Tensor? y, Tensor? mass, "
+    f"{INPUTS}int chunk_size) -> Tensor[]"
+)
+_ALIGNED = 8  # channels that `_widened` adds, of which seven are 0: rows of 16-bit numbers stay whole 16 bytes
 ARGUMENTS = tuple(a.split()[1] for a in INPUTS.strip(", ").split(", "))
 DIFFERENTIABLE = (
     "x", "dt", "A", "B", "C", "dt_bias", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_dt_bias",
@@ -48,8 +56,9 @@ def ssd_scan(
     token_order: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    normalize: bool = False,
     chunk_size: int | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Selective state-space scan, in one or both directions, over tokens visited in any order.
 
         forward:  h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (outer) B[t]                 y>[t] = h[t] C[t]
@@ -77,12 +86,18 @@ def ssd_scan(
         seq_idx: (B, L) int32. The state restarts at a visit whose index differs from the visit before.
         token_order: (B, L) int32. A permutation per row; the position visited at t. In place if None.
         initial_state: (B, H, P, N) float32 (float64 for float64 x). State before the first visit; for "reverse", which
-            visits in the opposite order, before the last token. With "both" it is the forward direction's.
+            visits in the opposite order, before the last token. With "both" it is the forward direction's. With
+            `normalize` (B, H, P+1, N): the last row belongs to the mass.
         return_final_state: also return the state after the last visit, of the same direction.
+        normalize: divide y by its mass, which is what the same scan makes of x = 1: y becomes a weighted mean of x.
+            That needs weights >= 0, so C . B, dt and D >= 0. Where the mass is below 2**-100, there is no mean: y is 0,
+            log_mass is -inf, and no gradient flows. The CUDA kernels do not do it: they scan x with channels of ones,
+            and a log_mass has the precision of x's dtype there.
         chunk_size: tokens per chunk of the fast kernels, >= 1; chosen by the kernel if None.
 
     Returns:
-        y: (B, L, H, P), dtype of x. With return_final_state: (y, state), state (B, H, P, N) float32 (or float64).
+        y: (B, L, H, P), dtype of x. With normalize: (y, log_mass), log_mass (B, L, H) float32 (or float64), the log of
+        the mass. With return_final_state the state comes last, (B, H, P, N) or (B, H, P+1, N) float32 (or float64).
 
     Raises:
         ValueError: a shape, device or value breaks the table above. TypeError: a type or dtype does.
@@ -96,19 +111,29 @@ def ssd_scan(
     """
     r = check(
         x, dt, A, B, C, D=D, dt_bias=dt_bias, direction=direction, reverse=reverse, gate=gate, seq_idx=seq_idx,
-        token_order=token_order, initial_state=initial_state, chunk_size=chunk_size,
+        token_order=token_order, initial_state=initial_state, chunk_size=chunk_size, normalize=normalize,
     )  # fmt: skip
     acc = accumulate_dtype(x.dtype)
 
     def small(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(acc)
 
-    y, state = _registry.call(
-        "ssd_scan", x, x, small(dt), small(A), B, C, small(D), small(dt_bias), dt_softplus, direction,
-        small(r.dt), small(r.A), r.B, r.C, small(r.dt_bias), r.mask, r.seq_idx,
-        small(gate), seq_idx, token_order, initial_state, return_final_state, chunk_size or 0,
+    inputs = (
+        small(dt), small(A), B, C, small(D), small(dt_bias), dt_softplus, direction, small(r.dt), small(r.A), r.B, r.C,
+        small(r.dt_bias), r.mask, r.seq_idx, small(gate), seq_idx, token_order,
     )  # fmt: skip
-    return (y, state) if return_final_state else y
+    for_gradient = (
+        normalize
+        and torch.is_grad_enabled()
+        and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *inputs, initial_state))
+    )
+    last = (return_final_state, for_gradient, chunk_size or 0)
+    if normalize and widens("ssd_scan", x):
+        y, mass, state = _widened(x, inputs, initial_state, *last)
+    else:
+        y, mass, state = _registry.call("ssd_scan", x, x, *inputs, initial_state, normalize, *last)
+    outputs = (y.to(x.dtype), *[mass.log()] * normalize, *[state] * return_final_state)
+    return outputs if len(outputs) > 1 else y
 
 
 def check(
@@ -127,6 +152,7 @@ def check(
     token_order: Tensor | None,
     initial_state: Tensor | None,
     chunk_size: int | None,
+    normalize: bool = False,
 ) -> Reverse:
     """Raise for arguments that break the table of `ssd_scan`; what the reverse direction has of its own."""
     if direction not in DIRECTIONS:
@@ -157,7 +183,7 @@ def check(
     d.optional("seq_idx", seq_idx, "B L", torch.int32)
     d.optional("token_order", token_order, "B L", torch.int32)
     acc = accumulate_dtype(x.dtype)
-    d.optional("initial_state", initial_state, "B H P N", acc)
+    d.optional("initial_state", initial_state, state_axes(d, normalize), acc)
     for name, part in (("x", "Gx"), ("B", "Gb"), ("C", "Gc")):
         d.divides(name, part, "H")
     d.same_device(
@@ -169,15 +195,50 @@ def check(
     return r
 
 
-def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    batch, length, heads = dt.shape
+def state_axes(d: Dims, normalize: bool) -> str:
+    """The axes of a state. One row more than x has channels belongs to the mass."""
+    if normalize:
+        d.sizes["P+1"] = d["P"] + 1
+    return "B H P+1 N" if normalize else "B H P N"
+
+
+def widens(op: str, x: Tensor) -> bool:
+    """Whether `normalize` is done around the kernels that serve x, which scan a wider x; see `_cuda_note`."""
+    return _registry.serves(op, x) == "cuda"
+
+
+def _widened(
+    x: Tensor, inputs: tuple[Any, ...], initial_state: Tensor | None, return_final_state: bool, for_gradient: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    P = x.shape[3]
+    ones = F.pad(x.new_ones(1), (0, _ALIGNED - 1)).expand(*x.shape[:3], -1)
+    start = None if initial_state is None else F.pad(initial_state, (0, 0, 0, _ALIGNED - 1))
+    wide = torch.cat([x, ones], dim=3)
+    sums, _, state = _registry.call("ssd_scan", x, wide, *inputs, start, False, return_final_state, False, chunk_size)
+    y, mass = normalized(sums[..., : P + 1].to(accumulate_dtype(x.dtype)))
+    return y, mass, state[:, :, : P + 1].contiguous() if return_final_state else state
+
+
+def _cuda_note(asked: _registry.Asked) -> str | None:
+    return "normalize=True scans x with channels of ones: its kernels do not normalize" if asked["normalize"] else None
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = dict(zip(ARGUMENTS, args, strict=False))
+    x, (batch, length, heads), normalize = given["x"], given["dt"].shape, given["normalize"]
     acc = accumulate_dtype(x.dtype)
-    return_final_state = args[-2]
-    state = (batch, heads, x.shape[3], B.shape[3]) if return_final_state else (0,)
-    return x.new_empty(batch, length, heads, x.shape[3]), x.new_empty(state, dtype=acc)
+    return_final_state, for_gradient = args[-3:-1]
+    state = (batch, heads, x.shape[3] + normalize, given["B"].shape[3]) if return_final_state else (0,)
+    y = x.new_empty(batch, length, heads, x.shape[3], dtype=acc if normalize and for_gradient else x.dtype)
+    mass = (batch, length, heads) if normalize else (0,)
+    return y, x.new_empty(mass, dtype=acc), x.new_empty(state, dtype=acc)
 
 
-def _bwd_fake(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
+def _bwd_fake(
+    grad_y: Tensor, grad_mass: Tensor | None, grad_final_state: Tensor | None, y: Tensor | None,
+    mass: Tensor | None, *args: Any,
+) -> list[Tensor]:  # fmt: skip
     given = dict(zip(ARGUMENTS, args[:-1], strict=True))
     like = given["x"]
     return [
@@ -188,29 +249,41 @@ def _bwd_fake(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> li
     ]
 
 
-def _bwd_reference(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
-    inputs = (*args[:-1], grad_final_state is not None, args[-1])
+def _bwd_reference(
+    grad_y: Tensor, grad_mass: Tensor | None, grad_final_state: Tensor | None, y: Tensor | None,
+    mass: Tensor | None, *args: Any,
+) -> list[Tensor]:  # fmt: skip
+    inputs = (*args[:-1], grad_final_state is not None, True, args[-1])
     wrt = [ARGUMENTS.index(name) for name in DIFFERENTIABLE]
-    return _autograd.gradients(reference, inputs, wrt, (grad_y, grad_final_state))
+    return _autograd.gradients(reference, inputs, wrt, (grad_y, grad_mass, grad_final_state))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.normalize = inputs[ARGUMENTS.index("normalize")]
+    means = output[:2] if ctx.normalize else ()
+    ctx.save_for_backward(*means, *(v for v in inputs if isinstance(v, Tensor)))
     ctx.consts = [None if isinstance(v, Tensor) else (v,) for v in inputs]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_mass: Tensor | None, grad_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
     saved = iter(ctx.saved_tensors)
+    y, mass = (next(saved), next(saved)) if ctx.normalize else (None, None)
     inputs = [next(saved) if c is None else c[0] for c in ctx.consts]
-    *inputs, return_final_state, chunk_size = inputs
+    *inputs, return_final_state, _, chunk_size = inputs
     given = dict(zip(ARGUMENTS, inputs, strict=True))
     if grad_y is None:
         x, dt = given["x"], given["dt"]
-        grad_y = x.new_zeros(*dt.shape, x.shape[3])
-    grads = bwd_op(grad_y, grad_state if return_final_state else None, *inputs, chunk_size)
+        grad_y = (dt if ctx.normalize else x).new_zeros(*dt.shape, x.shape[3])
+    if y is not None and mass is not None:
+        y, grad_y = y.to(mass.dtype), grad_y.to(mass.dtype)
+    else:
+        grad_mass = None
+    grads = bwd_op(grad_y, grad_mass, grad_state if return_final_state else None, y, mass, *inputs, chunk_size)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
-    return (*(by_name.get(n) if given[n] is not None else None for n in ARGUMENTS), None, None)
+    return (*(by_name.get(n) if given[n] is not None else None for n in ARGUMENTS), None, None, None)
 
 
 def _cuda_limit(asked: _registry.Asked) -> str | None:
@@ -241,4 +314,5 @@ _registry.define_op(
     setup_context=_setup_context,
     backward=_backward,
     limits={"cuda": _cuda_limit},
+    notes={"cuda": _cuda_note},
 )

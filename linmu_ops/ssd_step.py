@@ -9,11 +9,13 @@ from torch import Tensor
 
 from . import _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
+from .reference._visits import normalized
 from .reference.ssd_step import ssd_step as reference
+from .ssd_scan import _cuda_note, state_axes, widens
 
 SCHEMA = (
     "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
-    "bool dt_softplus) -> Tensor"
+    "bool dt_softplus, bool normalize) -> (Tensor, Tensor)"
 )
 
 
@@ -28,13 +30,15 @@ def ssd_step(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
-) -> Tensor:
+    normalize: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """One step of the forward scan; `state` is updated in place.
 
         state = exp(dt A) state + dt x (outer) B,    y = state C + D x
 
     Args:
-        state: (B, H, P, N) float32 (float64 for float64 x), contiguous. Updated in place.
+        state: (B, H, P, N) float32 (float64 for float64 x), contiguous. Updated in place. With `normalize`
+            (B, H, P+1, N): the last row belongs to the mass.
         x: (B, Gx, P) float32, float64, bfloat16 or float16. Value of this token.
         dt: (B, H) float. Step size.
         A: (H,) float, <= 0. Decay rate.
@@ -43,9 +47,10 @@ def ssd_step(
         D: (H,) float. Skip connection.
         dt_bias: (H,) float. Added to dt before softplus.
         dt_softplus: apply softplus to dt (+ bias).
+        normalize: as in `ssd_scan`: y becomes a weighted mean of all x so far.
 
     Returns:
-        y: (B, H, P), dtype of x.
+        y: (B, H, P), dtype of x. With normalize: (y, log_mass), log_mass (B, H) float32 (or float64).
 
     Raises:
         ValueError: a shape or device breaks the table above. TypeError: a dtype does.
@@ -57,7 +62,7 @@ def ssd_step(
     d("x", x, "B Gx P", FLOATS)
     acc = accumulate_dtype(x.dtype)
     d("dt", dt, "B H", FLOATS)
-    d("state", state, "B H P N", acc)
+    d("state", state, state_axes(d, normalize), acc)
     d("A", A, "H", FLOATS)
     d("B", B, "B Gb N", x.dtype)
     d("C", C, "B Gc N", x.dtype)
@@ -72,11 +77,19 @@ def ssd_step(
         raise RuntimeError("ssd_step: has no gradient; run it under torch.no_grad(), or use ssd_scan with L = 1")
     small = [None if t is None else t.to(acc) for t in (dt, A, D, dt_bias)]
     _registry.mark_written(state)
-    return _registry.call("ssd_step", x, state, x, small[0], small[1], B, C, small[2], small[3], dt_softplus)
+    wide = normalize and widens("ssd_step", x)
+    rows = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2) if wide else x
+    inputs = (state, rows, small[0], small[1], B, C, small[2], small[3], dt_softplus, normalize and not wide)
+    y, log_mass = _registry.call("ssd_step", x, *inputs)
+    if wide:
+        y, mass = normalized(y.to(acc))
+        return y.to(x.dtype), mass.log()
+    return (y, log_mass) if normalize else y
 
 
-def _fake(state: Tensor, x: Tensor, dt: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape[0], dt.shape[1], x.shape[2])
+def _fake(state: Tensor, x: Tensor, dt: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    mass = dt.shape[:2] if args[-1] else (0,)
+    return x.new_empty(x.shape[0], dt.shape[1], x.shape[2]), x.new_empty(mass, dtype=accumulate_dtype(x.dtype))
 
 
-_registry.define_op("ssd_step", SCHEMA, reference=reference, fake=_fake)
+_registry.define_op("ssd_step", SCHEMA, reference=reference, fake=_fake, notes={"cuda": _cuda_note})

@@ -3,6 +3,7 @@
 // each chunk; the second computes, per chunk and head,
 //     Y = M X + [weight carry]_f (C h) + [weight carry]_b (C r) + D X,      M = sum_d weight_d exp(S_i - S_j) dt_j
 //     C_i.B_j
+// What divides a mean, its mass, is the same of x = 1: row sums of M, and a state of one row, (N,), apart from the tile.
 #include "ssd_scan_careful.h"
 
 namespace linmu {
@@ -13,18 +14,17 @@ namespace {
 // Sums are of float, and so is a state; one that is handed out is updated by products of float as well.
 #if defined(__AVX512BF16__)
 template <class T>
-using unit_t = std::conditional_t<std::is_same_v<T, bf16>, bf16x2, acc_t<T>>;
+constexpr bool kHasPairs = std::is_same_v<T, bf16>;
 #else
 template <class T>
-using unit_t = acc_t<T>;
+constexpr bool kHasPairs = false;
 #endif
 
-template <class T>
+template <class T, bool kPairs>
 class Scan {
   using A = acc_t<T>;
-  using U = unit_t<T>;
+  using U = std::conditional_t<kPairs, bf16x2, A>;
   static constexpr int W = Simd<A>::width;
-  static constexpr bool kPairs = std::is_same_v<U, bf16x2>;
   static constexpr int64_t kPack = kPairs ? 2 : 1;
 
  public:
@@ -50,6 +50,11 @@ class Scan {
       rows_of_units_ = Buffer<U>(s.chunk * units_), x_units_ = Buffer<U>(s.chunk * s.head_dim / 2);
       scaled_units_ = Buffer<U>(s.chunk * s.state_dim / 2), state_units_ = Buffer<U>(units_ * s.head_dim);
     }
+    if (p.normalize) {
+      mass_dim_ = units_ * kPack;
+      mass_ = Buffer<A>(s.bundle * mass_dim_), masses_ = Buffer<A>(s.chunk);
+      if (both_) arriving_mass_ = Buffer<A>(s.bundle * s.chunks * mass_dim_);
+    }
     if (both_) arriving_ = Buffer<U>(s.bundle * s.chunks * arrival()), arriving_bound_.resize(s.chunks * s.bundle);
     if (both_ && !p.shared_projections)
       cb_reverse_ = Buffer<A>(s.chunk * s.chunk), c_reverse_ = Buffer<U>(s.chunk * units_);
@@ -60,22 +65,38 @@ class Scan {
     const bool backwards = !p_.forward.on;
     if (both_) arrive();
     for (int64_t h = 0; h < s_.bundle; ++h) {
-      const int64_t at = (b_ * p_.heads + h0_ + h) * p_.head_dim * p_.state_dim;
-      load_state(p_.initial_state ? static_cast<const A*>(p_.initial_state) + at : nullptr, p_.head_dim, p_.state_dim,
-                 true, s_.head_dim, s_.state, state_ + h * s_.state);
-      bound_[h] = largest(state_ + h * s_.state, s_.state);
+      const A* from = p_.initial_state ? static_cast<const A*>(p_.initial_state) + outside(h) : nullptr;
+      load_state(from, p_.head_dim, p_.state_dim, true, s_.head_dim, s_.state, state_ + h * s_.state);
+      if (p_.normalize) {
+        std::fill(mass(h), mass(h) + mass_dim_, A(0));
+        if (from) std::copy_n(from + p_.head_dim * p_.state_dim, p_.state_dim, mass(h));
+      }
+      bound_[h] = largest_of(h, state_ + h * s_.state, s_.state);
     }
     for (int64_t c = 0; c < s_.chunks; ++c) visit(backwards ? s_.chunks - 1 - c : c, backwards, true);
     if (!p_.final_state) return;
     for (int64_t h = 0; h < s_.bundle; ++h) {
-      const int64_t at = (b_ * p_.heads + h0_ + h) * p_.head_dim * p_.state_dim;
-      save_state(state_ + h * s_.state, p_.head_dim, p_.state_dim, true, s_.head_dim,
-                 static_cast<A*>(p_.final_state) + at);
+      A* to = static_cast<A*>(p_.final_state) + outside(h);
+      save_state(state_ + h * s_.state, p_.head_dim, p_.state_dim, true, s_.head_dim, to);
+      if (p_.normalize) std::copy_n(mass(h), p_.state_dim, to + p_.head_dim * p_.state_dim);
     }
   }
 
  private:
   const SsdScanDirection& direction(bool reverse) const { return reverse ? p_.reverse : p_.forward; }
+
+  // Where a head's state lies in the caller's tensors.
+  int64_t outside(int64_t h) const {
+    return (b_ * p_.heads + h0_ + h) * (p_.head_dim + p_.normalize) * p_.state_dim;
+  }
+
+  // The state of the mass: at hand, and the reverse one that enters a chunk.
+  A* mass(int64_t h) const { return mass_ + h * mass_dim_; }
+  A* arriving_mass(int64_t chunk, int64_t h) const { return arriving_mass_ + (chunk * s_.bundle + h) * mass_dim_; }
+  double largest_of(int64_t h, const A* state, int64_t size) const {
+    const double most = largest(state, size);
+    return p_.normalize ? std::max(most, largest(mass(h), mass_dim_)) : most;
+  }
 
   // The reverse state that enters a chunk, in units, of one head.
   int64_t arrival() const { return kPairs ? units_ * s_.head_dim : s_.state; }
@@ -85,9 +106,11 @@ class Scan {
   void arrive() {
     std::fill(state_.get(), state_ + s_.bundle * s_.state, A(0));
     std::fill(bound_.begin(), bound_.end(), 0.0);
+    if (p_.normalize) std::fill(mass(0), mass(s_.bundle), A(0));
     for (int64_t c = s_.chunks - 1; c >= 0; --c) {
       for (int64_t h = 0; h < s_.bundle; ++h) {
         arriving_bound_[c * s_.bundle + h] = bound_[h];
+        if (p_.normalize) std::copy_n(mass(h), mass_dim_, arriving_mass(c, h));
         if constexpr (kPairs)
           pair_rows(state_ + h * s_.state, round_up(p_.state_dim, 2), s_.head_dim, arriving(c, h));
         else if (c == s_.chunks - 1)
@@ -114,7 +137,7 @@ class Scan {
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t group = (h0_ + h) / s_.per_x;
       if (group != gathered) {
-        x = largest<T>(p_.x, chunk_, group, p_.head_dim);
+        x = std::max(largest<T>(p_.x, chunk_, group, p_.head_dim), p_.normalize ? 1.0 : 0.0);
         if (!in_units || p_.D) gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
         if constexpr (kPairs) gather_pairs(p_.x, chunk_, group, p_.head_dim, rows_, x_units_);
       }
@@ -128,8 +151,9 @@ class Scan {
         continue;
       }
       bound_[h] = next_bound(reverse, before, x);
-      if (with_output) output(h, reverse, state, both_ ? arriving(index, h) : nullptr);
+      if (with_output) output(index, h, reverse, state);
       const Decays<A>& d = decays_[reverse];
+      if (p_.normalize) update_mass(d, mass(h));
       if constexpr (kPairs) {
         if (in_units) {
           pair_rows(b_rows_, rows_, s_.state_dim, scaled_units_, d.leave, d.step);
@@ -149,6 +173,23 @@ class Scan {
     scale_rows<A>(b_rows_, rows_, s_.state_dim, d.leave, d.step, scaled_);
     gemm<A>(p_.state_dim, s_.head_dim, chunk_.visits, scaled_, 1, s_.state_dim, x_, s_.head_dim, to, s_.head_dim,
             {d.total, nullptr, from});
+  }
+
+  void update_mass(const Decays<A>& d, A* mass) {
+    for (int64_t i = 0; i < chunk_.visits; ++i) factor_[i] = d.leave[i] * d.step[i];
+    const auto columns = [&](int64_t n, auto vectors) {
+      constexpr int kVectors = vectors;
+      vec<A> sum[kVectors];
+      for (int k = 0; k < kVectors; ++k) sum[k] = load(mass + n + k * W) * d.total;
+      for (int64_t i = 0; i < chunk_.visits; ++i)
+#pragma GCC unroll 4
+        for (int k = 0; k < kVectors; ++k)
+          sum[k] = load(b_rows_ + i * s_.state_dim + n + k * W) * factor_[i] + sum[k];
+      for (int k = 0; k < kVectors; ++k) store(mass + n + k * W, sum[k]);
+    };
+    int64_t n = 0;
+    for (; n + 4 * W <= s_.state_dim; n += 4 * W) columns(n, std::integral_constant<int, 4>{});
+    for (; n < s_.state_dim; n += W) columns(n, std::integral_constant<int, 1>{});
   }
 
   // The largest magnitudes in this chunk's B and C, of each direction that it computes.
@@ -188,15 +229,21 @@ class Scan {
       }
     }
     std::fill(y_.get(), y_ + s_.chunk * s_.head_dim, A(0));
-    careful_.walk(p_, s_, chunk_, decays_[reverse], h0_ + h, reverse, state, with_output ? y_.get() : nullptr);
-    bound_[h] = largest(state, round_up(p_.state_dim * s_.head_dim, W));
+    if (p_.normalize) std::fill(masses_.get(), masses_ + s_.chunk, A(0));
+    A* own_mass = p_.normalize ? mass(h) : nullptr;
+    careful_.walk(p_, s_, chunk_, decays_[reverse], h0_ + h, reverse, state, with_output ? y_.get() : nullptr, own_mass,
+                  masses_);
+    bound_[h] = largest_of(h, state, round_up(p_.state_dim * s_.head_dim, W));
     if (!with_output) return;
     if (both_) {
       std::vector<A> entering(s_.state);
       unpack(arriving(index, h), entering.data());
-      careful_.walk(p_, s_, chunk_, decays_[1], h0_ + h, true, entering.data(), y_);
+      std::vector<A> entering_mass(mass_dim_);
+      if (own_mass) std::copy_n(arriving_mass(index, h), mass_dim_, entering_mass.data());
+      careful_.walk(p_, s_, chunk_, decays_[1], h0_ + h, true, entering.data(), y_,
+                    own_mass ? entering_mass.data() : nullptr, masses_);
     }
-    write(h0_ + h);
+    write(h0_ + h, true);
   }
 
   void unpack(const U* state, A* out) const {
@@ -256,8 +303,11 @@ class Scan {
     }
   }
 
-  void output(int64_t h, bool reverse, const A* state, const U* arriving) {
-    for (int64_t i = 0; i < rows_; ++i) combine_row(i);
+  void output(int64_t index, int64_t h, bool reverse, const A* state) {
+    if (p_.normalize)
+      for (int64_t i = 0; i < rows_; ++i) combine_row<true>(i);
+    else
+      for (int64_t i = 0; i < rows_; ++i) combine_row<false>(i);
     const int64_t ldm = s_.chunk / kPack;
     const U* x;
     if constexpr (kPairs)
@@ -276,21 +326,28 @@ class Scan {
     } else {
       here = state;
     }
-    add_carried(decays_[reverse], c_, here);
-    if (both_) add_carried(decays_[1], p_.shared_projections ? c_ : c_reverse_, arriving);
+    add_carried(decays_[reverse], c_, here, p_.normalize ? mass(h) : nullptr);
+    if (both_)
+      add_carried(decays_[1], p_.shared_projections ? c_ : c_reverse_, arriving(index, h),
+                  p_.normalize ? arriving_mass(index, h) : nullptr);
     write(h0_ + h);
   }
 
-  // Row i of M.
+  // Row i of M, and the sum of it.
+  template <bool kSum>
   void combine_row(int64_t i) {
     const int64_t own = i / W;
-    vec<A> mine{};
+    vec<A> mine{}, sum{};
+    const auto put = [&](int64_t j, vec<A> values) {
+      if constexpr (kSum) sum += values;
+      this->put(i, j, values);
+    };
     if (p_.forward.on) {
       const Decays<A>& d = decays_[0];
       const A* cb = cb_ + i * s_.chunk;
       const A outer = d.weight[i] * d.row[i];
       for (int64_t j = 0; j < own; ++j)
-        put(i, j * W, load(cb + j * W) * (outer * d.at_block(own, j)) * (load(d.col + j * W) * load(d.step + j * W)));
+        put(j * W, load(cb + j * W) * (outer * d.at_block(own, j)) * (load(d.col + j * W) * load(d.step + j * W)));
       mine = load(cb + own * W) * d.weight[i] * (d.diagonal(i) * load(d.step + own * W));
     }
     if (p_.reverse.on) {
@@ -299,9 +356,10 @@ class Scan {
       const A outer = d.weight[i] * d.row[i];
       mine += load(cb + own * W) * d.weight[i] * (d.diagonal(i) * load(d.step + own * W));
       for (int64_t j = own + 1; j * W < rows_; ++j)
-        put(i, j * W, load(cb + j * W) * (outer * d.at_block(own, j)) * (load(d.col + j * W) * load(d.step + j * W)));
+        put(j * W, load(cb + j * W) * (outer * d.at_block(own, j)) * (load(d.col + j * W) * load(d.step + j * W)));
     }
-    put(i, own * W, mine);
+    put(own * W, mine);
+    if constexpr (kSum) masses_[i] = LINMU_ISA::sum<A>(sum);
   }
 
   void put(int64_t i, int64_t j, vec<A> values) {
@@ -311,23 +369,55 @@ class Scan {
       store(m_ + i * s_.chunk + j, values);
   }
 
-  void add_carried(const Decays<A>& d, const U* c, const U* state) {
+  void add_carried(const Decays<A>& d, const U* c, const U* state, const A* mass) {
     for (int64_t i = 0; i < rows_; i += W) store(factor_ + i, load(d.weight + i) * load(d.carry + i));
+    for (int64_t i = 0; mass && i < chunk_.visits; ++i) masses_[i] += factor_[i] * read_mass(c + i * units_, mass);
     gemm<U>(rows_, s_.head_dim, (p_.state_dim + kPack - 1) / kPack, c, units_, 1, state, s_.head_dim, y_, s_.head_dim,
             {A(1), factor_});
   }
 
-  void write(int64_t h) {
+  // A row of C, as it lies in units, times the state of the mass.
+  A read_mass(const U* c, const A* mass) const {
+    using Element = std::conditional_t<kPairs, bf16, A>;
+    const Element* row = reinterpret_cast<const Element*>(c);
+    vec<A> dot{};
+    for (int64_t n = 0; n < mass_dim_; n += W) dot = load(row + n) * load(mass + n) + dot;
+    return sum<A>(dot);
+  }
+
+  // Of products all is finite: there a product by the inverse mass, and its error taken off, is a division.
+  void write(int64_t h, bool divides = false) {
     const A skip = p_.D ? static_cast<const A*>(p_.D)[h] : A(0);
-    T* y = static_cast<T*>(p_.y) + (b_ * p_.length * p_.heads + h) * p_.head_dim;
+    const int64_t first = b_ * p_.length * p_.heads + h;
     for (int64_t i = 0; i < chunk_.visits; ++i) {
-      T* out = y + chunk_.tokens[i] * p_.heads * p_.head_dim;
+      const int64_t at = first + chunk_.tokens[i] * p_.heads;
       const A *row = y_ + i * s_.head_dim, *x = x_ + i * s_.head_dim;
-      int64_t n = 0;
-      for (; n + W <= p_.head_dim; n += W) store(out + n, p_.D ? load(x + n) * skip + load(row + n) : load(row + n));
-      if (n < p_.head_dim)
-        store_n(out + n, p_.D ? load(x + n) * skip + load(row + n) : load(row + n), static_cast<int>(p_.head_dim - n));
+      const auto value = [&](int64_t n) { return p_.D ? load(x + n) * skip + load(row + n) : load(row + n); };
+      if (p_.normalize) {
+        const A mass = masses_[i] + skip;
+        const bool empty = mass < A(kLeastMass);
+        static_cast<A*>(p_.mass)[at] = empty ? A(0) : mass;
+        const A factor = 1 / mass;
+        const auto mean = [&](int64_t n) {
+          const vec<A> v = value(n), first = divides ? v / mass : v * factor;
+          return empty ? vec<A>{} : divides ? first : (v - first * mass) * factor + first;
+        };
+        if (p_.wide_y)
+          each(static_cast<A*>(p_.y) + at * p_.head_dim, mean);
+        else
+          each(static_cast<T*>(p_.y) + at * p_.head_dim, mean);
+      } else {
+        each(static_cast<T*>(p_.y) + at * p_.head_dim, value);
+      }
     }
+  }
+
+  // A row of y.
+  template <class Y, class F>
+  void each(Y* out, F&& value) const {
+    int64_t n = 0;
+    for (; n + W <= p_.head_dim; n += W) store(out + n, value(n));
+    if (n < p_.head_dim) store_n(out + n, value(n), static_cast<int>(p_.head_dim - n));
   }
 
   const SsdScanParams& p_;
@@ -336,10 +426,13 @@ class Scan {
   const bool both_;
   const int64_t units_;  // per row of B and C
   int64_t rows_ = 0;     // visits of the chunk at hand, rounded up to the vector width
+  int64_t mass_dim_ = 0;
   Chunk chunk_;
   Decays<A> decays_[2];
   Buffer<A> x_, b_rows_, scaled_, factor_, cb_, cb_reverse_, y_;
-  Buffer<A> state_;  // per head of the bundle
+  Buffer<A> state_, mass_;                // per head of the bundle
+  Buffer<A> masses_;                      // per visit of the chunk, of the head at hand
+  Buffer<A> arriving_mass_;               // as arriving_
   // Largest magnitudes: of states at hand per head, of those that enter chunks, of B and C.
   std::vector<double> bound_, arriving_bound_;
   double b_most_[2] = {}, c_most_[2] = {};
@@ -349,7 +442,7 @@ class Scan {
   Buffer<U> rows_of_units_, x_units_, scaled_units_, state_units_;  // of pairs only
 };
 
-template <class T>
+template <class T, bool kPairs>
 void scan(const SsdScanParams& p) {
   // A bundle keeps a state per chunk and head for the second walk, as much as its x: of both directions fewer heads
   // share C B^T, for 2 % of the time, so that two threads hold an eighth of inputs and outputs.
@@ -357,7 +450,7 @@ void scan(const SsdScanParams& p) {
   const int64_t bundles = p.heads / s.bundle;
   const double work = static_cast<double>(s.bundle) * p.length * p.head_dim * p.state_dim;
   p.threads.run(p.batch * bundles, 1 + static_cast<int64_t>(65536 / (work + 1)), [&](int64_t begin, int64_t end) {
-    Scan<T> task(p, s);
+    Scan<T, kPairs> task(p, s);
     for (int64_t i = begin; i < end; ++i) task.run(i / bundles, i % bundles * s.bundle);
   });
 }
@@ -365,7 +458,14 @@ void scan(const SsdScanParams& p) {
 }  // namespace
 
 void ssd_scan_cpu(const SsdScanParams& p) {
-  dispatch(p.dtype, [&](auto* t) { scan<std::remove_pointer_t<decltype(t)>>(p); });
+  dispatch(p.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    // A mean's gradient is a difference of what it is made of: products of bfloat16 would leave too little of it.
+    if (kHasPairs<T> && !p.wide_y)
+      scan<T, kHasPairs<T>>(p);
+    else
+      scan<T, false>(p);
+  });
 }
 
 }  // namespace LINMU_ISA

@@ -228,12 +228,13 @@ class Decays {
   bool reverse_ = false;
 };
 
-// The chunk's rows of one group, widened, zeros beyond its visits and beyond dim.
+// The chunk's rows of one group, widened, zeros beyond its visits and, to the vector's end, beyond dim.
 template <class T>
-inline void gather(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_t dim, int64_t size, acc_t<T>* out) {
+inline void gather(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_t dim, int64_t size, acc_t<T>* out,
+                   int64_t ld = 0) {
   using A = acc_t<T>;
   constexpr int64_t W = Simd<A>::width;
-  const int64_t ld = round_up(dim, W);
+  if (!ld) ld = round_up(dim, W);
   const T* data = static_cast<const T*>(t.data) + c.batch * t.batch_stride + group * t.group_stride;
   for (int64_t i = 0; i < c.visits; ++i, out += ld) {
     const T* src = data + c.tokens[i] * t.token_stride;

@@ -7,6 +7,10 @@
 //     d(dt_j) = sum_i weight_i E_ij,   d(weight_i) = sum_j E_ij dt_j
 //     d(log-decay of t) = sum of weight_i E_ij dt_j over the pairs whose path crosses t
 // The carried states add the same terms with a chunk's edge in place of i or j.
+//
+// Where y is a mean, y_i = sum_j M_ij x_j / m_i with m_i = sum_j M_ij, the gradient of M_ij is (dy_i . x_j - shift_i) / m_i
+// with shift_i = dy_i . y_i - m_i dm_i. So x has a channel more here, of ones, dy one of -shift_i, and 1 / m_i is a
+// factor of weight_i.
 #include <numeric>
 
 #include "ssd_scan_careful.h"
@@ -30,10 +34,11 @@ inline void add_wide(double* to, vf v, int sign) {
 
 // out = a b, summed in parts of 16. Gradients of A and dt are sums over pairs that largely cancel; one running sum over
 // a whole row would lose there, per product, what the recurrence does not.
+constexpr int64_t kPart = 16;
+
 template <class A>
 inline void gemm_in_parts(int64_t m, int64_t n, int64_t k, const A* a, int64_t lda, const A* b, int64_t ldb, A* out,
                           int64_t ldo) {
-  constexpr int64_t kPart = 16;
   gemm<A>(m, n, std::min(k, kPart), a, lda, 1, b, ldb, out, ldo);
   for (int64_t l = kPart; l < k; l += kPart)
     gemm<A>(m, n, std::min(k - l, kPart), a + l, lda, 1, b + l * ldb, ldb, out, ldo, {A(1), nullptr});
@@ -55,7 +60,8 @@ class ScanGrad {
         decays_{Decays<A>(s_.chunk), Decays<A>(s_.chunk)},
         q_(s_.chunk),
         np_(s_.state_dim),
-        pp_(s_.head_dim) {
+        pp_(s_.head_dim),
+        own_dim_(p_.head_dim - p_.normalize) {
     for (int d = 0; d < 2; ++d) {
       if (!direction(d).on) continue;
       passed_[d] = Buffer<A>(s_.bundle * s_.chunks * s_.state), running_[d] = Buffer<A>(s_.bundle * s_.state);
@@ -66,8 +72,14 @@ class ScanGrad {
       for (auto* list : {&row_, &column_, &own_, &arrive_, &depart_}) (*list)[d] = Buffer<A>(q_);
       flow_[d] = Buffer<Wide>(q_);
     }
+    if (p_.normalize) {
+      for (auto* list : {&inverse_, &dot_, &from_mass_}) *list = Buffer<A>(q_);
+      for (auto* tile : {&means_, &means_t_, &dy_t_}) *tile = Buffer<A>(q_ * pp_);
+      std::fill(means_.get(), means_ + q_ * pp_, A(0));
+    }
     x_ = Buffer<A>(q_ * pp_), xt_ = Buffer<A>(q_ * pp_), dy_ = Buffer<A>(q_ * pp_), dx_ = Buffer<A>(q_ * pp_);
     m_ = Buffer<A>(q_ * q_), gram_ = Buffer<A>(q_ * q_), adjoint_t_ = Buffer<A>(s_.state);
+    std::fill(x_.get(), x_ + q_ * pp_, A(0)), std::fill(dy_.get(), dy_ + q_ * pp_, A(0));
     scratch_ = Buffer<A>(q_ * std::max(np_, pp_)), factor_ = Buffer<A>(q_), decay_sum_ = Buffer<Wide>(q_);
   }
 
@@ -155,15 +167,64 @@ class ScanGrad {
   void gather_head(int64_t h, bool with_transpose) {
     const int64_t group = (h0_ + h) / s_.per_x;
     if (group != gathered_) {
-      gather<T>(p_.x, chunk_, group, p_.head_dim, q_, x_);
+      gather<T>(p_.x, chunk_, group, own_dim_, q_, x_, pp_);
+      for (int64_t i = 0; p_.normalize && i < chunk_.visits; ++i) x_[i * pp_ + own_dim_] = A(1);
       x_most_ = largest(x_ + 0, rows_ * pp_);
       if (with_transpose) transpose<A>(x_, pp_, q_, pp_, xt_, q_);
     }
     gathered_ = group;
-    gather<T>(g_.grad_y, chunk_, h0_ + h, p_.head_dim, q_, dy_);
+    if (p_.normalize)
+      gather<A>(g_.grad_y, chunk_, h0_ + h, own_dim_, q_, dy_, pp_);
+    else
+      gather<T>(g_.grad_y, chunk_, h0_ + h, own_dim_, q_, dy_);
+    const double most = p_.normalize ? weigh_means(h0_ + h) : 1.0;
     dy_most_ = largest(dy_ + 0, rows_ * pp_);
-    for (int d = 0; d < 2; ++d)
-      if (direction(d).on) decays_[d].move_to(p_, chunk_, h0_ + h, d);
+    for (int d = 0; d < 2; ++d) {
+      if (!direction(d).on) continue;
+      Decays<A>& w = decays_[d];
+      w.move_to(p_, chunk_, h0_ + h, d);
+      if (!p_.normalize) continue;
+      for (int64_t i = 0; i < chunk_.visits; ++i) w.weight[i] = inverse_[i] == 0 ? A(0) : w.weight[i] * inverse_[i];
+      w.weights *= most;
+    }
+  }
+
+  // The shifts and the inverse masses of a head's visits, 0 of those that have no mean; the largest of the latter.
+  double weigh_means(int64_t head) {
+    Largest<A> most;
+    std::fill(inverse_.get(), inverse_ + q_, A(0));
+    dot_with_means(head);
+    for (int64_t i = 0; i < chunk_.visits; ++i) {
+      const int64_t at = (b_ * p_.length + chunk_.tokens[i]) * p_.heads + head;
+      const A mass = static_cast<const A*>(p_.mass)[at];
+      A* row = dy_ + i * pp_;
+      if (mass == 0) {
+        std::fill(row, row + own_dim_ + 1, A(0)), dot_[i] = from_mass_[i] = A(0);
+        continue;
+      }
+      from_mass_[i] = g_.grad_mass ? static_cast<const A*>(g_.grad_mass)[at] * mass : A(0);
+      row[own_dim_] = from_mass_[i] - dot_[i], inverse_[i] = 1 / mass;
+    }
+    for (int64_t i = 0; i < q_; i += W) most.see(load(inverse_ + i));
+    return std::max(most.value(), 1.0);
+  }
+
+  // dy . y of each visit, summed as dy . x is: of a visit that sees itself alone, the difference is 0.
+  void dot_with_means(int64_t head) {
+    const int64_t size = own_dim_;
+    const SsdScanTensor y{p_.y, p_.length * p_.heads * size, p_.heads * size, size};
+    gather<A>(y, chunk_, head, size, q_, means_, pp_);
+    transpose<A>(means_, pp_, q_, pp_, means_t_, q_), transpose<A>(dy_, pp_, q_, pp_, dy_t_, q_);
+    for (int64_t i = 0; i < q_; i += W) {
+      vec<A> dot{};
+      for (int64_t from = 0; from < size; from += kPart) {
+        vec<A> part{};
+        for (int64_t n = from; n < std::min(from + kPart, size); ++n)
+          part = load(means_t_ + n * q_ + i) * load(dy_t_ + n * q_ + i) + part;
+        dot = part + dot;
+      }
+      store(dot_ + i, dot);
+    }
   }
 
   double weights() const {
@@ -202,10 +263,10 @@ class ScanGrad {
     std::vector<A> moved(s_.state);
     if (state) transpose<A>(state, np_, pp_, np_, moved.data(), pp_);
     if (state && !adjoint) {
-      careful_.walk(p_, s_, chunk_, decays_[d], h0_ + h, d, moved.data(), nullptr);
+      careful_.walk(p_, s_, chunk_, decays_[d], h0_ + h, d, moved.data(), nullptr, nullptr, nullptr, x_);
     } else {
       std::vector<A> unread(q_ * std::max(np_, pp_));
-      careful_.gradients(p_, s_, chunk_, decays_[d], h0_ + h, d, moved.data(), adjoint, dy_, unread.data(),
+      careful_.gradients(p_, s_, chunk_, decays_[d], h0_ + h, d, moved.data(), adjoint, x_, dy_, unread.data(),
                          unread.data(), unread.data());
     }
     if (state) transpose<A>(moved.data(), pp_, np_, pp_, state, np_);
@@ -217,8 +278,8 @@ class ScanGrad {
     const A skip = p_.D ? static_cast<const A*>(p_.D)[h0_ + h] : A(0);
     for (int64_t i = 0; p_.D && i < chunk_.visits; ++i)
       for (int64_t n = 0; n < p_.head_dim; ++n) {
-        dx_[i * pp_ + n] += skip * dy_[i * pp_ + n];
-        sums.D += static_cast<Wide>(dy_[i * pp_ + n]) * x_[i * pp_ + n];
+        dx_[i * pp_ + n] += inverse(i) * skip * dy_[i * pp_ + n];
+        sums.D += static_cast<Wide>(dy_[i * pp_ + n]) * x_[i * pp_ + n] * inverse(i);
       }
     std::vector<A> dot[2], state(s_.state), adjoint(s_.state);
     for (int d = 0; d < 2; ++d) {
@@ -226,8 +287,8 @@ class ScanGrad {
       const A *from = d ? running(d, h) : passed(d, c, h), *back = d ? passed(d, c, h) : running(d, h);
       transpose<A>(from, np_, pp_, np_, state.data(), pp_);
       std::copy(back, back + s_.state, adjoint.begin());
-      careful_.gradients(p_, s_, chunk_, decays_[d], h0_ + h, d, state.data(), adjoint.data(), dy_, dx_, db_[of_b(d)],
-                         dc_[of_c(d)]);
+      careful_.gradients(p_, s_, chunk_, decays_[d], h0_ + h, d, state.data(), adjoint.data(), x_, dy_, dx_,
+                         db_[of_b(d)], dc_[of_c(d)]);
       if (d)
         transpose<A>(state.data(), pp_, np_, pp_, running(d, h), np_);
       else
@@ -239,7 +300,7 @@ class ScanGrad {
     }
     if (g_.gate)
       for (int64_t t = 0; t < chunk_.visits; ++t)
-        gate_gradient(h0_ + h, t, chunk_.keep[t] ? Wide(dot[0][t]) - dot[1][t] : Wide(0), sums);
+        gate_gradient(h0_ + h, t, chunk_.keep[t] ? (Wide(dot[0][t]) - dot[1][t]) * inverse(t) : Wide(0), sums);
   }
 
   void advance_state(int d, int64_t h) {
@@ -278,7 +339,7 @@ class ScanGrad {
       else
         gradients_by_definition(c, h);
       if (h + 1 == s_.bundle || plan_.x.starts(head + 1))
-        plan_.x.add(chunk_, p_.length, plan_.x.slot(head), first, dx_);
+        plan_.x.add(chunk_, p_.length, plan_.x.slot(head), first, dx_, pp_);
     }
     for (int d = 0; d < 2; ++d) {
       if (!products || !direction(d).on || of_k(d) != d) continue;
@@ -288,8 +349,8 @@ class ScanGrad {
     for (int d = 0; d < 2; ++d) {
       if (!direction(d).on) continue;
       const Shared<A>&B = plan_.B[d], &C = plan_.C[d];
-      if (of_b(d) == d) B.add(chunk_, p_.length, B.slot(h0_), B.starts(h0_), db_[d]);
-      if (of_c(d) == d) C.add(chunk_, p_.length, C.slot(h0_), C.starts(h0_), dc_[d]);
+      if (of_b(d) == d) B.add(chunk_, p_.length, B.slot(h0_), B.starts(h0_), db_[d], np_);
+      if (of_c(d) == d) C.add(chunk_, p_.length, C.slot(h0_), C.starts(h0_), dc_[d], np_);
     }
   }
 
@@ -301,15 +362,21 @@ class ScanGrad {
 
   void head_gradients(int64_t c, int64_t h) {
     Totals<Wide>& sums = plan_.totals[b_ * p_.heads + h0_ + h];
-    gemm_in_parts<A>(rows_, rows_, p_.head_dim, dy_, pp_, xt_, q_, gram_, q_);
+    gemm_in_parts<A>(rows_, rows_, own_dim_, dy_, pp_, xt_, q_, gram_, q_);
+    for (int64_t i = 0; p_.normalize && i < chunk_.visits; ++i)
+      for (int64_t j = i * q_; j < i * q_ + rows_; j += W)
+        store(gram_ + j, load(gram_ + j) - dot_[i] + from_mass_[i]);
     std::fill(m_.get(), m_ + q_ * q_, A(0));
     for (int d = 0; d < 2; ++d)
       if (direction(d).on) within(d);
     gemm<A>(rows_, pp_, chunk_.visits, m_, 1, q_, dy_, pp_, dx_, pp_, {A(1), nullptr});
     if (p_.D) {
       const A skip = static_cast<const A*>(p_.D)[h0_ + h];
-      for (int64_t i = 0; i < rows_ * pp_; i += W) store(dx_ + i, load(dy_ + i) * skip + load(dx_ + i));
-      for (int64_t i = 0; i < chunk_.visits; ++i) sums.D += gram_[i * q_ + i];
+      for (int64_t i = 0; i < chunk_.visits; ++i) {
+        const A factor = inverse(i) * skip;
+        for (int64_t n = i * pp_; n < (i + 1) * pp_; n += W) store(dx_ + n, load(dy_ + n) * factor + load(dx_ + n));
+        sums.D += static_cast<Wide>(gram_[i * q_ + i]) * inverse(i);
+      }
     }
     for (int d = 0; d < 2; ++d) {
       if (!direction(d).on) continue;
@@ -433,7 +500,7 @@ class ScanGrad {
       return static_cast<Wide>(row_[d][t]) + own_[d][t] * decays_[d].step[t] + arrive_[d][t];
     };
     for (int64_t t = 0; t < chunk_.visits; ++t) {
-      gate_gradient(head, t, chunk_.keep[t] ? output(0, t) - output(1, t) : 0, sums);
+      gate_gradient(head, t, chunk_.keep[t] ? (output(0, t) - output(1, t)) * inverse(t) : 0, sums);
     }
   }
 
@@ -443,6 +510,8 @@ class ScanGrad {
     else
       sums.gate += grad;
   }
+
+  A inverse(int64_t i) const { return p_.normalize ? inverse_[i] : A(1); }
 
   const SsdScanBwdParams& g_;
   const SsdScanParams& p_;
@@ -456,6 +525,9 @@ class ScanGrad {
   std::vector<double> running_bound_[2], passed_bound_[2];
   double b_most_[2] = {}, c_most_[2] = {}, x_most_ = 0, dy_most_ = 0;
   const int64_t q_, np_, pp_;  // padded sizes of a chunk, a state row, a head
+  const int64_t own_dim_;      // a head's size without the channel of ones
+  Buffer<A> inverse_, dot_, from_mass_;  // per visit: 1 / its mass, dy . y, and its mass times the gradient of that
+  Buffer<A> means_, means_t_, dy_t_;
   Buffer<A> passed_[2], running_[2];
   Buffer<A> b_tile_[2], c_tile_[2], db_[2], dc_[2], k_[2], dk_[2];
   Buffer<A> x_, xt_, dy_, dx_, m_, gram_, adjoint_t_, scratch_, factor_;
@@ -475,14 +547,16 @@ inline int64_t heads_per_task(const SsdScanParams& p, const ScanSizes& s) {
 }
 
 template <class T>
-void scan_grad(const SsdScanBwdParams& g) {
+void scan_grad(SsdScanBwdParams g) {
   using A = acc_t<T>;
   const SsdScanParams& p = g.scan;
+  const int64_t head_dim = p.head_dim;
+  g.scan.head_dim += p.normalize;
   Plan<A> plan;
   const ScanSizes& s = plan.sizes = scan_sizes<A>(p);
   plan.unit = heads_per_task(p, s);
   plan.totals.resize(p.batch * p.heads);
-  plan_shared<T>(p, plan.unit, s.per_x, p.head_dim, g.x, plan.x);
+  plan_shared<T>(p, plan.unit, s.per_x, head_dim, g.x, plan.x);
   for (int d = 0; d < 2; ++d) {
     const SsdScanDirectionGrads& of = d ? g.reverse : g.forward;
     plan_shared<T>(p, plan.unit, s.per_b, p.state_dim, of.B, plan.B[d]);

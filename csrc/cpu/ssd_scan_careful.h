@@ -28,14 +28,23 @@ class Careful {
   static constexpr int W = Simd<A>::width;
 
  public:
-  // Adds weight_i C_i h_i to the rows of y if there is one, (visits, ld); moves the state, (N, P) in rows of ld.
+  // Adds weight_i C_i h_i to the rows of y if there is one, (visits, ld); moves the state, (N, P) in rows of ld. The
+  // mass is what a channel of ones would be: it moves `mass`, (N,), and adds to `masses`, (visits,). x: the rows of x,
+  // in rows of ld, where they are not those of p.x.
   void walk(const SsdScanParams& p, const ScanSizes& s, const Chunk& c, const Decays<A>& w, int64_t head, bool reverse,
-            A* state, A* y) {
-    begin(p, s, c, w, head, reverse);
+            A* state, A* y, A* mass = nullptr, A* masses = nullptr, const A* x = nullptr) {
+    begin(p, s, c, w, head, reverse, x);
     for (int64_t k = 0; k < c.visits; ++k) {
       const int64_t i = visit(k);
-      if (!move(i, state) || !y) continue;
+      const bool moved = move(i, state);
+      if (mass) move_mass(k, mass);
+      if (!moved || !y) continue;
       const A* row = c_.data() + i * np_;
+      if (mass) {
+        A sum = 0;
+        for (int64_t n = 0; n < p.state_dim; ++n) sum += row[n] * mass[n];
+        masses[i] += w.weight[i] * sum;
+      }
       for (int64_t n = 0; n < p.state_dim; ++n)
         for (int64_t m = 0; m < p.head_dim; ++m) out_[m] = (n ? out_[m] : A(0)) + row[n] * state[n * pp_ + m];
       for (int64_t m = 0; m < p.head_dim; ++m) y[i * pp_ + m] += w.weight[i] * out_[m];
@@ -48,8 +57,8 @@ class Careful {
   // As walk, then back: moves the adjoint, (N, P) in rows of ld, from the chunk's exit to its entry, and adds to the
   // gradients' rows.
   void gradients(const SsdScanParams& p, const ScanSizes& s, const Chunk& c, const Decays<A>& w, int64_t head,
-                 bool reverse, A* state, A* adjoint, const A* dy, A* dx, A* db, A* dc) {
-    begin(p, s, c, w, head, reverse);
+                 bool reverse, A* state, A* adjoint, const A* x_rows, const A* dy, A* dx, A* db, A* dc) {
+    begin(p, s, c, w, head, reverse, x_rows);
     const int64_t N = p.state_dim, P = p.head_dim, size = N * pp_;
     states_.assign((c.visits + 1) * size, A(0));
     std::copy(state, state + size, states_.begin());
@@ -87,13 +96,16 @@ class Careful {
 
  private:
   void begin(const SsdScanParams& p, const ScanSizes& s, const Chunk& c, const Decays<A>& w, int64_t head,
-             bool reverse) {
+             bool reverse, const A* x) {
     const SsdScanDirection& d = reverse ? p.reverse : p.forward;
     chunk_ = &c, decays_ = &w, reverse_ = reverse, state_dim_ = p.state_dim, head_dim_ = p.head_dim;
     pp_ = round_up(p.head_dim, W), np_ = round_up(p.state_dim, W);
     rate_ = static_cast<const A*>(d.A)[head];
     x_.resize(c.visits * pp_), b_.resize(c.visits * np_), c_.resize(c.visits * np_), out_.resize(pp_);
-    gather<T>(p.x, c, head / s.per_x, p.head_dim, c.visits, x_.data());
+    if (x)
+      std::copy(x, x + c.visits * pp_, x_.data());
+    else
+      gather<T>(p.x, c, head / s.per_x, p.head_dim, c.visits, x_.data());
     gather<T>(d.B, c, head / s.per_b, p.state_dim, c.visits, b_.data());
     gather<T>(d.C, c, head / s.per_c, p.state_dim, c.visits, c_.data());
   }
@@ -114,6 +126,15 @@ class Careful {
     for (int64_t n = 0; n < state_dim_; ++n)
       for (int64_t m = 0; m < head_dim_; ++m) state[n * pp_ + m] = factor * state[n * pp_ + m] + step * x[m] * b[n];
     return true;
+  }
+
+  // The k-th visit's, after `move`.
+  void move_mass(int64_t k, A* mass) const {
+    const int64_t i = visit(k);
+    if (restarts(k)) std::fill(mass, mass + state_dim_, A(0));
+    if (!on(i)) return;
+    const A step = decays_->step[i], factor = std::exp(step * rate_), *b = b_.data() + i * np_;
+    for (int64_t n = 0; n < state_dim_; ++n) mass[n] = factor * mass[n] + step * b[n];
   }
 
   const Chunk* chunk_ = nullptr;

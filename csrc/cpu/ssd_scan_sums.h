@@ -17,10 +17,9 @@ struct Shared {
   int64_t slot(int64_t head) const { return head / group_heads; }
   bool starts(int64_t head) const { return head % group_heads == 0; }
 
-  // Adds the chunk's tile to the slot, or stores it there when nothing has been.
-  void add(const Chunk& c, int64_t length, int64_t slot, bool first, const A* tile) const {
+  // Adds the chunk's tile, in rows of ld, to the slot, or stores it there when nothing has been.
+  void add(const Chunk& c, int64_t length, int64_t slot, bool first, const A* tile, int64_t ld) const {
     constexpr int64_t W = Simd<A>::width;
-    const int64_t ld = round_up(dim, W);
     for (int64_t i = 0; i < c.visits; ++i, tile += ld) {
       A* out = data + ((c.batch * length + c.tokens[i]) * slots + slot) * dim;
       int64_t n = 0;

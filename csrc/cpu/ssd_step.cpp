@@ -1,6 +1,6 @@
 // One token of the scan. One task per (batch, head): a single pass over its (P, N) state, the only traffic that counts.
+#include "../linmu/ssd_scan.h"
 #include "../linmu/ssd_step.h"
-
 #include "vec.h"
 
 namespace linmu {
@@ -10,13 +10,14 @@ namespace {
 // Rows of N values each. V > 0: N is V vectors, and B and C stay in registers, so that a row costs little more than the
 // memory it is in.
 template <int V, class T, class A = acc_t<T>>
-inline void rows(A* state, const T* x, const T* B, const T* C, T* y, int64_t P, int64_t N, A dt, A decay, A skip) {
+inline void rows(A* state, const T* x, const T* B, const T* C, T* y, A* log_mass, int64_t P, int64_t N, A dt, A decay,
+                 A skip) {
   constexpr int W = Simd<A>::width;
   vec<A> b[V ? V : 1], c[V ? V : 1];
 #pragma GCC unroll 8
   for (int i = 0; i < V; ++i) b[i] = load(B + i * W), c[i] = load(C + i * W);
-  for (int64_t r = 0; r < P; ++r, state += N) {
-    const A u = dt * widen(x[r]);
+  const auto row = [&](A value) {
+    const A u = dt * value;
     vec<A> dot[2] = {};
     if constexpr (V > 0) {
 #pragma GCC unroll 8
@@ -32,7 +33,22 @@ inline void rows(A* state, const T* x, const T* B, const T* C, T* y, int64_t P, 
         dot[0] = s * lanes.load(C + n) + dot[0];
       });
     }
-    y[r] = narrow<T>(sum<A>(dot[0] + dot[1]) + skip * widen(x[r]));
+    state += N;
+    return sum<A>(dot[0] + dot[1]) + skip * value;
+  };
+  A* const first = state;
+  A factor = 1;
+  bool empty = false;
+  if (log_mass) {
+    state = first + P * N;
+    const A mass = row(A(1));
+    empty = mass < A(kLeastMass), factor = 1 / mass;
+    *log_mass = empty ? -std::numeric_limits<A>::infinity() : std::log(mass);
+    state = first;
+  }
+  for (int64_t r = 0; r < P; ++r) {
+    const A value = row(widen(x[r]));
+    y[r] = narrow<T>(empty ? A(0) : value * factor);
   }
 }
 
@@ -47,14 +63,15 @@ void step(const SsdStepParams& p) {
       const T* x = static_cast<const T*>(p.x) + (b * p.groups_x + h / (H / p.groups_x)) * P;
       const T* B = static_cast<const T*>(p.B) + (b * p.groups_b + h / (H / p.groups_b)) * N;
       const T* C = static_cast<const T*>(p.C) + (b * p.groups_c + h / (H / p.groups_c)) * N;
-      A* state = static_cast<A*>(p.state) + i * P * N;
+      A* state = static_cast<A*>(p.state) + i * (P + p.normalize) * N;
+      A* log_mass = p.normalize ? static_cast<A*>(p.log_mass) + i : nullptr;
       T* y = static_cast<T*>(p.y) + i * P;
       A dt = static_cast<const A*>(p.dt)[i];
       if (p.dt_bias) dt += static_cast<const A*>(p.dt_bias)[h];
       if (p.dt_softplus) dt = softplus(dt);
       const A decay = std::exp(dt * static_cast<const A*>(p.A)[h]);
       const A skip = p.D ? static_cast<const A*>(p.D)[h] : A(0);
-      const auto run = [&](auto v) { rows<v>(state, x, B, C, y, P, N, dt, decay, skip); };
+      const auto run = [&](auto v) { rows<v>(state, x, B, C, y, log_mass, P, N, dt, decay, skip); };
       if (N == 8 * W)
         run(std::integral_constant<int, 8>{});
       else if (N == 4 * W)

@@ -5,6 +5,9 @@
 
 namespace linmu {
 
+// A mass below it is no mass: as LEAST_MASS of linmu_ops/reference/_visits.py.
+constexpr double kLeastMass = 0x1p-100;
+
 struct SsdScanTensor {
   const void* data;
   int64_t batch_stride, token_stride, group_stride;  // in elements
@@ -33,8 +36,11 @@ struct SsdScanParams {
   const void* gate;             // (B, L, H) or (H,) acc, or null
   bool gate_per_token;          // which of the two
   const int32_t* token_order;   // (B, L) a checked permutation, or null
+  bool normalize;               // y is divided by its mass, and states have a row more, (B, H, P+1, N)
   const void* initial_state;    // (B, H, P, N) acc, or null
-  void* y;                      // (B, L, H, P)
+  bool wide_y;                  // y is of the accumulate type, for the gradient of a mean
+  void* y;                      // (B, L, H, P), acc if wide_y
+  void* mass;                   // (B, L, H) acc, 0 where there is no mean; null unless it normalizes
   void* final_state;            // (B, H, P, N) acc, or null
   int64_t chunk;                // visits per chunk; 0: the kernel's choice
   Threads threads;
@@ -50,8 +56,9 @@ struct SsdScanDirectionGrads {
 };
 
 struct SsdScanBwdParams {
-  SsdScanParams scan;            // y and final_state are not read
-  SsdScanTensor grad_y;          // (B, L, H, P)
+  SsdScanParams scan;            // y (acc) and mass are the outputs where it normalizes; final_state is not read
+  SsdScanTensor grad_y;          // (B, L, H, P), acc where it normalizes
+  const void* grad_mass;         // (B, L, H) acc, or null
   const void* grad_final_state;  // (B, H, P, N) acc, or null
   SsdScanDirectionGrads forward, reverse;
   void* x;              // (B, L, Gx, P)

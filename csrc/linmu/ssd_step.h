@@ -9,6 +9,7 @@ struct SsdStepParams {
   int64_t groups_x, groups_b, groups_c;       // each divides heads
   DType dtype;                                // of x, B, C, y
   bool dt_softplus;                           // after adding dt_bias
+  bool normalize;                             // as SsdScanParams
   void* state;                                // (B, H, P, N) accumulate type, updated in place
   const void* x;                              // (B, Gx, P)
   const void* dt;                             // (B, H) accumulate type
@@ -18,6 +19,7 @@ struct SsdStepParams {
   const void* D;                              // (H,) accumulate type, or null
   const void* dt_bias;                        // (H,) accumulate type, or null
   void* y;                                    // (B, H, P)
+  void* log_mass;                             // (B, H) accumulate type, or null
   Threads threads;
 };
 

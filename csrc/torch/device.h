@@ -18,6 +18,8 @@ inline constexpr bool kValuesAreReadable = false;
 inline constexpr bool kTakesFloat64 = false;
 // Rows that do not lie 16 bytes apart would be read an element at a time: packing them first is faster.
 inline constexpr bool kPacksRows = true;
+// Python scans a wider x instead, where ssd_scan or ssd_step is to divide by the mass.
+inline constexpr bool kNormalizes = false;
 
 // Runs the host side of a kernel on the device and stream of `like`. What it allocates is torch's, and goes back to the
 // caching allocator in the order of that stream.
@@ -44,6 +46,7 @@ void launch_on(void (*kernel)(const Params&, const CudaContext&), const Params& 
 inline constexpr bool kValuesAreReadable = true;
 inline constexpr bool kTakesFloat64 = true;
 inline constexpr bool kPacksRows = false;
+inline constexpr bool kNormalizes = true;
 
 #define LINMU_LAUNCH(name, params, like) name##_cpu(params)
 

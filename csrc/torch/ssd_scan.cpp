@@ -87,7 +87,7 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
                const OptTensor& reverse_A, const OptTensor& reverse_B, const OptTensor& reverse_C,
                const OptTensor& reverse_dt_bias, const OptTensor& reverse_mask, const OptTensor& reverse_seq_idx,
                const OptTensor& gate, const OptTensor& seq_idx, const OptTensor& token_order,
-               const OptTensor& initial_state) {
+               const OptTensor& initial_state, bool normalize) {
   Inputs in;
   in.x = x, in.type = x.scalar_type(), in.acc = accumulate_dtype(x);
   in.forward = {dt, A, B, C, dt_bias, std::nullopt, seq_idx};
@@ -103,7 +103,9 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   p.gate_per_token = gate.has_value() && gate->dim() != 1;
   d("gate", gate, p.gate_per_token ? "B L H" : "H", in.acc);
   d("token_order", token_order, "B L", ScalarType::Int);
-  d("initial_state", initial_state, "B H P N", in.acc);
+  LINMU_CHECK(kNormalizes || !normalize, "ssd_scan: the CUDA kernels do not normalize");
+  d.bind("P+1", d["P"] + 1);
+  d("initial_state", initial_state, normalize ? "B H P+1 N" : "B H P N", in.acc);
   LINMU_CHECK(d["H"] > 0, "ssd_scan: dt must have at least one head, got H=0");
   d.divides("x", "Gx", "H");
   d.divides("B", "Gb", "H");
@@ -115,6 +117,7 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   p.groups_x = d["Gx"], p.groups_b = d["Gb"], p.groups_c = d["Gc"];
   p.dt_softplus = dt_softplus;
   p.x = in.strided(x);
+  p.normalize = normalize;
   p.D = in.small(D), p.gate = in.small(gate), p.initial_state = in.small(initial_state);
   check_token_order("ssd_scan", token_order);
   p.token_order = static_cast<const int32_t*>(in.small(token_order));
@@ -127,27 +130,42 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   return in;
 }
 
-std::tuple<Tensor, Tensor> forward(Inputs in, bool return_final_state) {
+std::tuple<Tensor, Tensor, Tensor> forward(Inputs in, bool return_final_state, bool for_gradient) {
   SsdScanParams& p = in.p;
-  Tensor y = new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim});
-  Tensor state = return_final_state ? new_empty(in.x, {p.batch, p.heads, p.head_dim, p.state_dim}, in.acc)
+  p.wide_y = p.normalize && for_gradient;
+  const int64_t rows = p.head_dim + p.normalize;
+  Tensor y = new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim}, p.wide_y ? in.acc : in.type);
+  Tensor mass = p.normalize ? new_empty(in.x, {p.batch, p.length, p.heads}, in.acc) : new_empty(in.x, {0}, in.acc);
+  Tensor state = return_final_state ? new_empty(in.x, {p.batch, p.heads, rows, p.state_dim}, in.acc)
                                     : new_empty(in.x, {0}, in.acc);
   p.y = y.mutable_data_ptr();
+  p.mass = p.normalize ? mass.mutable_data_ptr() : nullptr;
   p.final_state = return_final_state ? state.mutable_data_ptr() : nullptr;
   LINMU_LAUNCH(ssd_scan, p, in.x);
-  return {y, state};
+  return {y, mass, state};
 }
 
 // In the order of DIFFERENTIABLE in linmu_ops/ssd_scan.py.
-std::vector<Tensor> backward(const Tensor& grad_y, const OptTensor& grad_final_state, Inputs in) {
+std::vector<Tensor> backward(const Tensor& grad_y, const OptTensor& grad_mass, const OptTensor& grad_final_state,
+                             const OptTensor& y, const OptTensor& mass, Inputs in) {
   SsdScanBwdParams p{};
   p.scan = in.p;
   Dims d("ssd_scan");
   d("x", in.x, "B L Gx P", in.type);
   d("dt", in.forward.dt, "B L H", in.acc);
   d("B", in.forward.B, "B L Gb N", in.type);
-  d("grad_y", grad_y, "B L H P", in.type);
-  d("grad_final_state", grad_final_state, "B H P N", in.acc);
+  d("grad_y", grad_y, "B L H P", p.scan.normalize ? in.acc : in.type);
+  d.bind("P+1", d["P"] + 1);
+  d("grad_final_state", grad_final_state, p.scan.normalize ? "B H P+1 N" : "B H P N", in.acc);
+  d("y", y, "B L H P", in.acc);
+  d("mass", mass, "B L H", in.acc);
+  d("grad_mass", grad_mass, "B L H", in.acc);
+  const bool given = y.has_value() && mass.has_value();
+  LINMU_CHECK(given == p.scan.normalize, "ssd_scan: y and mass must be given where it normalizes");
+  if (given) {
+    p.scan.y = const_cast<void*>(in.small(y)), p.scan.mass = const_cast<void*>(in.small(mass));
+    p.grad_mass = in.small(grad_mass);
+  }
   p.grad_y = in.strided(grad_y);
   p.grad_final_state = in.small(grad_final_state);
 
@@ -182,16 +200,18 @@ struct Ops;
 
 template <class... T>
 struct Ops<Inputs(T...)> {
-  static std::tuple<Tensor, Tensor> ssd_scan(T... inputs, bool return_final_state, int64_t chunk_size) {
+  static std::tuple<Tensor, Tensor, Tensor> ssd_scan(T... inputs, bool return_final_state, bool for_gradient,
+                                                     int64_t chunk_size) {
     Inputs in = checked(inputs...);
     in.p.chunk = chunk_size;
-    return forward(std::move(in), return_final_state);
+    return forward(std::move(in), return_final_state, for_gradient);
   }
-  static std::vector<Tensor> ssd_scan_bwd(const Tensor& grad_y, const OptTensor& grad_final_state, T... inputs,
-                                          int64_t chunk_size) {
+  static std::vector<Tensor> ssd_scan_bwd(const Tensor& grad_y, const OptTensor& grad_mass,
+                                          const OptTensor& grad_final_state, const OptTensor& y,
+                                          const OptTensor& mass, T... inputs, int64_t chunk_size) {
     Inputs in = checked(inputs...);
     in.p.chunk = chunk_size;
-    return backward(grad_y, grad_final_state, std::move(in));
+    return backward(grad_y, grad_mass, grad_final_state, y, mass, std::move(in));
   }
 };
 

@@ -21,9 +21,7 @@ from .shape import AttentionShape
 from .state import MMATEState, written_in_place
 
 _STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
-# Channels that the sum of weights adds to X: a one, and zeros so that rows of 16-bit numbers stay aligned to 16 bytes.
-_ADDED = 8
-_NOTHING = -100.0  # the log of a sum of no weights
+_NOTHING = -100.0  # stands for the log of a sum of no weights: of an infinite one, a difference may be no number
 PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
 _NORM_EPS = 1e-6
 _MAMBA2_DT, _MAMBA2_A = (1e-3, 1e-1), (1.0, 16.0)  # ranges of dt and -A at the start of mamba_ssm's Mamba2
@@ -91,7 +89,7 @@ class Scan(nn.Module):
         self.weighted_mean = weighted_mean
         dim, H, G, P = shape.dim, shape.num_heads, shape.num_kv_heads, shape.head_dim
         N = feature_dim or P
-        self.state_size = (P + (_ADDED if weighted_mean else 0), N)
+        self.state_size = (P + weighted_mean, N)
         self.c_proj, self.b_proj, self.x_proj = shape.projections()
         self.c_norm, self.b_norm = shape.norm(), shape.norm()
         self.scale = None if initial_scale is None else nn.Parameter(torch.empty(H))
@@ -195,29 +193,26 @@ class Scan(nn.Module):
         z, P, acc = hidden_states, self.shape.head_dim, accumulate_dtype(hidden_states.dtype)
         B, C = self._positioned(self.b_proj(z), self.c_proj(z), call.rotary)
         x = split_heads(self.x_proj(z), P)
-        if self.weighted_mean:
-            x = torch.cat([x, F.pad(x.new_ones(1), (0, _ADDED - 1)).expand(*x.shape[:3], -1)], dim=-1)
-        y, ssm = self._scan(z, x, B, C, call)
-        log_total = None
-        if self.weighted_mean:
-            y, added = y.split([P, _ADDED], dim=-1)
-            written = added[..., 0] > 0
-            total = added[..., 0].to(acc).where(written, 1)
-            y = (y.to(acc) * total.reciprocal()[..., None]).to(y.dtype)
-            log_total = total.log().where(written, _NOTHING)
+        y, log_total, ssm = self._scan(z, x, B, C, call)
         if self.z_proj is not None:
             y = y * F.silu(self.z_proj(z)).to(y.dtype).view_as(y)
         if self.head_norm is not None:
             y = (F.rms_norm(y.to(acc), y.shape[-1:], eps=_NORM_EPS) * self.head_norm).to(y.dtype)
         return Far(y, log_total), MMATEState(ssm=ssm)
 
-    def _scan(self, z: Tensor, x: Tensor, B: Tensor, C: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _scan(
+        self, z: Tensor, x: Tensor, B: Tensor, C: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         layout, acc = call.layout, accumulate_dtype(z.dtype)
         dt, A = _step_size(self.dt_proj(z), call.mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(dt_bias=self.dt_bias, dt_softplus=True)
+        if self.weighted_mean:
+            scan["normalize"] = True
         ssm = None if call.state is None else call.state.ssm
         if z.shape[1] == 1 and layout is None and ssm is not None and call.context is None and written_in_place():
-            return ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)[:, None], ssm
+            out = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)
+            y, log_mass = (out[0], out[1].clamp(min=_NOTHING)[:, None]) if isinstance(out, tuple) else (out, None)
+            return y[:, None], log_mass, ssm
         if layout is not None and self.reverse:
             gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate
             reverse_B = reverse_C = None
@@ -235,7 +230,9 @@ class Scan(nn.Module):
             x, dt, A, B, C, seq_idx=call.seq_idx, token_order=order, initial_state=ssm, return_final_state=call.keep,
             **scan,
         )  # fmt: skip
-        return out if isinstance(out, tuple) else (out, None)
+        outputs = out if isinstance(out, tuple) else (out,)
+        log_mass = outputs[1].clamp(min=_NOTHING) if self.weighted_mean else None
+        return outputs[0], log_mass, outputs[-1] if call.keep else None
 
     def _positioned(self, keys: Tensor, queries: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         """B and C: norm, rotate and scale, as attention does with k and q; then the feature maps."""

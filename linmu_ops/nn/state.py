@@ -13,7 +13,7 @@ class MMATEState(NamedTuple):
 
     Attributes:
         ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan. In `ExactMMATE` P is the
-            head size plus 8, for the sum of the weights, and N is `feature_dim`.
+            head size plus 1, for the sum of the weights, and N is `feature_dim`.
         keys, values: (B, G, s + w, P). Keys are rotated. First come the s sinks, then the last w tokens, where w is
             `text_window`. Token i is at s + i % w: a step writes one place and moves nothing.
         sinks: (B, s) bool. True at those of the first s tokens that are text and have come.

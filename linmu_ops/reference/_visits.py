@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A mass below it is no mass: float32 could not hold what is divided by it, nor the gradient.
+LEAST_MASS = 2.0**-100
+
 
 def visiting_order(op: str, token_order: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """(order, inverse), both int64 (B, L): the position visited at t, and the visit of each position."""
@@ -29,3 +32,11 @@ def restarts(index: Tensor | None, like: Tensor) -> Tensor:
     if index is not None:
         out[:, 1:] = index[:, 1:] != index[:, :-1]
     return out
+
+
+def normalized(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., P + 1), weighted sums of x and last of ones: the mean of x, (..., P), and its mass, (...)."""
+    mass = sums[..., -1]
+    empty = mass < LEAST_MASS
+    mean = sums[..., :-1] / torch.where(empty, 1.0, mass)[..., None]
+    return torch.where(empty[..., None], 0.0, mean), torch.where(empty, 0.0, mass)

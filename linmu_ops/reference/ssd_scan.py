@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._dims import accumulate_dtype
 from .._directions import Direction, Reverse
-from ._visits import restarts, visited, visiting_order
+from ._visits import normalized, restarts, visited, visiting_order
 
 
 def _heads(t: Tensor, heads: int) -> Tensor:
@@ -38,8 +38,11 @@ def ssd_scan(
     dt_softplus: bool, direction: str, reverse_dt: Tensor | None, reverse_A: Tensor | None, reverse_B: Tensor | None,
     reverse_C: Tensor | None, reverse_dt_bias: Tensor | None, reverse_mask: Tensor | None,
     reverse_seq_idx: Tensor | None, gate: Tensor | None, seq_idx: Tensor | None, token_order: Tensor | None,
-    initial_state: Tensor | None, return_final_state: bool, chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    initial_state: Tensor | None, normalize: bool, return_final_state: bool, for_gradient: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if normalize:
+        x = torch.cat([x, x.new_ones(*x.shape[:3], 1)], dim=3)
     forward = Direction(dt, A, B, C, dt_bias, None, seq_idx)
     reverse = forward.with_own(
         Reverse(reverse_dt, reverse_A, reverse_B, reverse_C, reverse_dt_bias, reverse_mask, reverse_seq_idx)
@@ -82,5 +85,7 @@ def ssd_scan(
             y = torch.where(on, blend, y)
     if D is not None:
         y = y + D.to(acc)[:, None] * visit(_heads(x.to(acc), heads))
-    y = visited(y, inverse).to(x.dtype)
-    return y, final.to(acc).clone() if return_final_state else x.new_empty(0, dtype=acc)
+    final = final.to(acc).clone() if return_final_state else x.new_empty(0, dtype=acc)
+    y = visited(y, inverse)
+    y, mass = normalized(y) if normalize else (y, x.new_empty(0, dtype=acc))
+    return y if normalize and for_gradient else y.to(x.dtype), mass, final

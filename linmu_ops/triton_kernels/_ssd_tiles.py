@@ -83,14 +83,21 @@ def _tile(ptr, rows, group, groups, size, valid, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _state(ptr, index, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """One (P, N) state of a contiguous stack."""
+def _state(ptr, index, S, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One (P, N) state of a stack, S elements from one to the next."""
     offs_p, offs_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     return tl.load(
-        ptr + index.to(tl.int64) * P * N + offs_p[:, None] * N + offs_n[None, :],
+        ptr + index.to(tl.int64) * S + offs_p[:, None] * N + offs_n[None, :],
         mask=(offs_p < P)[:, None] & (offs_n < N)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def _mass(ptr, index, S, P, N, BLOCK_N: tl.constexpr):
+    """The row of that state which belongs to the mass: (BLOCK_N,)."""
+    offs_n = tl.arange(0, BLOCK_N)
+    return tl.load(ptr + index.to(tl.int64) * S + P * N + offs_n, mask=offs_n < N, other=0.0)
 
 
 @triton.jit

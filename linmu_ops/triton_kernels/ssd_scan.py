@@ -10,6 +10,9 @@ plain PyTorch (they are P times smaller than x), and PyTorch differentiates that
 Sums of log-decays are float64 and enter the pair matrix as high + low float32 parts: a difference of two of them is
 then as exact as the steps between, however long or steep the chunk is.
 
+A mean is divided by its mass, as a channel of ones would be: sums over the rows of M, and one row more of each state.
+Its gradient is that of sums whose weights are divided by the mass, of a dy that has a channel more, `shift`.
+
 What is not finite reaches only the visits that see it. Weights of 0 are therefore selected, never multiplied by, and
 products over visits leave such values out and put NaN where they are seen. A visit without step or weight has no part.
 """
@@ -25,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._directions import Direction, Reverse
+from ..reference._visits import LEAST_MASS
 from ..ssd_scan import ARGUMENTS, DIFFERENTIABLE
-from ._ssd_tiles import _exp, _log_decays, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
+from ._ssd_tiles import _exp, _log_decays, _mass, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
 from ._visits import checked_order, segment_ids, token_rows
 from .ssd_scan_bwd import _bwd_kernel
 
@@ -36,10 +40,10 @@ STATE_BLOCK = 1024
 
 @triton.jit
 def _chunk_state_kernel(
-    state_ptr, decay_ptr, x_ptr, b_ptr, dt_ptr, a_ptr, w_ptr, order_ptr, seq_ptr,
-    length, H, Gx, Gb, P, N, num_chunks,
+    state_ptr, decay_ptr, x_ptr, shift_ptr, b_ptr, dt_ptr, a_ptr, w_ptr, order_ptr, seq_ptr,
+    length, H, Gx, Gb, P, N, num_chunks, S,
     REVERSE: tl.constexpr, ADJOINT: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr,
-    HAS_W: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_W: tl.constexpr, MASS: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -79,11 +83,13 @@ def _chunk_state_kernel(
     state *= fit[None, :]
     index = bh * num_chunks + c
     offs_p, offs_n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    tl.store(
-        state_ptr + index.to(tl.int64) * P * N + offs_p[:, None] * N + offs_n[None, :],
-        state,
-        mask=(offs_p < P)[:, None] & (offs_n < N)[None, :],
-    )
+    at = state_ptr + index.to(tl.int64) * S
+    inside = (offs_p < P)[:, None] & (offs_n < N)[None, :]
+    tl.store(at + offs_p[:, None] * N + offs_n[None, :], state, mask=inside)
+    if MASS:
+        if ADJOINT:
+            scaled *= tl.load(shift_ptr + row + t, mask=flows, other=0.0)[:, None]
+        tl.store(at + P * N + offs_n, tl.sum(scaled, axis=0), mask=offs_n < N)
     tl.store(decay_ptr + index, tl.where(carried == leaving, _exp(total), 0.0))
 
 
@@ -111,11 +117,11 @@ def _state_pass_kernel(
 
 @triton.jit
 def _output_kernel(
-    y_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr, ra_ptr, rw_ptr,
-    h_ptr, r_ptr, order_ptr, seq_ptr, rseq_ptr, length, H, Gx, Gb, Gc, P, N, num_chunks,
+    y_ptr, mass_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr, ra_ptr, rw_ptr,
+    h_ptr, r_ptr, order_ptr, seq_ptr, rseq_ptr, length, H, Gx, Gb, Gc, P, N, num_chunks, S, least,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, SHARED: tl.constexpr, HAS_W: tl.constexpr, HAS_RW: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_RSEQ: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_RSEQ: tl.constexpr, MASS: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -129,6 +135,7 @@ def _output_kernel(
     mix = tl.zeros((Q, Q), tl.float32)
     seen = tl.zeros((Q, Q), tl.int1)
     y = tl.zeros((Q, BLOCK_P), tl.float32)
+    total = tl.zeros((Q,), tl.float32)
     if FORWARD:
         k = _tile(b_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
         q = _tile(c_ptr, rows, h // (H // Gc), Gc, N, valid, BLOCK_N)
@@ -149,9 +156,12 @@ def _output_kernel(
             scale *= w
         mix = tl.where(pairs, weight, 0.0)
         seen = pairs
-        state, fit = _rounded(_state(h_ptr, index, P, N, BLOCK_P, BLOCK_N), q, 1)
+        state, fit = _rounded(_state(h_ptr, index, S, P, N, BLOCK_P, BLOCK_N), q, 1)
         carry = tl.dot(q, tl.trans(state), input_precision="ieee") * fit[None, :]
         y += tl.where(arrives[:, None], carry * scale[:, None], 0.0)
+        if MASS:
+            carried_mass = tl.sum(q.to(tl.float32) * _mass(h_ptr, index, S, P, N, BLOCK_N)[None, :], axis=1)
+            total += tl.where(arrives, carried_mass * scale, 0.0)
     if REVERSE:
         if not (SHARED and FORWARD):
             k = _tile(rb_ptr, rows, h // (H // Gb), Gb, N, valid, BLOCK_N)
@@ -173,12 +183,23 @@ def _output_kernel(
             rscale *= rw
         mix += tl.where(rpairs, rweight, 0.0)
         seen = seen | rpairs
-        rstate, rfit = _rounded(_state(r_ptr, index, P, N, BLOCK_P, BLOCK_N), q, 1)
+        rstate, rfit = _rounded(_state(r_ptr, index, S, P, N, BLOCK_P, BLOCK_N), q, 1)
         rcarry = tl.dot(q, tl.trans(rstate), input_precision="ieee") * rfit[None, :]
         y += tl.where(rarrives[:, None], rcarry * rscale[:, None], 0.0)
+        if MASS:
+            carried_mass = tl.sum(q.to(tl.float32) * _mass(r_ptr, index, S, P, N, BLOCK_N)[None, :], axis=1)
+            total += tl.where(rarrives, carried_mass * rscale, 0.0)
     y += _over_visits(mix, x, seen)
     if HAS_D:
         y += tl.load(d_ptr + h) * x.to(tl.float32)
+    if MASS:
+        total += tl.sum(mix, axis=1)
+        if HAS_D:
+            total += tl.load(d_ptr + h)
+        empty = total < least
+        total = tl.where(empty, 0.0, total)
+        tl.store(mass_ptr + rows * H + h, total, mask=valid)
+        y = tl.where(empty[:, None], 0.0, y / tl.where(empty, 1.0, total)[:, None])
     offs_p = tl.arange(0, BLOCK_P)
     tl.store(
         y_ptr + (rows * H + h)[:, None] * P + offs_p[None, :],
@@ -195,6 +216,11 @@ class Visits(NamedTuple):
     w: Tensor | None
 
 
+def _visit(t: Tensor, order: Tensor | None) -> Tensor:
+    """(B, L, H) -> (B, H, L) in visiting order."""
+    return (t if order is None else t.gather(1, order[..., None].expand_as(t))).transpose(1, 2).contiguous()
+
+
 def _directions(i: dict[str, Any]) -> tuple[Direction, Direction]:
     forward = Direction(i["dt"], i["A"], i["B"], i["C"], i["dt_bias"], None, i["seq_idx"])
     return forward, forward.with_own(Reverse(*(i[f"reverse_{name}"] for name in Reverse._fields)))
@@ -205,8 +231,8 @@ def _prepare(
 ) -> tuple[Visits | None, Visits | None]:
     """Steps, decays and weights per visit, by differentiable PyTorch."""
 
-    def visit(t: Tensor) -> Tensor:  # (B, L, H) -> (B, H, L) in visiting order
-        return (t if order is None else t.gather(1, order[..., None].expand_as(t))).transpose(1, 2).contiguous()
+    def visit(t: Tensor) -> Tensor:
+        return _visit(t, order)
 
     def steps(d: Direction) -> Tensor:
         raw = d.dt if d.dt_bias is None else d.dt + d.dt_bias
@@ -237,7 +263,7 @@ class _Launch:
     def __init__(self, inputs: dict[str, Any], chunk_size: int) -> None:
         i = self.inputs = inputs
         self.B, self.L, self.H = i["dt"].shape
-        self.P, self.N = i["x"].shape[3], i["B"].shape[3]
+        self.P, self.N, self.mass = i["x"].shape[3], i["B"].shape[3], i["normalize"]
         self.Q = max(16, min(CHUNK, triton.next_power_of_2(chunk_size or CHUNK)))
         self.num_chunks = triton.cdiv(self.L, self.Q)
         self.order = checked_order("ssd_scan", i["token_order"])
@@ -252,7 +278,13 @@ class _Launch:
     @property
     def sizes(self) -> tuple[int, ...]:
         i = self.inputs
-        return self.L, self.H, i["x"].shape[2], i["B"].shape[2], i["C"].shape[2], self.P, self.N, self.num_chunks
+        groups = (i["x"].shape[2], i["B"].shape[2], i["C"].shape[2])
+        return self.L, self.H, *groups, self.P, self.N, self.num_chunks, self.rows * self.N
+
+    @property
+    def rows(self) -> int:
+        """Of a state."""
+        return self.P + self.mass
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -266,29 +298,30 @@ class _Launch:
             HAS_W=self.forward is not None and self.forward.w is not None,
             HAS_RW=self.reverse is not None and self.reverse.w is not None, HAS_D=self.D is not None,
             HAS_ORDER=self.order is not None, HAS_SEQ=self.seq is not None, HAS_RSEQ=self.rseq is not None,
-            **self.blocks,
+            MASS=self.mass, **self.blocks,
         )  # fmt: skip
 
     def states(
-        self, x: Tensor, k: Tensor, visits: Visits, initial: Tensor | None, *, reverse: bool, adjoint: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The state entering each chunk (B H, chunks, P, N), and the one leaving the last; float32.
+        self, x: Tensor, k: Tensor, visits: Visits, initial: Tensor | None, *, reverse: bool,
+        adjoint: bool, shift: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The state entering each chunk (B H, chunks, rows, N), and the one leaving the last; float32.
 
         Adjoint: the gradient of the state leaving each chunk, and of the one entering the first.
         """
         count = self.B * self.H
-        states = torch.empty(count, self.num_chunks, self.P, self.N, dtype=torch.float32, device=x.device)
+        states = torch.empty(count, self.num_chunks, self.rows, self.N, dtype=torch.float32, device=x.device)
         decays = torch.empty(count, self.num_chunks, dtype=torch.float32, device=x.device)
-        final = torch.empty(self.B, self.H, self.P, self.N, dtype=torch.float32, device=x.device)
+        final = torch.empty(self.B, self.H, self.rows, self.N, dtype=torch.float32, device=x.device)
         seq = self.rseq if reverse else self.seq
         if self.num_chunks:
             _chunk_state_kernel[(self.num_chunks, count)](
-                states, decays, x, k, visits.dt, visits.a, visits.w, self.inputs["token_order"], seq,
-                self.L, self.H, x.shape[2], k.shape[2], self.P, self.N, self.num_chunks,
+                states, decays, x, shift, k, visits.dt, visits.a, visits.w, self.inputs["token_order"], seq,
+                self.L, self.H, x.shape[2], k.shape[2], self.P, self.N, self.num_chunks, self.rows * self.N,
                 REVERSE=reverse, ADJOINT=adjoint, HAS_ORDER=self.order is not None, HAS_SEQ=seq is not None,
-                HAS_W=visits.w is not None, **self.blocks,
+                HAS_W=visits.w is not None, MASS=self.mass, **self.blocks,
             )  # fmt: skip
-        size = self.P * self.N
+        size = self.rows * self.N
         _state_pass_kernel[(count, triton.cdiv(size, STATE_BLOCK))](
             states, decays, None if initial is None else initial.contiguous(), final, self.num_chunks, size,
             BACKWARDS=reverse != adjoint, HAS_INITIAL=initial is not None, BLOCK=STATE_BLOCK,
@@ -312,19 +345,20 @@ class _Launch:
         return (*(self.forward or nothing), *(self.reverse or nothing))
 
 
-def ssd_scan(*args: Any) -> tuple[Tensor, Tensor]:
+def ssd_scan(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of the dispatcher op `linmu::ssd_scan`."""
-    *inputs, return_final_state, chunk_size = args
+    *inputs, return_final_state, for_gradient, chunk_size = args
     run = _Launch(dict(zip(ARGUMENTS, inputs, strict=True)), chunk_size)
-    y = run.x.new_empty(run.B, run.L, run.H, run.P)
+    y = run.x.new_empty(run.B, run.L, run.H, run.P, dtype=torch.float32 if run.mass and for_gradient else run.x.dtype)
+    mass = run.x.new_empty((run.B, run.L, run.H) if run.mass else 0, dtype=torch.float32)
     h, r, final = run.entering()
-    if y.numel():
+    if max(y.numel(), mass.numel()):
         _output_kernel[(run.num_chunks, run.B * run.H)](
-            y, run.x, run.b, run.c, run.rb, run.rc, run.D, *run.visit_pointers(), h, r, run.inputs["token_order"],
-            run.seq, run.rseq, *run.sizes, **run.flags(),
+            y, mass, run.x, run.b, run.c, run.rb, run.rc, run.D, *run.visit_pointers(), h, r, run.inputs["token_order"],
+            run.seq, run.rseq, *run.sizes, LEAST_MASS, **run.flags(),
         )  # fmt: skip
     assert final is not None
-    return y, final if return_final_state else run.x.new_empty(0, dtype=torch.float32)
+    return y, mass, final if return_final_state else run.x.new_empty(0, dtype=torch.float32)
 
 
 def _sum_groups(per_head: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -332,7 +366,32 @@ def _sum_groups(per_head: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return per_head.view(B, L, groups, H // groups, size).sum(3).to(dtype)
 
 
-def ssd_scan_bwd(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
+class _Mean(NamedTuple):
+    """What a mean's gradient adds, per visit, (B, H, L) float32."""
+
+    inverse: Tensor  # 1 / mass, 0 where there is no mean
+    dot: Tensor  # dy . y
+    own: Tensor  # mass times its gradient
+
+    @staticmethod
+    def of(run: _Launch, grad_y: Tensor, grad_mass: Tensor | None, y: Tensor, mass: Tensor) -> _Mean:
+        empty = mass == 0
+        inverse = torch.where(empty, 0.0, 1 / mass)
+        dot = torch.where(empty, 0.0, (grad_y * y).sum(-1))
+        own = torch.zeros_like(mass) if grad_mass is None else torch.where(empty, 0.0, grad_mass * mass)
+        return _Mean(*(_visit(t, run.order) for t in (inverse, dot, own)))
+
+    def weighed(self, visits: Visits) -> Visits:
+        w = self.inverse
+        if visits.w is not None:  # without weight a visit has no part, whatever its mass
+            w = torch.where((w == 0) | (visits.w == 0), 0.0, visits.w * w)
+        return visits._replace(w=w.contiguous())
+
+
+def ssd_scan_bwd(
+    grad_y: Tensor, grad_mass: Tensor | None, grad_final_state: Tensor | None, y: Tensor | None, mass: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:  # fmt: skip
     """Arguments and results of the dispatcher op `linmu::ssd_scan_bwd`."""
     *inputs, chunk_size = args
     given = dict(zip(ARGUMENTS, inputs, strict=True))
@@ -343,15 +402,23 @@ def ssd_scan_bwd(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) ->
     graph = [t for v in (run.forward, run.reverse) if v is not None for t in v]
     run.forward = None if run.forward is None else Visits(*(None if t is None else t.detach() for t in run.forward))
     run.reverse = None if run.reverse is None else Visits(*(None if t is None else t.detach() for t in run.reverse))
+    shift = mean = None
     dy = grad_y.contiguous()
+    if y is not None and mass is not None:
+        mean = _Mean.of(run, dy, grad_mass, y, mass)
+        shift = mean.own - mean.dot
+        run.forward = None if run.forward is None else mean.weighed(run.forward)
+        run.reverse = None if run.reverse is None else mean.weighed(run.reverse)
+        # That of a 16-bit output, in float32. Nothing of a visit without a mean is looked at.
+        dy = torch.where((mass == 0)[..., None], 0.0, dy).to(run.x.dtype)
 
     h, r, _ = run.entering()
     dh = dr = d_initial = None
     if run.forward is not None:
-        dh, d_initial = run.states(dy, run.c, run.forward, grad_final_state, reverse=False, adjoint=True)
+        dh, d_initial = run.states(dy, run.c, run.forward, grad_final_state, reverse=False, adjoint=True, shift=shift)
     if run.reverse is not None:
         seed = grad_final_state if run.forward is None else None
-        dr, d_start = run.states(dy, run.rc, run.reverse, seed, reverse=True, adjoint=True)
+        dr, d_start = run.states(dy, run.rc, run.reverse, seed, reverse=True, adjoint=True, shift=shift)
         d_initial = d_start if d_initial is None else d_initial
 
     f32 = dict(dtype=torch.float32, device=dy.device)
@@ -364,10 +431,13 @@ def ssd_scan_bwd(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) ->
     dd = per_visit() if run.D is not None else None
     if dx.numel():
         _bwd_kernel[(run.num_chunks, run.B * run.H)](
-            dx, db, dc, drb, drc, *visits, dd, dy, run.x, run.b, run.c, run.rb, run.rc, run.D, *run.visit_pointers(),
-            h, dh, r, dr, run.inputs["token_order"], run.seq, run.rseq, *run.sizes, **run.flags(),
+            dx, db, dc, drb, drc, *visits, dd, dy, *(mean or (None, None, None)), run.x, run.b, run.c, run.rb, run.rc,
+            run.D, *run.visit_pointers(), h, dh, r, dr, run.inputs["token_order"], run.seq, run.rseq, *run.sizes,
+            **run.flags(),
         )  # fmt: skip
     used = visits[: 3 if run.forward is not None else 0] + (visits[3:] if run.reverse is not None else [])
+    if mean is not None:  # the weight that the kernel saw was divided by the mass
+        used = [g * mean.inverse if i % 3 == 2 else g for i, g in enumerate(used)]
     pairs = [(t, g) for t, g in zip(graph, used, strict=True) if t is not None and t.requires_grad]
     found = torch.autograd.grad([t for t, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True)
     grads = {n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, found, strict=True)}

@@ -11,16 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._ssd_tiles import _exp, _log_decays, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
+from ._ssd_tiles import _exp, _log_decays, _mass, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
 from ._visits import token_rows
 
 
 @triton.jit
 def _direction(
-    x, dy, k, q, entering, leaving_grad, dt, a, w, seg, carried, leaving, offs_q, valid,
-    HAS_SEQ: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr,
+    x, dy, dot, own, k, q, h_ptr, dh_ptr, index, S, P, N, dt, a, w, seg, carried, leaving, offs_q, valid,
+    HAS_SEQ: tl.constexpr, REVERSE: tl.constexpr, MASS: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one direction within one chunk: dx, dk, dq, and per visit ddt, da, dw."""
+    entering = _state(h_ptr, index, S, P, N, BLOCK_P, BLOCK_N)
+    leaving_grad = _state(dh_ptr, index, S, P, N, BLOCK_P, BLOCK_N)
     log, total = _log_decays(a, seg, leaving, HAS_SEQ, REVERSE, Q)
     if REVERSE:
         pairs = (offs_q[:, None] <= offs_q[None, :]) & (seg[:, None] == seg[None, :])
@@ -38,19 +41,28 @@ def _direction(
 
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     values = tl.dot(dy, tl.trans(x), input_precision="ieee")
+    if MASS:
+        values = values - dot[:, None] + own[:, None]
     flow = tl.where(pairs, decay * scores * values, 0.0)  # (i, j), without dt_j and w_i
     h, fit_h = _rounded(entering, q, 0)
     g, fit_g = _rounded(leaving_grad, q, 0)
     g_rows, fit_rows = _rounded(leaving_grad, q, 1)
     dy_h = tl.dot(dy, h, input_precision="ieee") * fit_h[None, :]  # (Q, N)
     x_g = tl.dot(x, g, input_precision="ieee") * fit_g[None, :]  # (Q, N)
+    through = _exp(total) * tl.sum(tl.sum(entering * leaving_grad, axis=1), axis=0)
+    if MASS:
+        mass = _mass(h_ptr, index, S, P, N, BLOCK_N)
+        mass_grad = _mass(dh_ptr, index, S, P, N, BLOCK_N)
+        dy_h += (own - dot)[:, None] * mass[None, :]
+        x_g += mass_grad[None, :]
+        through += _exp(total) * tl.sum(mass * mass_grad, axis=0)
     k_g = tl.dot(k, tl.trans(g_rows), input_precision="ieee") * fit_rows[None, :]  # (Q, P)
     q32, k32 = q.to(tl.float32), k.to(tl.float32)
     from_state = tl.where(arrives, arrive * tl.sum(dy_h * q32, axis=1), 0.0)
     to_state = tl.where(leaves, leave * tl.sum(x_g * k32, axis=1), 0.0)
 
     dw = tl.sum(tl.where(steps[None, :], flow * dt[None, :], 0.0), axis=1) + from_state
-    ddt = tl.sum(tl.where(weighs[:, None], flow * w[:, None], 0.0), axis=0) + to_state
+    ddt = tl.sum(tl.where(pairs & weighs[:, None], flow * w[:, None], 0.0), axis=0) + to_state
     reached = tl.where(live, flow * w[:, None] * dt[None, :], 0.0)
     past = tl.cumsum(reached, axis=0, reverse=not REVERSE)  # (t, j): from j into the outputs at t and after
     da = tl.sum(tl.where(earlier, past, 0.0), axis=1)
@@ -58,7 +70,6 @@ def _direction(
     out_of = tl.where(leaves & steps, dt * to_state, 0.0)
     da += tl.cumsum(into, axis=0, reverse=not REVERSE)
     da += tl.sum(tl.where(earlier, out_of[None, :], 0.0), axis=1)
-    through = _exp(total) * tl.sum(tl.sum(entering * leaving_grad, axis=1), axis=0)
     da += tl.where(carried == leaving, through, 0.0)
 
     weighted = tl.where(live, decay * values * w[:, None] * dt[None, :], 0.0)
@@ -81,11 +92,12 @@ def _store_rows(ptr, rows, h, H, size, value, valid, BLOCK: tl.constexpr):
 @triton.jit
 def _bwd_kernel(
     dx_ptr, db_ptr, dc_ptr, drb_ptr, drc_ptr, ddt_ptr, da_ptr, dw_ptr, rddt_ptr, rda_ptr, rdw_ptr, dd_ptr,
-    dy_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr, ra_ptr, rw_ptr,
-    h_ptr, dh_ptr, r_ptr, dr_ptr, order_ptr, seq_ptr, rseq_ptr, length, H, Gx, Gb, Gc, P, N, num_chunks,
+    dy_ptr, inverse_ptr, dot_ptr, own_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr,
+    ra_ptr, rw_ptr, h_ptr, dh_ptr, r_ptr, dr_ptr, order_ptr, seq_ptr, rseq_ptr,
+    length, H, Gx, Gb, Gc, P, N, num_chunks, S,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, SHARED: tl.constexpr, HAS_W: tl.constexpr, HAS_RW: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_RSEQ: tl.constexpr, Q: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, HAS_RSEQ: tl.constexpr, MASS: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c, bh = tl.program_id(0), tl.program_id(1)
     b, h = bh // H, bh % H
@@ -98,6 +110,11 @@ def _bwd_kernel(
     rows = token_rows(order_ptr, b, t, valid, length, HAS_ORDER)
     x = _tile(x_ptr, rows, h // (H // Gx), Gx, P, valid, BLOCK_P)
     dy = _tile(dy_ptr, rows, h, H, P, valid, BLOCK_P)
+    dot = tl.zeros((Q,), tl.float32)
+    own = tl.zeros((Q,), tl.float32)
+    if MASS:
+        dot = tl.load(dot_ptr + row + t, mask=valid, other=0.0)
+        own = tl.load(own_ptr + row + t, mask=valid, other=0.0)
     dx = tl.zeros((Q, BLOCK_P), tl.float32)
     dk = tl.zeros((Q, BLOCK_N), tl.float32)
     dq = tl.zeros((Q, BLOCK_N), tl.float32)
@@ -115,9 +132,9 @@ def _bwd_kernel(
         else:
             w = tl.full((Q,), 1.0, tl.float32)
         fx, fk, fq, ddt, da, dw = _direction(
-            x, dy, k, q, _state(h_ptr, index, P, N, BLOCK_P, BLOCK_N), _state(dh_ptr, index, P, N, BLOCK_P, BLOCK_N),
-            tl.load(dt_ptr + row + t, mask=valid, other=0.0), tl.load(a_ptr + row + t, mask=valid, other=0.0),
-            w, seg, carried, leaving, offs_q, valid, HAS_SEQ, False, Q,
+            x, dy, dot, own, k, q, h_ptr, dh_ptr, index, S, P, N, tl.load(dt_ptr + row + t, mask=valid, other=0.0),
+            tl.load(a_ptr + row + t, mask=valid, other=0.0), w, seg, carried, leaving, offs_q, valid, HAS_SEQ, False,
+            MASS, Q, BLOCK_P, BLOCK_N,
         )  # fmt: skip
         dx += fx
         dk += fk
@@ -144,10 +161,9 @@ def _bwd_kernel(
         else:
             rw = tl.full((Q,), 1.0, tl.float32)
         gx, gk, gq, rddt, rda, rdw = _direction(
-            x, dy, rk, rq, _state(r_ptr, index, P, N, BLOCK_P, BLOCK_N),
-            _state(dr_ptr, index, P, N, BLOCK_P, BLOCK_N), tl.load(rdt_ptr + row + t, mask=valid, other=0.0),
-            tl.load(ra_ptr + row + t, mask=valid, other=0.0), rw, rseg, rcarried, rleaving, offs_q, valid, HAS_RSEQ,
-            True, Q,
+            x, dy, dot, own, rk, rq, r_ptr, dr_ptr, index, S, P, N,
+            tl.load(rdt_ptr + row + t, mask=valid, other=0.0), tl.load(ra_ptr + row + t, mask=valid, other=0.0), rw,
+            rseg, rcarried, rleaving, offs_q, valid, HAS_RSEQ, True, MASS, Q, BLOCK_P, BLOCK_N,
         )  # fmt: skip
         dx += gx
         dk += gk
@@ -160,6 +176,11 @@ def _bwd_kernel(
         _store_rows(drc_ptr, rows, h, H, N, dq, valid, BLOCK_N)
     if HAS_D:
         dy32 = dy.to(tl.float32)
+        skips = tl.sum(dy32 * x.to(tl.float32), axis=1)
+        if MASS:
+            inverse = tl.load(inverse_ptr + row + t, mask=valid, other=0.0)
+            dy32 *= inverse[:, None]
+            skips = (skips - dot + own) * inverse
         dx += tl.load(d_ptr + h) * dy32
-        tl.store(dd_ptr + row + t, tl.sum(dy32 * x.to(tl.float32), axis=1), mask=valid)
+        tl.store(dd_ptr + row + t, skips, mask=valid)
     _store_rows(dx_ptr, rows, h, H, P, dx, valid, BLOCK_P)

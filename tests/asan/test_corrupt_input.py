@@ -121,8 +121,9 @@ SIZES = {
     "branch_mix_norm": [dict(L=0), dict(D=1), dict(D=67), dict(L=3, D=1025)],
     "causal_conv1d": [dict(L=0), dict(L=1, D=1, K=2), dict(L=2, D=67), dict(L=300, D=17, K=3)],
     "causal_conv1d_step": [dict(B=0), dict(D=1, K=2), dict(D=67, K=8)],
-    "ssd_scan": [dict(L=0), dict(L=1, P=1, N=1), dict(L=65, P=17, N=33), dict(L=129, P=5, N=3), dict(L=300, P=64)],
-    "ssd_step": [dict(B=0), dict(P=1, N=1), dict(P=17, N=33), dict(P=128, N=128)],
+    "ssd_scan": [dict(L=0), dict(L=1, P=1, N=1), dict(L=65, P=17, N=33), dict(L=129, P=5, N=3), dict(L=300, P=64),
+                 dict(L=65, P=17, N=33, normalize=True), dict(L=129, P=16, N=3, normalize=True)],
+    "ssd_step": [dict(B=0), dict(P=1, N=1), dict(P=17, N=33), dict(P=128, N=128), dict(P=17, N=33, normalize=True)],
     "window_attention": [
         dict(B=0), dict(P=2, R=2, grid=(1, 1, 1)), dict(P=18, R=6, grid=(1, 33, 5), window=(1, 16, 16)),
         dict(P=64, R=64, grid=(5, 7, 9), window=(4, 4, 4)),

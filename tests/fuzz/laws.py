@@ -167,19 +167,19 @@ def pieces(case: dict[str, Any]) -> None:
     inputs, L, options = t.tensors, case["L"], options | dict(return_final_state=True)
     cuts = [0, *(min(c, L) for c in case["cuts"]), L]
     with linmu_ops.use_impl("ssd_scan:cpu"):
-        whole, last = run_op("ssd_scan", **inputs, **options)
+        whole, *_, last = run_op("ssd_scan", **inputs, **options)
     state, found = inputs.get("initial_state"), []
     for a, b in itertools.pairwise(cuts):
         piece = {k: v[:, a:b] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
-        y, state = run_op("ssd_scan", **piece | dict(initial_state=state), **options)
+        y, *_, state = run_op("ssd_scan", **piece | dict(initial_state=state), **options)
         found.append(y)
     torch.testing.assert_close(torch.cat(found, 1), whole)
     torch.testing.assert_close(state, last)
-    H, P, N = case["heads"][0], case["P"], case["N"]
-    state = inputs["initial_state"].clone() if "initial_state" in inputs else whole.new_zeros(case["B"], H, P, N)
+    H, P, N, mean = case["heads"][0], case["P"], case["N"], options["normalize"]
+    state = inputs["initial_state"].clone() if "initial_state" in inputs else whole.new_zeros(case["B"], H, P + mean, N)
     rest = {k: inputs[k] for k in ("A", "D", "dt_bias") if k in inputs}
     for i in range(L):
         token = {k: inputs[k][:, i] for k in ("x", "dt", "B", "C")}
-        y = linmu_ops.ssd_step(state, **token, **rest, dt_softplus=options["dt_softplus"])
-        torch.testing.assert_close(y, whole[:, i])
+        y = linmu_ops.ssd_step(state, **token, **rest, dt_softplus=options["dt_softplus"], normalize=mean)
+        torch.testing.assert_close(y[0] if mean else y, whole[:, i])
     torch.testing.assert_close(state, last)

@@ -45,6 +45,7 @@ ssd_scan_cases = case(
     options=some(
         "D", "dt_bias", "dt_softplus", "reverse_dt", "reverse_dt_bias", "reverse_A", "reverse_B", "reverse_C", "gate",
         "head_gate", "reverse_mask", "reverse_seq_idx", "seq_idx", "token_order", "initial_state", "return_final_state",
+        "normalize",
     ),
     chunk_size=st.none() | st.integers(1, 140), manners=manners(*SCAN_TENSORS),
 )  # fmt: skip
@@ -55,10 +56,11 @@ def scan_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     if B * H * P * N > MOST:
         reject()
     t, direction, options = Tensors(case), case["direction"], case["options"]
-    softplus = "dt_softplus" in options
+    softplus, mean = "dt_softplus" in options, "normalize" in options
+    kind = "uniform" if mean else "normal"  # no weight of a mean is below 0
     shapes: dict[str, tuple[Any, ...]] = dict(
         x=(B, L, Gx, P), dt=(B, L, H), A=(H,), B=(B, L, Gb, N), C=(B, L, Gc, N), D=(H,), dt_bias=(H,),
-        initial_state=(B, H, P, N), gate=(B, L, H),
+        initial_state=(B, H, P + mean, N), gate=(B, L, H),
     )  # fmt: skip
     for name in ("dt", "dt_bias", "A", "B", "C"):
         shapes[f"reverse_{name}"] = shapes[name]
@@ -83,23 +85,32 @@ def scan_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         elif plain in ("dt", "dt_bias"):
             t.draw(name, shapes[name], "normal" if softplus else "uniform", other_dtype(case, t, name))
         elif name == "initial_state":
-            t.draw(name, shapes[name], dtype=t.small)
+            t.draw(name, shapes[name], kind, dtype=t.small)
         else:
-            t.draw(name, shapes[name], dtype=other_dtype(case, t, name) if name == "D" else t.dtype)
+            t.draw(
+                name, shapes[name], "normal" if name == "x" else kind,
+                other_dtype(case, t, name) if name == "D" else t.dtype,
+            )  # fmt: skip
     final = "return_final_state" in options
     return t, dict(
-        direction=direction, dt_softplus=softplus, return_final_state=final, chunk_size=case["chunk_size"]
+        direction=direction, dt_softplus=softplus, return_final_state=final, chunk_size=case["chunk_size"],
+        normalize=mean,
     )  # fmt: skip
+
+
+def without_infinite_logs(out: Any) -> Any:
+    """The log of nothing becomes 0, which the log of something is not."""
+    return tuple(o.masked_fill(o == -math.inf, 0) for o in out) if isinstance(out, tuple) else out
 
 
 @with_threads
 def ssd_scan(case: dict[str, Any]) -> None:
     t, options = scan_inputs(case)
-    judge("ssd_scan", t, options, [k for k in DIFFERENTIABLE if k in t.bases])
+    judge("ssd_scan", t, options, [k for k in DIFFERENTIABLE if k in t.bases], without_infinite_logs)
 
 
 ssd_step_cases = case(
-    B=batches, heads=HEADS, P=sizes(130), N=sizes(130), options=some("D", "dt_bias", "dt_softplus"),
+    B=batches, heads=HEADS, P=sizes(130), N=sizes(130), options=some("D", "dt_bias", "dt_softplus", "normalize"),
     manners=manners("x", "dt", "A", "B", "C", "D", "dt_bias", "state"),
 )  # fmt: skip
 
@@ -109,17 +120,18 @@ def ssd_step(case: dict[str, Any]) -> None:
     B, P, N, (H, Gx, Gb, Gc) = case["B"], case["P"], case["N"], case["heads"]
     if B * H * P * N > MOST:
         reject()
-    t, softplus = Tensors(case), "dt_softplus" in case["options"]
-    t.draw("state", (B, H, P, N), dtype=t.small)
+    t, softplus, mean = Tensors(case), "dt_softplus" in case["options"], "normalize" in case["options"]
+    kind = "uniform" if mean else "normal"
+    t.draw("state", (B, H, P + mean, N), kind, dtype=t.small)
     for name, shape in dict(x=(B, Gx, P), B=(B, Gb, N), C=(B, Gc, N)).items():
-        t.draw(name, shape)
+        t.draw(name, shape, "normal" if name == "x" else kind)
     t.draw("dt", (B, H), "normal" if softplus else "uniform", other_dtype(case, t, "dt"))
     t.draw("A", (H,), "uniform", other_dtype(case, t, "A"), -1)
     if "D" in case["options"]:
-        t.draw("D", (H,), dtype=other_dtype(case, t, "D"))
+        t.draw("D", (H,), kind, dtype=other_dtype(case, t, "D"))
     if "dt_bias" in case["options"]:
         t.draw("dt_bias", (H,), "normal" if softplus else "uniform", other_dtype(case, t, "dt_bias"))
-    judge("ssd_step", t, dict(dt_softplus=softplus), [])
+    judge("ssd_step", t, dict(dt_softplus=softplus, normalize=mean), [], without_infinite_logs)
 
 
 causal_conv1d_cases = case(

@@ -127,7 +127,9 @@ class Tensors:
 def call(op: str, **inputs: Any) -> Any:
     """Outputs of the op, and a state that it updates in place."""
     out = run_op(op, **inputs)
-    return (out, inputs["state"]) if "state" in inputs else out
+    if "state" not in inputs:
+        return out
+    return (*out, inputs["state"]) if isinstance(out, tuple) else (out, inputs["state"])
 
 
 def by(impl: str, op: str, tensors: Tensors, options: dict[str, Any]) -> Callable[..., Any]:

@@ -162,7 +162,7 @@ def test_state_is_of_constant_size():
             sizes[step] = state_bytes(cache)
     assert sizes[10] == sizes[1199] and cache.get_seq_length() == 1206
     layer = cache.layers[0].state
-    assert layer.ssm.shape == (1, 4, 20, 12) and layer.keys.shape[2] == 6
+    assert layer.ssm.shape == (1, 4, 13, 12) and layer.keys.shape[2] == 6
 
 
 def test_the_step_does_not_depend_on_the_position():

@@ -16,7 +16,7 @@ from linmu_ops._testing import results_of, run_op, to_double
 LENGTH, AT, CHUNK = 45, 21, 16  # three chunks of the scan; the middle one is spoiled
 
 
-def scan(direction, segments=False, masked=False, gate=False, own=False, softplus=False):
+def scan(direction, segments=False, masked=False, gate=False, own=False, softplus=False, mean=False):
     g = torch.Generator().manual_seed(1)
 
     def normal(*shape):
@@ -43,6 +43,13 @@ def scan(direction, segments=False, masked=False, gate=False, own=False, softplu
         inputs |= dict(reverse_B=normal(B, L, 1, N), reverse_C=normal(B, L, 2, N))
     if softplus:
         inputs |= dict(dt_softplus=True, dt_bias=normal(H))
+    if mean:  # no weight is below 0
+        weights = ("B", "C", "D", "reverse_B", "reverse_C")
+        inputs |= {k: inputs[k].abs() for k in weights if k in inputs}
+        state = torch.cat((inputs["initial_state"], unit(B, H, 1, N)), 2)
+        inputs |= dict(initial_state=state, normalize=True)
+        if segments:  # none begins where a value is spoiled: a mean of one value has no gradient to speak of
+            inputs["seq_idx"] = (at // 10).int()[None]
     return inputs
 
 
@@ -99,6 +106,8 @@ CALLS = {
     "both": ("ssd_scan", scan("both", softplus=True)),
     "both, masked, gate": ("ssd_scan", scan("both", masked=True, gate=True)),
     "both, segments, masked, gate": ("ssd_scan", scan("both", segments=True, masked=True, gate=True, own=True)),
+    "forward, mean": ("ssd_scan", scan("forward", segments=True, mean=True)),
+    "both, mean": ("ssd_scan", scan("both", masked=True, gate=True, own=True, mean=True)),
     **other_calls(),
 }
 

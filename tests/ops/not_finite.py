@@ -18,6 +18,10 @@ SPOILED = ("x", "B", "C", "dt", "grad_y")
 CASES = [
     *((name, math.nan, direction, ()) for name, direction in zip(SPOILED, DIRECTIONS * 2, strict=False)),
     *((name, value, "both", EVERYTHING) for name in SPOILED for value in (math.nan, 1e30)),
+    *(
+        (name, math.nan, direction, ("mean", "masked"))
+        for name, direction in zip(SPOILED, DIRECTIONS * 2, strict=False)
+    ),
     ("x", math.nan, "reverse", ("masked",)),
     ("C", math.nan, "reverse", ("masked",)),
     ("dt", math.inf, "forward", ("segments",)),
@@ -42,12 +46,15 @@ def make_inputs(direction, options, dtype=torch.float32):
         inputs["reverse_mask"] = torch.arange(L)[None] != AT
     if "gate" in options and direction == "both":
         inputs["gate"] = torch.rand(B, L, H, generator=g)
+    if "mean" in options:  # no weight is below 0
+        inputs |= {k: inputs[k].abs() for k in ("B", "C", "D")} | dict(normalize=True)
     return inputs
 
 
 def grads_of(inputs, grad_y):
     leaves = {n: inputs[n].clone().requires_grad_() for n in ("x", "dt", "B", "C")}
     y = run_op("ssd_scan", **inputs | leaves)
+    y = y[0] if isinstance(y, tuple) else y
     found = torch.autograd.grad(y, list(leaves.values()), grad_y)
     return {"y": y.detach(), **{f"gradient of {n}": t for n, t in zip(leaves, found, strict=True)}}
 

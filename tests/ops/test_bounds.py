@@ -26,7 +26,7 @@ HALF = [torch.bfloat16, torch.float16]
 def draw_ssd_scan(r: random.Random):
     options = ["D", "dt_bias", "dt_softplus", "seq_idx", "token_order", "initial_state", "return_final_state",
                "chunk_size", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_mask", "reverse_seq_idx",
-               "gate"]  # fmt: skip
+               "gate", "normalize"]  # fmt: skip
     groups = [r.choice([1, 2, 3, 6]) for _ in range(3)]
     case = (r.randint(1, 2), r.randint(1, 50), 6, *groups, r.randint(1, 20), r.randint(1, 20))
     share = r.choice([0.0, 0.3, 0.7])

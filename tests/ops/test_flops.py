@@ -47,6 +47,12 @@ def test_count(op, impl):
         assert counted(lambda: out.sum().backward()) == forward * times
 
 
+def test_a_mass_counts_as_one_channel_of_x():
+    for op in ("ssd_scan", "ssd_step"):
+        expected = COUNTS[op][0] // 8 * 9
+        assert counted(lambda op=op: run_op(op, **small_inputs(op, normalize=True))) == expected
+
+
 def test_every_op_of_every_namespace_has_a_formula():
     from torch.utils.flop_counter import flop_registry
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,14 +12,27 @@ from hypothesis import strategies as st
 import linmu_ops
 from linmu_ops import Reverse
 from linmu_ops._testing import check_against_reference, grouped, rerun_with_isa
-from tests.ops.cases.ssd_scan import CASES, DIRECTIONS, DTYPES, SMALL, by_reference, make_inputs, scan, used
+from tests.ops.cases.ssd_scan import ALL, CASES, DIRECTIONS, DTYPES, SMALL, by_reference, make_inputs, scan, used
+
+
+def comparable(f):
+    """Of a log of no mass, 0; it is never the log of what there is."""
+
+    def run(**inputs):
+        out = f(**inputs)
+        if not inputs.get("normalize"):
+            return out
+        y, log_mass, *state = out
+        return y, log_mass.masked_fill(log_mass == -math.inf, 0.0), *state
+
+    return run
 
 
 def check(i):
-    check_against_reference(scan, by_reference, i, used(i))
+    check_against_reference(comparable(scan), comparable(by_reference), i, used(i))
 
 
-@pytest.mark.parametrize("options", [(), ("all",)], ids=["plain", "all"])
+@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -26,8 +41,9 @@ def test_forward_and_backward(case, dtype, direction, options):
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 130])
-def test_own_chunk_size(length):
-    check(make_inputs((1, length, 2, 1, 1, 2, 3, 4), torch.float32, "both", ("all",)))
+@pytest.mark.parametrize("mean", [(), ("normalize",)], ids=["", "mean"])
+def test_own_chunk_size(length, mean):
+    check(make_inputs((1, length, 2, 1, 1, 2, 3, 4), torch.float32, "both", ("all", *mean)))
 
 
 @pytest.mark.parametrize(
@@ -39,10 +55,11 @@ def test_own_chunk_size(length):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_each_option_alone(direction, option):
+@pytest.mark.parametrize("mean", [(), ("normalize",)], ids=["", "mean"])
+def test_each_option_alone(direction, option, mean):
     if (option.startswith("reverse_") and direction == "forward") or ("gate" in option and direction != "both"):
         pytest.skip(f"direction={direction!r} takes no {option}")
-    check(make_inputs(SMALL, torch.float32, direction, (option,)))
+    check(make_inputs(SMALL, torch.float32, direction, (option, *mean)))
 
 
 @given(
@@ -54,7 +71,7 @@ def test_each_option_alone(direction, option):
         st.sampled_from(
             ["D", "dt_bias", "dt_softplus", "seq_idx", "token_order", "initial_state", "return_final_state",
              "chunk_size", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_mask", "reverse_seq_idx",
-             "gate"]
+             "gate", "normalize"]
         )
     ),
 )  # fmt: skip
@@ -70,6 +87,8 @@ def test_empty(case, direction):
     i = make_inputs(case, torch.float32, direction, ("all",))
     leaves = {k: v.clone().requires_grad_() if k in used(i) else v for k, v in i.items()}
     y, state = scan(**leaves)
+    mean, log_mass, _ = scan(**make_inputs(case, torch.float32, direction, ("all", "normalize")))
+    assert mean.shape == y.shape and log_mass.shape == y.shape[:3]
     assert y.shape == (case[0], case[1], 2, 3)
     torch.testing.assert_close(state, i["initial_state"])
     grads = torch.autograd.grad(state.sum() + y.sum(), [leaves[k] for k in used(i)])
@@ -98,9 +117,10 @@ def test_strided_inputs(direction):
     assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("mean", [(), ("normalize",)], ids=["", "mean"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_gradcheck(direction):
-    i = make_inputs((1, 5, 2, 1, 2, 2, 2, 3), torch.float64, direction, ("all",))
+def test_gradcheck(direction, mean):
+    i = make_inputs((1, 5, 2, 1, 2, 2, 2, 3), torch.float64, direction, ("all", *mean))
     names = used(i)
 
     def f(*leaves):
@@ -109,27 +129,28 @@ def test_gradcheck(direction):
     assert torch.autograd.gradcheck(f, [i[k].clone().requires_grad_() for k in names])
 
 
+@pytest.mark.parametrize("mean", [(), ("normalize",)], ids=["", "mean"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_opcheck(direction):
-    i = make_inputs((2, 7, 4, 2, 2, 4, 3, 5), torch.float32, direction, ("all",))
+def test_opcheck(direction, mean):
+    i = make_inputs((2, 7, 4, 2, 2, 4, 3, 5), torch.float32, direction, ("all", *mean))
     names = [a.name for a in torch.ops.linmu.ssd_scan.default._schema.arguments]
-    defaults = dict(dt_softplus=False, return_final_state=False, chunk_size=0)
+    defaults = dict(dt_softplus=False, normalize=False, return_final_state=False, chunk_size=0)
     given_ = {k: v.requires_grad_() if k in used(i) else v for k, v in i.items()}
     args = [given_.get(n, defaults.get(n)) for n in names]
     torch.library.opcheck(torch.ops.linmu.ssd_scan.default, args)
 
 
+@pytest.mark.parametrize("mean", [(), ("normalize",)], ids=["", "mean"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_compile_with_any_length(direction):
+def test_compile_with_any_length(direction, mean):
     torch._dynamo.reset()
     compiled = torch.compile(linmu_ops.ssd_scan, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (9, 70, 33):
-        i = make_inputs((1, length, 4, 2, 2, 4, 4, 8), torch.float32, direction, ("all",))
+        i = make_inputs((1, length, 4, 2, 2, 4, 4, 8), torch.float32, direction, ("all", *mean))
         leaves = [{**i, "x": i["x"].clone().requires_grad_()} for _ in range(2)]
-        y, state = compiled(**grouped(leaves[0]))
-        expected, expected_state = scan(**leaves[1])
-        assert torch.equal(y, expected) and torch.equal(state, expected_state)
-        y.sum().backward(), expected.sum().backward()
+        outputs, expected = compiled(**grouped(leaves[0])), scan(**leaves[1])
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        outputs[0].sum().backward(), expected[0].sum().backward()
         assert torch.equal(leaves[0]["x"].grad, leaves[1]["x"].grad)
 
 
@@ -161,6 +182,11 @@ BAD = [
     (dict(D=torch.zeros(8, device="meta")), ValueError, "D must be on cpu, got meta"),
     (dict(x=[1.0]), TypeError, "x must be a Tensor, got list"),
     (dict(direction="sideways"), ValueError, "direction must be one of forward, reverse, both, got 'sideways'"),
+    (
+        dict(normalize=True, initial_state=torch.zeros(2, 8, 6, 5)),
+        ValueError,
+        r"initial_state must be \(B, H, P\+1, N\) with B=2, H=8, P\+1=7, N=5, got shape \(2, 8, 6, 5\)",
+    ),
     (dict(chunk_size=0), ValueError, "chunk_size must be >= 1, got 0"),
     (dict(token_order=torch.arange(20).expand(2, 20).int() + 1), ValueError, "token_order must hold every position"),
     (dict(token_order=torch.zeros(2, 20).int()), ValueError, "token_order must hold every position"),

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import linmu_ops
+from linmu_ops import _registry
 from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
 from tests.ops.cases.ssd_step import CASES, DTYPES, by_reference, make_inputs, stepped
 
 
+@pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
 @pytest.mark.parametrize("softplus", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case, dtype, softplus):
-    check_against_reference(stepped, by_reference, make_inputs(case, dtype, softplus, skip=softplus))
+def test_forward(case, dtype, softplus, mean):
+    check_against_reference(stepped, by_reference, make_inputs(case, dtype, softplus, skip=softplus, mean=mean))
 
 
 def test_opcheck():
     i = make_inputs(CASES[1], torch.float32, True, True)
     args = (i["state"], i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["dt_bias"], True)
-    torch.library.opcheck(torch.ops.linmu.ssd_step, args)
+    torch.library.opcheck(torch.ops.linmu.ssd_step, (*args, False))
+    wide = torch.cat((i["state"], torch.rand_like(i["state"][:, :, :1])), 2)
+    torch.library.opcheck(torch.ops.linmu.ssd_step, (wide, *args[1:], True))
 
 
 def test_compile():
@@ -49,6 +55,19 @@ def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_forward")
 
 
+def test_a_step_without_mass_is_zero():
+    """And around kernels that do not normalize, as on CUDA."""
+    i = make_inputs((2, 4, 2, 2, 4, 8, 12), torch.float32, True, mean=True)
+    i |= dict(state=torch.zeros_like(i["state"]), dt=i["dt"].index_fill(0, torch.tensor([1]), -1e4))
+    y, log_mass, state = stepped(**{**i, "state": i["state"].clone()})
+    assert not y[1].any() and (log_mass[1] == -math.inf).all() and not state[1].any()
+    torch.testing.assert_close(y[0], i["x"][0].repeat_interleave(2, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_registry, "serves", lambda op, x: "cuda")
+        for got, want in zip(stepped(**i), (y, log_mass, state), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_steps_are_the_scan():
     B, H, P, N, L = 2, 4, 8, 12, 9
     x, dt = torch.randn(B, L, 2, P), torch.rand(B, L, H)
@@ -58,6 +77,13 @@ def test_steps_are_the_scan():
     state = torch.zeros(B, H, P, N)
     steps = [linmu_ops.ssd_step(state, x[:, t], dt[:, t], A, Bm[:, t], C[:, t]) for t in range(L)]
     torch.testing.assert_close(torch.stack(steps, 1), y)
+    torch.testing.assert_close(state, final)
+    Bm, C, state = Bm.abs(), C.abs(), torch.zeros(B, H, P + 1, N)
+    with linmu_ops.use_impl("ssd_scan:reference"):
+        y, log_mass, final = linmu_ops.ssd_scan(x, dt, A, Bm, C, normalize=True, return_final_state=True)
+    steps = [linmu_ops.ssd_step(state, x[:, t], dt[:, t], A, Bm[:, t], C[:, t], normalize=True) for t in range(L)]
+    torch.testing.assert_close(torch.stack([s[0] for s in steps], 1), y)
+    torch.testing.assert_close(torch.stack([s[1] for s in steps], 1), log_mass)
     torch.testing.assert_close(state, final)
 
 

@@ -20,8 +20,9 @@ def check(op, inputs, wrt=()):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ssd_step.CASES[:3] + ssd_step.CASES[4:], ids=str)
-def test_ssd_step_kernel(case, dtype):
-    check("ssd_step", ssd_step.make_inputs(case, dtype, softplus=True, skip=True))
+@pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
+def test_ssd_step_kernel(case, dtype, mean):
+    check("ssd_step", ssd_step.make_inputs(case, dtype, softplus=True, skip=True, mean=mean))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])

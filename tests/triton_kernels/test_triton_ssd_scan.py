@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -29,17 +31,25 @@ def make_inputs(B, L, H, Gx, Gb, Gc, P, N, dtype=torch.float32, options=()):
         gate=torch.rand(B, L, H, generator=g), gate_h=torch.rand(H, generator=g),
         reverse_mask=torch.rand(B, L, generator=g) > 0.4, reverse_seq_idx=index(L), seq_idx=index(L),
         token_order=torch.stack([torch.randperm(L, generator=g) for _ in range(B)] or [torch.zeros(L)]).int()[:B],
-        initial_state=randn(B, H, P, N),
+        initial_state=randn(B, H, P, N), normalize=True,
     )  # fmt: skip
     for o in options:
         i["gate" if o == "gate_h" else o] = extra[o]
+    if "normalize" in options:  # no weight is below 0
+        i |= {k: i[k].abs() for k in ("B", "C", "D", "reverse_B", "reverse_C") if k in i}
+        if "initial_state" in i:
+            i["initial_state"] = torch.cat((i["initial_state"], torch.rand(B, H, 1, N, generator=g)), 2)
     return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in i.items()}
 
 
 def by(impl, direction, final):
     def f(**kw):
         with linmu_ops.use_impl(f"ssd_scan:{impl}"):
-            return run_op("ssd_scan", **kw, direction=direction, return_final_state=final)
+            out = run_op("ssd_scan", **kw, direction=direction, return_final_state=final)
+        if not kw.get("normalize"):
+            return out
+        y, log_mass, *state = out
+        return y, log_mass.masked_fill(log_mass == -math.inf, 0.0), *state
 
     return f
 
@@ -59,6 +69,17 @@ CASES = {
     ),
     "both-separate": ("both", (1, 65, 2, 1, 1, 2, 8, 8), (*ALL_REVERSE, "dt_bias", "gate", "seq_idx", "initial_state")),
     "both-half-separate": ("both", (1, 20, 2, 1, 2, 1, 8, 8), ("reverse_B", "gate")),
+    "mean-forward": ("forward", (1, 70, 4, 2, 1, 4, 8, 16), ("normalize",)),
+    "mean-reverse": (
+        "reverse",
+        (1, 70, 2, 1, 1, 2, 8, 8),
+        ("normalize", "D", "initial_state", "reverse_mask", "seq_idx"),
+    ),
+    "mean-both": (
+        "both",
+        (1, 65, 4, 2, 2, 4, 5, 7),
+        ("normalize", *ALL_REVERSE, "D", "gate", "reverse_mask", "seq_idx", "token_order", "initial_state"),
+    ),
     "one": ("both", (1, 1, 1, 1, 1, 1, 1, 1), ("gate", "initial_state")),
     "empty": ("both", (1, 0, 2, 1, 1, 1, 4, 4), ("initial_state",)),
     "no-batch": ("forward", (0, 5, 2, 1, 1, 1, 4, 4), ()),
@@ -78,8 +99,10 @@ HALF = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half(dtype):
-    inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=dtype, options=("gate_h", "reverse_mask", "reverse_dt"))
+@pytest.mark.parametrize("mean", [(), ("normalize",)], ids=["", "mean"])
+def test_half(dtype, mean):
+    options = ("gate_h", "reverse_mask", "reverse_dt", *mean)
+    inputs = make_inputs(1, 70, 2, 1, 1, 2, 16, 16, dtype=dtype, options=options)
     check_against_reference(by("triton", "both", False), by("reference", "both", False), inputs)
 
 

@@ -21,6 +21,7 @@ CASES = [  # B, L, H, Gx, Gb, Gc, P, N; chunks are of 32 visits
     (1, 37, 12, 2, 3, 1, 8, 70),
 ]
 SMALL = (2, 20, 8, 2, 2, 8, 6, 5)
+ALL = {"plain": (), "all": ("all",), "mean": ("normalize",), "all-mean": ("all", "normalize")}
 
 
 scan = functools.partial(run_op, "ssd_scan")
@@ -31,7 +32,7 @@ def visible(i):
 
 
 def make_inputs(case, dtype=torch.float32, direction="both", options=(), seed=0):
-    """`options` names the optional arguments to give; "all" gives every one that the direction takes."""
+    """`options` names the optional arguments to give; "all" gives every one of the direction but "normalize"."""
     g = torch.Generator().manual_seed(seed)
     B, L, H, Gx, Gb, Gc, P, N = case
 
@@ -71,7 +72,20 @@ def make_inputs(case, dtype=torch.float32, direction="both", options=(), seed=0)
     for k, v in i.items():
         if isinstance(v, torch.Tensor) and v.is_floating_point() and k not in kept:
             i[k] = v.to(acc)
-    return i | dict(direction=direction)
+    return (with_weights_of_a_mean(i, g) if "normalize" in options else i) | dict(direction=direction)
+
+
+def with_weights_of_a_mean(i, g):
+    """The same call with `normalize`, and no weight below 0."""
+    for k in ("B", "C", "reverse_B", "reverse_C"):
+        if k in i:
+            i[k] = i[k].double().softmax(-1).to(i[k].dtype)
+    if "D" in i:
+        i["D"] = i["D"].abs()
+    if "initial_state" in i:
+        row = torch.rand(i["initial_state"][:, :, :1].shape, generator=g).to(i["initial_state"].dtype)
+        i["initial_state"] = torch.cat([i["initial_state"], row], 2)
+    return i | dict(normalize=True)
 
 
 def by_reference(**inputs):

@@ -16,7 +16,7 @@ CASES = [  # B, H, Gx, Gb, Gc, P, N
 ]
 
 
-def make_inputs(case, dtype, softplus=False, skip=False):
+def make_inputs(case, dtype, softplus=False, skip=False, mean=False):
     B, H, Gx, Gb, Gc, P, N = case
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = dict(
@@ -26,12 +26,16 @@ def make_inputs(case, dtype, softplus=False, skip=False):
     )  # fmt: skip
     if skip:
         inputs |= dict(D=torch.randn(H), dt_bias=torch.randn(H))
+    if mean:  # no weight is below 0
+        inputs |= {k: inputs[k].abs() for k in ("B", "C", "D") if k in inputs}
+        state = torch.cat([inputs["state"], torch.rand(B, H, 1, N, dtype=acc)], 2)
+        inputs |= dict(state=state, normalize=True)
     return inputs
 
 
 def stepped(state, **inputs):
     y = linmu_ops.ssd_step(state, **inputs)
-    return y, state
+    return (*y, state) if isinstance(y, tuple) else (y, state)
 
 
 def by_reference(**inputs):
