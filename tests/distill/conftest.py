@@ -1,4 +1,4 @@
-"""Makes the tiny models of this folder importable, and lets every test choose its own precision and processes."""
+"""Makes the helpers of this folder importable, and lets every test choose its own precision and processes."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Two processes give the losses of one: DDP and FSDP2 over gloo."""
 
 import pytest
-import tiny
+import stand_ins
 import torch
 from training import curve, in_two
 
@@ -13,7 +13,7 @@ def run_two(config, number):
     """A stage in two processes; their exit statuses."""
 
     def work(rank):
-        trainer = tiny.stage_trainer(config, number)
+        trainer = stand_ins.stage_trainer(config, number)
         assert trainer.accelerator.num_processes == 2
         trainer.run()
         blocks = {i: layer.self_attn for i, layer in enumerate(trainer.student.get_decoder().layers)}
@@ -26,9 +26,9 @@ def run_two(config, number):
 def test_two_processes_are_one(tmp_path, parallel, number):
     """Batches are of unequal size, so that a mean of the processes' means would be something else."""
     changes = {f"stage{number}": {"steps": 5, "learning_rate": 1e-2}}
-    one = tiny.stage_trainer(tiny.tiny_config(tmp_path / "one", gradient_accumulation=2, **changes), number)
+    one = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "one", gradient_accumulation=2, **changes), number)
     one.run()
-    config = tiny.tiny_config(tmp_path / "two", parallel=parallel, **changes)
+    config = stand_ins.config_of(tmp_path / "two", parallel=parallel, **changes)
     assert run_two(config, number) == [0, 0]
     for ours, theirs in zip(curve(config.folder / f"stage{number}"), curve(one.folder), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4)
@@ -42,9 +42,9 @@ def test_two_processes_are_one(tmp_path, parallel, number):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_of_two_goes_on_from_its_checkpoint(tmp_path, parallel):
     changes = dict(parallel=parallel, stage2={"steps": 8, "learning_rate": 1e-2})
-    whole = tiny.tiny_config(tmp_path / "whole", **changes)
+    whole = stand_ins.config_of(tmp_path / "whole", **changes)
     assert run_two(whole, 2) == [0, 0]
-    config = tiny.tiny_config(tmp_path / "cut", **changes)
+    config = stand_ins.config_of(tmp_path / "cut", **changes)
     assert run_two(config, 2) == [0, 0]
     store = CheckpointStore(config.folder / "stage2/checkpoints")
     (store.folder / "step-000000008/manifest.json").unlink()

@@ -3,7 +3,7 @@
 import weakref
 
 import pytest
-import tiny
+import stand_ins
 import torch
 from small_run import run_values, save_teacher
 
@@ -18,8 +18,8 @@ def _features(model, pixels, grid):
 
 
 def test_pixels_are_encoded_once_and_let_go():
-    teacher = tiny.teacher_model()
-    student = tiny.student_model(teacher)
+    teacher = stand_ins.teacher_model()
+    student = stand_ins.student_model(teacher)
     calls = []
     for model in (teacher, student):
         model.model.visual.register_forward_hook(lambda *given: calls.append(1))
@@ -37,7 +37,7 @@ def test_pixels_are_encoded_once_and_let_go():
 
 
 def test_it_ends_with_an_error_too_and_leaves_what_was_there():
-    teacher = tiny.teacher_model()
+    teacher = stand_ins.teacher_model()
 
     def own(pixels, grid):
         return "own"

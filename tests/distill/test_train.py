@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-import tiny
+import stand_ins
 import torch
 from training import curve
 
@@ -27,7 +27,7 @@ from linmu_models.hooks import attention_modules, record_outputs
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_stage_trains_what_the_table_says(tmp_path, number):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path, **{f"stage{number}": {"steps": 3}}), number)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path, **{f"stage{number}": {"steps": 3}}), number)
     before = {name: p.detach().clone() for name, p in trainer.student.named_parameters()}
     trainer.run()
     changed = {name for name, p in trainer.student.named_parameters() if not torch.equal(p, before[name])}
@@ -47,8 +47,8 @@ def test_a_stage_trains_what_the_table_says(tmp_path, number):
 
 
 def test_losses_fall(tmp_path):
-    config = tiny.tiny_config(tmp_path, stage1={"steps": 60, "learning_rate": 1e-2})
-    trainer = tiny.stage_trainer(config, 1)
+    config = stand_ins.config_of(tmp_path, stage1={"steps": 60, "learning_rate": 1e-2})
+    trainer = stand_ins.stage_trainer(config, 1)
     source = trainer.source
     source.samples = lambda step, samples=source.samples: samples(step % 2)
     trainer.run()
@@ -62,8 +62,8 @@ def test_blocks_see_what_the_teachers_attention_saw(tmp_path):
     """Then a wrong block below changes nothing above it: each block learns by itself."""
     losses = []
     for wrong in (False, True):
-        config = tiny.tiny_config(tmp_path, stage1={"steps": 1})
-        trainer = tiny.stage_trainer(config, 1)
+        config = stand_ins.config_of(tmp_path, stage1={"steps": 1})
+        trainer = stand_ins.stage_trainer(config, 1)
         trainer.stage = dataclasses.replace(trainer.stage, block_input="teacher")
         if wrong:
             trainer.student.get_decoder().layers[0].self_attn.norm.weight.data.mul_(-3.0)
@@ -98,7 +98,7 @@ def run_apart(folder, number, kill_at=0):
     if not child:
         status = 1
         try:
-            trainer = tiny.stage_trainer(tiny.tiny_config(folder), number)
+            trainer = stand_ins.stage_trainer(stand_ins.config_of(folder), number)
             trainer.on_step = lambda step: step == kill_at and os.kill(os.getpid(), signal.SIGKILL)
             trainer.run()
             status = 0
@@ -127,7 +127,7 @@ def test_a_killed_run_ends_with_the_same_curve(tmp_path, number):
 
 def test_resuming_keeps_the_schedule_and_the_optimiser(tmp_path):
     """Weights alone are no checkpoint: the learning rate would start again."""
-    config = tiny.tiny_config(tmp_path)
+    config = stand_ins.config_of(tmp_path)
 
     class Stop(Exception):
         pass
@@ -137,8 +137,8 @@ def test_resuming_keeps_the_schedule_and_the_optimiser(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        tiny.stage_trainer(config, 1, on_step=stop).run()
-    trainer = tiny.stage_trainer(config, 1)
+        stand_ins.stage_trainer(config, 1, on_step=stop).run()
+    trainer = stand_ins.stage_trainer(config, 1)
     trainer.run()
     records = curve(trainer.folder)
     assert [r["step"] for r in records] == list(range(1, 11))
@@ -146,31 +146,33 @@ def test_resuming_keeps_the_schedule_and_the_optimiser(tmp_path):
 
 
 def test_ctrl_c_saves_then_stops(tmp_path):
-    config = tiny.tiny_config(tmp_path)
-    trainer = tiny.stage_trainer(config, 1, on_step=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGINT))
+    config = stand_ins.config_of(tmp_path)
+    trainer = stand_ins.stage_trainer(config, 1, on_step=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted, match="stopped at step 3 of stage 1; all is saved, go on with --resume"):
         trainer.run()
     assert trainer.store.steps() == [3]
-    whole = tiny.stage_trainer(tiny.tiny_config(tmp_path / "whole"), 1)
+    whole = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "whole"), 1)
     whole.run()
-    tiny.stage_trainer(config, 1).run()
+    stand_ins.stage_trainer(config, 1).run()
     assert curve(trainer.folder) == curve(whole.folder)
 
 
 def test_ctrl_c_in_the_last_step_stops_too(tmp_path):
     """And going on ends the stage as if nothing had been, with means over the last steps of all attempts."""
-    config = tiny.tiny_config(tmp_path)
-    trainer = tiny.stage_trainer(config, 1, on_step=lambda step: step == 10 and os.kill(os.getpid(), signal.SIGINT))
+    config = stand_ins.config_of(tmp_path)
+    trainer = stand_ins.stage_trainer(
+        config, 1, on_step=lambda step: step == 10 and os.kill(os.getpid(), signal.SIGINT)
+    )
     with pytest.raises(Interrupted, match="stopped at step 10 of stage 1; all is saved, go on with --resume"):
         trainer.run()
-    means = tiny.stage_trainer(config, 1).run()
-    assert means == tiny.stage_trainer(tiny.tiny_config(tmp_path / "whole"), 1).run()
+    means = stand_ins.stage_trainer(config, 1).run()
+    assert means == stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "whole"), 1).run()
     records = curve(trainer.folder)
     assert len(records) == 10 and means["token"] == pytest.approx(sum(r["token"] for r in records) / 10)
 
 
 def test_nan_stops_the_run_and_says_where(tmp_path):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 1)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1)
     block = attention_modules(trainer.student)[1]
 
     def spoil(step):
@@ -187,7 +189,7 @@ def test_nan_stops_the_run_and_says_where(tmp_path):
 
 
 def test_nan_gradient_names_the_parameter(tmp_path):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 1)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1)
     attention_modules(trainer.student)[0].scan.o_proj.bias.register_hook(lambda grad: grad * torch.nan)
     with pytest.raises(
         TrainingError, match=r"step 1: the gradient's norm is nan; it is not finite in .*layers.0.*o_proj.bias"
@@ -196,7 +198,7 @@ def test_nan_gradient_names_the_parameter(tmp_path):
 
 
 def test_a_parameter_without_gradient_is_an_error(tmp_path):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 1)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1)
     trainer.trainable["ghost"] = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(TrainingError, match="step 1: trainable, but no gradient reaches ghost"):
         trainer.run()
@@ -204,15 +206,15 @@ def test_a_parameter_without_gradient_is_an_error(tmp_path):
 
 def test_a_stage_whose_branch_is_off_is_an_error(tmp_path):
     """Stage 2 with Local-Swin still off would train half of what it should, silently."""
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 2)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 2)
     set_windows(attention_modules(trainer.student), False)
     with pytest.raises(TrainingError, match=r"no gradient reaches .*windows"):
         trainer.run()
 
 
 def test_steps_in_which_student_and_teacher_are_equal_do_not_count(tmp_path):
-    config = tiny.tiny_config(tmp_path, stage1={"steps": 14})
-    trainer = tiny.stage_trainer(config, 1)
+    config = stand_ins.config_of(tmp_path, stage1={"steps": 14})
+    trainer = stand_ins.stage_trainer(config, 1)
     for p in trainer.trainable.values():
         p.register_hook(lambda grad: grad * ((trainer.folder / "metrics.jsonl").read_text().count("\n") >= 12))
     trainer.run()
@@ -221,15 +223,15 @@ def test_steps_in_which_student_and_teacher_are_equal_do_not_count(tmp_path):
 
 
 def test_a_gradient_that_stays_zero_is_an_error(tmp_path):
-    config = tiny.tiny_config(tmp_path, stage1={"steps": 12})
-    trainer = tiny.stage_trainer(config, 1)
+    config = stand_ins.config_of(tmp_path, stage1={"steps": 12})
+    trainer = stand_ins.stage_trainer(config, 1)
     attention_modules(trainer.student)[0].scan.o_proj.bias.register_hook(torch.zeros_like)
     with pytest.raises(TrainingError, match=r"step 10: the gradient has been 0 in every step for .*o_proj.bias"):
         trainer.run()
 
 
 def test_a_stage_in_which_nothing_gets_a_gradient_does_not_run_to_its_end(tmp_path):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path, stage1={"steps": 1000}), 1)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path, stage1={"steps": 1000}), 1)
     for p in trainer.trainable.values():
         p.register_hook(torch.zeros_like)
     with pytest.raises(TrainingError, match="step 100: no step has given a gradient to anything"):
@@ -237,15 +239,15 @@ def test_a_stage_in_which_nothing_gets_a_gradient_does_not_run_to_its_end(tmp_pa
 
 
 def test_a_stage_that_trains_nothing_is_an_error(tmp_path):
-    teacher = tiny.teacher_model()
-    student = tiny.student_model(teacher)
+    teacher = stand_ins.teacher_model()
+    student = stand_ins.student_model(teacher)
     stage = dataclasses.replace(STAGES[0], freeze=(".*",))
     with pytest.raises(ConfigError, match="stage1 trains nothing"):
         trainable_parameters(student, mixers(student, teacher), stage)
 
 
 def test_a_frozen_parameter_that_changes_is_an_error(tmp_path):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), 1)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1)
 
     def spoil(step):
         if step == 2:
@@ -259,35 +261,35 @@ def test_a_frozen_parameter_that_changes_is_an_error(tmp_path):
 
 
 def test_other_configuration_does_not_resume(tmp_path):
-    tiny.stage_trainer(tiny.tiny_config(tmp_path), 1).run()
-    changed = tiny.tiny_config(tmp_path, stage1={"steps": 20})
+    stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1).run()
+    changed = stand_ins.config_of(tmp_path, stage1={"steps": 20})
     with pytest.raises(TrainingError, match="made with another configuration"):
-        tiny.stage_trainer(changed, 1).run()
+        stand_ins.stage_trainer(changed, 1).run()
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_teacher_inside_and_beside_give_the_same_losses(tmp_path, number):
     curves, sizes = [], []
     for inside in (True, False):
-        config = tiny.tiny_config(tmp_path / str(inside), **{f"stage{number}": {"steps": 4, "learning_rate": 1e-2}})
-        teacher = tiny.teacher_model()
-        trainer = tiny.stage_trainer(config, number, teacher=teacher, inside=inside)
+        config = stand_ins.config_of(tmp_path / str(inside), **{f"stage{number}": {"steps": 4, "learning_rate": 1e-2}})
+        teacher = stand_ins.teacher_model()
+        trainer = stand_ins.stage_trainer(config, number, teacher=teacher, inside=inside)
         trainer.run()
         curves.append(curve(trainer.folder))
         tensors = {p.data_ptr(): p.numel() for m in (teacher, trainer.student) for p in m.parameters()}
         sizes.append(sum(tensors.values()))
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    attention = sum(p.numel() for m in attention_modules(tiny.teacher_model()) for p in m.parameters())
-    assert sizes[1] - sizes[0] == sum(p.numel() for p in tiny.teacher_model().parameters()) - attention
+    attention = sum(p.numel() for m in attention_modules(stand_ins.teacher_model()) for p in m.parameters())
+    assert sizes[1] - sizes[0] == sum(p.numel() for p in stand_ins.teacher_model().parameters()) - attention
 
 
 @pytest.mark.parametrize("accumulation", [2, 3])
 def test_accumulated_batches_are_one_mean(tmp_path, accumulation):
     """Micro-batches of unequal size: the mean is over the tokens of the step, not over the batches."""
-    config = tiny.tiny_config(tmp_path, gradient_accumulation=accumulation, stage3={"steps": 1})
-    trainer = tiny.stage_trainer(config, 3)
-    together = tiny.stage_trainer(tiny.tiny_config(tmp_path / "one", stage3={"steps": 1}), 3)
+    config = stand_ins.config_of(tmp_path, gradient_accumulation=accumulation, stage3={"steps": 1})
+    trainer = stand_ins.stage_trainer(config, 3)
+    together = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "one", stage3={"steps": 1}), 3)
     samples = together.source.samples
     together.source.samples = lambda step: [s for i in range(accumulation) for s in samples(step * accumulation + i)]
     trainer.run()
@@ -300,7 +302,7 @@ def test_accumulated_batches_are_one_mean(tmp_path, accumulation):
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     curves = []
     for on in (False, True):
-        trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path / str(on), stage2={"steps": 3}), 2)
+        trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / str(on), stage2={"steps": 3}), 2)
         if on:
             trainer.student.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.run()
@@ -310,9 +312,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_bfloat16_trains(tmp_path):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path, precision="bfloat16", stage2={"steps": 2}), 2)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path, precision="bfloat16", stage2={"steps": 2}), 2)
     trainer.run()
-    plain = tiny.stage_trainer(tiny.tiny_config(tmp_path / "plain", stage2={"steps": 2}), 2)
+    plain = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "plain", stage2={"steps": 2}), 2)
     plain.run()
     for ours, theirs in zip(curve(trainer.folder), curve(plain.folder), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
@@ -342,8 +344,8 @@ def test_recorded_outputs_are_whole_batches_and_need_no_position(tmp_path):
 
 def test_hidden_loss_of_a_stage_by_hand(tmp_path):
     """Against the modules called one by one, with each stream its own."""
-    config = tiny.tiny_config(tmp_path)
-    trainer = tiny.stage_trainer(config, 1)
+    config = stand_ins.config_of(tmp_path)
+    trainer = stand_ins.stage_trainer(config, 1)
     samples = trainer.source.samples(0)
     part = assemble(trainer.source, samples, trainer.teacher, trainer.student, trainer.stage, None, torch.device("cpu"))
     found = Objective(trainer.student, trainer.teacher, trainer.stage)(part, part.counts)
@@ -373,23 +375,23 @@ class TestOwnAnswers:
 
     @pytest.fixture
     def teacher(self):
-        return tiny.teacher_model()
+        return stand_ins.teacher_model()
 
     def test_prompts_end_before_the_last_answer(self):
-        source = tiny.Source()
+        source = stand_ins.Source()
         samples = source.samples(0)
         batch = source.processor(samples)
-        cut = prompts(batch, tiny.PAD)
+        cut = prompts(batch, stand_ins.PAD)
         assert cut["pixel_values"] is batch["pixel_values"]
         for i, sample in enumerate(samples):
             row = cut["input_ids"][i][cut["attention_mask"][i].bool()].tolist()
             whole = batch["input_ids"][i][batch["attention_mask"][i].bool()].tolist()
-            last = [*tiny.Tokenizer().encode(sample.turns[-1][1]), tiny.EOS]
+            last = [*stand_ins.Tokenizer().encode(sample.turns[-1][1]), stand_ins.EOS]
             assert row + last == whole
         assert bool(cut["attention_mask"][:, -1].all())
 
     def test_they_are_greedy_and_turn_by_turn(self, teacher):
-        source, tokenizer = tiny.Source(), tiny.Tokenizer()
+        source, tokenizer = stand_ins.Source(), stand_ins.Tokenizer()
         samples = [s for step in range(4) for s in source.samples(step)]
         answers = own_answers(teacher, tokenizer, source, samples, 6)
         checked = 0
@@ -398,7 +400,7 @@ class TestOwnAnswers:
             for (question, _), said in zip(sample.turns, given, strict=True):
                 if said is None:
                     break
-                alone = source.processor([tiny.Sample(sample.seed, (*history, (question, said)))])
+                alone = source.processor([stand_ins.Sample(sample.seed, (*history, (question, said)))])
                 with torch.no_grad():
                     logits = teacher(**{k: v for k, v in alone.items() if k != "labels"}).logits
                 labels = alone["labels"][0]
@@ -409,11 +411,11 @@ class TestOwnAnswers:
         assert checked > 5
 
     def test_equal_answers_are_found_without_decoding(self, teacher):
-        source, tokenizer = tiny.Source(), tiny.Tokenizer()
+        source, tokenizer = stand_ins.Source(), stand_ins.Tokenizer()
         samples = [s for step in range(4) for s in source.samples(step)]
         answers = own_answers(teacher, tokenizer, source, samples, 6)
         ended = [(s, a) for s, a in zip(samples, answers, strict=True) if None not in a]
-        own = [tiny.Sample(s.seed, tuple((q, x) for (q, _), x in zip(s.turns, a, strict=True))) for s, a in ended]
+        own = [stand_ins.Sample(s.seed, tuple((q, x) for (q, _), x in zip(s.turns, a, strict=True))) for s, a in ended]
         mixed = [own[0], samples[0], own[1]]
         from linmu_distill.losses import kept_positions
 
@@ -426,12 +428,12 @@ class TestOwnAnswers:
         assert same.tolist() == expected
 
     def test_they_are_cached_on_disk(self, tmp_path, teacher):
-        config = tiny.tiny_config(tmp_path, stage3={"steps": 3})
-        first = tiny.stage_trainer(config, 3, teacher=teacher)
+        config = stand_ins.config_of(tmp_path, stage3={"steps": 3})
+        first = stand_ins.stage_trainer(config, 3, teacher=teacher)
         samples = first.source.samples(0)
         wanted = first.transcripts(samples)
         assert len(first.transcripts.cache) == len(samples)
-        second = tiny.stage_trainer(config, 3, teacher=teacher)
+        second = stand_ins.stage_trainer(config, 3, teacher=teacher)
         second.transcripts.model = None
         assert second.transcripts(samples) == wanted
         assert second.transcripts.unfinished == first.transcripts.unfinished == len(samples) - len(wanted)
@@ -440,10 +442,10 @@ class TestOwnAnswers:
 
 
 def test_lora_leaves_the_vision_tower_and_the_teacher_alone(tmp_path):
-    teacher = tiny.teacher_model()
+    teacher = stand_ins.teacher_model()
     before = checksums(dict(teacher.named_parameters()))
-    student = tiny.student_model(teacher)
-    config = tiny.tiny_config(tmp_path)
+    student = stand_ins.student_model(teacher)
+    config = stand_ins.config_of(tmp_path)
     handle = add_lora(student, config.lora_rank, seed=0)
     blocks = mixers(student, teacher)
     names = trainable_parameters(student, blocks, config.stage(3))
@@ -453,7 +455,7 @@ def test_lora_leaves_the_vision_tower_and_the_teacher_alone(tmp_path):
     with torch.no_grad():
         for name in lora:
             names[name].normal_()
-    batch = {k: v for k, v in tiny.Source().processor(tiny.Source().samples(0)).items() if k != "labels"}
+    batch = {k: v for k, v in stand_ins.Source().processor(stand_ins.Source().samples(0)).items() if k != "labels"}
     with torch.no_grad():
         wanted = student(**batch).logits
         merged = merge_lora(handle)

@@ -1,7 +1,7 @@
 """Weight decay takes hold of weights alone: what decays, gates, norms and feature maps start as is no error."""
 
 import pytest
-import tiny
+import stand_ins
 import torch
 
 from linmu_distill.student import add_lora, decaying
@@ -43,7 +43,7 @@ def test_every_parameter_is_of_one_of_two_kinds(name):
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_optimiser_decays_these_and_loras(tmp_path, number):
-    trainer = tiny.stage_trainer(tiny.tiny_config(tmp_path), number)
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), number)
     groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in trainer._groups()}
     assert set(groups) == {0.0, WEIGHT_DECAY}
     for name, parameter in trainer.trainable.items():
@@ -53,7 +53,7 @@ def test_the_optimiser_decays_these_and_loras(tmp_path, number):
 
 
 def test_a_map_named_as_a_gate_is_a_weight_where_it_is_loras(tmp_path):
-    student = tiny.student_model(tiny.teacher_model())
-    add_lora(student, tiny.tiny_config(tmp_path).lora_rank, seed=0)
+    student = stand_ins.student_model(stand_ins.teacher_model())
+    add_lora(student, stand_ins.config_of(tmp_path).lora_rank, seed=0)
     lora = {name for name, _ in student.named_parameters() if ".lora_" in name}
     assert any("gate_proj" in name for name in lora) and lora <= decaying(student)

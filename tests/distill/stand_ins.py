@@ -156,7 +156,7 @@ def student_model(teacher, inside=True, seed=1):
     return student
 
 
-def tiny_config(tmp_path, **changes) -> Config:
+def config_of(tmp_path, **changes) -> Config:
     values = {
         "output": f"{tmp_path}/tiny",
         "preset": "paper",
