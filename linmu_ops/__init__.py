@@ -1,22 +1,25 @@
 """Linear-attention ops for PyTorch, and the blocks made of them.
 
-Ops         `ssd_scan`, `ssd_step`, `window_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
+Ops         `ssd_scan`, `ssd_step`, `gated_delta_scan`, `gated_delta_step`, `window_attention`, `causal_conv1d`,
+            `causal_conv1d_step`, `branch_mix_norm`
 Blocks      `MMATE`, `ExactMMATE`: they take the place of an attention layer
 Layouts     `TokenLayout` says where the visual tokens of a batch are
 Kernels     `explain` says which implementation serves an op; `use_impl` forces one
 
 Shapes use the same letters everywhere: B batch, L tokens, H heads, G groups of heads, P head size, N state size,
-D model size, K width of a convolution.
+D model size, K width of a convolution. Of the gated delta rule, K and V are the sizes of a key and of a value.
 """
 
 from __future__ import annotations
 
 from . import _registry
-from ._directions import Reverse
+from ._directions import DeltaReverse, Reverse
 from ._registry import LinmuWarning, explain, use_impl
 from .branch_mix_norm import branch_mix_norm
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_step import causal_conv1d_step
+from .gated_delta_scan import gated_delta_scan
+from .gated_delta_step import gated_delta_step
 from .nn import MMATE, ExactConfig, ExactMMATE, GridAttention, MMATEConfig, MMATEState
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
@@ -28,6 +31,7 @@ _registry.load_binaries()
 __version__ = "0.1.0"
 __all__ = [
     "MMATE",
+    "DeltaReverse",
     "ExactConfig",
     "ExactMMATE",
     "GridAttention",
@@ -41,6 +45,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "explain",
+    "gated_delta_scan",
+    "gated_delta_step",
     "major_scan_order",
     "ssd_scan",
     "ssd_step",

@@ -6,6 +6,8 @@ chunked or tiled kernel may do more, and is not charged for it:
     ssd_scan              per direction and visit, dt x (outer) B and h C: 4 H P N; the gradient twice that. A mass
                           counts as one channel of x
     ssd_step              the same, one visit
+    gated_delta_scan      per direction and visit, k S, k (outer) what is written, and q S: 6 H K V; the gradient twice
+    gated_delta_step      the same, one visit
     causal_conv1d         2 D K a token; the gradient twice that
     causal_conv1d_step    the same, one token
     window_attention      q k^T and weights v: 4 H P n^2 for each window of n tokens, causal or not; the gradient makes
@@ -38,6 +40,11 @@ def _ssd_scan(given: Mapping[str, Any]) -> int:
     return 4 * math.prod(given["dt"].shape) * P * N * (2 if given.get("direction") == "both" else 1)
 
 
+def _gated_delta(given: Mapping[str, Any]) -> int:
+    K, V = given["k"].shape[-1], given["v"].shape[-1]
+    return 6 * math.prod(given["g"].shape) * K * V * (2 if given.get("direction") == "both" else 1)
+
+
 def _causal_conv1d(given: Mapping[str, Any]) -> int:
     return 2 * math.prod(given["x"].shape) * given["weight"].shape[1]
 
@@ -65,6 +72,9 @@ COUNTS: dict[str, Count] = {
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_bwd": lambda given: 2 * _causal_conv1d(given),
     "causal_conv1d_step": _causal_conv1d,
+    "gated_delta_scan": _gated_delta,
+    "gated_delta_scan_bwd": lambda given: 2 * _gated_delta(given),
+    "gated_delta_step": _gated_delta,
     "ssd_scan": _ssd_scan,
     "ssd_scan_bwd": lambda given: 2 * _ssd_scan(given),
     "ssd_step": _ssd_scan,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _registry
 from ._dims import accumulate_dtype
-from ._directions import Reverse
+from ._directions import DeltaReverse, Reverse
 
 
 def to_double(value: Any) -> Any:
@@ -197,18 +197,22 @@ def check_against_reference(
     judge(results_of(op, inputs, wrt, lambda _: judge.weights))
 
 
-def grouped(inputs: dict[str, Any]) -> dict[str, Any]:
+# What holds a scan's `reverse_*` arguments.
+REVERSES = {"ssd_scan": Reverse, "gated_delta_scan": DeltaReverse}
+
+
+def grouped(inputs: dict[str, Any], op: str = "ssd_scan") -> dict[str, Any]:
     """Arguments as the op takes them, of arguments of which each tensor has a name: `reverse_dt` is in `reverse`."""
     own = {k.removeprefix("reverse_"): v for k, v in inputs.items() if k.startswith("reverse_")}
     rest = {k: v for k, v in inputs.items() if not k.startswith("reverse_")}
-    return rest | ({"reverse": Reverse(**own)} if own else {})
+    return rest | ({"reverse": REVERSES[op](**own)} if own else {})
 
 
 def run_op(op: str, /, **inputs: Any) -> Any:
     """The op, of arguments of which each tensor has a name of its own, as tests change one at a time."""
     import linmu_ops
 
-    return getattr(linmu_ops, op)(**grouped(inputs))
+    return getattr(linmu_ops, op)(**grouped(inputs, op))
 
 
 def check_implementation(op: str, impl: str, inputs: dict[str, Any], wrt: Sequence[str] = ()) -> None:
@@ -314,6 +318,26 @@ def _ssd_step(r: _Draw, B: int = 2, P: int = 8, N: int = 12, normalize: bool = F
     return _without_negative_weights(inputs) if normalize else inputs
 
 
+def _gated_delta_scan(r: _Draw, B: int = 2, L: int = 37, K: int = 12, V: int = 8) -> dict[str, Any]:
+    H, G = 8, 4
+    return dict(
+        q=r.normal(B, L, H, K), k=r.normal(B, L, G, K), v=r.normal(B, L, G, V), g=-r.unit(B, L, H),
+        beta=r.unit(B, L, H), use_qk_l2norm_in_kernel=True, direction="both", reverse_q=r.normal(B, L, H, K),
+        reverse_k=r.normal(B, L, G, K), reverse_g=-r.unit(B, L, H), reverse_beta=r.unit(B, L, H),
+        reverse_mask=r.mask(B, L), reverse_seq_idx=r.segments(B, L, 9), gate=r.unit(B, L, H),
+        seq_idx=r.segments(B, L, 23), token_order=r.order(B, L), initial_state=r.small(B, H, K, V),
+        return_final_state=True,
+    )  # fmt: skip
+
+
+def _gated_delta_step(r: _Draw, B: int = 2, K: int = 12, V: int = 8) -> dict[str, Any]:
+    H, G = 8, 4
+    return dict(
+        state=r.small(B, H, K, V), q=r.normal(B, H, K), k=r.normal(B, G, K), v=r.normal(B, G, V), g=-r.unit(B, H),
+        beta=r.unit(B, H), use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+
+
 def _causal_conv1d(r: _Draw, B: int = 2, L: int = 19, D: int = 24, K: int = 4) -> dict[str, Any]:
     return dict(
         x=r.normal(B, L, D), weight=r.small(D, K), bias=r.small(D), activation="silu", seq_idx=r.segments(B, L, 7),
@@ -349,6 +373,8 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "branch_mix_norm": _branch_mix_norm,
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_step": _causal_conv1d_step,
+    "gated_delta_scan": _gated_delta_scan,
+    "gated_delta_step": _gated_delta_step,
     "ssd_scan": _ssd_scan,
     "ssd_step": _ssd_step,
     "window_attention": _window_attention,

@@ -20,18 +20,6 @@ namespace linmu {
 namespace LINMU_ISA {
 namespace {
 
-// to[w] += sign * v[w].
-inline void add_wide(long double* to, vd v, int sign) {
-  for (int w = 0; w < Simd<double>::width; ++w) to[w] += sign * static_cast<long double>(v[w]);
-}
-inline void add_wide(double* to, vf v, int sign) {
-  typedef float half __attribute__((vector_size(LINMU_VECTOR_BYTES / 2)));
-  half part[2];
-  std::memcpy(part, &v, sizeof(v));
-  for (int i = 0; i < 2; ++i, to += Simd<double>::width)
-    store(to, load(to) + __builtin_convertvector(part[i], vd) * static_cast<double>(sign));
-}
-
 // out = a b, summed in parts of 16. Gradients of A and dt are sums over pairs that largely cancel; one running sum over
 // a whole row would lose there, per product, what the recurrence does not.
 constexpr int64_t kPart = 16;

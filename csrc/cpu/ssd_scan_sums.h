@@ -6,6 +6,18 @@
 namespace linmu {
 namespace LINMU_ISA {
 
+// to[w] += sign * v[w].
+inline void add_wide(long double* to, vd v, int sign) {
+  for (int w = 0; w < Simd<double>::width; ++w) to[w] += sign * static_cast<long double>(v[w]);
+}
+inline void add_wide(double* to, vf v, int sign) {
+  typedef float half __attribute__((vector_size(LINMU_VECTOR_BYTES / 2)));
+  half part[2];
+  std::memcpy(part, &v, sizeof(v));
+  for (int i = 0; i < 2; ++i, to += Simd<double>::width)
+    store(to, load(to) + __builtin_convertvector(part[i], vd) * static_cast<double>(sign));
+}
+
 // Heads [first, last) of one task, and where each adds the gradients of what it shares with heads of other tasks:
 // slots of group_heads heads, summed in order when all tasks are done.
 template <class A>

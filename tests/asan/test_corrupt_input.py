@@ -124,6 +124,10 @@ SIZES = {
     "ssd_scan": [dict(L=0), dict(L=1, P=1, N=1), dict(L=65, P=17, N=33), dict(L=129, P=5, N=3), dict(L=300, P=64),
                  dict(L=65, P=17, N=33, normalize=True), dict(L=129, P=16, N=3, normalize=True)],
     "ssd_step": [dict(B=0), dict(P=1, N=1), dict(P=17, N=33), dict(P=128, N=128), dict(P=17, N=33, normalize=True)],
+    "gated_delta_scan": [
+        dict(L=0), dict(L=1, K=1, V=1), dict(L=65, K=17, V=33), dict(L=129, K=3, V=5), dict(L=300, V=64),
+    ],
+    "gated_delta_step": [dict(B=0), dict(K=1, V=1), dict(K=17, V=33), dict(K=128, V=128)],
     "window_attention": [
         dict(B=0), dict(P=2, R=2, grid=(1, 1, 1)), dict(P=18, R=6, grid=(1, 33, 5), window=(1, 16, 16)),
         dict(P=64, R=64, grid=(5, 7, 9), window=(4, 4, 4)),

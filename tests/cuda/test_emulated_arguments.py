@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linmu_ops._testing import CASES
 from tests.ops import layouts
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
-EVERY_OP = pytest.mark.parametrize("op", sorted(CASES))
+EVERY_OP = pytest.mark.parametrize("op", layouts.WITH_CUDA)
 
 
 @EVERY_OP

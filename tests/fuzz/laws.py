@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ JUNK = (float("nan"), float("inf"), -float("inf"), 1e30)
 # What is hidden: at which visit the rest begins, and what stands there.
 hidden = st.fixed_dictionaries(dict(at=st.integers(0, 130), junk=st.integers(0, len(JUNK) - 1), seed=seeds))
 ssd_scan_unseen_cases = st.tuples(ops.ssd_scan_cases, hidden).map(lambda c: c[0] | dict(hidden=c[1], manners={}))
+gated_delta_scan_unseen_cases = st.tuples(ops.gated_delta_scan_cases, hidden).map(
+    lambda c: c[0] | dict(hidden=c[1], manners={})
+)
 causal_conv1d_unseen_cases = st.tuples(ops.causal_conv1d_cases, hidden).map(
     lambda c: c[0] | dict(hidden=c[1], manners={})
 )
@@ -73,31 +77,41 @@ def split(case: dict[str, Any], inputs: dict[str, Tensor], B: int, L: int) -> tu
 
 
 SCANNED = ("x", "B", "C", "dt", "reverse_dt", "reverse_B", "reverse_C", "gate")
+SCANNED += ("q", "k", "v", "g", "beta", "reverse_q", "reverse_k", "reverse_g", "reverse_beta")
 
 
 @with_threads
 def ssd_scan_unseen(case: dict[str, Any]) -> None:
+    scan_unseen("ssd_scan", ops.scan_inputs, case)
+
+
+@with_threads
+def gated_delta_scan_unseen(case: dict[str, Any]) -> None:
+    scan_unseen("gated_delta_scan", ops.delta_inputs, case)
+
+
+def scan_unseen(op: str, make: Callable[[dict[str, Any]], Any], case: dict[str, Any]) -> None:
     """A scan in one direction sees no token that it visits later, and, where a segment begins, none before."""
     if case["direction"] == "both":
         case = case | dict(direction="forward")
-    t, options = ops.scan_inputs(case)
+    t, options = make(case)
     inputs, B, L = t.tensors, case["B"], case["L"]
     visit, at = split(case, inputs, B, L)
     backward = case["direction"] == "reverse"
     later = visit < at if backward else visit >= at
-    want = outputs("ssd_scan", inputs, options)
+    want = outputs(op, inputs, options)
     if not want.isfinite().all():
         reject()
-    got = outputs("ssd_scan", hide(case, inputs, SCANNED, later), options)
+    got = outputs(op, hide(case, inputs, SCANNED, later), options)
     same(got, want, ~later)
     cut = {k: (visit >= at).int() for k in ("seq_idx", "reverse_seq_idx") if k == "seq_idx" or backward}
-    want = outputs("ssd_scan", inputs | cut, options)
-    got = outputs("ssd_scan", hide(case, inputs | cut, SCANNED, ~later), options)
+    want = outputs(op, inputs | cut, options)
+    got = outputs(op, hide(case, inputs | cut, SCANNED, ~later), options)
     same(got, want, later)
     if backward:
         off = torch.rand(B, L, generator=t.generator) < 0.4
-        want = outputs("ssd_scan", inputs | dict(reverse_mask=~off), options)
-        got = outputs("ssd_scan", hide(case, inputs | dict(reverse_mask=~off), SCANNED, off), options)
+        want = outputs(op, inputs | dict(reverse_mask=~off), options)
+        got = outputs(op, hide(case, inputs | dict(reverse_mask=~off), SCANNED, off), options)
         same(got, want, ~off)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from linmu_ops import TokenLayout
 from linmu_ops.branch_mix_norm import NORMS
+from linmu_ops.gated_delta_scan import DIFFERENTIABLE as DELTA_DIFFERENTIABLE
 from linmu_ops.ssd_scan import DIFFERENTIABLE, DIRECTIONS
 from linmu_ops.window_attention import WRAPS
 
@@ -22,6 +23,7 @@ HEADS = st.sampled_from((1, 2, 3, 4, 6, 8, 12)).flatmap(
     lambda h: st.tuples(st.just(h), *[st.sampled_from([g for g in range(1, h + 1) if h % g == 0])] * 3)
 ).map(list)  # fmt: skip
 SMALL = ("dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate", "weight", "bias", "mix")
+SMALL += ("g", "beta", "reverse_g", "reverse_beta")
 # Where a tensor may be of another dtype than the values'; float64 only beside float64.
 mixed = st.dictionaries(st.sampled_from(SMALL), dtypes)
 common = dict(seed=seeds, dtype=dtypes, mixed=mixed, threads=threads)
@@ -132,6 +134,85 @@ def ssd_step(case: dict[str, Any]) -> None:
     if "dt_bias" in case["options"]:
         t.draw("dt_bias", (H,), "normal" if softplus else "uniform", other_dtype(case, t, "dt_bias"))
     judge("ssd_step", t, dict(dt_softplus=softplus, normalize=mean), [], without_infinite_logs)
+
+
+DELTA_TENSORS = (
+    "q", "k", "v", "g", "beta", "reverse_q", "reverse_k", "reverse_g", "reverse_beta", "gate", "reverse_mask",
+    "reverse_seq_idx", "seq_idx", "token_order", "initial_state",
+)  # fmt: skip
+gated_delta_scan_cases = case(
+    B=batches, L=sizes(130), heads=HEADS, K=sizes(70, 1), V=sizes(70), direction=st.sampled_from(DIRECTIONS),
+    options=some(
+        "reverse_q", "reverse_k", "reverse_g", "reverse_beta", "gate", "head_gate", "reverse_mask", "reverse_seq_idx",
+        "seq_idx", "token_order", "initial_state", "return_final_state", "normed",
+    ),
+    scale=st.sampled_from((None, 1.0, -0.3, 0.0)), chunk_size=st.none() | st.integers(1, 140),
+    manners=manners(*DELTA_TENSORS),
+)  # fmt: skip
+
+
+def delta_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, L, K, V, (H, Gq, Gk, Gv) = case["B"], case["L"], case["K"], case["V"], case["heads"]
+    if B * H * K * V > MOST:
+        reject()
+    t, direction, options = Tensors(case), case["direction"], case["options"]
+    shapes: dict[str, tuple[Any, ...]] = dict(
+        q=(B, L, Gq, K), k=(B, L, Gk, K), v=(B, L, Gv, V), g=(B, L, H), beta=(B, L, H), initial_state=(B, H, K, V),
+        gate=(B, L, H),
+    )  # fmt: skip
+    for name in DELTA_TENSORS:
+        plain = name.removeprefix("reverse_")
+        if name not in ("q", "k", "v", "g", "beta", *options) and not (name == "gate" and "head_gate" in options):
+            continue
+        if (plain != name and direction == "forward") or (name == "gate" and direction != "both"):
+            continue
+        if name == "gate":
+            t.draw(name, (H,) if "head_gate" in options else shapes[name], "uniform", other_dtype(case, t, name))
+        elif plain == "seq_idx":
+            t.segments(name, B, L)
+        elif name == "token_order":
+            t.order(B, L)
+        elif name == "reverse_mask":
+            t.mask(name, B, L)
+        elif plain in ("g", "beta"):
+            factor = 1 if plain == "beta" else -2 if case["seed"] % 3 else -0.01
+            t.draw(name, shapes[plain], "uniform", other_dtype(case, t, name), factor)
+        elif plain == "k" and "normed" not in options:
+            # Longer keys make a state that grows without bound, and all that is judged a matter of chance.
+            t.draw(name, shapes[plain], "uniform", factor=K**-0.5)
+        else:
+            t.draw(name, shapes[plain], dtype=t.small if name == "initial_state" else t.dtype)
+    return t, dict(
+        direction=direction, scale=case["scale"], use_qk_l2norm_in_kernel="normed" in options,
+        return_final_state="return_final_state" in options, chunk_size=case["chunk_size"],
+    )  # fmt: skip
+
+
+@with_threads
+def gated_delta_scan(case: dict[str, Any]) -> None:
+    t, options = delta_inputs(case)
+    judge("gated_delta_scan", t, options, [k for k in DELTA_DIFFERENTIABLE if k in t.bases])
+
+
+gated_delta_step_cases = case(
+    B=batches, heads=HEADS, K=sizes(130, 1), V=sizes(130), options=some("normed"),
+    scale=st.sampled_from((None, 1.0, -0.3, 0.0)), manners=manners("q", "k", "v", "g", "beta", "state"),
+)  # fmt: skip
+
+
+@with_threads
+def gated_delta_step(case: dict[str, Any]) -> None:
+    B, K, V, (H, Gq, Gk, Gv) = case["B"], case["K"], case["V"], case["heads"]
+    if B * H * K * V > MOST:
+        reject()
+    t, normed = Tensors(case), "normed" in case["options"]
+    t.draw("state", (B, H, K, V), dtype=t.small)
+    t.draw("q", (B, Gq, K))
+    t.draw("k", (B, Gk, K), "normal" if normed else "uniform", factor=1 if normed else K**-0.5)
+    t.draw("v", (B, Gv, V))
+    t.draw("g", (B, H), "uniform", other_dtype(case, t, "g"), -2)
+    t.draw("beta", (B, H), "uniform", other_dtype(case, t, "beta"))
+    judge("gated_delta_step", t, dict(scale=case["scale"], use_qk_l2norm_in_kernel=normed), [])
 
 
 causal_conv1d_cases = case(

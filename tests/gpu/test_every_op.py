@@ -11,6 +11,8 @@ from linmu_ops._testing import check_implementation, run_op, run_small, small_in
 from tests.ops.cases import branch_mix_norm as branch
 from tests.ops.cases import causal_conv1d as conv
 from tests.ops.cases import causal_conv1d_step as conv_step
+from tests.ops.cases import gated_delta_scan as delta
+from tests.ops.cases import gated_delta_step as delta_step
 from tests.ops.cases import ssd_scan as scan
 from tests.ops.cases import ssd_step as step
 from tests.ops.cases import window_attention as window
@@ -37,6 +39,18 @@ def _cases():
                     return inputs, scan.used(inputs)
 
                 yield f"ssd_scan-{case}-{direction}-{'-'.join(options) or 'plain'}", "ssd_scan", make
+    for case in delta_step.CASES:
+        yield f"gated_delta_step-{case}", "gated_delta_step", lambda t, c=case: (delta_step.make_inputs(c, t), [])
+    for case in delta.CASES:
+        for direction in delta.DIRECTIONS:
+            for options in ((), ("all",)):
+
+                def make_delta(dtype, case=case, direction=direction, options=options):
+                    inputs = delta.make_inputs(case, dtype, direction, options)
+                    return inputs, delta.used(inputs)
+
+                name = f"gated_delta_scan-{case}-{direction}-{'all' if options else 'plain'}"
+                yield name, "gated_delta_scan", make_delta
     for name, case in window.CASES.items():
 
         def make_window(dtype, case=case):

@@ -53,6 +53,35 @@ def scan(direction, segments=False, masked=False, gate=False, own=False, softplu
     return inputs
 
 
+def delta(direction, segments=False, masked=False, gate=False, own=False, normed=False):
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    def unit(*shape):
+        return 0.05 + 0.3 * torch.rand(shape, generator=g)
+
+    B, L, H, K, V = 1, LENGTH, 4, 6, 5
+    inputs = dict(
+        q=normal(B, L, 2, K), k=0.4 * normal(B, L, 2, K), v=normal(B, L, 1, V), g=-unit(B, L, H), beta=unit(B, L, H),
+        direction=direction, initial_state=normal(B, H, K, V), return_final_state=True, chunk_size=CHUNK,
+        use_qk_l2norm_in_kernel=normed,
+    )  # fmt: skip
+    at = torch.arange(L)
+    if segments:
+        inputs["seq_idx"] = (at // 7).int()[None]
+    if masked:
+        inputs["reverse_mask"] = ((at // 5) % 3 != 2)[None] & (at != AT)
+    if gate:
+        inputs["gate"] = unit(B, L, H)
+    if own:
+        order = torch.randperm(L, generator=g).int()[None]
+        inputs |= dict(reverse_g=-unit(B, L, H), reverse_beta=unit(B, L, H), token_order=order)
+        inputs |= dict(reverse_q=normal(B, L, 2, K), reverse_k=0.4 * normal(B, L, 2, K))
+    return inputs
+
+
 def windows(**options):
     g = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, 30, n, 5, generator=g) for n in (4, 2, 2))
@@ -108,12 +137,19 @@ CALLS = {
     "both, segments, masked, gate": ("ssd_scan", scan("both", segments=True, masked=True, gate=True, own=True)),
     "forward, mean": ("ssd_scan", scan("forward", segments=True, mean=True)),
     "both, mean": ("ssd_scan", scan("both", masked=True, gate=True, own=True, mean=True)),
+    "delta, forward": ("gated_delta_scan", delta("forward", normed=True)),
+    "delta, reverse, segments, masked": ("gated_delta_scan", delta("reverse", segments=True, masked=True, own=True)),
+    "delta, both, segments, masked, gate": (
+        "gated_delta_scan",
+        delta("both", segments=True, masked=True, gate=True, own=True),
+    ),
     **other_calls(),
 }
 
 
 # What has a value per token, and so can be spoiled at one; `weights` are the gradients of the outputs.
-BY_TOKEN = ("x", "dt", "B", "C", "gate", "reverse_dt", "reverse_B", "reverse_C", "a", "b", "mix", "q", "k", "v")
+BY_TOKEN = ("x", "dt", "B", "C", "gate", "reverse_dt", "reverse_B", "reverse_C", "a", "b", "mix", "q", "k", "v",
+           "g", "beta", "reverse_q", "reverse_k", "reverse_g", "reverse_beta")  # fmt: skip
 PAIRS = [
     (c, n)
     for c, (_, i) in CALLS.items()
@@ -149,7 +185,8 @@ def spoiled(inputs, weights, name, value):
 def clean_call(which, dtype):
     """(inputs, what to differentiate, weights of the outputs, exact results)."""
     op, inputs = CALLS[which]
-    narrow = ("x", "B", "C", "reverse_B", "reverse_C", "a", "b", "q", "k", "v", *(["initial_state"] * ("conv" in op)))
+    narrow = ("x", "B", "C", "reverse_B", "reverse_C", "a", "b", "q", "k", "v", "reverse_q", "reverse_k")
+    narrow += ("initial_state",) * ("conv" in op)
     inputs = {k: v.to(dtype) if k in narrow else v for k, v in inputs.items()}
     if dtype == torch.float64:
         inputs = {k: to_double(v) for k, v in inputs.items()}

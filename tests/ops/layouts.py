@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +13,11 @@ from linmu_ops._testing import run_op, small_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WRITTEN = ("state",)
-SIZES = dict(window_attention=dict(P=8, R=4, grid=(2, 2, 3), window=(2, 2, 3)), ssd_scan=dict(L=9))
+# The ops that have CUDA C++.
+WITH_CUDA = sorted(f.stem for f in (Path(__file__).parents[2] / "csrc/cuda").glob("*.cu") if f.stem in _registry.OPS)
+SIZES = dict(
+    window_attention=dict(P=8, R=4, grid=(2, 2, 3), window=(2, 2, 3)), ssd_scan=dict(L=9), gated_delta_scan=dict(L=9)
+)
 
 
 def every_other(t):

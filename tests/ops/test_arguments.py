@@ -12,7 +12,9 @@ from linmu_ops._testing import CASES, run_op, small_inputs
 IMPLEMENTATIONS = ["reference", "cpu"]
 OPS = sorted(CASES)
 # Small enough for the references.
-SIZES = dict(window_attention=dict(P=8, R=4, grid=(2, 2, 3), window=(2, 2, 3)), ssd_scan=dict(L=9))
+SIZES = dict(
+    window_attention=dict(P=8, R=4, grid=(2, 2, 3), window=(2, 2, 3)), ssd_scan=dict(L=9), gated_delta_scan=dict(L=9)
+)
 
 
 def expanded(t):
@@ -147,6 +149,8 @@ ANY_DTYPE = {
     "branch_mix_norm": ["mix", "weight", "bias"],
     "causal_conv1d": ["weight", "bias"],
     "causal_conv1d_step": ["weight", "bias"],
+    "gated_delta_scan": ["g", "beta", "reverse_g", "reverse_beta", "gate"],
+    "gated_delta_step": ["g", "beta"],
     "ssd_scan": ["dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate"],
     "ssd_step": ["dt", "A", "D", "dt_bias"],
     "window_attention": ["bias", "cos", "sin"],

@@ -16,7 +16,7 @@ import torch
 
 from linmu_ops import _registry
 from linmu_ops._testing import Judge, results_of, run_op, small_inputs
-from tests.ops.cases import branch_mix_norm, causal_conv1d, ssd_scan, window_attention
+from tests.ops.cases import branch_mix_norm, causal_conv1d, gated_delta_scan, ssd_scan, window_attention
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -34,6 +34,16 @@ def draw_ssd_scan(r: random.Random):
     dtype = r.choice([torch.float32] * 6 + HALF)
     i = ssd_scan.make_inputs(case, dtype, r.choice(ssd_scan.DIRECTIONS), chosen, r.randrange(10**9))
     return i, ssd_scan.used(i)
+
+
+def draw_gated_delta_scan(r: random.Random):
+    groups = [r.choice([1, 2, 3, 6]) for _ in range(3)]
+    case = (r.randint(1, 2), r.randint(1, 50), 6, *groups, r.randint(1, 20), r.randint(1, 20))
+    share = r.choice([0.0, 0.3, 0.7])
+    chosen = {o for o in gated_delta_scan.OPTIONS if r.random() < share}
+    dtype = r.choice([torch.float32] * 6 + HALF)
+    i = gated_delta_scan.make_inputs(case, dtype, r.choice(ssd_scan.DIRECTIONS), chosen, r.randrange(10**9))
+    return i, gated_delta_scan.used(i)
 
 
 def draw_window_attention(r: random.Random):
@@ -62,6 +72,7 @@ def draw_branch_mix_norm(r: random.Random):
 OPS = {
     "branch_mix_norm": (draw_branch_mix_norm, branch_mix_norm.by_reference),
     "causal_conv1d": (draw_causal_conv1d, causal_conv1d.by_reference),
+    "gated_delta_scan": (draw_gated_delta_scan, gated_delta_scan.by_reference),
     "ssd_scan": (draw_ssd_scan, ssd_scan.by_reference),
     "window_attention": (draw_window_attention, window_attention.by_reference),
 }

@@ -18,12 +18,15 @@ from linmu_ops._testing import run_op, small_inputs
 SIZES = {
     "branch_mix_norm": dict(L=4, D=6),
     "causal_conv1d": dict(L=6, D=5),
+    "gated_delta_scan": dict(L=4, K=4, V=3),
     "ssd_scan": dict(L=4, P=3, N=4),
     "window_attention": dict(P=4, R=4, grid=(1, 3, 4), window=(1, 2, 3)),
 }
 DIFFERENTIABLE = [op for op, o in _registry.OPS.items() if o.backward]
 STEPS = [op for op, o in _registry.OPS.items() if not o.backward]
 CONSTANT = {"cos", "sin"}
+# By which name an op takes its first values.
+VALUES = {op: "q" if op == "gated_delta_step" else "x" for op in STEPS}
 
 
 @pytest.fixture(autouse=True)
@@ -154,23 +157,27 @@ def test_vmap(op, impl):
 @pytest.mark.parametrize("op", STEPS)
 def test_vmap_of_a_step_writes_each_state(op, impl):
     inputs = small_inputs(op)
-    state, x = inputs.pop("state"), inputs.pop("x")
+    state, x = inputs.pop("state"), inputs.pop(VALUES[op])
+
+    def step(s, v):
+        return getattr(linmu_ops, op)(**inputs | {"state": s, VALUES[op]: v})
+
     states, xs = torch.stack([state, state + 1]), torch.stack([x, 2 * x])
     expected = states.clone()
-    want = [getattr(linmu_ops, op)(state=s, x=v, **inputs) for s, v in zip(expected, xs, strict=True)]
-    found = torch.vmap(lambda s, v: getattr(linmu_ops, op)(state=s, x=v, **inputs))(states, xs)
+    want = [step(s, v) for s, v in zip(expected, xs, strict=True)]
+    found = torch.vmap(step)(states, xs)
     assert torch.equal(found, torch.stack(want)) and torch.equal(states, expected)
     with pytest.raises(ValueError, match=f"{op}: state must be mapped over by vmap"):
-        torch.vmap(lambda v: getattr(linmu_ops, op)(state=state, x=v, **inputs))(xs)
+        torch.vmap(lambda v: step(state, v))(xs)
 
 
 @pytest.mark.parametrize("op", STEPS)
 def test_a_step_has_no_derivative(op, impl):
     inputs = small_inputs(op)
-    x = inputs.pop("x")
+    x = inputs.pop(VALUES[op])
 
     def run(x):
-        return getattr(linmu_ops, op)(x=x, **inputs)
+        return getattr(linmu_ops, op)(**inputs | {VALUES[op]: x})
 
     with pytest.raises(RuntimeError, match=f"{op}: has no forward-mode derivative"):
         torch.func.jvp(run, (x,), (x,))
