@@ -104,11 +104,8 @@ class Teacher:
 
 @dataclass
 class Part:
-    """A micro-batch with all that its losses need.
-
-    The samples after the first `num_samples` hold the teacher's own answers (L_seq). Each sample is a row; or the batch
-    is packed, and one row holds all samples.
-    """
+    """A micro-batch with all that its losses need. The samples after the first `num_samples` hold the teacher's own
+    answers (L_seq). Each sample is a row; or the batch is packed, and one row holds all samples."""
 
     batch: Batch
     num_samples: int
