@@ -89,6 +89,8 @@ inline void finish_products(size_t pending) {
     for (const Product& product : me.product_groups.front()) {
       Sums& sums = me.sums[product.to];
       if (product.add) product.add(sums.of);
+      for (int i = 0; i < 32; ++i)
+        if (product.to[i] == product.to[i]) fail("an accumulator is written while a product is on its way");
       if (--sums.products > 0) continue;
       std::memcpy(product.to, sums.of, sizeof(sums.of));
       me.sums.erase(product.to);

@@ -92,6 +92,54 @@ __global__ void tma_kernel(const __grid_constant__ TensorMap map, const uint16_t
   for (int k = i; k < 64; k += kWarp) after[8 * 64 + k] = tile[512 + k];
 }
 
+// The product of two tiles of ones by a warpgroup: the sums as they are before the wait, and after it.
+__global__ void product_kernel(int fault, float* before, float* after) {
+  LINMU_SHARED(memory);
+  bf16* tile = reinterpret_cast<bf16*>(memory);
+  for (int k = threadIdx.x; k < 64 * 64; k += kWarpgroup) tile[k] = from_float<bf16>(1.f);
+  fence_proxy_async();
+  __syncthreads();
+  const unsigned one = pack<bf16>(1.f, 1.f), ones[4] = {one, one, one, one};
+  WarpgroupAccumulator first, second;
+  first.clear(), second.clear();
+  warpgroup_arrive();
+  wgmma<bf16, Major::K>(first, ones, make_descriptor(tile));
+  warpgroup_commit();
+  if (fault == 1) first.clear();  // 1: written while a product is on its way
+  wgmma<bf16, Major::K>(second, ones, make_descriptor(tile));
+  wgmma<bf16, Major::K>(second, ones, make_descriptor(tile + 16), fault != 2);  // 2: not a fault; it begins anew
+  warpgroup_commit();
+  warpgroup_wait<1>();
+  before[threadIdx.x * 2] = first.v[0][0][0], before[threadIdx.x * 2 + 1] = second.v[0][0][0];
+  if (fault != 3) warpgroup_wait<0>();  // 3: never waited for
+  after[threadIdx.x * 2] = first.v[0][0][0], after[threadIdx.x * 2 + 1] = second.v[0][0][0];
+}
+
+// A barrier that counts the arrivals of two warps; each lane notes what the others had written by then.
+__global__ void arrivals_kernel(int fault, float* out) {
+  LINMU_SHARED(memory);
+  Barrier* barrier = reinterpret_cast<Barrier*>(memory);
+  float* values = reinterpret_cast<float*>(memory + 64);
+  const int i = threadIdx.x;
+  if (i == 0) barrier_init(barrier, fault == 1 ? 3 : 2);  // 1: one more than comes
+  __syncthreads();
+  values[i] = static_cast<float>(i);
+  sync_warp();
+  if (i % kWarp == 0) barrier_arrive(barrier);
+  barrier_wait(barrier, 0);
+  out[i] = values[63 - i];
+}
+
+template <class F>
+void report(char* message, int size, F&& run) {
+  try {
+    run();
+    std::snprintf(message, size, "%s", "");
+  } catch (const std::exception& e) {
+    std::snprintf(message, size, "%s", e.what());
+  }
+}
+
 const CudaContext kContext{};
 
 }  // namespace
@@ -122,6 +170,17 @@ PROBE void probe_fault(int fault, float* out, char* message, int size) {
   } catch (const std::exception& e) {
     std::snprintf(message, size, "%s", e.what());
   }
+}
+
+// As probe_fault, of the instructions of sm_90a; by `blocks`, which differ in when a product is computed.
+PROBE void probe_product(int fault, int blocks, float* before, float* after, char* message, int size) {
+  linmu::report(message, size, [&] {
+    linmu::launch("probe", linmu::product_kernel, dim3(blocks), 128, 8192, linmu::kContext, fault, before, after);
+  });
+}
+PROBE void probe_arrivals(int fault, float* out, char* message, int size) {
+  linmu::report(message, size,
+                [&] { linmu::launch("probe", linmu::arrivals_kernel, dim3(1), 64, 512, linmu::kContext, fault, out); });
 }
 
 // Of a tensor of 9 rows of 64, of which the box sees 7; as probe_fault.

@@ -79,6 +79,29 @@ def test_faults_are_seen(probes, fault, message):
         assert out.equal(torch.arange(63, -1, -1.0).expand(2, 64))
 
 
+@pytest.mark.parametrize("blocks", [1, 3])  # a product is computed when issued, or when waited for
+@pytest.mark.parametrize(
+    "fault, message",
+    [(0, ""), (1, "written while a product is on its way"), (2, ""), (3, "never waited for")],
+)
+def test_products_are_there_once_waited_for(probes, fault, message, blocks):
+    before, after, text = torch.zeros(128, 2), torch.zeros(128, 2), ctypes.create_string_buffer(400)
+    probes.probe_product(fault, blocks, at(before), at(after), text, len(text))
+    assert message in text.value.decode() and bool(message) == bool(text.value)
+    if not message:
+        assert before[:, 0].eq(16).all() and before[:, 1].isnan().all()
+        assert after.equal(torch.tensor([16.0, 16 if fault == 2 else 32]).expand(128, 2))
+
+
+@pytest.mark.parametrize("fault, message", [(0, ""), (1, "deadlock")])
+def test_barriers_count_arrivals(probes, fault, message):
+    out, text = torch.zeros(64), ctypes.create_string_buffer(400)
+    probes.probe_arrivals(fault, at(out), text, len(text))
+    assert message in text.value.decode() and bool(message) == bool(text.value)
+    if not message:
+        assert out.equal(torch.arange(63, -1, -1.0))
+
+
 def test_a_missing_barrier_shows(probes):
     out, text = torch.zeros(2, 64), ctypes.create_string_buffer(400)
     probes.probe_fault(2, at(out), text, len(text))
