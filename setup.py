@@ -1,12 +1,14 @@
 """Drives CMake. LINMU_BUILD=auto|none|cpu|cuda says what to build; cuda includes cpu.
 
-auto (the default) builds cpu wherever a C++ compiler is found, and cuda where nvcc and a torch with CUDA are, too.
+auto (the default) builds cpu wherever a C++ compiler is found, and cuda where nvcc, a torch with CUDA and CUTLASS's
+headers are, too.
 
 LINMU_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan/linmu_ops (`make asan`).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -46,6 +48,8 @@ def automatic(compiler: str | None, nvcc: str | None) -> tuple[str, str]:
         return "cpu", f"C++ compiler {compiler}; no nvcc found"
     if torch.version.cuda is None:
         return "cpu", f"C++ compiler {compiler}; this torch has no CUDA"
+    if not (os.environ.get("LINMU_CUTLASS_DIR") or importlib.util.find_spec("cutlass_library")):
+        return "cpu", f"C++ compiler {compiler}; no CUTLASS headers: pip install nvidia-cutlass"
     return "cuda", f"C++ compiler {compiler}, {nvcc}, torch with CUDA {torch.version.cuda}"
 
 
@@ -76,8 +80,11 @@ class CMakeBuild(build_ext):
             f"-DLINMU_MISSING={'WARNING' if os.environ.get('LINMU_BUILD', 'auto') == 'auto' else 'FATAL_ERROR'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
-        if os.environ.get("LINMU_CUDA_ARCHS"):
-            configure.append(f"-DLINMU_CUDA_ARCHS={os.environ['LINMU_CUDA_ARCHS']}")
+        given = {
+            "LINMU_CUDA_ARCHS": os.environ.get("LINMU_CUDA_ARCHS"),
+            "LINMU_CUTLASS_DIR": os.environ.get("LINMU_CUTLASS_DIR"),
+        }
+        configure += [f"-D{name}={value}" for name, value in given.items() if value]
         # cmake and ninja of this environment, activated or not.
         tools = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
         subprocess.check_call(configure, env=tools)

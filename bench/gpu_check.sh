@@ -7,7 +7,7 @@
 #     STEP_SECONDS=240 bench/gpu_check.sh ...   a step is ended after so long (600 if left out)
 #
 # A python3 whose torch sees the GPU is used as it is; otherwise .venv is made, from pip's index alone. nvcc must be
-# there. Nothing of the machine is changed: no clocks, no power limit. Each step's log and exit code are kept, and a step
+# there, and CUTLASS's headers (package nvidia-cutlass, or LINMU_CUTLASS_DIR). Nothing of the machine is changed: no clocks, no power limit. Each step's log and exit code are kept, and a step
 # that fails does not keep the next ones from running; the last line says which failed. Where the machine has only the
 # files, LINMU_COMMIT names their commit.
 set -uo pipefail

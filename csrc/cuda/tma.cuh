@@ -6,6 +6,8 @@
 #ifndef LINMU_EMULATE
 #include <cuda.h>
 
+#include <cute/arch/copy_sm90.hpp>
+
 namespace linmu {
 
 // A tensor of 16-bit elements, of (batch, group, row, column), that is read in boxes of 64 columns.
@@ -45,51 +47,47 @@ struct Barrier {
 
 #ifdef LINMU_SM90A
 
-__device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+// CUTLASS's barriers, and its stmatrix, do not tell the compiler that memory changes.
+__device__ inline void compiler_fence() { asm volatile("" ::: "memory"); }
 
 // By one thread; for the others, and for copies, after fence_proxy_async and __syncthreads. A phase is complete when so
 // many have arrived, and the bytes that were expected have come.
 __device__ inline void barrier_init(Barrier* barrier, int count = 1) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  cute::initialize_barrier(barrier->state, count);
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
 __device__ inline void barrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+  compiler_fence();
+  cute::arrive_barrier(barrier->state);
 }
 // Arrives, by the thread that then issues copies of so many bytes in all.
 __device__ inline void barrier_expect_tx(Barrier* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+  compiler_fence();
+  cute::set_barrier_transaction_bytes(barrier->state, static_cast<unsigned>(bytes));
 }
 // Until the phase of that number is complete: 0, 1, 2, ..., of which only the last two can be told apart.
 __device__ inline void barrier_wait(Barrier* barrier, int phase) {
-  unsigned done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(phase % 2)
-        : "memory");
-  } while (!done);
+  cute::wait_barrier(barrier->state, phase % 2);
+  compiler_fence();
 }
 
 // Contiguous bytes; their number and both addresses are multiples of 16.
 __device__ inline void tma_load_1d(void* shared, const void* global, int bytes, Barrier* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
+  cute::SM90_BULK_COPY_G2S::copy(global, &barrier->state, shared, bytes);
 }
 // A box of a tensor, from the given place: a panel of a tile (see wgmma.cuh), whole, aligned to 1024 bytes.
 __device__ inline void tma_load_box(void* shared, const TensorMap& from, int column, int row, int group, int batch,
                                     Barrier* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-      "[%6];\n" ::"r"(shared_address(shared)),
-      "l"(&from.map), "r"(column), "r"(row), "r"(group), "r"(batch), "r"(shared_address(barrier))
-      : "memory");
+  cute::SM90_TMA_LOAD_4D::copy(&from.map, &barrier->state,
+                               static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL), shared, column, row,
+                               group, batch);
+}
+
+// The inverse of ldmatrix: lane 8 i + r gives the address of row r of tile i.
+__device__ inline void stmatrix(void* row, unsigned a, unsigned b, unsigned c, unsigned d) {
+  compiler_fence();
+  cute::SM90_U32x4_STSM_N::copy(a, b, c, d, *static_cast<cute::uint128_t*>(row));
+  compiler_fence();
 }
 
 #endif

@@ -56,6 +56,9 @@ using WarpgroupAccumulator = Accumulator<16, 64>;  // a warp's 16 of the 64 rows
 #ifdef LINMU_EMULATE
 #include "emulated_wgmma.h"
 #else
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/mma_sm90_gmma.hpp>
 
 namespace linmu {
 
@@ -88,50 +91,46 @@ __device__ inline Descriptor make_descriptor(const void* first) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LINMU_SM90A 1
 
-#define LINMU_FOUR(d, j) "+f"(d.v[0][j][0]), "+f"(d.v[0][j][1]), "+f"(d.v[0][j][2]), "+f"(d.v[0][j][3])
-#define LINMU_ACCUMULATOR(d)                                                                                  \
-  LINMU_FOUR(d, 0), LINMU_FOUR(d, 1), LINMU_FOUR(d, 2), LINMU_FOUR(d, 3), LINMU_FOUR(d, 4), LINMU_FOUR(d, 5), \
-      LINMU_FOUR(d, 6), LINMU_FOUR(d, 7)
-#define LINMU_ACCUMULATOR_TEXT                                                                                      \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31}"
-#define LINMU_WGMMA_SHARED(type)                                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_ACCUMULATOR_TEXT \
-               ", %32, %33, 1, 1, 1, 0, %34;\n"                                                       \
-               : LINMU_ACCUMULATOR(d)                                                                 \
-               : "l"(a), "l"(b), "n"(kMajorB == Major::MN))
-#define LINMU_WGMMA_REGISTERS(type)                                                          \
-  asm volatile(                                                                              \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %38, 0;\n"                                           \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " LINMU_ACCUMULATOR_TEXT \
-      ", {%32,%33,%34,%35}, %36, p, 1, 1, %37;\n}\n"                                         \
-      : LINMU_ACCUMULATOR(d)                                                                 \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kMajorB == Major::MN), "r"(int{add}))
+#define LINMU_FOUR(each, d, j) each(d.v[0][j][0]), each(d.v[0][j][1]), each(d.v[0][j][2]), each(d.v[0][j][3])
+#define LINMU_ACCUMULATOR(each, d)                                                                \
+  LINMU_FOUR(each, d, 0), LINMU_FOUR(each, d, 1), LINMU_FOUR(each, d, 2), LINMU_FOUR(each, d, 3), \
+      LINMU_FOUR(each, d, 4), LINMU_FOUR(each, d, 5), LINMU_FOUR(each, d, 6), LINMU_FOUR(each, d, 7)
+#define LINMU_ITSELF(x) x
+#define LINMU_IN_PLACE(x) "+f"(x)
+
+// CUTLASS's names for them.
+constexpr cute::SM90::GMMA::Major major_of(Major major) {
+  return major == Major::K ? cute::SM90::GMMA::Major::K : cute::SM90::GMMA::Major::MN;
+}
+template <class T, Major kMajorB>
+struct Wgmma {
+  static constexpr auto kA = cute::SM90::GMMA::Major::K, kB = major_of(kMajorB);
+  static constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  using Shared = std::conditional_t<kBf16, cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<kA, kB>,
+                                    cute::SM90::GMMA::MMA_64x64x16_F32F16F16_SS<kA, kB> >;
+  using Registers = std::conditional_t<kBf16, cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<kA, kB>,
+                                       cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<kA, kB> >;
+};
 
 // d += a b over 16 of K, or, unless `add`, d = a b. a is K-major in shared memory, or in registers as for mma.
 template <class T, Major kMajorB>
 __device__ inline void wgmma(WarpgroupAccumulator& d, Descriptor a, Descriptor b) {
-  if constexpr (std::is_same_v<T, bf16>)
-    LINMU_WGMMA_SHARED("bf16");
-  else
-    LINMU_WGMMA_SHARED("f16");
+  Wgmma<T, kMajorB>::Shared::fma(a, b, LINMU_ACCUMULATOR(LINMU_ITSELF, d));
 }
 template <class T, Major kMajorB>
 __device__ inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], Descriptor b, bool add = true) {
-  if constexpr (std::is_same_v<T, bf16>)
-    LINMU_WGMMA_REGISTERS("bf16");
-  else
-    LINMU_WGMMA_REGISTERS("f16");
+  using cute::SM90::GMMA::ScaleOut;
+  Wgmma<T, kMajorB>::Registers::fma(a[0], a[1], a[2], a[3], b, LINMU_ACCUMULATOR(LINMU_ITSELF, d),
+                                    add ? ScaleOut::One : ScaleOut::Zero);
 }
 
-// Around wgmma, under CUTLASS's names: before the first, once its registers are written; after the last, until the
-// results are there.
-__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
-__device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+// Around wgmma: before the first, once its registers are written; after the last, until the results are there.
+__device__ inline void warpgroup_arrive() { cute::warpgroup_arrive(); }
+__device__ inline void warpgroup_commit() { cute::warpgroup_commit_batch(); }
 // Until at most kPending of the groups of products are on their way.
 template <int kPending>
 __device__ inline void warpgroup_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+  cute::warpgroup_wait<kPending>();
 }
 __device__ inline void warpgroup_commit_and_wait() {
   warpgroup_commit();
@@ -139,25 +138,17 @@ __device__ inline void warpgroup_commit_and_wait() {
 }
 // Keeps the compiler from reading the accumulator before, or writing it after.
 __device__ inline void warpgroup_fence_operand(WarpgroupAccumulator& d) {
-  asm volatile("" : LINMU_ACCUMULATOR(d)::"memory");
+  asm volatile("" : LINMU_ACCUMULATOR(LINMU_IN_PLACE, d)::"memory");
 }
 
 // Of the registers that the block was launched with: a whole warpgroup gives what another then takes.
 template <int kRegisters>
 __device__ inline void warpgroup_give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+  cutlass::arch::warpgroup_reg_dealloc<kRegisters>();
 }
 template <int kRegisters>
 __device__ inline void warpgroup_take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
-}
-
-// The inverse of ldmatrix: lane 8 i + r gives the address of row r of tile i.
-__device__ inline void stmatrix(void* row, unsigned a, unsigned b, unsigned c, unsigned d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(row))),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
+  cutlass::arch::warpgroup_reg_alloc<kRegisters>();
 }
 
 #endif
