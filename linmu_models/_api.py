@@ -4,6 +4,7 @@ from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig
 
 from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
 from . import families as _families  # noqa: F401  registers
+from .accelerate import Accelerated, accelerate_transformers
 from .cache import LinmuCacheLayer
 from .calibrate import calibrate
 from .convert import convert
@@ -23,6 +24,7 @@ __all__ = [
     "EXACT",
     "LITERAL",
     "PAPER",
+    "Accelerated",
     "ExactConfig",
     "LinmuAttention",
     "LinmuCacheLayer",
@@ -30,6 +32,7 @@ __all__ = [
     "LinmuModel",
     "MMATEConfig",
     "TransferReport",
+    "accelerate_transformers",
     "attach_nvila",
     "calibrate",
     "convert",

@@ -1,0 +1,275 @@
+"""transformers' own linear-attention layers on our kernels: Mamba-2 and the gated delta rule, on a CPU first.
+
+These layers call a few functions of their modeling file, by name. Each computes in plain PyTorch where no package of
+CUDA kernels is installed. We put functions of the same signature in their place, and theirs back again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import linmu_ops
+
+Function = Callable[..., Any]
+CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_update")
+MAMBA2 = (*CONVOLUTION, "mamba2_chunk_scan", "mamba2_selective_state_update")
+DELTA = (*CONVOLUTION, "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+FAMILIES = {
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), MAMBA2),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next"), DELTA),
+}
+WIDEST = 8  # of our convolution
+
+
+def accelerate_transformers(model: nn.Module | None = None) -> Accelerated:
+    """Let transformers' linear layers run on `ssd_scan`, `gated_delta_scan`, their steps, and `causal_conv1d`.
+
+    Prefill, chunked prefill, decoding and training give the same results to rounding. Caches, weights and modules stay
+    transformers' own. Bamba, FalconH1, GraniteMoeHybrid, Mamba2, NemotronH, Zamba2; Qwen3-Next, Qwen3.5 and its MoE.
+
+    It holds for all models of a family, in the whole process, until it is undone:
+
+        accelerated = accelerate_transformers()     with accelerate_transformers(model):
+        ...                                             model.generate(...)
+        accelerated.undo()
+
+    Args:
+        model: only what the layers of this model call; every family if None.
+
+    Returns:
+        What undoes it: `undo()`, or the end of a `with` block.
+
+    Raises:
+        TypeError: model is no module. ValueError: it has no layer of these families. ImportError: the installed
+        transformers has not the functions that we know.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate_transformers: model must be a torch.nn.Module, got {type(model).__name__}")
+    names = list(FAMILIES) if model is None else families_of(model)
+    if not names:
+        raise ValueError(
+            f"accelerate_transformers: model must have layers of {', '.join(FAMILIES)}, got {type(model).__name__}"
+        )
+    return Accelerated([(_module(family), name) for family in names for name in FAMILIES[family]])
+
+
+def families_of(model: nn.Module) -> list[str]:
+    """The families whose modeling file one of the model's modules comes from, sorted."""
+    modules = {type(m).__module__ for m in model.modules()}
+    return [f for f in sorted(FAMILIES) if _path(f) in modules]
+
+
+class Accelerated:
+    """Functions of transformers that are ours until `undo()`."""
+
+    def __init__(self, places: Iterable[tuple[ModuleType, str]]) -> None:
+        self._places = list(places)
+        for module, name in self._places:
+            _replace(module, name)
+
+    def undo(self) -> None:
+        """Put transformers' own functions back, unless another call still needs ours. A second time does nothing."""
+        places, self._places = self._places, []
+        for module, name in places:
+            _restore(module, name)
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+# Per function that is replaced: theirs, and how many calls asked for ours.
+_replaced: dict[tuple[str, str], tuple[Function, int]] = {}
+
+
+def _replace(module: ModuleType, name: str) -> None:
+    key = (module.__name__, name)
+    theirs, count = _replaced.get(key, (getattr(module, name), 0))
+    _replaced[key] = theirs, count + 1
+    setattr(module, name, functools.wraps(theirs)(functools.partial(OURS[name], theirs)))
+
+
+def _restore(module: ModuleType, name: str) -> None:
+    key = (module.__name__, name)
+    theirs, count = _replaced.pop(key)
+    if count > 1:
+        _replaced[key] = theirs, count - 1
+    else:
+        setattr(module, name, theirs)
+
+
+def _path(family: str) -> str:
+    return f"transformers.models.{family}.modeling_{family}"
+
+
+def _module(family: str) -> ModuleType:
+    try:
+        module = sys.modules.get(_path(family)) or importlib.import_module(_path(family))
+    except ImportError:
+        module = ModuleType(_path(family))
+    missing = [name for name in FAMILIES[family] if not hasattr(module, name)]
+    if missing:
+        import transformers
+
+        raise ImportError(
+            f"accelerate_transformers: transformers must be 5.24 or like it, got {transformers.__version__}, "
+            f"whose {family} has no {', '.join(missing)}"
+        )
+    return module
+
+
+def _sums(like: Tensor) -> torch.dtype:
+    """What states are kept in, of tensors like this one."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _segments(given: dict[str, Any], batch: int, length: int, like: Tensor) -> Tensor | None:
+    """seq_idx of packed rows, as one package of kernels calls it, or of the bounds that another takes."""
+    if given.get("seq_idx") is not None:
+        index: Tensor = given["seq_idx"].int()
+        return index
+    bounds = given.get("cu_seqlens")
+    if bounds is None:
+        return None
+    at = torch.arange(length, device=like.device)
+    return torch.searchsorted(bounds[1:].to(at.dtype), at, right=True).int().expand(batch, length).contiguous()
+
+
+def _convolve(
+    theirs: Function, hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None,
+    activation: str | None = None, **given: Any,
+) -> Tensor:  # fmt: skip
+    if activation not in (None, "silu", "swish") or weight.shape[1] > WIDEST:
+        out: Tensor = theirs(hidden_states, weight, bias, activation=activation, **given)
+        return out
+    batch, _, length = hidden_states.shape
+    y = linmu_ops.causal_conv1d(
+        hidden_states.transpose(1, 2), weight, bias, activation=activation and "silu",
+        seq_idx=_segments(given, batch, length, hidden_states),
+    )  # fmt: skip
+    assert isinstance(y, Tensor)
+    return y.transpose(1, 2)
+
+
+def _convolve_update(
+    theirs: Function, hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None,
+    activation: str | None = None, **given: Any,
+) -> Tensor:  # fmt: skip
+    kept = weight.shape[1] - 1
+    short = conv_state.shape[2] < kept or not 1 <= kept < WIDEST
+    if activation not in (None, "silu", "swish") or short or _needs_gradient(hidden_states, weight, bias):
+        out: Tensor = theirs(hidden_states, conv_state, weight, bias, activation=activation, **given)
+        return out
+    x, state = (t.transpose(1, 2) for t in (hidden_states, conv_state))
+    y = linmu_ops.causal_conv1d(
+        x, weight, bias, activation=activation and "silu", initial_state=state[:, -kept:].to(x.dtype)
+    )
+    assert isinstance(y, Tensor)
+    conv_state.copy_(torch.cat([conv_state, hidden_states.to(conv_state.dtype)], -1)[..., -conv_state.shape[2] :])
+    return y.transpose(1, 2)
+
+
+def _scan(
+    theirs: Function, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int,
+    D: Tensor | None = None, dt_bias: Tensor | None = None, initial_states: Tensor | None = None,
+    dt_softplus: bool = False, dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False,
+    **given: Any,
+) -> Any:  # fmt: skip
+    if given.get("z") is not None or (D is not None and D.dim() != 1):
+        return theirs(
+            hidden_states, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=initial_states,
+            dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states, **given,
+        )  # fmt: skip
+    batch, length, *_ = hidden_states.shape
+    if not dt_softplus or tuple(dt_limit) != (0.0, float("inf")):
+        dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+        dt = (nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+        dt_bias, dt_softplus = None, False
+    B, C = B.to(hidden_states.dtype), C.to(hidden_states.dtype)
+    return linmu_ops.ssd_scan(
+        hidden_states, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
+        initial_state=None if initial_states is None else initial_states.to(_sums(hidden_states)),
+        seq_idx=_segments(given, batch, length, hidden_states), return_final_state=return_final_states,
+    )  # fmt: skip
+
+
+def _state_update(
+    theirs: Function, state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor,
+    D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
+    **given: Any,
+) -> Any:  # fmt: skip
+    by_head = dt.dim() == 3 and dt.stride(2) == 0 and A.dim() == 3 and A.stride(1) == A.stride(2) == 0
+    by_head = by_head and all(t is None or (t.dim() == 2 and t.stride(1) == 0) for t in (D, dt_bias))
+    if z is not None or not by_head or _needs_gradient(state, hidden_states, dt, A, B, C, D, dt_bias):
+        return theirs(
+            state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, **given
+        )  # fmt: skip
+    dtype, sums = hidden_states.dtype, _sums(hidden_states)
+    ours = state.to(sums).contiguous()
+    y = linmu_ops.ssd_step(
+        ours, hidden_states, dt[..., 0], A[:, 0, 0], B.to(dtype), C.to(dtype), D=None if D is None else D[:, 0],
+        dt_bias=None if dt_bias is None else dt_bias[:, 0], dt_softplus=dt_softplus,
+    )  # fmt: skip
+    if ours is not state:
+        state.copy_(ours)
+    return y
+
+
+def _delta_scan(
+    theirs: Function, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    **given: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    batch, length, *_ = query.shape
+    dtype = query.dtype
+    out = linmu_ops.gated_delta_scan(
+        query, key.to(dtype), value.to(dtype), g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        initial_state=None if initial_state is None else initial_state.to(_sums(query)),
+        seq_idx=_segments(given, batch, length, query), return_final_state=output_final_state,
+    )  # fmt: skip
+    return out if isinstance(out, tuple) else (out, None)
+
+
+def _delta_step(
+    theirs: Function, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor,
+    initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+    **given: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if query.shape[1] != 1 or initial_state is None or _needs_gradient(query, key, value, g, beta, initial_state):
+        return _delta_scan(
+            theirs, query, key, value, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **given,
+        )  # fmt: skip
+    # Theirs leaves the state as it was, and a cache may hold it for later.
+    state = initial_state.to(_sums(query), copy=True, memory_format=torch.contiguous_format)
+    q, k, v, g, beta = (t[:, 0] for t in (query, key, value, g, beta))
+    y = linmu_ops.gated_delta_step(
+        state, q, k.to(q.dtype), v.to(q.dtype), g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel
+    )
+    return y[:, None], state if output_final_state else None
+
+
+OURS: dict[str, Function] = {
+    "causal_conv1d_fn": _convolve,
+    "causal_conv1d_update": _convolve_update,
+    "mamba2_chunk_scan": _scan,
+    "mamba2_selective_state_update": _state_update,
+    "torch_chunk_gated_delta_rule": _delta_scan,
+    "torch_recurrent_gated_delta_rule": _delta_step,
+}
