@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -225,6 +226,7 @@ class Scan(nn.Module):
             )  # fmt: skip
             scan |= dict(direction="both", gate=gate.to(acc).sigmoid(), reverse=reverse)
         order = layout.scan_order(self.shape.layer_idx, z.device) if layout is not None and self.major_scan else None
+        whole_or_split: Callable[..., Tensor | tuple[Tensor, ...]]
         whole_or_split = ssd_scan if call.context is None else partial(split_scan, context=call.context)
         out = whole_or_split(
             x, dt, A, B, C, seq_idx=call.seq_idx, token_order=order, initial_state=ssm, return_final_state=call.keep,
