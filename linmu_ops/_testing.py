@@ -131,7 +131,8 @@ class Judge:
             }
             rounding = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
             every = zip(self.exact, self._run(narrow), self._run(narrow, to_double), self.base, strict=True)
-            self.base = [(e + (c.double() - j) * rounding).to(b.dtype) for e, c, j, b in every]
+            # A gradient of a narrower dtype beside them is rounded to that, by PyTorch too: its baseline stays.
+            self.base = [b if b.dtype != torch.float64 else e + (c.double() - j) * rounding for e, c, j, b in every]
 
     def _draw(self, outputs: list[Tensor]) -> list[Tensor]:
         drawn = [torch.randn(o.shape, generator=self.generator, dtype=torch.float64) for o in outputs]
