@@ -228,11 +228,11 @@ class Scan(nn.Module):
         order = layout.scan_order(self.shape.layer_idx, z.device) if layout is not None and self.major_scan else None
         whole_or_split: Callable[..., Tensor | tuple[Tensor, ...]]
         whole_or_split = ssd_scan if call.context is None else partial(split_scan, context=call.context)
-        out = whole_or_split(
+        scanned = whole_or_split(
             x, dt, A, B, C, seq_idx=call.seq_idx, token_order=order, initial_state=ssm, return_final_state=call.keep,
             **scan,
         )  # fmt: skip
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = scanned if isinstance(scanned, tuple) else (scanned,)
         log_mass = outputs[1].clamp(min=_NOTHING) if self.weighted_mean else None
         return outputs[0], log_mass, outputs[-1] if call.keep else None
 
