@@ -39,6 +39,7 @@ def ssd_scan(
     token_order: Tensor | MovedOrder | None = None,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    normalize: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`linmu_ops.ssd_scan` of whole rows, of which this rank holds a slab.
@@ -54,6 +55,7 @@ def ssd_scan(
         initial_state: (B, H, P, N) float32 (or float64), the same on all ranks. State before the row's first visit; for
             "reverse" before its last token.
         return_final_state: also return the state after the row's last visit, on every rank.
+        normalize: must be False: a mean of both directions is not the sum of what ranks tell each other.
         The others are the op's, with the n tokens of the slab for L.
 
     Returns:
@@ -67,6 +69,8 @@ def ssd_scan(
         segments, however long the row is. A `MovedOrder` sends the arguments of the tokens that move, and their y,
         besides. With "both", and 16-bit x, y is rounded twice.
     """
+    if normalize:
+        raise ValueError(f"ssd_scan: normalize must be False for rows that are split over ranks, got {normalize}")
     moved = token_order if isinstance(token_order, MovedOrder) else None
     order = None if isinstance(token_order, MovedOrder) else token_order
     r = check(

@@ -169,6 +169,7 @@ def refusals(group):
         lambda: ContextParallel(group, [12, -2]),
         lambda: context.shard(torch.zeros(1, 9)),
         lambda: split_scan(x, x[..., 0], torch.zeros(1), x, x, context=context),
+        lambda: split_scan(x, x[..., 0], torch.zeros(1), x, x, context=context, normalize=True),
     )
     texts = []
     for call in calls:
@@ -189,6 +190,7 @@ def test_errors_say_what_is_wrong(gang):
     ]
     assert texts[0][4] == "ContextParallel: t must have 10 tokens in dim 1, got shape (1, 9)"
     assert texts[1][5] == "ssd_scan: x must have the 5 tokens of rank 1 in dim 1, got shape (1, 3, 1, 2)"
+    assert texts[0][6] == "ssd_scan: normalize must be False for rows that are split over ranks, got True"
     assert texts[0][:4] == texts[1][:4]
 
 
