@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -43,6 +44,10 @@ def _deterministic_and_poisoned():
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
 
+
+# What a test process has left to be collected belongs to threads that a fork of it does not have: the fork must not
+# collect it, or it crashes or waits for ever.
+os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 GANG = pytest.StashKey()
 
