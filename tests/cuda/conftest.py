@@ -88,3 +88,5 @@ def emulated():
 def by_emulator(emulated, monkeypatch):
     """Until the test ends, linmu_ops runs the emulated CUDA kernels on CPU tensors, where there are any."""
     monkeypatch.setitem(_registry.NAMESPACE, "cpu", "linmu_emulated")
+    for op in ("ssd_scan", "ssd_step"):  # as on a GPU
+        monkeypatch.setattr(sys.modules[f"linmu_ops.{op}"], "widens", lambda op, x: True)

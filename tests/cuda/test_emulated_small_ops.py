@@ -74,7 +74,7 @@ def test_branch_mix_norm(case, dtype, mix, norm):
 
 @pytest.mark.parametrize("norm", mix_cases.NORMS)
 def test_gradient_of_a_scalar_mix(norm):
-    mix_cases.test_gradient_of_a_scalar_mix((2, 67, 33), torch.float32, norm)
+    mix_cases.check_gradient_of_a_scalar_mix((2, 67, 33), torch.float32, norm)
 
 
 @pytest.mark.parametrize("case", [(2, 300, 64), (1, 2, 1100)], ids=str)

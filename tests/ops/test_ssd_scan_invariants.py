@@ -245,6 +245,8 @@ def test_every_argument_reaches_the_kernel():
     i = make_inputs(CASE, options=("all",))
     before = scan(**i)
     for name in ARGUMENTS:
+        if name == "normalize":  # gives other outputs; tests of means compare them
+            continue
         if name == "direction":
             changed = "forward"
         elif name == "dt_softplus":

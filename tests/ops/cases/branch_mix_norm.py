@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import linmu_ops
+from linmu_ops._testing import assert_within_twice
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [(1, 1, 8), (2, 3, 5), (2, 67, 33), (2, 21, 64), (3, 11, 130)]  # B, L, D
@@ -33,3 +34,20 @@ def wrt(inputs):
 def by_reference(**inputs):
     with linmu_ops.use_impl("branch_mix_norm:reference"):
         return linmu_ops.branch_mix_norm(**inputs)
+
+
+def check_gradient_of_a_scalar_mix(case, dtype, norm):
+    # Ten draws in one comparison: of a single number, PyTorch's own error may be 0 by luck.
+    draws = [make_inputs(case, dtype, norm) for _ in range(10)]
+
+    def gradients(op, cast):
+        found = []
+        for draw in draws:
+            values = {k: v.to(cast(v.dtype)) if isinstance(v, torch.Tensor) else v for k, v in draw.items()}
+            mix = values["mix"].requires_grad_()
+            found.append(torch.autograd.grad(op(**values | dict(mix=mix), eps=1e-3).sum(), mix)[0])
+        return torch.cat(found)
+
+    exact = gradients(by_reference, lambda t: torch.float64 if t.is_floating_point else t)
+    same = [gradients(op, lambda t: t) for op in (linmu_ops.branch_mix_norm, by_reference)]
+    assert_within_twice(same[0], exact, same[1], "gradient of mix")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 import linmu_ops
-from linmu_ops._testing import run_op
+from linmu_ops._testing import check_against_reference, run_op
 from linmu_ops.ssd_scan import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -97,3 +98,53 @@ def used(i):
     """The differentiable inputs the output depends on."""
     replaced = {"dt": "reverse_dt", "A": "reverse_A", "B": "reverse_B", "C": "reverse_C", "dt_bias": "reverse_dt_bias"}
     return [k for k in visible(i) if not (i["direction"] == "reverse" and replaced.get(k) in i)]
+
+
+def comparable(f):
+    """Of a log of no mass, 0; it is never the log of what there is."""
+
+    def run(**inputs):
+        out = f(**inputs)
+        if not inputs.get("normalize"):
+            return out
+        y, log_mass, *state = out
+        return y, log_mass.masked_fill(log_mass == -math.inf, 0.0), *state
+
+    return run
+
+
+def check(i):
+    check_against_reference(comparable(scan), comparable(by_reference), i, used(i))
+
+
+def check_empty(case, direction):
+    i = make_inputs(case, torch.float32, direction, ("all",))
+    leaves = {k: v.clone().requires_grad_() if k in used(i) else v for k, v in i.items()}
+    y, state = scan(**leaves)
+    mean, log_mass, _ = scan(**make_inputs(case, torch.float32, direction, ("all", "normalize")))
+    assert mean.shape == y.shape and log_mass.shape == y.shape[:3]
+    assert y.shape == (case[0], case[1], 2, 3)
+    torch.testing.assert_close(state, i["initial_state"])
+    grads = torch.autograd.grad(state.sum() + y.sum(), [leaves[k] for k in used(i)])
+    for k, grad in zip(used(i), grads, strict=True):
+        expected = torch.ones_like(i[k]) if k == "initial_state" else torch.zeros_like(i[k])
+        torch.testing.assert_close(grad, expected)
+
+
+def check_strided_inputs(direction):
+    """Slices of one fused projection, transposed and expanded tensors are read where they lie."""
+    i = make_inputs(SMALL, torch.float32, direction, ("all",))
+    B, L, _, G, _, H, P, N = SMALL
+    fused = torch.randn(B, L, G * P + G * N + H * N)
+    x, b, c = fused.split([G * P, G * N, H * N], dim=-1)
+    i |= dict(x=x.view(B, L, G, P), B=b.view(B, L, G, N), C=c.view(B, L, H, N))
+    i["dt"] = i["dt"].transpose(0, 1).contiguous().transpose(0, 1)
+    i["initial_state"] = i["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)
+    i["seq_idx"] = i["seq_idx"][:1].expand(B, L)
+    if direction != "forward":
+        i["reverse_B"] = i["reverse_B"].transpose(2, 3).contiguous().transpose(2, 3)
+        i["reverse_mask"] = i["reverse_mask"].t().contiguous().t()
+    check(i)
+    leaf = i["x"].clone().requires_grad_()
+    scan(**{**i, "x": leaf})[0].sum().backward()  # an expanded gradient
+    assert leaf.grad.isfinite().all()
