@@ -126,11 +126,11 @@ def test_tma_serves_however_rows_lie(layout, emulated, monkeypatch):
 
 @pytest.mark.parametrize("case", [(2, 0, 2, 1, 2, 2, 3, 4), (0, 5, 2, 1, 2, 2, 3, 4)], ids=["L0", "B0"])
 def test_empty_scan(case):
-    scan_cases.test_empty(case, "both")
+    scan_cases.check_empty(case, "both")
 
 
 def test_strided_scan():
-    scan_cases.test_strided_inputs("both")
+    scan_cases.check_strided_inputs("both")
 
 
 @pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
