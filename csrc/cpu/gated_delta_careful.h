@@ -1,5 +1,6 @@
-// The gated delta rule of one chunk and head by its definition, visit by visit. Products over whole chunks multiply what
-// a visit may not see by 0, which hides only what is finite: where they could meet anything else, the walks come here.
+// The gated delta rule of one chunk and head by its definition, visit by visit. Products over whole chunks multiply
+// what a visit may not see by 0, which hides only what is finite: where they could meet anything else, the walks come
+// here.
 #pragma once
 #include "gated_delta_scan.h"
 
@@ -11,7 +12,8 @@ class CarefulDelta {
   using A = acc_t<T>;
 
  public:
-  CarefulDelta(const GatedDeltaScanParams& p, const DeltaSizes& s) : K_(p.key_dim), V_(p.value_dim), key_(s.key), value_(s.value) {}
+  CarefulDelta(const GatedDeltaScanParams& p, const DeltaSizes& s)
+      : K_(p.key_dim), V_(p.value_dim), key_(s.key), value_(s.value) {}
 
   // Moves the state, rows of `value`; fills the rows of y if there is one.
   void walk(const DeltaChunk<T>& c, A* state, A* y) {

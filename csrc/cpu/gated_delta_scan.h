@@ -13,10 +13,10 @@ namespace linmu {
 namespace LINMU_ISA {
 
 struct DeltaSizes {
-  int64_t chunk;               // visits, a multiple of the vector width
-  int64_t key, value;          // K and V, rounded up to it
+  int64_t chunk;                // visits, a multiple of the vector width
+  int64_t key, value;           // K and V, rounded up to it
   int64_t per_q, per_k, per_v;  // heads per group
-  int64_t bundle;              // heads of one task: they share q and k, and so q k^T and k k^T; divides heads
+  int64_t bundle;               // heads of one task: they share q and k, and so q k^T and k k^T; divides heads
   int64_t state() const { return key * value; }
 };
 
@@ -108,10 +108,12 @@ class DeltaChunk {
     if (!same_q || !same_k) q_most_ = largest(q + 0, padded * s_.key), k_most_ = largest(k + 0, padded * s_.key);
     index_ = index, reverse_ = reverse, group_q_ = group_q, group_k_ = group_k, group_v_ = group_v;
     read_steps(d, visits, first, head);
-    finite = stays_finite<A>(static_cast<double>(p_.key_dim) * (1 + k_most_) * (1 + k_most_ + q_most_) * (1 + beta_most_));
+    finite =
+        stays_finite<A>(static_cast<double>(p_.key_dim) * (1 + k_most_) * (1 + k_most_ + q_most_) * (1 + beta_most_));
     if (!finite) return;
     for (int64_t i = 0; i < padded; i += W) {
-      if (!has_kk_) gemm<A>(W, i + W, p_.key_dim, k + i * s_.key, s_.key, 1, kt_, s_.chunk, kk + i * s_.chunk, s_.chunk);
+      if (!has_kk_)
+        gemm<A>(W, i + W, p_.key_dim, k + i * s_.key, s_.key, 1, kt_, s_.chunk, kk + i * s_.chunk, s_.chunk);
       if (!has_qk_)
         gemm<A>(W, i + W, p_.key_dim, q + i * s_.key, s_.key, 1, kt_, s_.chunk, qk_ + i * s_.chunk, s_.chunk);
     }
@@ -191,7 +193,8 @@ class DeltaChunk {
 
   void read_steps(const GatedDeltaDirection& d, const DeltaVisits& visits, int64_t first, int64_t head) {
     const int64_t H = p_.heads, L = p_.length, b = rows.batch;
-    const A *g = static_cast<const A*>(d.g) + b * L * H + head, *rate = static_cast<const A*>(d.beta) + b * L * H + head;
+    const A *g = static_cast<const A*>(d.g) + b * L * H + head,
+            *rate = static_cast<const A*>(d.beta) + b * L * H + head;
     const A* gate = static_cast<const A*>(p_.gate);
     const int32_t entry = first ? visits.segments[first - 1] : 0, exit = visits.segments[first + n - 1];
     restart.resize(s_.chunk);

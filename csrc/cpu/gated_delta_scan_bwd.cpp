@@ -30,7 +30,14 @@ class DeltaGrad {
 
  public:
   DeltaGrad(const GatedDeltaScanBwdParams& g, DeltaPlan<A>& plan)
-      : g_(g), p_(g.scan), plan_(plan), s_(plan.sizes), q_(s_.chunk), key_(s_.key), value_(s_.value), chunk_(p_, s_),
+      : g_(g),
+        p_(g.scan),
+        plan_(plan),
+        s_(plan.sizes),
+        q_(s_.chunk),
+        key_(s_.key),
+        value_(s_.value),
+        chunk_(p_, s_),
         careful_(p_, s_) {
     const int64_t chunks = (p_.length + q_ - 1) / q_, kept = s_.bundle * chunks;
     states_ = Buffer<A>(kept * s_.state()), written_ = Buffer<A>(kept * q_ * value_);
@@ -153,10 +160,12 @@ class DeltaGrad {
     // dU, then G.
     scale(dy_, rows, value_, chunk_.weight, scratch_);
     for (int64_t j = 0; j < rows; j += W)
-      gemm<A>(W, value_, n - j, chunk_.read + j * q_ + j, 1, q_, scratch_ + j * value_, value_, grad_ + j * value_, value_);
+      gemm<A>(W, value_, n - j, chunk_.read + j * q_ + j, 1, q_, scratch_ + j * value_, value_, grad_ + j * value_,
+              value_);
     gemm<A>(rows, value_, p_.key_dim, chunk_.k, key_, 1, adjoint, value_, grad_, value_, {A(1), chunk_.leave});
     chunk_.solve_transposed(grad_);
-    if (!in_range(chunk_, before, largest(u, rows * value_), dy, arrives, largest(grad_ + 0, rows * value_))) return false;
+    if (!in_range(chunk_, before, largest(u, rows * value_), dy, arrives, largest(grad_ + 0, rows * value_)))
+      return false;
     pairs(u);
     scale(grad_, rows, value_, chunk_.beta, dv_);
     for (int64_t i = 0; i < n; ++i) {

@@ -71,8 +71,9 @@ void step(const GatedDeltaStepParams& p) {
       };
       read_row(row(p.q, p.groups_q, K), K, p.normalize, static_cast<A>(p.scale), q.data());
       read_row(row(p.k, p.groups_k, K), K, p.normalize, A(1), k.data());
-      Head<A> head{static_cast<A*>(p.state) + i * K * V, k.data(), q.data(), K, V,
-                   std::exp(static_cast<const A*>(p.g)[i]), static_cast<const A*>(p.beta)[i], A(0)};
+      Head<A> head{
+          static_cast<A*>(p.state) + i * K * V, k.data(), q.data(), K, V, std::exp(static_cast<const A*>(p.g)[i]),
+          static_cast<const A*>(p.beta)[i],     A(0)};
       for (int64_t n = 0; n < K; ++n) head.dot += q[n] * k[n];
       const T* v = row(p.v, p.groups_v, V);
       T* y = static_cast<T*>(p.y) + i * V;

@@ -3,7 +3,8 @@
 // each chunk; the second computes, per chunk and head,
 //     Y = M X + [weight carry]_f (C h) + [weight carry]_b (C r) + D X,      M = sum_d weight_d exp(S_i - S_j) dt_j
 //     C_i.B_j
-// What divides a mean, its mass, is the same of x = 1: row sums of M, and a state of one row, (N,), apart from the tile.
+// What divides a mean, its mass, is the same of x = 1: row sums of M, and a state of one row, (N,), apart from the
+// tile.
 #include "ssd_scan_careful.h"
 
 namespace linmu {
@@ -86,9 +87,7 @@ class Scan {
   const SsdScanDirection& direction(bool reverse) const { return reverse ? p_.reverse : p_.forward; }
 
   // Where a head's state lies in the caller's tensors.
-  int64_t outside(int64_t h) const {
-    return (b_ * p_.heads + h0_ + h) * (p_.head_dim + p_.normalize) * p_.state_dim;
-  }
+  int64_t outside(int64_t h) const { return (b_ * p_.heads + h0_ + h) * (p_.head_dim + p_.normalize) * p_.state_dim; }
 
   // The state of the mass: at hand, and the reverse one that enters a chunk.
   A* mass(int64_t h) const { return mass_ + h * mass_dim_; }
@@ -183,8 +182,7 @@ class Scan {
       for (int k = 0; k < kVectors; ++k) sum[k] = load(mass + n + k * W) * d.total;
       for (int64_t i = 0; i < chunk_.visits; ++i)
 #pragma GCC unroll 4
-        for (int k = 0; k < kVectors; ++k)
-          sum[k] = load(b_rows_ + i * s_.state_dim + n + k * W) * factor_[i] + sum[k];
+        for (int k = 0; k < kVectors; ++k) sum[k] = load(b_rows_ + i * s_.state_dim + n + k * W) * factor_[i] + sum[k];
       for (int k = 0; k < kVectors; ++k) store(mass + n + k * W, sum[k]);
     };
     int64_t n = 0;
@@ -430,9 +428,9 @@ class Scan {
   Chunk chunk_;
   Decays<A> decays_[2];
   Buffer<A> x_, b_rows_, scaled_, factor_, cb_, cb_reverse_, y_;
-  Buffer<A> state_, mass_;                // per head of the bundle
-  Buffer<A> masses_;                      // per visit of the chunk, of the head at hand
-  Buffer<A> arriving_mass_;               // as arriving_
+  Buffer<A> state_, mass_;   // per head of the bundle
+  Buffer<A> masses_;         // per visit of the chunk, of the head at hand
+  Buffer<A> arriving_mass_;  // as arriving_
   // Largest magnitudes: of states at hand per head, of those that enter chunks, of B and C.
   std::vector<double> bound_, arriving_bound_;
   double b_most_[2] = {}, c_most_[2] = {};

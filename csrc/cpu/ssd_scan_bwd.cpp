@@ -8,8 +8,8 @@
 //     d(log-decay of t) = sum of weight_i E_ij dt_j over the pairs whose path crosses t
 // The carried states add the same terms with a chunk's edge in place of i or j.
 //
-// Where y is a mean, y_i = sum_j M_ij x_j / m_i with m_i = sum_j M_ij, the gradient of M_ij is (dy_i . x_j - shift_i) / m_i
-// with shift_i = dy_i . y_i - m_i dm_i. So x has a channel more here, of ones, dy one of -shift_i, and 1 / m_i is a
+// Where y is a mean, y_i = sum_j M_ij x_j / m_i with m_i = sum_j M_ij, the gradient of M_ij is (dy_i . x_j - shift_i) /
+// m_i with shift_i = dy_i . y_i - m_i dm_i. So x has a channel more here, of ones, dy one of -shift_i, and 1 / m_i is a
 // factor of weight_i.
 #include <numeric>
 
@@ -352,8 +352,7 @@ class ScanGrad {
     Totals<Wide>& sums = plan_.totals[b_ * p_.heads + h0_ + h];
     gemm_in_parts<A>(rows_, rows_, own_dim_, dy_, pp_, xt_, q_, gram_, q_);
     for (int64_t i = 0; p_.normalize && i < chunk_.visits; ++i)
-      for (int64_t j = i * q_; j < i * q_ + rows_; j += W)
-        store(gram_ + j, load(gram_ + j) - dot_[i] + from_mass_[i]);
+      for (int64_t j = i * q_; j < i * q_ + rows_; j += W) store(gram_ + j, load(gram_ + j) - dot_[i] + from_mass_[i]);
     std::fill(m_.get(), m_ + q_ * q_, A(0));
     for (int d = 0; d < 2; ++d)
       if (direction(d).on) within(d);
@@ -512,8 +511,8 @@ class ScanGrad {
   // Largest magnitudes, for `bound`: of states and adjoints per head, at hand and passed; of tiles.
   std::vector<double> running_bound_[2], passed_bound_[2];
   double b_most_[2] = {}, c_most_[2] = {}, x_most_ = 0, dy_most_ = 0;
-  const int64_t q_, np_, pp_;  // padded sizes of a chunk, a state row, a head
-  const int64_t own_dim_;      // a head's size without the channel of ones
+  const int64_t q_, np_, pp_;            // padded sizes of a chunk, a state row, a head
+  const int64_t own_dim_;                // a head's size without the channel of ones
   Buffer<A> inverse_, dot_, from_mass_;  // per visit: 1 / its mass, dy . y, and its mass times the gradient of that
   Buffer<A> means_, means_t_, dy_t_;
   Buffer<A> passed_[2], running_[2];

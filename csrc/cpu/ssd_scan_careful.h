@@ -95,8 +95,8 @@ class Careful {
   }
 
  private:
-  void begin(const SsdScanParams& p, const ScanSizes& s, const Chunk& c, const Decays<A>& w, int64_t head,
-             bool reverse, const A* x) {
+  void begin(const SsdScanParams& p, const ScanSizes& s, const Chunk& c, const Decays<A>& w, int64_t head, bool reverse,
+             const A* x) {
     const SsdScanDirection& d = reverse ? p.reverse : p.forward;
     chunk_ = &c, decays_ = &w, reverse_ = reverse, state_dim_ = p.state_dim, head_dim_ = p.head_dim;
     pp_ = round_up(p.head_dim, W), np_ = round_up(p.state_dim, W);

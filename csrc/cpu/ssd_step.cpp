@@ -1,6 +1,7 @@
 // One token of the scan. One task per (batch, head): a single pass over its (P, N) state, the only traffic that counts.
-#include "../linmu/ssd_scan.h"
 #include "../linmu/ssd_step.h"
+
+#include "../linmu/ssd_scan.h"
 #include "vec.h"
 
 namespace linmu {

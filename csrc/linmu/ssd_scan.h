@@ -31,18 +31,18 @@ struct SsdScanParams {
   bool dt_softplus;                                   // after adding dt_bias, in both directions
   bool shared_projections;                            // the reverse B and C are the forward ones
   SsdScanDirection forward, reverse;
-  SsdScanTensor x;              // (B, L, Gx, P)
-  const void* D;                // (H,) acc, or null
-  const void* gate;             // (B, L, H) or (H,) acc, or null
-  bool gate_per_token;          // which of the two
-  const int32_t* token_order;   // (B, L) a checked permutation, or null
-  bool normalize;               // y is divided by its mass, and states have a row more, (B, H, P+1, N)
-  const void* initial_state;    // (B, H, P, N) acc, or null
-  bool wide_y;                  // y is of the accumulate type, for the gradient of a mean
-  void* y;                      // (B, L, H, P), acc if wide_y
-  void* mass;                   // (B, L, H) acc, 0 where there is no mean; null unless it normalizes
-  void* final_state;            // (B, H, P, N) acc, or null
-  int64_t chunk;                // visits per chunk; 0: the kernel's choice
+  SsdScanTensor x;             // (B, L, Gx, P)
+  const void* D;               // (H,) acc, or null
+  const void* gate;            // (B, L, H) or (H,) acc, or null
+  bool gate_per_token;         // which of the two
+  const int32_t* token_order;  // (B, L) a checked permutation, or null
+  bool normalize;              // y is divided by its mass, and states have a row more, (B, H, P+1, N)
+  const void* initial_state;   // (B, H, P, N) acc, or null
+  bool wide_y;                 // y is of the accumulate type, for the gradient of a mean
+  void* y;                     // (B, L, H, P), acc if wide_y
+  void* mass;                  // (B, L, H) acc, 0 where there is no mean; null unless it normalizes
+  void* final_state;           // (B, H, P, N) acc, or null
+  int64_t chunk;               // visits per chunk; 0: the kernel's choice
   Threads threads;
 };
 

@@ -207,8 +207,8 @@ struct Ops<Inputs(T...)> {
     return forward(std::move(in), return_final_state, for_gradient);
   }
   static std::vector<Tensor> ssd_scan_bwd(const Tensor& grad_y, const OptTensor& grad_mass,
-                                          const OptTensor& grad_final_state, const OptTensor& y,
-                                          const OptTensor& mass, T... inputs, int64_t chunk_size) {
+                                          const OptTensor& grad_final_state, const OptTensor& y, const OptTensor& mass,
+                                          T... inputs, int64_t chunk_size) {
     Inputs in = checked(inputs...);
     in.p.chunk = chunk_size;
     return backward(grad_y, grad_mass, grad_final_state, y, mass, std::move(in));

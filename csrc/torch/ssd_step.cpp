@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor> ssd_step(const Tensor& state, const Tensor& x, const 
   const Tensor x_ = contiguous(x), dt_ = contiguous(dt), A_ = contiguous(A), B_ = contiguous(B), C_ = contiguous(C);
   const OptTensor D_ = linmu::contiguous(D), bias_ = linmu::contiguous(dt_bias);
   Tensor y = torch::stable::new_empty(x, {p.batch, p.heads, p.head_dim});
-  Tensor log_mass = normalize ? torch::stable::new_empty(x, {p.batch, p.heads}, acc) : torch::stable::new_empty(x, {0}, acc);
+  Tensor log_mass =
+      normalize ? torch::stable::new_empty(x, {p.batch, p.heads}, acc) : torch::stable::new_empty(x, {0}, acc);
   p.log_mass = normalize ? log_mass.mutable_data_ptr() : nullptr;
   p.state = state.mutable_data_ptr();
   p.x = x_.const_data_ptr(), p.dt = dt_.const_data_ptr(), p.A = A_.const_data_ptr();
