@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+DIRECTIONS = ("forward", "reverse", "both")
+Own = TypeVar("Own", bound=tuple[Any, ...])
 
 
 class Reverse(NamedTuple):
@@ -80,3 +83,16 @@ class DeltaDirection(NamedTuple):
         """The reverse direction beside this forward one."""
         chosen = [f if r is None else r for f, r in zip(self, own, strict=True)]
         return DeltaDirection(*chosen)  # type: ignore[arg-type]  # what is None has a forward one
+
+
+def check_directions(op: str, direction: str, reverse: Own | None, kind: type[Own], gate: Tensor | None) -> Own:
+    """Raise unless reverse, of that kind, and gate go with the direction; what the reverse direction has of its own."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"{op}: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if reverse is not None and not isinstance(reverse, kind):
+        raise TypeError(f"{op}: reverse must be a linmu_ops.{kind.__name__}, got {type(reverse).__name__}")
+    if reverse is not None and direction == "forward":
+        raise ValueError(f"{op}: reverse needs direction='reverse' or 'both', got direction='forward'")
+    if gate is not None and direction != "both":
+        raise ValueError(f"{op}: gate needs direction='both', got direction={direction!r}")
+    return kind() if reverse is None else reverse

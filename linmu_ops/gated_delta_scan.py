@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
-from ._directions import DeltaReverse
+from ._directions import DeltaReverse, check_directions
 from .reference.gated_delta_scan import gated_delta_scan as reference
 
 # The fields of `DeltaReverse` lie flat in the schema, each after `reverse_`, as those of `Reverse` do in `ssd_scan`.
@@ -25,7 +25,6 @@ ARGUMENTS = tuple(a.split()[1] for a in INPUTS.strip(", ").split(", "))
 DIFFERENTIABLE = (
     "q", "k", "v", "g", "beta", "reverse_q", "reverse_k", "reverse_g", "reverse_beta", "gate", "initial_state",
 )  # fmt: skip
-DIRECTIONS = ("forward", "reverse", "both")
 
 
 def gated_delta_scan(
@@ -92,15 +91,7 @@ def gated_delta_scan(
     are those of flash-linear-attention's `chunk_gated_delta_rule` and of transformers.
     Reference: linmu_ops/reference/gated_delta_scan.py.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"gated_delta_scan: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    if reverse is not None and not isinstance(reverse, DeltaReverse):
-        raise TypeError(f"gated_delta_scan: reverse must be a linmu_ops.DeltaReverse, got {type(reverse).__name__}")
-    if reverse is not None and direction == "forward":
-        raise ValueError("gated_delta_scan: reverse needs direction='reverse' or 'both', got direction='forward'")
-    if gate is not None and direction != "both":
-        raise ValueError(f"gated_delta_scan: gate needs direction='both', got direction={direction!r}")
-    r = DeltaReverse() if reverse is None else reverse
+    r = check_directions("gated_delta_scan", direction, reverse, DeltaReverse, gate)
     d = Dims("gated_delta_scan")
     d("q", q, "B L Gq K", FLOATS)
     d("k", k, "B L Gk K", q.dtype)

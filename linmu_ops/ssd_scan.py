@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
-from ._directions import Reverse
+from ._directions import Reverse, check_directions
 from .reference._visits import normalized
 from .reference.ssd_scan import ssd_scan as reference
 
@@ -36,7 +36,6 @@ DIFFERENTIABLE = (
     "x", "dt", "A", "B", "C", "dt_bias", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_dt_bias",
     "D", "gate", "initial_state",
 )  # fmt: skip
-DIRECTIONS = ("forward", "reverse", "both")
 
 
 def ssd_scan(
@@ -155,15 +154,7 @@ def check(
     normalize: bool = False,
 ) -> Reverse:
     """Raise for arguments that break the table of `ssd_scan`; what the reverse direction has of its own."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"ssd_scan: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    if reverse is not None and not isinstance(reverse, Reverse):
-        raise TypeError(f"ssd_scan: reverse must be a linmu_ops.Reverse, got {type(reverse).__name__}")
-    if reverse is not None and direction == "forward":
-        raise ValueError("ssd_scan: reverse needs direction='reverse' or 'both', got direction='forward'")
-    if gate is not None and direction != "both":
-        raise ValueError(f"ssd_scan: gate needs direction='both', got direction={direction!r}")
-    r = Reverse() if reverse is None else reverse
+    r = check_directions("ssd_scan", direction, reverse, Reverse, gate)
     d = Dims("ssd_scan")
     d("x", x, "B L Gx P", FLOATS)
     d("dt", dt, "B L H", FLOATS)
@@ -239,14 +230,7 @@ def _bwd_fake(
     grad_y: Tensor, grad_mass: Tensor | None, grad_final_state: Tensor | None, y: Tensor | None,
     mass: Tensor | None, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    given = dict(zip(ARGUMENTS, args[:-1], strict=True))
-    like = given["x"]
-    return [
-        like.new_empty(0)
-        if given[name] is None
-        else torch.empty_like(given[name], memory_format=torch.contiguous_format)
-        for name in DIFFERENTIABLE
-    ]
+    return _autograd.fakes(args[:-1], [ARGUMENTS.index(name) for name in DIFFERENTIABLE])
 
 
 def _bwd_reference(

@@ -34,6 +34,23 @@ def restarts(index: Tensor | None, like: Tensor) -> Tensor:
     return out
 
 
+def by_head(t: Tensor, heads: int) -> Tensor:
+    """(B, L, G, .) -> (B, L, H, .)."""
+    return t.repeat_interleave(heads // t.shape[2], dim=2)
+
+
+def both_directions(y: Tensor, r: Tensor, gate: Tensor | None, mask: Tensor | None, order: Tensor) -> Tensor:
+    """y, of the forward direction, and r, of the reverse one, (B, L, H, .) in visiting order, together: their sum
+    without a gate, else g y + (1 - g) r where the mask is True, and y elsewhere. gate and mask are in positions."""
+    if gate is None:
+        return y + r
+    g = (gate.to(y.dtype).expand(y.shape[:3]) if gate.dim() == 1 else visited(gate.to(y.dtype), order))[..., None]
+    everywhere = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
+    on = (everywhere if mask is None else visited(mask, order))[..., None, None]
+    blend = torch.where(on, g, 1.0) * torch.where(on, y, 0.0) + (1 - torch.where(on, g, 1.0)) * r
+    return torch.where(on, blend, y)
+
+
 def normalized(sums: Tensor) -> tuple[Tensor, Tensor]:
     """(..., P + 1), weighted sums of x and last of ones: the mean of x, (..., P), and its mass, (...)."""
     mass = sums[..., -1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._dims import accumulate_dtype
 from .._directions import DeltaDirection, DeltaReverse
-from ._visits import restarts, visited, visiting_order
+from ._visits import both_directions, by_head, restarts, visited, visiting_order
 
 NORM_EPS = 1e-6
 
@@ -69,7 +69,7 @@ def gated_delta_scan(
             return visit(t).flip(1) if back else visit(t)
 
         def rows(t: Tensor, factor: float = 1.0, normed: bool = False) -> Tensor:
-            t = towards(t.to(acc).repeat_interleave(heads // t.shape[2], dim=2))
+            t = towards(by_head(t.to(acc), heads))
             return factor * (l2norm(t) if normed else t)
 
         keep = everywhere if d.mask is None else towards(d.mask)
@@ -91,12 +91,6 @@ def gated_delta_scan(
         y, final = scan(forward, start, back=False)
     if direction == "both":
         r, _ = scan(reverse, nothing, back=True)
-        if gate is None:
-            y = y + r
-        else:
-            w = (gate.to(acc).expand(batch, length, heads) if gate.dim() == 1 else visit(gate.to(acc)))[..., None]
-            on = (everywhere if reverse.mask is None else visit(reverse.mask))[..., None, None]
-            blend = torch.where(on, w, 1.0) * torch.where(on, y, 0.0) + (1 - torch.where(on, w, 1.0)) * r
-            y = torch.where(on, blend, y)
+        y = both_directions(y, r, gate, reverse.mask, order)
     y = visited(y, inverse).to(q.dtype)
     return y, final.to(acc).clone() if return_final_state else q.new_empty(0, dtype=acc)

@@ -8,11 +8,7 @@ from torch import Tensor
 
 from .._dims import accumulate_dtype
 from .._directions import Direction, Reverse
-from ._visits import normalized, restarts, visited, visiting_order
-
-
-def _heads(t: Tensor, heads: int) -> Tensor:
-    return t.repeat_interleave(heads // t.shape[2], dim=2)  # (B, L, G, .) -> (B, L, H, .)
+from ._visits import both_directions, by_head, normalized, restarts, visited, visiting_order
 
 
 def _scan(
@@ -61,8 +57,8 @@ def ssd_scan(
 
         raw = d.dt.to(acc) if d.dt_bias is None else d.dt.to(acc) + d.dt_bias.to(acc)
         y, last = _scan(
-            towards(_heads(x.to(acc), heads)), towards(F.softplus(raw) if dt_softplus else raw), d.A.to(acc),
-            towards(_heads(d.B.to(acc), heads)), towards(_heads(d.C.to(acc), heads)),
+            towards(by_head(x.to(acc), heads)), towards(F.softplus(raw) if dt_softplus else raw), d.A.to(acc),
+            towards(by_head(d.B.to(acc), heads)), towards(by_head(d.C.to(acc), heads)),
             restarts(None if d.seq_idx is None else towards(d.seq_idx), x),
             everywhere if d.mask is None else towards(d.mask), state,
         )  # fmt: skip
@@ -76,15 +72,9 @@ def ssd_scan(
         y, final = scan(forward, start, back=False)
     if direction == "both":
         r, _ = scan(reverse, nothing, back=True)
-        if gate is None:
-            y = y + r
-        else:
-            g = (gate.to(acc).expand(batch, length, heads) if gate.dim() == 1 else visit(gate.to(acc)))[..., None]
-            on = (everywhere if reverse.mask is None else visit(reverse.mask))[..., None, None]
-            blend = torch.where(on, g, 1.0) * torch.where(on, y, 0.0) + (1 - torch.where(on, g, 1.0)) * r
-            y = torch.where(on, blend, y)
+        y = both_directions(y, r, gate, reverse.mask, order)
     if D is not None:
-        y = y + D.to(acc)[:, None] * visit(_heads(x.to(acc), heads))
+        y = y + D.to(acc)[:, None] * visit(by_head(x.to(acc), heads))
     final = final.to(acc).clone() if return_final_state else x.new_empty(0, dtype=acc)
     y = visited(y, inverse)
     y, mass = normalized(y) if normalize else (y, x.new_empty(0, dtype=acc))

@@ -10,9 +10,10 @@ from hypothesis import reject
 from hypothesis import strategies as st
 
 from linmu_ops import TokenLayout
+from linmu_ops._directions import DIRECTIONS
 from linmu_ops.branch_mix_norm import NORMS
 from linmu_ops.gated_delta_scan import DIFFERENTIABLE as DELTA_DIFFERENTIABLE
-from linmu_ops.ssd_scan import DIFFERENTIABLE, DIRECTIONS
+from linmu_ops.ssd_scan import DIFFERENTIABLE
 from linmu_ops.window_attention import WRAPS
 
 from .tensors import DTYPES, Tensors, batches, dtypes, judge, manners, seeds, sizes, some, threads, with_threads

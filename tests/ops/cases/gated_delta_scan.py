@@ -7,8 +7,9 @@ import functools
 import torch
 
 import linmu_ops
+from linmu_ops._directions import DIRECTIONS
 from linmu_ops._testing import run_op
-from linmu_ops.gated_delta_scan import DIFFERENTIABLE, DIRECTIONS
+from linmu_ops.gated_delta_scan import DIFFERENTIABLE
 
 __all__ = ["CASES", "DIRECTIONS", "DTYPES", "OPTIONS", "SMALL", "by_reference", "make_inputs", "scan", "used"]
 
