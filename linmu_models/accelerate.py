@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import linmu_ops
+from linmu_ops import compat
 
 Function = Callable[..., Any]
 CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_update")
@@ -159,12 +160,10 @@ def _convolve(
         out: Tensor = theirs(hidden_states, weight, bias, activation=activation, **given)
         return out
     batch, _, length = hidden_states.shape
-    y = linmu_ops.causal_conv1d(
-        hidden_states.transpose(1, 2), weight, bias, activation=activation and "silu",
-        seq_idx=_segments(given, batch, length, hidden_states),
-    )  # fmt: skip
+    segments = _segments(given, batch, length, hidden_states)
+    y = compat.causal_conv1d_fn(hidden_states, weight, bias, segments, activation=activation)
     assert isinstance(y, Tensor)
-    return y.transpose(1, 2)
+    return y
 
 
 def _convolve_update(
@@ -191,21 +190,11 @@ def _scan(
     dt_softplus: bool = False, dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False,
     **given: Any,
 ) -> Any:  # fmt: skip
-    if given.get("z") is not None or (D is not None and D.dim() != 1):
-        return theirs(
-            hidden_states, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=initial_states,
-            dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states, **given,
-        )  # fmt: skip
     batch, length, *_ = hidden_states.shape
-    if not dt_softplus or tuple(dt_limit) != (0.0, float("inf")):
-        dt = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-        dt = (nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
-        dt_bias, dt_softplus = None, False
-    B, C = B.to(hidden_states.dtype), C.to(hidden_states.dtype)
-    return linmu_ops.ssd_scan(
-        hidden_states, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus,
-        initial_state=None if initial_states is None else initial_states.to(_sums(hidden_states)),
-        seq_idx=_segments(given, batch, length, hidden_states), return_final_state=return_final_states,
+    return compat.mamba_chunk_scan_combined(
+        hidden_states, dt, A, B, C, chunk_size, D=D, z=given.get("z"), dt_bias=dt_bias, initial_states=initial_states,
+        seq_idx=_segments(given, batch, length, hidden_states), dt_softplus=dt_softplus, dt_limit=dt_limit,
+        return_final_states=return_final_states,
     )  # fmt: skip
 
 
@@ -214,21 +203,11 @@ def _state_update(
     D: Tensor | None = None, dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None,
     **given: Any,
 ) -> Any:  # fmt: skip
-    by_head = dt.dim() == 3 and dt.stride(2) == 0 and A.dim() == 3 and A.stride(1) == A.stride(2) == 0
-    by_head = by_head and all(t is None or (t.dim() == 2 and t.stride(1) == 0) for t in (D, dt_bias))
-    if z is not None or not by_head or _needs_gradient(state, hidden_states, dt, A, B, C, D, dt_bias):
+    if _needs_gradient(state, hidden_states, dt, A, B, C, D, z, dt_bias):
         return theirs(
             state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus, **given
         )  # fmt: skip
-    dtype, sums = hidden_states.dtype, _sums(hidden_states)
-    ours = state.to(sums).contiguous()
-    y = linmu_ops.ssd_step(
-        ours, hidden_states, dt[..., 0], A[:, 0, 0], B.to(dtype), C.to(dtype), D=None if D is None else D[:, 0],
-        dt_bias=None if dt_bias is None else dt_bias[:, 0], dt_softplus=dt_softplus,
-    )  # fmt: skip
-    if ours is not state:
-        state.copy_(ours)
-    return y
+    return compat.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def _delta_scan(
