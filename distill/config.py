@@ -381,7 +381,8 @@ class Config(_Table):
             return hash_of({**facts, "averages": self.averages})
         stage = self.stage(number)
         facts |= {
-            "stage": dataclasses.asdict(stage),
+            # No file has a temperature: runs keep their hash.
+            "stage": {name: value for name, value in dataclasses.asdict(stage).items() if name != "temperature"},
             "gradient_accumulation": self.gradient_accumulation,
             "lora_rank": self.lora_rank if self.has_lora(number) else None,
             "max_new_tokens": self.max_new_tokens if "sequence" in stage.losses else None,

@@ -165,6 +165,7 @@ class Objective(nn.Module):
             kept.targets,
             teacher_states=part.states,
             teacher_head=teacher.model.lm_head,
+            temperature=self.stage.temperature,
             in_sequence=own[kept.samples],
             in_supervised=kept.samples < part.num_samples,
             num_token=counts["token"],

@@ -221,7 +221,7 @@ class Page:
         """What each row is."""
         lines = []
         for row in self.table.config.rows:
-            changes = row.set | ({"lora_alone": row.lora_alone} if row.lora_alone else {})
+            changes = row.set | row.own
             what = f"`{row.of}` after stage {row.after}" if row.of else _options(changes)
             lines.append([row.name, row.about, what, str(len(self.records.get(row.name, []))) or "0"])
         return markdown(["row", "what it is", "options that differ from the base", "seeds so far"], lines)

@@ -4,7 +4,6 @@ A table goes on where it stopped: what is in its results, or in those of a table
 that was cut short is resumed.
 """
 
-import dataclasses
 import functools
 import json
 import time
@@ -27,12 +26,12 @@ from linmu_distill.files import read_json
 from linmu_distill.handoff import HandoffError
 from linmu_distill.report import read_metrics
 from linmu_distill.run import TEACHER, Run, RunError
-from linmu_distill.stages import STAGES, Stage
-from linmu_distill.student import add_lora
+from linmu_distill.stages import STAGES
 from linmu_distill.train import Interrupted, TrainingError
 from linmu_models.cli import stop
 
 from .page import write_page
+from .rivals import RivalRun
 from .table import Results, Row, Table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -85,8 +84,7 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     config = table.run_config(row, seed)
     path = config.folder / "config.json"
     facts = config.model_dump(mode="json", exclude={"checkpoint_every", "evaluation"})
-    if row.lora_alone is not None:
-        facts["lora_alone"] = row.lora_alone
+    facts |= {name: value for name, value in row.own.items() if name != "base"}
     if known := read_json(path):
         if known != json.loads(json.dumps(facts)):
             raise RunError(f"{config.folder} holds a run with other options; delete it, or rename the row")
@@ -96,22 +94,8 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     return config
 
 
-class LoraAlone(Run):
-    """A run of another project's recipe: nothing is trained but LoRA, and LoRA may be on the new blocks."""
-
-    def __init__(self, config: Config, target: str) -> None:
-        super().__init__(config)
-        self.target = target
-
-    def stage(self, number: int) -> Stage:
-        return dataclasses.replace(super().stage(number), freeze=(r"^(?!.*\.lora_)",))
-
-    def add_lora(self, student: PreTrainedModel) -> Any:
-        return add_lora(student, self.config.lora_rank, self.config.seed, self.target)
-
-
 def _start(config: Config, row: Row | None = None) -> Run:
-    run = Run(config) if row is None or row.lora_alone is None else LoraAlone(config, row.lora_alone)
+    run = Run(config) if row is None or not row.own else RivalRun(config, row)
     if (processes := run.accelerator.num_processes) > 1:
         raise RunError(f"a table runs in one process, got {processes}; start several to use more")
     return run

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,17 +30,36 @@ class Row(_Strict):
     """Score the runs of this line..."""
     after: Annotated[int, Field(ge=0, lt=len(STAGES))] | None = None
     """...as they were after this stage; 0: as converted and calibrated."""
+    base: str | None = None
+    """A base of its own, in place of the table's."""
     lora_alone: str | None = None
-    """A recipe of another project: nothing is trained but LoRA, on modules of the decoder with such a name."""
+    """A recipe of another project: nothing is trained but LoRA, on modules of the decoder with such a name. LoRA may be
+    on the new blocks."""
+    convolution: Annotated[int, Field(ge=2, le=8)] | None = None
+    """A recipe of another project: a causal convolution of so many taps is before each scan, and no rotary embedding
+    reaches it. Its blocks are `MMATE` with `reverse = false` and `major_scan = false`."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """A recipe of another project: the temperature of L_tok."""
+    freeze: dict[Literal["stage1", "stage2", "stage3"], list[str]] | None = None
+    """A recipe of another project: regular expressions of parameters that stay frozen in a stage."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What the row has beside options of `Config`."""
+        names = ("base", "lora_alone", "convolution", "temperature", "freeze")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @model_validator(mode="after")
     def _a_run_or_a_look_at_one(self) -> "Row":
-        if (self.of is None) != (self.after is None) or (self.of and (self.set or self.lora_alone)):
+        if (self.of is None) != (self.after is None) or (self.of and (self.set or self.own)):
             raise ValueError("of and after belong together, without set")
-        try:
-            re.compile(self.lora_alone or "")
-        except re.error as error:
-            raise ValueError(f"lora_alone must be a regular expression, got {self.lora_alone!r}: {error}") from error
+        frozen = [pattern for patterns in (self.freeze or {}).values() for pattern in patterns]
+        for name, patterns in {"lora_alone": [self.lora_alone or ""], "freeze": frozen}.items():
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name} must be a regular expression, got {pattern!r}: {error}") from error
         return self
 
 
@@ -106,7 +125,8 @@ class Table:
             raise ConfigError(describe(error, str(path))) from error
         self.name = path.stem
         self.source = str(path)
-        self._base = load_values(path.parent / self.config.base)
+        bases = {row.base or self.config.base for row in self.config.rows}
+        self._bases = {base: load_values(path.parent / base) for base in bases | {self.config.base}}
         names = [row.name for row in self.config.rows]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or TEACHER in names:
@@ -148,7 +168,7 @@ class Table:
 
     def run_config(self, row: Row, seed: int) -> Config:
         """The configuration of one run: base, then the table's `set`, then the row's."""
-        values = merged(merged(self._base, self.config.set), row.set)
+        values = merged(merged(self._bases[row.base or self.config.base], self.config.set), row.set)
         output = Path(values.get("output", "runs/base")).parent / self.name / row.name / str(seed)
         return parse_config({**values, "output": str(output), "seed": seed}, f"{self.source}: {row.name}")
 
@@ -167,7 +187,7 @@ class Table:
         run = row if row.of is None else self.row(row.of)
         config = self.run_config(run, seed)
         stages = [config.fingerprint(number) for number in range(len(STAGES) + 1)]
-        own = {} if run.lora_alone is None else {"lora_alone": run.lora_alone}
+        own = {name: value for name, value in run.own.items() if name != "base"}
         return hash_of({"stages": stages, "after": row.after, **own, **self.scoring(config)})[:16]
 
     @property

@@ -9,7 +9,8 @@ import torch
 from small_run import run_values, save_teacher
 from transformers import AutoModelForImageTextToText
 
-from bench.runs.run import LoraAlone
+from bench.runs.rivals import RivalRun
+from bench.runs.table import Row
 from linmu_distill import handoff
 from linmu_distill.config import ConfigError, parse_config
 from linmu_distill.run import Run, RunError, distill
@@ -42,7 +43,7 @@ def test_lora_alone_on_blocks_beside_kept_attention(teacher, tmp_path):
             stage3={"steps": 2, "learning_rate": 1e-2, "losses": {"supervised": 1}},
         )
     )  # fmt: skip
-    run = LoraAlone(config, r".*self_attn\.(scan|windows)\.[cbxqkv]_proj")
+    run = RivalRun(config, Row(name="liger", lora_alone=r".*self_attn\.(scan|windows)\.[cbxqkv]_proj"))
     run.prepare()
     for number in (1, 2, 3):
         run.train(number)
