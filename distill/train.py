@@ -42,14 +42,7 @@ from .parallel import (
 from .progress import Progress
 from .stages import Stage
 from .student import beyond_windows, decaying, hidden_kinds, reach_all, record_reading
-from .teacher import (
-    Batch,
-    Source,
-    Stream,
-    Transcripts,
-    model_inputs,
-    predicts_targets,
-)
+from .teacher import Batch, Source, Stream, Transcripts, model_inputs, predicts_targets
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
