@@ -40,18 +40,21 @@ _INTRODUCTION = """\
 Here each of these attention layers was replaced by a block whose work grows with the length itself (an *M-MATE* block,
 of [LinMU](https://arxiv.org/abs/2601.01322)), with two branches side by side:
 
-- **Flex-MA**: a scan. It carries a state of fixed size along the tokens, forgetting slowly; over visual tokens it also
-  runs backwards, so that they see each other in both directions.
+- **Flex-MA**: a scan. It carries a state of fixed size along the tokens, forgetting slowly{backwards}.
 - **Local-Swin**: ordinary attention, but only inside small windows of neighbouring visual tokens.
 
 Everything else (vision tower, feed-forward layers, embeddings) is the original model's, the *teacher's*. The new model,
 the *student*, starts from the teacher's own attention weights and is trained to imitate it in three stages.
 """
 
+_BACKWARDS = """; over visual tokens it also
+  runs backwards, so that they see each other in both directions"""
+
 _EXACT = """\
-The two are weighed as one softmax over all tokens would weigh what lies in a token's window against what does not. The
-window of text is the last {text_window} tokens of any kind. Where all that attention looks at lies in the window, the
-block is that attention, before any training; what is learnt is the rest.
+The window of text is the last {text_window} tokens of any kind. Of what leaves the windows, {kept_tokens} tokens of
+each key/value head stay exact; the scan holds the others. The two are weighed as one softmax over all tokens would
+weigh them. Where all that attention looks at is exact, the block is that attention, before any training; what is learnt
+is the rest.
 """
 
 _LOSSES = """\
@@ -87,7 +90,7 @@ def _conversion(folder: Path) -> str:
         f"`{report['teacher']}` became a `{report['model_type']}`: {len(layers)} of {len(layers) + len(kept)} "
         f"attention layers were replaced. The student has {total:,} parameters; {blocks:,} of them are in the new "
         f"blocks, and of these {copied:,} ({copied / max(blocks, 1):.1%}) start as copies of the "
-        f"teacher's attention weights (W_q, W_k, W_v and W_o, once for each branch). Only {counts['new']:,} are new: "
+        f"teacher's attention weights (W_q, W_k, W_v and W_o). Only {counts['new']:,} are new: "
         "step sizes, decays, gates.",
         "",
         markdown(
@@ -256,7 +259,7 @@ def write_report(
         f"# {config.name}: {config.teacher} made linear",
         "",
         _VISION_LANGUAGE if sees_images(teacher.config) else _LANGUAGE,
-        _INTRODUCTION,
+        _INTRODUCTION.format(backwards="" if config.preset == "exact" else _BACKWARDS),
         *([_EXACT.format(**config.student)] if config.preset == "exact" else []),
         "## What was converted",
         "",

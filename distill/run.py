@@ -154,7 +154,7 @@ class Run:
         if not sees_images(self.teacher.config):
             options, why = self.config.block, f"{self.config.teacher} is text only"
             paper = options if isinstance(options, MMATEConfig) and options.swin and not options.text_window else None
-            if options.reverse and (paper is None or paper.flex):
+            if isinstance(options, MMATEConfig) and options.reverse and (paper is None or paper.flex):
                 raise RunError(f"student.reverse must be false: {why}, got true")
             if paper is not None:
                 raise RunError(f"student.branches must be 'flex' without text_window: {why}, got {paper.branches!r}")

@@ -11,7 +11,9 @@ from transformers import PreTrainedConfig
 
 from linmu_ops.nn import PRESETS, ExactConfig, MMATEConfig
 
-FORMAT = 2
+FORMAT = 3
+# The first format in which each block was what it is.
+SINCE = {"MMATE": 2, "ExactMMATE": 3}
 # What the field calls the blocks, by their options.
 BLOCKS: dict[str, type[MMATEConfig | ExactConfig]] = {"MMATE": MMATEConfig, "ExactMMATE": ExactConfig}
 
@@ -92,7 +94,7 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, fro
     number = field.get("format", FORMAT)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"linmu: format must be a number >= 1, got {number!r}")
-    if number != FORMAT:
+    if not min(SINCE.values()) <= number <= FORMAT:
         todo = "update linmu" if number > FORMAT else "convert the teacher again: one block with all options became two"
         raise ValueError(f"linmu: the model's format must be {FORMAT}, got {number}; {todo}")
     names = ("format", "block", "options", "keep_attention")
@@ -102,6 +104,9 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, fro
     block, options = field.get("block", "ExactMMATE"), field.get("options", {})
     if not isinstance(block, str) or block not in BLOCKS:
         raise ValueError(f"linmu: block must be one of {', '.join(BLOCKS)}, got {block!r}")
+    if number < SINCE[block]:
+        todo = f"convert the teacher again: {block} became another block"
+        raise ValueError(f"linmu: the model's format must be {SINCE[block]}, got {number}; {todo}")
     if not isinstance(options, Mapping):
         raise ValueError(f"linmu: options must be a dict, got {options!r}")
     layers = config.get_text_config(decoder=True).num_hidden_layers

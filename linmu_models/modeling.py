@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
+from linmu_ops.nn.near import NearAttention
 from linmu_ops.nn.state import in_checkpoint
 
 from .cache import linear_layer
@@ -149,7 +151,7 @@ class LinmuAttention(_Block):
             config=config,
             **facts,
         )
-        if self.all_near and self.windows is not None:
+        if self.all_near and isinstance(self.windows, NearAttention):
             self.windows.nothing_beyond = True
 
     def forward(  # type: ignore[override]  # called as the attention in whose place it is, not as a block
@@ -282,6 +284,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     model: nn.Module
     linmu_report: TransferReport | None = None
     layout_source: Callable[[Mapping[str, Any]], TokenLayout | None] | None = None
+    _sizes_encoded: Mapping[str, Any] = MappingProxyType({})  # of what `generate` encoded last
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -321,7 +324,8 @@ class LinmuModel(HoldsBlocks, _Whole):
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         sizes: dict[str, Any] = {}
         for encoded in (inputs.get("mm_encoder_outputs") or {}).values():
-            sizes |= getattr(encoded, "linmu_sizes", {})
+            # What brings inputs to a device, as offloading does, makes outputs anew, without what travels with them.
+            sizes |= getattr(encoded, "linmu_sizes", self._sizes_encoded)
         found = self.placeholders({**inputs, **sizes})
         if sizes:
             found = (repeat_units(placeholders) for placeholders in found)
@@ -442,7 +446,7 @@ class LinmuModel(HoldsBlocks, _Whole):
         out = mixed_in._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         dropped = {k: v for k, v in before.items() if k not in out and isinstance(v, Tensor) and "pixel" not in k}
         for encoded in (out.get("mm_encoder_outputs") or {}).values():
-            encoded.linmu_sizes = dropped
+            encoded.linmu_sizes = self._sizes_encoded = dropped
         return out
 
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,

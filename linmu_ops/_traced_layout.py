@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference.token_layout import MAJOR_AXES
-from .token_layout import WindowTable
+from .token_layout import SLAB_CHUNK, WindowTable
 
 
 class TracedGrid:
@@ -56,14 +56,30 @@ class TracedGrid:
             max_tokens=largest,
         )
 
-    def window_rank(self, *windows: Any) -> Tensor:
-        number, device = self._windows(*windows)[1], windows[-1]
-        # Positions rise within a window's own tokens once these are sorted by window alone, stably.
-        order = torch.argsort(number, stable=True)
-        first = torch.searchsorted(number[order], number[order])
-        place = torch.arange(1, self.size + 1, device=device) - first
-        ranks = torch.zeros(self.length, dtype=torch.int32, device=device)
-        return ranks.index_copy(0, order, place.int()).expand(self.batch_size, -1)
+    def slab_chunks(
+        self,
+        window: Sequence[int],
+        shift: Sequence[int] = (0, 0, 0),
+        wrap: str = "join",
+        image_window: Sequence[int] | None = None,
+        image_shift: Sequence[int] | None = None,
+        device: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Chunks of frames, of which each lies in one slab."""
+        frames, each = self.grid[0], self.grid[1] * self.grid[2]
+        many = (each + SLAB_CHUNK - 1) // SLAB_CHUNK
+        part = self._part(0, window, shift, wrap, image_window, image_shift, device)[0].reshape(-1)
+        same = part[:, None] == part
+        first = torch.where(same, torch.arange(frames, device=device), frames).amin(1)
+        place = torch.arange(many * SLAB_CHUNK, device=device)
+        tokens = torch.arange(frames, device=device)[:, None] * each + place.clamp(max=each - 1)
+        rows = torch.arange(self.batch_size, device=device)[:, None] * self.length
+        tokens = (rows[..., None] + tokens).reshape(-1, SLAB_CHUNK)
+        begin = (rows + (first * each).repeat_interleave(many)).reshape(-1)
+        at = torch.arange(self.length, device=device)
+        slots = torch.where(at < self.size, at // each * many * SLAB_CHUNK + at % each, 0)
+        slots = torch.where(at < self.size, slots + rows // self.length * frames * many * SLAB_CHUNK, 0)
+        return tokens, begin, slots, begin.new_zeros(len(begin), 0)
 
     def _windows(
         self,
@@ -76,24 +92,12 @@ class TracedGrid:
     ) -> tuple[Tensor, Tensor, int, Tensor, int]:
         """The tokens of a block in window order, each token's window, how many windows, each token's coordinate in its
         window, tokens of the largest window. As the reference planner, without a branch on what may be a symbol."""
-        image = self.grid[0] == 1
-        full = image_window if image and image_window is not None else window
-        shifts = image_shift if image and image_shift is not None else shift
+        full = image_window if self.grid[0] == 1 and image_window is not None else window
         number = inside = key = torch.zeros(self.grid, dtype=torch.int64, device=device)
         windows = largest = 1
         rolled = []
-        for axis, s in enumerate(self.grid):
-            shape = [1, 1, 1]
-            shape[axis] = s
-            c = torch.arange(s, device=device).view(shape)
-            w = torch.sym_min(full[axis], s)
-            h = shifts[axis] % s * torch.sym_min(torch.sym_max(s - full[axis], 0), 1)
-            d = (c - h) % s
-            count, part = (s + full[axis] - 1) // full[axis], d // w
-            if wrap == "mask":
-                cut = torch.sym_min((s - h) % w, 1)
-                part = part + (c < h) * cut
-                count = count + cut * torch.sym_min(h, 1)
+        for axis in range(3):
+            part, count, d, w = self._part(axis, window, shift, wrap, image_window, image_shift, device)
             number = number * count + part
             inside = inside * (2 * full[axis] - 1) + d % w
             windows, largest = windows * count, largest * w
@@ -102,3 +106,31 @@ class TracedGrid:
         for axis, d in enumerate(rolled):
             key = key * self.grid[axis] + d
         return key.reshape(-1).argsort(), number.reshape(-1), windows, inside.reshape(-1), largest
+
+    def _part(
+        self,
+        axis: int,
+        window: Sequence[int],
+        shift: Sequence[int],
+        wrap: str,
+        image_window: Sequence[int] | None,
+        image_shift: Sequence[int] | None,
+        device: Any,
+    ) -> tuple[Tensor, int, Tensor, int]:
+        """Along one axis, shaped to be broadcast: each token's window, how many windows, its place after the shift, the
+        size of a window."""
+        image, s = self.grid[0] == 1, self.grid[axis]
+        full = (image_window if image and image_window is not None else window)[axis]
+        moved = (image_shift if image and image_shift is not None else shift)[axis]
+        shape = [1, 1, 1]
+        shape[axis] = s
+        c = torch.arange(s, device=device).view(shape)
+        w = torch.sym_min(full, s)
+        h = moved % s * torch.sym_min(torch.sym_max(s - full, 0), 1)
+        d = (c - h) % s
+        count, part = (s + full - 1) // full, d // w
+        if wrap == "mask":
+            cut = torch.sym_min((s - h) % w, 1)
+            part = part + (c < h) * cut
+            count = count + cut * torch.sym_min(h, 1)
+        return part, count, d, w

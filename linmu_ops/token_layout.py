@@ -17,6 +17,7 @@ from . import _native, _registry
 from .reference import token_layout as reference
 
 WRAPS = ("join", "mask")
+SLAB_CHUNK = 64  # tokens of a slab that stand together in `TokenLayout.slab_chunks`
 
 
 class WindowTable(NamedTuple):
@@ -178,7 +179,7 @@ class TokenLayout:
         given = self._window_key(window, shift, wrap, image_window, image_shift)
         return WindowTable(*self._cached(("window_table", *given), device, lambda plan: plan.window_table(*given)))
 
-    def window_rank(
+    def slab_chunks(
         self,
         window: Sequence[int],
         shift: Sequence[int] = (0, 0, 0),
@@ -186,21 +187,52 @@ class TokenLayout:
         image_window: Sequence[int] | None = None,
         image_shift: Sequence[int] | None = None,
         device: torch.device | str | None = None,
-    ) -> Tensor:
-        """(B, L) int32: how many tokens of a visual token's window lie at its position or before; 0 at text.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The visual tokens by slabs: the frames of a block whose windows begin together. A slab has whole chunks.
 
         The arguments are those of `window_table`.
+
+        Returns:
+            tokens: (n, SLAB_CHUNK) int64. Flat positions row * L + position. A slab's last token fills up its last
+                chunk.
+            begin: (n,) int64. Flat position of the first token of a chunk's slab.
+            inverse: (B, L) int64. Where a visual token stands in the flattened `tokens`; 0 at text.
+            between: (n, k) int64. Flat positions of the text between the first and the last token of a chunk's slab; -1
+                fills up.
         """
         given = self._window_key(window, shift, wrap, image_window, image_shift)
+        return self._cached(("slab_chunks", *given), device, lambda plan: self._slabs(*given))
 
-        def rank(plan: Any) -> tuple[Any]:
-            tokens, offsets = (np.asarray(t, dtype=np.int64) for t in plan.window_table(*given)[:2])
-            of = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-            out = np.zeros(self.batch_size * self.length, dtype=np.int32)
-            out[tokens[np.lexsort((tokens, of))]] = np.arange(1, len(tokens) + 1) - offsets[of]
-            return (out.reshape(self.batch_size, self.length),)
-
-        return self._cached(("window_rank", *given), device, rank)[0]
+    def _slabs(self, window: Any, shift: Any, image_window: Any, image_shift: Any, mask: bool) -> tuple[Any, ...]:
+        tokens, begin = [np.zeros((0, SLAB_CHUNK), np.int64)], [np.zeros(0, np.int64)]
+        inverse = np.zeros(self.batch_size * self.length, np.int64)
+        text = np.ones(self.batch_size * self.length, bool)
+        text[np.repeat(self.blocks[:, 0], np.prod(self.blocks[:, 1:], axis=1)) * self.length + self.positions] = False
+        between: list[np.ndarray] = []
+        ends, chunks = np.cumsum([t * h * w for _, t, h, w in self.blocks.tolist()]), 0
+        for (row, frames, *_), positions in zip(
+            self.blocks.tolist(), np.split(self.positions, ends[:-1]) if len(ends) else (), strict=True
+        ):
+            full, moved = (image_window, image_shift) if frames == 1 else (window, shift)
+            size = min(full[0], frames)
+            h = 0 if size == frames else moved[0] % frames
+            c = np.arange(frames)
+            part = (c - h) % frames // size
+            if mask and (frames - h) % size:
+                part = part + (c < h)
+            flat = (row * self.length + positions).reshape(frames, -1)
+            for slab in np.unique(part):
+                own = np.sort(flat[part == slab], axis=None)
+                many = -(-own.size // SLAB_CHUNK)
+                inverse[own] = chunks * SLAB_CHUNK + np.arange(own.size)
+                tokens.append(np.pad(own, (0, many * SLAB_CHUNK - own.size), mode="edge").reshape(many, SLAB_CHUNK))
+                begin.append(np.full(many, own[0]))
+                between += [own[0] + np.flatnonzero(text[own[0] : own[-1]])] * many
+                chunks += many
+        filled = np.full((chunks, max(map(len, between), default=0)), -1, np.int64)
+        for row, mine in zip(filled, between, strict=True):
+            row[: len(mine)] = mine
+        return np.concatenate(tokens), np.concatenate(begin), inverse.reshape(self.batch_size, self.length), filled
 
     def text_chunks(self, size: int, device: torch.device | str | None = None) -> Tensor:
         """(n,) int64: the chunks of `size` tokens, row after row, in which not every token is visual."""

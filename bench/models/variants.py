@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -195,8 +196,11 @@ def counted_on(model: Any, tokens: int, batch: int) -> list[MMATEState]:
     """The state of each layer of a student after `tokens` tokens of text: of a real prefix, which is long enough to
     fill all that a state keeps and ends at the same place of the window, with its tokens counted on to `tokens`."""
     windows = model.linmu_layers()[0].self_attn.windows
-    window, sinks = (0, 0) if windows is None else (windows.text_window, windows.sink_tokens)
-    least = max(FULL, sinks + window)
+    sizes = getattr(windows, "sizes", None)
+    window, filled = (0, 0) if windows is None else (windows.text_window, windows.text_window)
+    if sizes is not None:  # at as many tokens of the ring, with as many of a step still to come
+        window, filled = math.lcm(sizes.ring, sizes.leave), sizes.sinks + sizes.ring + sizes.kept + FULL
+    least = max(FULL, filled)
     length = tokens if tokens <= least else least + (tokens - least) % max(window, 1)
     decoder, device = model.get_decoder(), model.device
     embeddings = torch.empty(batch, length, decoder.config.hidden_size, dtype=model.dtype, device=device)

@@ -3,7 +3,7 @@
 MMATE           the paper's block; it takes the place of an attention layer
 ExactMMATE      exact near a token, linear far from it; for the decoder of a pretrained model
 GridAttention   puts a block in the place of a vision transformer's attention, CLS token included
-Scan, Windows   the parts of both blocks
+Scan, Windows   the parts of `MMATE`; those of `ExactMMATE` are FarAttention and NearAttention
 """
 
 from __future__ import annotations

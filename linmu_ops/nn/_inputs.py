@@ -22,6 +22,8 @@ Triple = tuple[int, int, int]
 Windows = tuple[Triple, Triple, str, Triple | None, Triple | None]
 
 _RIDGE = 1e-3
+_LOGITS = 8.0  # outside of this range a sigmoid is all but constant
+_LOGISTIC_STEPS = 30
 
 
 class Call(NamedTuple):
@@ -105,7 +107,7 @@ def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: i
         layout.scan_order(layer_idx, device)
         if windows is not None:
             layout.window_table(*windows, device)
-            layout.window_rank(*windows, device)
+            layout.slab_chunks(*windows, device)
 
 
 def grid_layout(
@@ -251,19 +253,6 @@ def expand_as(mask: Tensor, t: Tensor) -> Tensor:
     return mask.view(*mask.shape, *[1] * (t.dim() - mask.dim()))
 
 
-def first_tokens(t: Tensor, before: Tensor | None, index: Tensor, order: Tensor | None) -> Tensor:
-    """The first n tokens of each row of t (B, L, ...) that are not padding, after those in `before` (B, n, ...).
-
-    index: (B, n) int64, the place in t of token i among those that are not padding; < 0: in `before`. What lies past
-    the end of t is left to the caller. order: as in `last_tokens`.
-    """
-    if not t.shape[1]:
-        return t.new_zeros(*index.shape, *t.shape[2:]) if before is None else before
-    at = index.clamp(0, t.shape[1] - 1)
-    new = take(t, at if order is None else order.gather(1, at))
-    return new if before is None else torch.where(expand_as(index >= 0, new), new, before)
-
-
 def ridge(z: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted ridge regression target ~ z @ w + b, in float64.
 
@@ -275,3 +264,23 @@ def ridge(z: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     gram += _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
     solution = torch.linalg.solve(gram, weighted @ target)
     return solution[:-1], solution[-1]
+
+
+def logistic(z: Tensor, offset: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted logistic regression target ~ sigmoid(offset + z @ w + b) by cross entropy, with a ridge, in float64.
+
+    z: (n, D). offset, target in [0, 1]: (n, H). weight: (n,), sums to 1. Returns w (D, H) and b (H,).
+    """
+    start = ridge(z, target.double().logit().clamp(-_LOGITS, _LOGITS) - offset.double(), weight)
+    z = torch.cat((z.double(), z.new_ones(len(z), 1, dtype=torch.float64)), dim=1)
+    offset, target, weighted = offset.double(), target.double(), (z * weight[:, None]).T
+    gram = weighted @ z
+    penalty = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=z.dtype, device=z.device)
+    # The curvature is at most a quarter of the gram. Nesterov's steps, from the ridge regression of logits.
+    factor = torch.linalg.cholesky(gram / 4 + penalty)
+    found = last = torch.cat((start[0], start[1][None]))
+    for step in range(_LOGISTIC_STEPS):
+        ahead = found + step / (step + 3) * (found - last)
+        slope = weighted @ ((offset + z @ ahead).sigmoid() - target) + penalty @ ahead
+        found, last = ahead - torch.cholesky_solve(slope, factor), found
+    return found[:-1], found[-1]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
@@ -16,6 +15,8 @@ from ..token_layout import TokenLayout
 from . import transfer
 from ._inputs import Call, Rotary, check_inputs, number_sequences, prepare_layout, slab_layout, without_padding
 from .config import ExactConfig, MMATEConfig
+from .far import FarAttention
+from .near import NearAttention
 from .scan import Scan
 from .shape import AttentionShape
 from .state import MMATEState, activations, check_state, continue_state
@@ -25,8 +26,8 @@ from .windows import Windows
 class Block(nn.Module):
     """A linear-time block that takes the place of an attention layer: `MMATE` or `ExactMMATE`.
 
-    Both take the same call. Text is causal: no text token sees a later token. There is one exception: text that stands
-    between the tokens of one image or video sees that block's other visual tokens.
+    Both take the same call. Text is causal: no text token sees a later token. There is one exception: in `MMATE`, text
+    that stands between the tokens of one image or video sees that block's other visual tokens.
 
     Args:
         dim: model size D.
@@ -50,8 +51,8 @@ class Block(nn.Module):
     default_causal_windows: ClassVar[bool]
 
     config: Any
-    scan: Scan | None
-    windows: Windows | None
+    scan: Scan | FarAttention | None
+    windows: Windows | NearAttention | None
 
     def __init__(
         self,
@@ -198,7 +199,7 @@ class Block(nn.Module):
     @property
     def _kept_tokens(self) -> int:
         """Tokens whose keys the state has."""
-        return 0 if self.windows is None else self.windows.sink_tokens + self.windows.text_window
+        return 0 if self.windows is None else self.windows.state_tokens
 
     def prepare_layout(self, layout: TokenLayout, device: torch.device | str) -> None:
         """Compute what `forward` reads from `layout`; the layout keeps it.
@@ -229,9 +230,6 @@ class Block(nn.Module):
             keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
             seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
             state = state._replace(keys=keys, values=values, seen=seen)
-            if self.windows.sink_tokens:
-                sinks = torch.zeros(batch_size, self.windows.sink_tokens, dtype=torch.bool, device=device)
-                state = state._replace(sinks=sinks)
         return state
 
     @classmethod
@@ -302,13 +300,3 @@ def root_mean_square(
         v = v if mask is None else v[mask]
         total, count = total + v.square().sum().item(), count + v.numel()
     return math.sqrt(total / max(count, 1))
-
-
-class WideLinear(nn.Linear):
-    """A linear map whose output is in the accumulate dtype, also under autocast: it is compared with scores, whose
-    common part 16 bits cannot hold."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        acc = accumulate_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))

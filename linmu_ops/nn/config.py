@@ -144,6 +144,8 @@ class ExactConfig(_Options):
             `open/text-window-64`.
         sink_tokens: the first this many tokens of a row are in every later token's window, as far as they are text;
             `needles/no-sinks`. (Attention sinks: Xiao et al., arXiv:2309.17453.)
+        kept_tokens: of what leaves the windows, so many tokens stay exact for each key/value head: those with the
+            largest step sizes; `kept/kept-0`. 0: none.
         window: size of a video's windows in tokens (T, H, W), clamped to the video; `needles/window-8-4-4`. Layers with
             an odd index shift their windows by half.
         image_window: size of an image's windows (a block with T = 1); None for `window`. Section 2 of the paper gives
@@ -153,7 +155,6 @@ class ExactConfig(_Options):
         feature_dim: channels of the learned maps of B and C, and so the size N of the scan's state; 0 for the head
             size. The maps start as the identity and its negative in turns; `defaults/feature-dim-128`. (Hedgehog, Zhang
             et al., arXiv:2402.04347, one sign of theirs.)
-        reverse: run the reverse scan over visual tokens (Eq. 2); `open/no-reverse`.
         initial_decay: how much of the state is left after a token, before training; in (0, 1). A pair spreads the
             memory length 1/(1 - decay) geometrically over the heads; `needles/decay-0.999`.
         initial_scale: start of the learned scale of C . B per head, in units of the softmax scale;
@@ -163,10 +164,10 @@ class ExactConfig(_Options):
 
     text_window: int = 256
     sink_tokens: int = 4
+    kept_tokens: int = 128
     window: Triple = (8, 8, 8)
     image_window: Triple | None = (1, 16, 16)
     feature_dim: int = 0
-    reverse: bool = True
     initial_decay: float | tuple[float, float] = 0.9998
     initial_scale: float = 8.0
     z_gate: bool = True
@@ -175,6 +176,7 @@ class ExactConfig(_Options):
         self._check_types()
         self._check_within("text_window", 1, LONGEST)
         self._check_within("sink_tokens", 0, LONGEST)
+        self._check_within("kept_tokens", 0, LONGEST)
         self._check_within("feature_dim", 0, WIDEST)
         self._check_shared()
 

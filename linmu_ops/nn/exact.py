@@ -1,36 +1,47 @@
-"""ExactMMATE: exact near a token, linear far from it."""
+"""ExactMMATE: near and kept tokens exact, far ones linear."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._inputs import Call, ridge, without_padding
-from .block import Block, WideLinear, root_mean_square
+from ._inputs import Call, logistic, without_padding
+from .block import Block, root_mean_square
 from .config import EXACT, ExactConfig
-from .scan import Scan
-from .state import MMATEState
-from .windows import Windows
+from .far import FarAttention
+from .near import Near, NearAttention
+from .past import past_of
+from .scan import Mean, WideLinear
+from .state import MMATEState, written_in_place
 
-_SPAN = 8.0
+_CLOSED = 8.0  # nats by which what is far counts less at first
 
 
 class ExactMMATE(Block):
     """Exact near a token, linear far from it: what the attention of a pretrained causal decoder becomes.
 
-        out = W_O (s y_near + (1 - s) y_far),      s = sigmoid(lse_near - log_total_far - share(z))
+        out = W_O (s y_exact + (1 - s) y_far),      s = sigmoid(lse_exact - log_total_far - share(z))
 
-    y_near is softmax attention to the tokens of the window and to the sinks. y_far is the scan's weighted mean of all
-    tokens, under learned feature maps. s is the share that one softmax over all tokens would leave to the near ones:
+    Every earlier token is in one place. *Near* are the tokens of the window, and the sinks. *Kept* are those with the
+    largest step sizes among the tokens that have left the window, so many for each key/value head. *Far* are all
+    others: they have entered the scan's state, for good. Tokens leave min(text_window, 64) at a time, in their order.
+    A visual token reads what has left where its slab begins: the frames whose windows begin together. What lies in
+    another window of the slab is nowhere.
 
-    - lse_near is the log-sum-exp of the near scores;
+    y_exact is softmax attention to what is near or kept. y_far is the scan's weighted mean of what is far, under
+    learned feature maps. s is the share that one softmax over all these would leave to the exact ones:
+
+    - lse_exact is the log-sum-exp of their scores;
     - log_total_far is the log of the sum of the scan's weights;
-    - share is a linear map of the input, one number per head. It says how the two compare.
+    - share is a linear map of the input, one number per head. It says how the two compare. It starts so that what is
+      far hardly counts.
 
-    Where nothing lies beyond the window, s is 1, and a block made from attention *is* that attention.
+    Where nothing is far, s is 1, and a block made from attention *is* that attention.
 
     `Block` explains arguments and call, `ExactConfig` the options.
 
@@ -44,75 +55,130 @@ class ExactMMATE(Block):
     default_config: ClassVar[ExactConfig] = EXACT
     default_causal_windows = True
     config: ExactConfig
-    scan: Scan
-    windows: Windows
+    scan: FarAttention
+    windows: NearAttention
 
     def _build(self) -> None:
         config, shape = self.config, self.shape
-        self.scan = Scan(
-            shape, reverse=config.reverse, major_scan=False, initial_decay=config.initial_decay,
-            initial_scale=config.initial_scale, z_gate=config.z_gate, feature_dim=config.feature_dim or shape.head_dim,
-            weighted_mean=True,
+        self.scan = FarAttention(
+            shape, initial_decay=config.initial_decay, initial_scale=config.initial_scale,
+            feature_dim=config.feature_dim or shape.head_dim, z_gate=config.z_gate,
         )  # fmt: skip
-        self.windows = Windows(
+        self.windows = NearAttention(
             shape, window=config.window, image_window=config.image_window, text_window=config.text_window,
-            sink_tokens=config.sink_tokens, with_lse=True,
+            sink_tokens=config.sink_tokens, kept_tokens=config.kept_tokens,
         )  # fmt: skip
         self.share = WideLinear(shape.dim, shape.num_heads)
         self.o_proj = shape.output_projection()
 
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
-        """Initialise every parameter that attention does not have."""
+        """Initialise every parameter that attention does not have; far starts with a share near 0."""
         self.scan.reset_new_parameters()
         nn.init.zeros_(self.share.weight)
-        nn.init.zeros_(self.share.bias)
+        # So that each far token counts the same at first, whatever step sizes and maps make of its weight.
+        self.share.bias.copy_(math.log(self.scan.state_size[1]) - F.softplus(self.scan.dt_bias).log() - _CLOSED)
 
     def _output_projection(self) -> nn.Module:
         return self.o_proj
 
+    def init_state(
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MMATEState:
+        """The state before the first token: zeros. `Block.init_state` explains the arguments."""
+        state, sizes = super().init_state(batch_size, dtype=dtype, device=device), self.windows.sizes
+        ssm = state.ssm
+        assert ssm is not None
+        groups, heads = self.shape.num_kv_heads, self.shape.num_heads
+        state = state._replace(steps=ssm.new_zeros(batch_size, groups, sizes.ring + sizes.kept, heads // groups))
+        if not sizes.sinks:
+            return state
+        return state._replace(sinks=torch.zeros(batch_size, sizes.sinks, dtype=torch.bool, device=ssm.device))
+
     def _mix(self, hidden_states: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
-        near, state = self.windows(hidden_states, call)
-        far, kept = self.scan(hidden_states, call)
-        nothing_far = near.beyond[..., None] == 0
-        # Where nothing is near, something else must be there, and the other way round: no -inf less -inf.
-        rest = self.share(hidden_states).masked_fill(nothing_far & near.lse.isfinite(), -torch.inf)
-        share = (near.lse - rest - far.log_total).sigmoid()
-        y = torch.lerp(far.y, near.y, share.to(far.y.dtype)[..., None])
-        return self.o_proj(y.flatten(2)), state._replace(ssm=kept.ssm)
+        return self.scan(lambda: self._attend(hidden_states, call))
+
+    def _attend(self, z: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
+        state = call.state
+        if not z.shape[1]:
+            empty = z.new_zeros(*z.shape[:2], self.shape.num_heads * self.shape.head_dim)
+            return self.o_proj(empty), self.init_state(len(z), dtype=z.dtype) if state is None else state
+        q, k, v = self.windows.project(z)
+        turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
+        steps = self.scan.step_sizes(z, call.mask)
+        if state is not None and z.shape[1] == 1 and call.layout is None and written_in_place():
+            return self._step(z, turned, keys, v, steps, call.mask, state)
+        past = past_of(self.windows.sizes, keys, v, steps, call)
+        near = self.windows(q, k, v, turned, past, call)
+        far = self.scan.read(z, turned, past, near.when, None if state is None else state.ssm)
+        new = MMATEState()
+        if call.keep:
+            new, entered = self.windows.keep(past)
+            ssm = None if state is None else state.ssm
+            ssm = self.scan.enter(ssm, past.keys, past.values, past.steps, entered, past.entered)
+            new = new._replace(ssm=ssm)
+        return self._joined(z, near, far), new
+
+    def _step(
+        self, z: Tensor, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, real: Tensor | None, state: MMATEState
+    ) -> tuple[Tensor, MMATEState]:
+        """One token of text, in place on the state."""
+        assert state.ssm is not None and state.seen is not None
+        near, new = self.windows.step(q, k, v, steps, real, state)
+        out = self._joined(z, near, self.scan.step(z, q, state.ssm))
+        left = self.windows.leave(state.seen, new)
+        if left is not None:
+            keys, values, sizes = (t.transpose(1, 2).to(k.dtype) for t in left[:3])
+            state.ssm.copy_(self.scan.enter(state.ssm, keys, values, sizes.to(steps.dtype), left.enters))
+        return out, new
+
+    def _joined(self, z: Tensor, near: Near, far: Mean) -> Tensor:
+        """Shares as in one softmax over what is near, kept or far."""
+        rest = self.share(z).masked_fill(near.far[..., None] == 0, -torch.inf)
+        assert far.log_total is not None
+        share = (rest + far.log_total - near.lse).sigmoid()
+        y = torch.lerp(near.y.to(far.y.dtype), far.y, share.to(far.y.dtype)[..., None])
+        return self.o_proj(y.flatten(2))
 
     @torch.no_grad()
     def calibrate(
         self, batches: Iterable[tuple[Mapping[str, Any], Tensor]], weights: Sequence[Tensor] | None = None
     ) -> float:
-        """Fit `share` so that s is what a softmax over all tokens would leave to the near ones.
+        """Fit `share` so that s is what a softmax over near, kept and far tokens would leave to the first two.
 
-        The fit is a ridge regression per head on the block's input. Its target is the log-sum-exp of the scores beyond
-        the window, less log_total_far. The cost is quadratic in the length. `Block.calibrate` explains arguments and
-        result.
+        The fit is a logistic regression per head on the block's input, by cross entropy: an error counts where it
+        changes the share. From there the share of what is far is lowered, for a mean of untrained maps is no good one.
+        The cost is quadratic in the length. `Block.calibrate` explains arguments and result.
         """
         batches = list(batches)
-        seen, targets, counts = [], [], []
+        seen, offsets, targets, counts = [], [], [], []
         for i, (inputs, _) in enumerate(batches):
             z, layout, grid, rotary, mask, seq_idx = (inputs.get(name) for name in _CALL)
             assert isinstance(z, Tensor)
             hidden, call = without_padding(z, self._call(z, layout, grid, rotary, mask, None, False, seq_idx))
-            inside, rest, count = self.windows.lse_beyond(hidden, call)
-            far, _ = self.scan(hidden, call)
-            use = count > 0
+            near, far, beyond = self._far_mass(hidden, call)
+            use = near.far > 0 if call.mask is None else (near.far > 0) & call.mask
+            assert far.log_total is not None
             seen.append(hidden[use])
-            # Outside of this range around `inside` sigmoid is all but constant.
-            rest = torch.maximum(torch.minimum(rest, inside + _SPAN), inside - _SPAN)[use]
-            # What the block adds to the linear map, as in `_mix`.
-            targets.append(rest - far.log_total[use])
-            counts.append(rest.new_ones(len(rest)) if weights is None else weights[i].to(rest)[use])
-        z, target = torch.cat(seen).double(), torch.cat(targets)
+            offsets.append((near.lse - far.log_total)[use])
+            targets.append((near.lse - beyond).sigmoid()[use])
+            counts.append(targets[-1].new_ones(len(targets[-1])) if weights is None else weights[i].to(near.lse)[use])
+        z = torch.cat(seen).double()
         if len(z):
-            weigh = torch.cat(counts)
-            weight, bias = ridge(z, target, 0.5 / len(z) + 0.5 * weigh / weigh.sum().clamp(min=1e-20))
-            self.share.weight.copy_(weight.T)
-            self.share.bias.copy_(bias)
+            weigh = torch.cat(counts).double()
+            weigh = 0.5 / len(z) + 0.5 * weigh / weigh.sum().clamp(min=1e-20)
+            weight, bias = logistic(z, torch.cat(offsets), torch.cat(targets), weigh)
+            self.share.weight.copy_(-weight.T)
+            self.share.bias.copy_(-bias - _CLOSED)
         return root_mean_square(batches, lambda inputs, target: target)
+
+    def _far_mass(self, z: Tensor, call: Call) -> tuple[Near, Mean, Tensor]:
+        """What a call makes near and far, and (B, L, H): the log-sum-exp of the scores of what is far. Quadratic."""
+        q, k, v = self.windows.project(z)
+        turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
+        past = past_of(self.windows.sizes, keys, v, self.scan.step_sizes(z, call.mask), call)
+        near = self.windows(q, k, v, turned, past, call)
+        return near, self.scan.read(z, turned, past, near.when, None), self.windows.far_mass(turned, past, near.when)
 
 
 _CALL = ("hidden_states", "layout", "grid", "position_embeddings", "attention_mask", "seq_idx")

@@ -46,6 +46,8 @@ class MMATE(Block):
     default_config: ClassVar[MMATEConfig] = PAPER
     default_causal_windows = False
     config: MMATEConfig
+    scan: Scan | None
+    windows: Windows | None
 
     def _build(self) -> None:
         config, shape = self.config, self.shape
@@ -98,7 +100,7 @@ class MMATE(Block):
         if self.windows is not None and self.windows_o_proj is not None and self.windows_enabled and attends:
             near, kept = self.windows(hidden_states, call)
             state = kept._replace(ssm=state.ssm)
-            b = self.windows_o_proj(near.y.flatten(2))
+            b = self.windows_o_proj(near.flatten(2))
             if call.layout is not None and not self.config.text_window:
                 mask = call.layout.visual_mask(hidden_states.device)
         if a is None:

@@ -22,22 +22,21 @@ from .shape import AttentionShape
 from .state import MMATEState, written_in_place
 
 _STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
-_NOTHING = -100.0  # stands for the log of a sum of no weights: of an infinite one, a difference may be no number
 PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
 _NORM_EPS = 1e-6
 _MAMBA2_DT, _MAMBA2_A = (1e-3, 1e-1), (1.0, 16.0)  # ranges of dt and -A at the start of mamba_ssm's Mamba2
 
 
-class Far(NamedTuple):
+class Mean(NamedTuple):
     """What each token gets from a scan, before the output projection.
 
     Attributes:
-        y: (B, L, H, P). With `weighted_mean`, a mean of X.
-        log_total: (B, L, H), accumulate dtype. With `weighted_mean`, the log of the sum of the mean's weights.
+        y: (B, L, H, P).
+        log_total: (B, L, H), accumulate dtype. The log of the sum of its weights, where y is a weighted mean.
     """
 
     y: Tensor
-    log_total: Tensor | None
+    log_total: Tensor | None = None
 
 
 class NarrowLinear(nn.Linear):
@@ -45,99 +44,28 @@ class NarrowLinear(nn.Linear):
     subclass: this one saves no memory, a decay needs its bits, and 4-bit kernels want outputs by the 32."""
 
 
-class Scan(nn.Module):
-    """Masked bidirectional scan in the shape of an attention layer (LinMU, arXiv:2601.01322, Eq. 1-3).
+class WideLinear(nn.Linear):
+    """A linear map whose output is in the accumulate dtype, also under autocast: it is compared with scores, whose
+    common part 16 bits cannot hold."""
 
-        C = W_C z,  B = W_B z,  X = W_X z           C: H heads, B and X: G heads, nothing repeated
-        y> = scan of all tokens, visual tokens in the layer's major-scan order
-        y< = reverse scan of visual tokens, restarted at every image or video
-        y  = g y> + (1 - g) y<  on visual tokens,  y> on text
+    def forward(self, x: Tensor) -> Tensor:
+        acc = accumulate_dtype(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))
 
-    C, B and X are what attention calls queries, keys and values. Text sees only what lies before it. There is no output
-    projection.
 
-    Args:
-        shape: sizes and facts of the attention layer.
-        reverse: run the reverse scan.
-        major_scan: visit visual tokens in the layer's order; in place if False.
-        initial_decay, initial_scale: as in `MMATEConfig`.
-        literal: g is per token and head, and the reverse scan has B and C of its own.
-        z_gate: multiply y by silu(W_z z + b).
-        head_norm: apply RMSNorm to y per head.
-        feature_dim: size N of learned feature maps of B and C. A map is a linear map per head, then a softmax over its
-            channels. None: no maps.
-        weighted_mean: divide y by what the same scans make of X = 1, so that y is a weighted mean of X. This is linear
-            attention's normaliser (Katharopoulos et al., arXiv:2006.16236). It needs maps, whose values are positive.
-    """
+class Decaying(nn.Module):
+    """A state that forgets: how it starts, and how its step sizes are fitted."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        *,
-        reverse: bool,
-        major_scan: bool,
-        initial_decay: float | tuple[float, float] | None,
-        initial_scale: float | None,
-        literal: bool = False,
-        z_gate: bool = False,
-        head_norm: bool = False,
-        feature_dim: int | None = None,
-        weighted_mean: bool = False,
-    ) -> None:
+    dt_proj: nn.Linear
+    dt_bias: nn.Parameter
+
+    def __init__(self, shape: AttentionShape, initial_decay: float | tuple[float, float] | None) -> None:
         super().__init__()
-        self.shape, self.reverse, self.major_scan = shape, reverse, major_scan
-        self.initial_decay, self.initial_scale = initial_decay, initial_scale
-        self.weighted_mean = weighted_mean
-        dim, H, G, P = shape.dim, shape.num_heads, shape.num_kv_heads, shape.head_dim
-        N = feature_dim or P
-        self.state_size = (P + weighted_mean, N)
-        self.c_proj, self.b_proj, self.x_proj = shape.projections()
-        self.c_norm, self.b_norm = shape.norm(), shape.norm()
-        self.scale = None if initial_scale is None else nn.Parameter(torch.empty(H))
-        self.b_map = None if feature_dim is None else nn.Parameter(torch.empty(G, P, N))
-        self.c_map = None if feature_dim is None else nn.Parameter(torch.empty(H, P, N))
-        self.dt_proj = NarrowLinear(dim, H, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(H))
-        self.A_log = nn.Parameter(torch.empty(H))
-        self.reverse_c_proj = self.reverse_b_proj = self.gate_proj = None
-        if reverse:
-            self.reverse_dt_proj = NarrowLinear(dim, H, bias=False)
-            self.reverse_dt_bias = nn.Parameter(torch.empty(H))
-            self.reverse_A_log = nn.Parameter(torch.empty(H))
-            self.gate = nn.Parameter(torch.empty(H))
-            if literal:
-                self.gate_proj = NarrowLinear(dim, H, bias=False)
-                self.reverse_c_proj, self.reverse_b_proj, _ = shape.projections()
-        self.z_proj = nn.Linear(dim, H * P) if z_gate else None
-        self.head_norm = nn.Parameter(torch.empty(H, P)) if head_norm else None
-        self.reset_new_parameters()
+        self.shape, self.initial_decay = shape, initial_decay
 
-    @torch.no_grad()
-    def reset_new_parameters(self) -> None:
-        """Initialise every parameter that attention does not have."""
-        if self.scale is not None:
-            nn.init.constant_(self.scale, self.initial_scale)  # type: ignore[arg-type]
-        for feature_map in (self.b_map, self.c_map):
-            if feature_map is not None:
-                _, P, N = feature_map.shape
-                signed = torch.cat((torch.eye(P), -torch.eye(P)), dim=1).repeat(1, -(-N // (2 * P)))
-                feature_map.copy_(signed[:, :N].expand_as(feature_map))
-        for proj, bias, A_log in self._directions():
-            self._reset_decay(proj, bias, A_log)
-        if self.reverse:
-            nn.init.zeros_(self.gate)
-        if self.gate_proj is not None:
-            nn.init.zeros_(self.gate_proj.weight)
-        if self.reverse_c_proj is not None and self.reverse_b_proj is not None:
-            self.reverse_c_proj.load_state_dict(self.c_proj.state_dict())
-            self.reverse_b_proj.load_state_dict(self.b_proj.state_dict())
-        if self.z_proj is not None:
-            nn.init.zeros_(self.z_proj.weight)
-            nn.init.constant_(self.z_proj.bias, 1.2784645)  # silu of it is 1
-        if self.head_norm is not None:
-            nn.init.ones_(self.head_norm)
-
-    def _reset_decay(self, proj: nn.Linear, bias: Tensor, A_log: Tensor) -> None:
+    def reset_decay(self, proj: nn.Linear, bias: Tensor, A_log: Tensor) -> None:
+        """Set dt and A of one direction to what `initial_decay` says."""
         H, decays = self.shape.num_heads, decay_range(self.initial_decay)
         if decays is None:  # as in mamba_ssm: dt log-uniform, -A uniform
             low, high = (math.log(t) for t in _MAMBA2_DT)
@@ -152,19 +80,6 @@ class Scan(nn.Module):
             nn.init.zeros_(A_log)
             nn.init.zeros_(proj.weight)
         bias.copy_(torch.log(torch.expm1(dt)))  # softplus of it is dt
-
-    def _directions(self) -> list[tuple[nn.Linear, Tensor, Tensor]]:
-        forward = (self.dt_proj, self.dt_bias, self.A_log)
-        reverse = (self.reverse_dt_proj, self.reverse_dt_bias, self.reverse_A_log) if self.reverse else None
-        return [forward, reverse] if reverse else [forward]
-
-    @torch.no_grad()
-    def rescale(self, factor: float) -> None:
-        """Multiply y by `factor`, through a parameter that has that effect; a mean of X stays as it is."""
-        if self.head_norm is not None:
-            self.head_norm.mul_(factor)
-        elif self.scale is not None and not self.weighted_mean:
-            self.scale.mul_(factor)
 
     @torch.no_grad()
     def fit_step_sizes(self, hidden_states: Tensor, mass: Tensor) -> None:
@@ -186,7 +101,97 @@ class Scan(nn.Module):
             # Where a step is much smaller than 1, as they are, softplus is exp.
             self.dt_bias[head] += (bias - (z @ weight + bias).exp().mean().log()).to(self.dt_bias.dtype)
 
-    def forward(self, hidden_states: Tensor, call: Call) -> tuple[Far, MMATEState]:
+
+class Scan(Decaying):
+    """Masked bidirectional scan in the shape of an attention layer (LinMU, arXiv:2601.01322, Eq. 1-3).
+
+        C = W_C z,  B = W_B z,  X = W_X z           C: H heads, B and X: G heads, nothing repeated
+        y> = scan of all tokens, visual tokens in the layer's major-scan order
+        y< = reverse scan of visual tokens, restarted at every image or video
+        y  = g y> + (1 - g) y<  on visual tokens,  y> on text
+
+    C, B and X are what attention calls queries, keys and values. Text sees only what lies before it. There is no output
+    projection.
+
+    Args:
+        shape: sizes and facts of the attention layer.
+        reverse: run the reverse scan.
+        major_scan: visit visual tokens in the layer's order; in place if False.
+        initial_decay, initial_scale: as in `MMATEConfig`.
+        literal: g is per token and head, and the reverse scan has B and C of its own.
+        z_gate: multiply y by silu(W_z z + b).
+        head_norm: apply RMSNorm to y per head.
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        reverse: bool,
+        major_scan: bool,
+        initial_decay: float | tuple[float, float] | None,
+        initial_scale: float | None,
+        literal: bool = False,
+        z_gate: bool = False,
+        head_norm: bool = False,
+    ) -> None:
+        super().__init__(shape, initial_decay)
+        self.reverse, self.major_scan, self.initial_scale = reverse, major_scan, initial_scale
+        dim, H, P = shape.dim, shape.num_heads, shape.head_dim
+        self.state_size = (P, P)
+        self.c_proj, self.b_proj, self.x_proj = shape.projections()
+        self.c_norm, self.b_norm = shape.norm(), shape.norm()
+        self.scale = None if initial_scale is None else nn.Parameter(torch.empty(H))
+        self.dt_proj = NarrowLinear(dim, H, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.reverse_c_proj = self.reverse_b_proj = self.gate_proj = None
+        if reverse:
+            self.reverse_dt_proj = NarrowLinear(dim, H, bias=False)
+            self.reverse_dt_bias = nn.Parameter(torch.empty(H))
+            self.reverse_A_log = nn.Parameter(torch.empty(H))
+            self.gate = nn.Parameter(torch.empty(H))
+            if literal:
+                self.gate_proj = NarrowLinear(dim, H, bias=False)
+                self.reverse_c_proj, self.reverse_b_proj, _ = shape.projections()
+        self.z_proj = nn.Linear(dim, H * P) if z_gate else None
+        self.head_norm = nn.Parameter(torch.empty(H, P)) if head_norm else None
+        self.reset_new_parameters()
+
+    @torch.no_grad()
+    def reset_new_parameters(self) -> None:
+        """Initialise every parameter that attention does not have."""
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.initial_scale)  # type: ignore[arg-type]
+        for proj, bias, A_log in self._directions():
+            self.reset_decay(proj, bias, A_log)
+        if self.reverse:
+            nn.init.zeros_(self.gate)
+        if self.gate_proj is not None:
+            nn.init.zeros_(self.gate_proj.weight)
+        if self.reverse_c_proj is not None and self.reverse_b_proj is not None:
+            self.reverse_c_proj.load_state_dict(self.c_proj.state_dict())
+            self.reverse_b_proj.load_state_dict(self.b_proj.state_dict())
+        if self.z_proj is not None:
+            nn.init.zeros_(self.z_proj.weight)
+            nn.init.constant_(self.z_proj.bias, 1.2784645)  # silu of it is 1
+        if self.head_norm is not None:
+            nn.init.ones_(self.head_norm)
+
+    def _directions(self) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+        forward = (self.dt_proj, self.dt_bias, self.A_log)
+        reverse = (self.reverse_dt_proj, self.reverse_dt_bias, self.reverse_A_log) if self.reverse else None
+        return [forward, reverse] if reverse else [forward]
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply y by `factor`, through a parameter that has that effect."""
+        if self.head_norm is not None:
+            self.head_norm.mul_(factor)
+        elif self.scale is not None:
+            self.scale.mul_(factor)
+
+    def forward(self, hidden_states: Tensor, call: Call) -> tuple[Mean, MMATEState]:
         """y of both directions, and the state after these tokens: `ssm`, where `call.keep` asks for it.
 
         A single token updates the `ssm` of `call.state` in place where `written_in_place`.
@@ -194,26 +199,22 @@ class Scan(nn.Module):
         z, P, acc = hidden_states, self.shape.head_dim, accumulate_dtype(hidden_states.dtype)
         B, C = self._positioned(self.b_proj(z), self.c_proj(z), call.rotary)
         x = split_heads(self.x_proj(z), P)
-        y, log_total, ssm = self._scan(z, x, B, C, call)
+        y, ssm = self._scan(z, x, B, C, call)
         if self.z_proj is not None:
             y = y * F.silu(self.z_proj(z)).to(y.dtype).view_as(y)
         if self.head_norm is not None:
             y = (F.rms_norm(y.to(acc), y.shape[-1:], eps=_NORM_EPS) * self.head_norm).to(y.dtype)
-        return Far(y, log_total), MMATEState(ssm=ssm)
+        return Mean(y), MMATEState(ssm=ssm)
 
-    def _scan(
-        self, z: Tensor, x: Tensor, B: Tensor, C: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _scan(self, z: Tensor, x: Tensor, B: Tensor, C: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         layout, acc = call.layout, accumulate_dtype(z.dtype)
         dt, A = _step_size(self.dt_proj(z), call.mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(dt_bias=self.dt_bias, dt_softplus=True)
-        if self.weighted_mean:
-            scan["normalize"] = True
         ssm = None if call.state is None else call.state.ssm
         if z.shape[1] == 1 and layout is None and ssm is not None and call.context is None and written_in_place():
-            out = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)
-            y, log_mass = (out[0], out[1].clamp(min=_NOTHING)[:, None]) if isinstance(out, tuple) else (out, None)
-            return y[:, None], log_mass, ssm
+            y = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)
+            assert isinstance(y, Tensor)
+            return y[:, None], ssm
         if layout is not None and self.reverse:
             gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate
             reverse_B = reverse_C = None
@@ -232,12 +233,10 @@ class Scan(nn.Module):
             x, dt, A, B, C, seq_idx=call.seq_idx, token_order=order, initial_state=ssm, return_final_state=call.keep,
             **scan,
         )  # fmt: skip
-        outputs = scanned if isinstance(scanned, tuple) else (scanned,)
-        log_mass = outputs[1].clamp(min=_NOTHING) if self.weighted_mean else None
-        return outputs[0], log_mass, outputs[-1] if call.keep else None
+        return (scanned[0], scanned[-1]) if isinstance(scanned, tuple) else (scanned, None)
 
     def _positioned(self, keys: Tensor, queries: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """B and C: norm, rotate and scale, as attention does with k and q; then the feature maps."""
+        """B and C: norm, rotate and scale, as attention does with k and q."""
         P, interleaved = self.shape.head_dim, self.shape.interleaved_rotary
         B, C = split_heads(keys, P), split_heads(queries, P)
         dtype = B.dtype
@@ -246,19 +245,7 @@ class Scan(nn.Module):
         scale: Tensor | float = 1.0  # as in Eq. 4
         if self.scale is not None:
             scale = (self.scale.to(accumulate_dtype(dtype)) * self.shape.scale)[:, None]
-        if self.b_map is None or self.c_map is None:
-            return B, (C * scale).to(dtype)
-        B, C = _mapped(B, self.b_map), _mapped(C, self.c_map) * scale
-        return B.softmax(-1).to(dtype), C.softmax(-1).to(dtype)
-
-
-def _mapped(t: Tensor, weight: Tensor) -> Tensor:
-    """t (B, L, H, P) @ weight (H, P, N), in the accumulate dtype: 16 bits cannot hold what a softmax compares. einsum
-    makes three times as many calls of it, which a step feels."""
-    acc = accumulate_dtype(t.dtype)
-    with torch.autocast(t.device.type, enabled=False):
-        mapped = torch.bmm(t.to(acc).flatten(0, 1).transpose(0, 1), weight.to(acc))
-    return mapped.transpose(0, 1).unflatten(0, t.shape[:2])
+        return B, (C * scale).to(dtype)
 
 
 def _step_size(raw: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,8 +14,11 @@ class MMATEState(NamedTuple):
     Attributes:
         ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan. In `ExactMMATE` P is the
             head size plus 1, for the sum of the weights, and N is `feature_dim`.
-        keys, values: (B, G, s + w, P). Keys are rotated. First come the s sinks, then the last w tokens, where w is
-            `text_window`. Token i is at s + i % w: a step writes one place and moves nothing.
+        keys, values: (B, G, n, P). Keys are rotated. In `MMATE` the last w = `text_window` tokens; token i is at i % w:
+            a step writes one place and moves nothing. In `ExactMMATE` first come the sinks, then the last w + c tokens,
+            of which c = min(w, 64) leave at a time, then those that are kept, in order, the last one at the end.
+        steps: (B, G, n, H / G) float32 (float64 for a float64 model). In `ExactMMATE`, step sizes of the last w + c
+            tokens and of those that are kept.
         sinks: (B, s) bool. True at those of the first s tokens that are text and have come.
         seen: (B,) int64. Number of tokens so far. Counted with a `text_window` alone.
     """
@@ -23,6 +26,7 @@ class MMATEState(NamedTuple):
     ssm: Tensor | None = None
     keys: Tensor | None = None
     values: Tensor | None = None
+    steps: Tensor | None = None
     sinks: Tensor | None = None
     seen: Tensor | None = None
 
@@ -89,15 +93,13 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
         kind = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
         if name in ("keys", "values") and tensor is not None and not _is_wide(tensor.dtype):
             raise TypeError(f"{op}: state.{name} must be float64, float32, bfloat16 or float16, got {kind}")
-        if name == "ssm" and tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
+        if name in ("ssm", "steps") and tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"{op}: state.ssm must be float32 or float64, as it is under FSDP2 with "
+                f"{op}: state.{name} must be float32 or float64, as it is under FSDP2 with "
                 f"MixedPrecisionPolicy(cast_forward_inputs=False), got {kind}"
             )
     if state.keys is not None and state.keys.shape[2] != kept:
-        raise ValueError(
-            f"{op}: state.keys must be of sink_tokens + text_window = {kept} tokens, got {state.keys.shape[2]}"
-        )
+        raise ValueError(f"{op}: state.keys must be of {kept} tokens, as the options say, got {state.keys.shape[2]}")
 
 
 def _in_function() -> bool:

@@ -1,9 +1,8 @@
-"""Causal softmax attention of text over the tokens before it, and over the first tokens of its row."""
+"""Causal softmax attention of text over the tokens before it, and the attention that all text has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,56 +11,6 @@ from torch import Tensor
 from .. import _transforms
 from .._dims import accumulate_dtype
 from ._inputs import take
-
-# queries (N, I, H, P), keys and values (N, J, G, P), mask (N, I, J) bool, scale -> (N, I, H, P), (N, I, H)
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-
-
-class Sinks(NamedTuple):
-    """The first s tokens of each row, which all later tokens attend to.
-
-    Attributes:
-        keys, values: (B, s, G, P), keys rotated; (B, L, s, G, P) where each token has its own.
-        there: (B, s) or (B, L, s) bool. Which of them are text, and have come.
-    """
-
-    keys: Tensor
-    values: Tensor
-    there: Tensor
-
-    def at_least(self, distance: int, index: Tensor) -> Tensor:
-        """(B, L, s) bool: which of them lie `distance` or more before the token at `index` (B, L) of its row."""
-        first = torch.arange(self.there.shape[-1], device=index.device)
-        return _of_tokens(self.there) & (first <= index[..., None] - distance)
-
-    def of_the_last(self, valid: Tensor) -> Sinks:
-        """Of those that each token has, the last token's that is not padding; valid (B, L) bool."""
-        last = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1, keepdim=True)
-        return Sinks(*(take(t, last)[:, 0] for t in self))
-
-    def join(
-        self, q: Tensor, y: Tensor, lse: Tensor, index: Tensor, scale: float, distance: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Add those that lie `distance` or more before each token to attention y (B, L, H, P), whose scores have the
-        log-sum-exp `lse` (B, L, H), of queries q."""
-        groups, seen = self.keys.shape[-2], self.at_least(distance, index)
-        keys, values, broken = finite(self.keys, self.values)
-        sink = "blsgp" if keys.dim() == 5 else "bsgp"
-        with torch.autocast(q.device.type, enabled=False):
-            grouped = q.to(lse.dtype).unflatten(2, (groups, q.shape[2] // groups))  # (B, L, G, H / G, P)
-            scores = torch.einsum(f"blgrp,{sink}->blgrs", grouped, keys.to(lse.dtype)).flatten(2, 3) * scale
-            scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-            total = torch.cat((lse[..., None], scores), dim=-1).logsumexp(-1)
-            weights = (scores - total[..., None]).exp().unflatten(2, (groups, q.shape[2] // groups))
-            added = torch.einsum(f"blgrs,{sink}->blgrp", weights, values.to(lse.dtype)).flatten(2, 3)
-            joined = ((lse - total).exp()[..., None] * y.to(lse.dtype) + added).to(y.dtype)
-        poisoned = (seen & _of_tokens(broken.bool())).any(-1)
-        return joined.masked_fill(poisoned[..., None, None], torch.nan), total
-
-
-def _of_tokens(sinks: Tensor) -> Tensor:
-    """(B, s), or (B, L, s) as it is, as of each token."""
-    return sinks[:, None] if sinks.dim() == 2 else sinks
 
 
 def finite(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +37,6 @@ def from_ring(ring: Tensor, seen: Tensor) -> Tensor:
 
 
 def causal_window_attention(
-    rule: Rule,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -98,21 +46,19 @@ def causal_window_attention(
     keys: Tensor | None = None,
     values: Tensor | None = None,
     filled: Tensor | None = None,
-    sinks: Sinks | None = None,
-    before: Tensor | None = None,
     chosen: Tensor | None = None,
     seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Causal softmax attention of each token over the last `window` tokens, itself included; linear in L.
 
     q (B, L, H, P), k, v (B, L, G, P), valid (B, L) bool: not padding; keys, values (B, window, G, P) and filled
-    (B, window): the tokens before; before (B, L, s) bool: the sinks that a token sees. Chunks of `chunk_size(window)`
-    queries meet the keys of as many tokens before as any of them sees; chosen (n,) int64: those chunks that do, row
-    after row, the others give 0. seq_idx (B, L): the sequences of a row, which do not see each other.
+    (B, window): the tokens before. Chunks of `chunk_size(window)` queries meet the keys of as many tokens before as any
+    of them sees; chosen (n,) int64: those chunks that do, row after row, the others give 0. seq_idx (B, L): the
+    sequences of a row, which do not see each other.
     """
     batch, length, heads, _ = q.shape
     if not batch * length:
-        return torch.zeros_like(q), q.new_zeros(batch, length, heads, dtype=accumulate_dtype(q.dtype))
+        return torch.zeros_like(q)
     size = chunk_size(window)
     chunks, reach = -(-length // size), -(-window // size) * size
     pad, within = chunks * size - length, None
@@ -122,18 +68,17 @@ def causal_window_attention(
         chunks, pad, within = length // size + 2, 0, torch.arange(length, device=q.device)
         whole = torch.arange(chunks * size, device=q.device).clamp(max=length - 1)
         q, k, v, valid = (t.index_select(1, whole) for t in (q, k, v, valid))
-        before, seq_idx = (None if t is None else t.index_select(1, whole) for t in (before, seq_idx))
+        seq_idx = None if seq_idx is None else seq_idx.index_select(1, whole)
     q = F.pad(q, (0, 0, 0, 0, 0, pad)).reshape(batch * chunks, size, heads, q.shape[3])
     every = torch.arange(batch * chunks, device=q.device) if chosen is None else chosen
     first = every // chunks * (reach + chunks * size) + every % chunks * size
     at = first[:, None] + torch.arange(reach + size, device=q.device)
 
-    def around(t: Tensor, before: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
-        """(n, reach + size, ...): from `reach` tokens before a chunk to its end; then the sinks."""
+    def around(t: Tensor, before: Tensor | None = None) -> Tensor:
+        """(n, reach + size, ...): from `reach` tokens before a chunk to its end."""
         before = t.new_zeros(batch, window, *t.shape[2:]) if before is None else before
         ends = (t.new_zeros(batch, n, *t.shape[2:]) for n in (reach - window, pad))
-        t = torch.cat((next(ends), before, t, next(ends)), dim=1).flatten(0, 1)[at]
-        return t if sink is None else torch.cat((t, sink[every // chunks]), dim=1)
+        return torch.cat((next(ends), before, t, next(ends)), dim=1).flatten(0, 1)[at]
 
     behind = torch.arange(size, device=q.device)[:, None] + reach - torch.arange(reach + size, device=q.device)
     mask = ((behind >= 0) & (behind < window)) & around(valid, filled)[:, None]
@@ -142,26 +87,16 @@ def causal_window_attention(
         mask = mask & (mine[..., None] == around(seq_idx)[:, None])
     # A query sees itself even where it is padding: a row with no key at all would be NaN.
     mask = mask | (behind == 0)
-    if before is not None:
-        # As numbers: PyTorch 2.13's compiler cannot join masks on a CPU.
-        parts = (
-            mask.byte(),
-            F.pad(before.byte(), (0, 0, 0, pad)).reshape(batch * chunks, size, before.shape[2])[every],
-        )
-        mask = torch.cat(parts, dim=2).bool()
     own, earlier = finite(k, v), None if keys is None or values is None else finite(keys, values)
-    first_ones = None if sinks is None else finite(sinks.keys, sinks.values)
-    k, v, broken = (around(t, *(None if o is None else o[i] for o in (earlier, first_ones))) for i, t in enumerate(own))
-    y, lse = rule(q if chosen is None else q[chosen], k, v, mask, scale)
+    k, v, broken = (around(t, None if earlier is None else earlier[i]) for i, t in enumerate(own))
+    y = attend(q if chosen is None else q[chosen], k, v, mask, scale)
     poisoned = (mask & broken.bool()[:, None]).any(-1)[..., None]
-    y, lse = y.masked_fill(poisoned[..., None], torch.nan), lse.masked_fill(poisoned, torch.nan)
+    y = y.masked_fill(poisoned[..., None], torch.nan)
     if chosen is not None:
-        y, lse = (t.new_zeros(batch * chunks, *t.shape[1:]).index_copy(0, chosen, t) for t in (y, lse))
+        y = y.new_zeros(batch * chunks, *y.shape[1:]).index_copy(0, chosen, y)
     # Not a view: kernels differ in the strides of what they return.
-    y, lse = (t.reshape(batch, chunks * size, *t.shape[2:]) for t in (y, lse))
-    if within is not None:
-        return y.index_select(1, within), lse.index_select(1, within)
-    return y[:, :length], lse[:, :length]
+    y = y.reshape(batch, chunks * size, *y.shape[2:])
+    return y[:, :length] if within is None else y.index_select(1, within)
 
 
 def chunk_size(window: int) -> int:
@@ -169,17 +104,15 @@ def chunk_size(window: int) -> int:
     return min(window, 64)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention by PyTorch's own kernels, which do not tell the log-sum-exp: it is empty."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention by PyTorch's own kernels: queries (N, I, H, P) to keys and values (N, J, G, P), mask (N, I, J) bool."""
     if not torch.compiler.is_dynamo_compiling() and _transforms.active():
-        y, _ = _differentiable(q, k, v, mask, scale)
-        return y, y[..., 0, :0]
+        return _differentiable(q, k, v, mask, scale)[0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    y = y.transpose(1, 2)
-    return y, y[..., 0, :0]
+    return y.transpose(1, 2)
 
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:

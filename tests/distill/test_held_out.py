@@ -68,7 +68,7 @@ def test_what_a_language_model_has_no_use_for_is_refused(folder, tmp_path):
     values = {"output": str(tmp_path / "r"), "teacher": str(folder / "teacher"), "data": data,
               "evaluation": {"samples": 0}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
     with pytest.raises(RunError, match=r"student.reverse must be false: .* is text only, got true"):
-        distill(parse_config(values))
+        distill(parse_config({**values, "preset": "paper", "student": {"text_window": 8}}))
     with pytest.raises(RunError, match=r"student\.branches must be 'flex' without text_window"):
         distill(parse_config({**values, "preset": "paper", "student": {"reverse": False}}))
 
@@ -81,7 +81,7 @@ def test_held_out_text_counts_once(folder, tmp_path):
         parse_config(
             {
                 "output": str(tmp_path / "r"), "teacher": str(folder / "teacher"), "data": sets,
-                "student": {"reverse": False}, "stage3": {"losses": {"token": 1}},
+                "stage3": {"losses": {"token": 1}},
                 "evaluation": {"samples": 0, "held_out": sets},
             }
         )
@@ -96,14 +96,17 @@ def test_held_out_text_counts_once(folder, tmp_path):
 def test_built_in_tasks_are_for_models_that_can_be_shown_them(folder, tmp_path):
     data = {"sets": {"t": {"format": "text", "files": [str(folder / "train.txt")]}}}
     values = {"output": str(tmp_path / "r"), "teacher": str(folder / "teacher"),
-              "student": {"reverse": False}, "stage3": {"losses": {"token": 1}}}  # fmt: skip
+              "stage3": {"losses": {"token": 1}}}  # fmt: skip
     with pytest.raises(RunError, match=r"data.sets must be given: .* cannot be shown the built-in tasks"):
         distill(parse_config(values))
     with pytest.raises(RunError, match=r"evaluation\.samples must be 0: "):
         distill(parse_config({**values, "data": data}))
 
 
-@pytest.mark.parametrize("preset, student", [("exact", {"text_window": 8}), ("paper", {"branches": "flex"})])
+@pytest.mark.parametrize(
+    "preset, student",
+    [("exact", {"text_window": 8, "kept_tokens": 4}), ("paper", {"branches": "flex", "reverse": False})],
+)
 def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     def sets(name):
         return {"max_tokens": 64, "sets": {"t": {"format": "text", "files": [str(folder / name)]}}}
@@ -111,7 +114,7 @@ def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     config = parse_config(
         {
             "preset": preset, "output": str(tmp_path / "r"), "teacher": str(folder / "teacher"),
-            "student": {"reverse": False, **student}, "data": sets("train.txt"),
+            "student": student, "data": sets("train.txt"),
             "evaluation": {"samples": 0, "held_out": sets("held_out.txt"), "speed_lengths": [16]},
             "stage1": {"steps": 2}, "stage2": {"steps": 2},
             "stage3": {"steps": 2, "losses": {"token": 0.5, "supervised": 0.5}},

@@ -23,7 +23,7 @@ from linmu_distill.train import Interrupted, Objective, Teacher, assemble
 from linmu_models.chat import ChatProcessor, Conversation
 
 BLOCKS = {
-    "exact": {"text_window": 4, "sink_tokens": 2, "window": [2, 2, 2], "image_window": [1, 2, 2]},
+    "exact": {"text_window": 4, "sink_tokens": 2, "kept_tokens": 2, "window": [2, 2, 2], "image_window": [1, 2, 2]},
     "paper": {"window": [2, 2, 2]},
 }
 

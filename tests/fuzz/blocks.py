@@ -24,7 +24,7 @@ DECAYS = st.sampled_from((0.5, 0.9999, (0.9, 0.999)))
 VALUES: dict[str, st.SearchStrategy[Any]] = dict(
     branches=st.sampled_from(("flex", "swin")), feature_dim=st.sampled_from((4, 8, 11)), initial_decay=DECAYS,
     initial_scale=st.sampled_from((0.5, 8.0)), window=WINDOWS, image_window=st.none() | WINDOWS,
-    text_window=st.integers(1, 9), sink_tokens=st.integers(0, 5),
+    text_window=st.integers(1, 9), sink_tokens=st.integers(0, 5), kept_tokens=st.integers(0, 6),
 )  # fmt: skip
 
 
@@ -83,6 +83,8 @@ def build(case: dict[str, Any]) -> MMATE | ExactMMATE:
         qk_norm=norm, config=config, **case["facts"],
     )  # fmt: skip
     with torch.no_grad():
+        if isinstance(block, ExactMMATE):
+            block.share.bias.zero_()  # it starts where what is far hardly counts
         for p in block.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return block.double()

@@ -17,7 +17,7 @@ from .folders import run, tokenizer
 def test_convert_and_generate(folders):
     out = folders / "student"
     result = run("convert", folders / "teacher", out, "--keep-attention", 1, "--option", "window=[2,2,2]")
-    assert "2 linear layers, 1 with attention [1]" in result.output and "scan.c_proj.weight" in result.output
+    assert "2 linear layers, 1 with attention [1]" in result.output and "windows.q_proj.weight" in result.output
     saved = json.loads((out / "config.json").read_text())
     assert saved["linmu"]["keep_attention"] == [1] and saved["linmu"]["options"]["window"] == [2, 2, 2]
     arguments = ("generate", out, "--prompt", "what?", "--image", folders / "picture.png", "--max-new-tokens", 5)

@@ -42,7 +42,7 @@ def test_reports_every_tensor(tmp_path):
     assert {r.source for r in report.rows if r.source} == set(theirs)
     assert report.count("new") < 0.01 * report.count("copied")
     text = str(report)
-    assert "scan.c_proj.weight" in text and "self_attn.q_proj.weight" in text and len(text.splitlines()) < 60
+    assert "windows.q_proj.weight" in text and "self_attn.q_proj.weight" in text and len(text.splitlines()) < 60
     report.save(tmp_path / "report.json")
     assert TransferReport.load(tmp_path / "report.json") == report
     student.save_pretrained(tmp_path)
@@ -125,9 +125,9 @@ def test_half_precision(family, options):
     assert logits.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(logits.float(), wide, dim=-1).min() > 0.98
     kept = {n.rpartition(".")[2] for n, p in student.named_parameters() if p.dtype == torch.float32}
-    assert {"A_log", "dt_bias", "reverse_A_log", "gate", "scale"} <= kept
-    assert ("mix" in kept) == ("preset" in options)
-    assert student.get_decoder().layers[0].self_attn.scan.c_proj.weight.dtype == torch.bfloat16
+    assert {"A_log", "dt_bias", "scale"} <= kept
+    assert ({"reverse_A_log", "gate", "mix"} <= kept) == ("preset" in options)
+    assert student.get_decoder().layers[0].self_attn.windows.q_proj.weight.dtype == torch.bfloat16
 
 
 def test_meta_device():
@@ -197,8 +197,8 @@ def test_configuration_alone_builds_the_model():
     fresh = tiny.hf.AutoModelForImageTextToText.from_config(copy.deepcopy(config))
     blocks = [layer.self_attn for layer in fresh.get_decoder().layers]
     assert [isinstance(b, linmu_models.LinmuAttention) for b in blocks] == [True, False, True]
-    scan = blocks[0].scan
-    assert scan.c_proj.weight.std() < 0.05 and scan.dt_proj.weight.abs().max() == 0 and (scan.scale == 3).all()
+    scan, windows = blocks[0].scan, blocks[0].windows
+    assert windows.q_proj.weight.std() < 0.05 and scan.dt_proj.weight.abs().max() == 0 and (scan.scale == 3).all()
     assert torch.isfinite(fresh(**tiny.example("qwen2_5_vl")).logits).all()
 
 

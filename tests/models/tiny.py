@@ -24,7 +24,7 @@ Batch = dict[str, Any]
 
 
 # The default block with windows that the examples do not lie within, so that its scan has something to do.
-NARROW = {"text_window": 4, "sink_tokens": 2, "window": (2, 2, 2), "image_window": (1, 2, 2)}
+NARROW = {"text_window": 4, "sink_tokens": 2, "kept_tokens": 2, "window": (2, 2, 2), "image_window": (1, 2, 2)}
 
 
 def text_ids(n: int, seed: int = 0) -> list[int]:

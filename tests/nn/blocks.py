@@ -22,9 +22,11 @@ OPTIONS = {
     "no_swin": MMATEConfig(branches="flex", z_gate=True),
     "no_flex": MMATEConfig(branches="swin", **SMALL),
     "all": MMATEConfig(**SMALL, literal=True, z_gate=True, head_norm=True, text_window=5),
-    "exact": ExactConfig(**SMALL, text_window=3, sink_tokens=2),
-    "exact_plain": ExactConfig(**SMALL, text_window=4, sink_tokens=0, reverse=False, z_gate=False),
-    "exact_wide": ExactConfig(**SMALL, text_window=3, sink_tokens=5, feature_dim=11, initial_decay=(0.9, 0.999)),
+    "exact": ExactConfig(**SMALL, text_window=3, sink_tokens=2, kept_tokens=2),
+    "exact_plain": ExactConfig(**SMALL, text_window=4, sink_tokens=0, kept_tokens=0, z_gate=False),
+    "exact_wide": ExactConfig(
+        **SMALL, text_window=2, sink_tokens=5, kept_tokens=5, feature_dim=11, initial_decay=(0.9, 0.999)
+    ),
 }
 
 
@@ -48,6 +50,8 @@ def build(config, layer_idx=1, dtype=torch.float64, perturb=0.3, **facts):
     facts = dict(qkv_bias=True, out_bias=True, qk_norm=Norm) | facts
     block = block_class(config)(DIM, HEADS, GROUPS, P, layer_idx=layer_idx, config=config, **facts)
     with torch.no_grad():
+        if isinstance(block, ExactMMATE):
+            block.share.bias.zero_()  # it starts where what is far hardly counts
         for p in block.parameters():
             p.add_(perturb * torch.randn_like(p))
     return block.to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -33,20 +35,20 @@ def visit_order(blocks, length, layer):
 
 
 def windows(blocks, m):
-    """{position: (block, window)} by the rule of the design."""
-    window_of = {}
+    """{position: (block, window)} by the rule of the design; {position: (block, its part of the frames)}."""
+    window_of, slab_of = {}, {}
     for i, t, y, x, p in visual_tokens(blocks):
         sizes = blocks[i][0]
-        full, _, _, image, _ = m.layer_windows
+        full, _, wrap, image, _ = m.layer_windows
         full = image if image and sizes[0] == 1 else full
         number = [i]
         for c, s, w in zip((t, y, x), sizes, full, strict=True):
             h = w // 2 if m.shape.layer_idx % 2 else 0
             w = min(w, s)
             h = 0 if w == s else h
-            number.append((c - h) % s // w)
-        window_of[p] = tuple(number)
-    return window_of
+            number.append(((c - h) % s // w, wrap == "mask" and c < h))
+        window_of[p], slab_of[p] = tuple(number), tuple(number[:2])
+    return window_of, slab_of
 
 
 def rotate(x, rotary, interleaved):
@@ -81,7 +83,7 @@ def heads(t, num_heads, head_dim):
 
 
 def scan(m, z, blocks=(), rotary=None):
-    """What the Scan `m` (float64) gives one row z (L, D): y (L, H, P); of a weighted mean its total weight, too."""
+    """What the Scan `m` (float64) gives one row z (L, D): y (L, H, P)."""
     H, P, L = m.shape.num_heads, m.shape.head_dim, len(z)
     order = visit_order(blocks if m.major_scan else (), L, m.shape.layer_idx)
     X = heads(m.x_proj(z), H, P)
@@ -90,12 +92,6 @@ def scan(m, z, blocks=(), rotary=None):
     scale = 1 if m.scale is None else m.shape.scale * m.scale[:, None]
     Bs = [rotate(m.b_norm(heads(b, H, P)), rotary, m.shape.interleaved_rotary) for b in Bs]
     Cs = [rotate(m.c_norm(heads(t, H, P)), rotary, m.shape.interleaved_rotary) * scale for t in Cs]
-    if m.b_map is not None:
-        b_map = m.b_map.repeat_interleave(H // len(m.b_map), dim=0)
-        Bs = [(t[..., None, :] @ b_map).squeeze(-2).softmax(-1) for t in Bs]
-        Cs = [(t[..., None, :] @ m.c_map).squeeze(-2).softmax(-1) for t in Cs]
-    if m.weighted_mean:
-        X = torch.cat([X, torch.ones_like(X[..., :1])], -1)
     y = torch.einsum(
         "hij,jhp->ihp", scan_matrix(F.softplus(m.dt_proj(z) + m.dt_bias), -m.A_log.exp(), Bs[0], Cs[0], order), X
     )
@@ -110,27 +106,18 @@ def scan(m, z, blocks=(), rotary=None):
             r = torch.einsum("hij,jhp->ihp", M, X)
             mixed[positions] = (gate * y + (1 - gate) * r)[positions]
         y = mixed
-    total = None
-    if m.weighted_mean:
-        total = y[..., -1]
-        y = y[..., :-1] / torch.where(total == 0, 1, total)[..., None]
     if m.z_proj is not None:
         y = y * F.silu(heads(m.z_proj(z), H, P))
     if m.head_norm is not None:
         y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * m.head_norm
-    return y, total
+    return y
 
 
-def near_attention(m, z, blocks=(), rotary=None, causal=False):
-    """Softmax attention of the Windows `m` under a dense mask: y (L, H, P), the mask (L, L), exps of the masked scores.
-
-    causal: all earlier tokens in the place of the window.
-    """
-    H, P, L = m.shape.num_heads, m.shape.head_dim, len(z)
-    q, k, v = (heads(p(z), H, P) for p in (m.q_proj, m.k_proj, m.v_proj))
-    q, k = (rotate(t, rotary, m.shape.interleaved_rotary) for t in (m.q_norm(q), m.k_norm(k)))
-    scores = torch.einsum("ihp,jhp->hij", q, k) * m.shape.scale
-    window_of = windows(blocks, m)
+def near_attention(m, z, blocks=(), rotary=None):
+    """Softmax attention of the Windows `m` under a dense mask: y (L, H, P)."""
+    L = len(z)
+    scores, v = attention_scores(m, z, rotary)
+    window_of, _ = windows(blocks, m)
     mask = torch.zeros(L, L, dtype=torch.bool)
     for i in range(L):
         for j in range(L):
@@ -138,23 +125,90 @@ def near_attention(m, z, blocks=(), rotary=None, causal=False):
                 mask[i, j] = window_of[i] == window_of.get(j) and (j <= i or not m.shape.causal_windows)
             else:
                 mask[i, j] = 0 <= i - j < m.text_window
-            mask[i, j] |= j < min(i, m.sink_tokens) and j not in window_of
-    if causal:
-        mask = torch.ones_like(mask).tril()
     mass = scores.exp() * mask
-    y = torch.einsum("hij,jhp->ihp", mass / mass.sum(-1, keepdim=True).clamp(min=1e-300), v)
-    return y, mask, mass
+    return torch.einsum("hij,jhp->ihp", mass / mass.sum(-1, keepdim=True).clamp(min=1e-300), v)
+
+
+def attention_scores(m, z, rotary):
+    """Of the Windows or NearAttention `m`: scores (H, L, L), values (L, H, P)."""
+    H, P = m.shape.num_heads, m.shape.head_dim
+    q, k, v = (heads(p(z), H, P) for p in (m.q_proj, m.k_proj, m.v_proj))
+    q, k = (rotate(t, rotary, m.shape.interleaved_rotary) for t in (m.q_norm(q), m.k_norm(k)))
+    return torch.einsum("ihp,jhp->hij", q, k) * m.shape.scale, v
+
+
+def steps_entered(score, sinks, c, m):
+    """At which step each of L tokens enters the state, one head's scores (L,): never, as long as it is kept or near."""
+    L, kept = len(score), []
+    entered = [math.inf] * L
+    for step in range(1, L // c + 1):
+        pool = kept + [j for j in range((step - 1) * c, step * c) if j not in sinks]
+        best = sorted(pool, key=lambda j: (-score[j].item(), j))  # of equals the earlier stays
+        kept = sorted(best[:m])
+        for j in best[m:]:
+            entered[j] = step
+    return entered
+
+
+def sets(m, L, blocks, score):
+    """near (L, L), kept and far (G, L, L), [query, key]. They share no token; score (L, G)."""
+    sizes, (window_of, slab_of) = m.windows.sizes, windows(blocks, m.windows)
+    c, w, G = sizes.leave, sizes.window, score.shape[1]
+    sinks = [j for j in range(min(L, sizes.sinks)) if j not in window_of]
+    begin = {slab: min(p for p in slab_of if slab_of[p] == slab) for slab in set(slab_of.values())}
+    near, kept, far = torch.zeros(L, L).bool(), torch.zeros(G, L, L).bool(), torch.zeros(G, L, L).bool()
+    entered = [steps_entered(score[:, g], sinks, c, sizes.kept) for g in range(G)]
+    for i in range(L):
+        visual = i in window_of
+        first = begin[slab_of[i]] if visual else None
+        read = (first if visual else max(i + 1 - w, 0)) // c
+        for j in range(L):
+            left = j // c + 1
+            if visual and window_of[i] == window_of.get(j):
+                near[i, j] = j <= i or not m.shape.causal_windows
+            elif j <= i and m.windows.nothing_beyond and not visual:
+                near[i, j] = i - j < w
+            elif j <= i and j in sinks:
+                near[i, j] = True
+            elif j <= i and left > read:
+                near[i, j] = not visual or j < first or j not in window_of  # else it is beside, and in no set
+            elif j <= i:
+                for g in range(G):
+                    kept[g, i, j], far[g, i, j] = read < entered[g][j], entered[g][j] <= read
+    assert not (near & (kept | far)).any() and not (kept & far).any()
+    return near, kept, far, entered
 
 
 def exact_mmate(m, z, blocks=(), rotary=None):
     """Output of the ExactMMATE `m` (float64) for one row z (L, D)."""
-    L = len(z)
-    near, mask, mass = near_attention(m.windows, z, blocks, rotary)
-    far, total = scan(m.scan, z, blocks, rotary)
-    beyond = (torch.ones(L, L, dtype=torch.bool).tril() & ~mask).sum(1)[:, None]
-    inside, outside = mass.sum(-1).T, m.share(z).exp() * (beyond > 0) * total
+    H, P, L, G = m.shape.num_heads, m.shape.head_dim, len(z), m.shape.num_kv_heads
+    s = m.scan
+    dt = F.softplus(s.dt_proj(z) + s.dt_bias)  # (L, H)
+    near, kept, far, entered = sets(m, L, blocks, dt.unflatten(1, (G, -1)).sum(-1))
+    scores, v = attention_scores(m.windows, z, rotary)
+    mass = scores.exp() * (near | kept).repeat_interleave(H // G, dim=0)
+    y = torch.einsum("hij,jhp->ihp", mass / mass.sum(-1, keepdim=True), v)
+    k = m.windows.k_norm(heads(m.windows.k_proj(z), H, P))
+    q = m.windows.q_norm(heads(m.windows.q_proj(z), H, P))
+    q, k = (rotate(t, rotary, m.shape.interleaved_rotary) for t in (q, k))
+    B = (k[..., None, :] @ s.b_map.repeat_interleave(H // G, dim=0)).squeeze(-2).softmax(-1)
+    C = ((q[..., None, :] @ s.c_map).squeeze(-2) * (m.shape.scale * s.scale)[:, None]).softmax(-1)
+    weights = torch.zeros(H, L, L, dtype=z.dtype)
+    for h in range(H):
+        g = h * G // H
+        order = sorted((j for j in range(L) if entered[g][j] < math.inf), key=lambda j: (entered[g][j], j))
+        for i in range(L):
+            spent = 0.0
+            for j in reversed([j for j in order if far[g, i, j]]):  # what entered later decays what did before
+                weights[h, i, j] = (C[i, h] * B[j, h]).sum() * dt[j, h] * torch.exp(torch.as_tensor(-spent))
+                spent = spent + dt[j, h] * s.A_log[h].exp()
+    total = weights.sum(-1)
+    mean = torch.einsum("hij,jhp->ihp", weights / total.clamp(min=1e-300)[..., None], v)
+    if s.z_proj is not None:
+        mean = mean * F.silu(heads(s.z_proj(z), H, P))
+    inside, outside = mass.sum(-1).T, (m.share(z).T.exp() * total).T
     share = (inside / (inside + outside))[..., None]
-    return m.o_proj((share * near + (1 - share) * far).flatten(1))
+    return m.o_proj((share * y + (1 - share) * mean).flatten(1))
 
 
 def mmate(m, z, blocks=(), rotary=None):
@@ -165,9 +219,9 @@ def mmate(m, z, blocks=(), rotary=None):
     if m.config.text_window:
         attends[:] = True
     if m.scan is not None and m.scan_enabled:
-        flex = m.scan_o_proj(scan(m.scan, z, blocks, rotary)[0].flatten(1))
+        flex = m.scan_o_proj(scan(m.scan, z, blocks, rotary).flatten(1))
     if m.windows is not None and m.windows_enabled:
-        y = m.windows_o_proj(near_attention(m.windows, z, blocks, rotary)[0].flatten(1))
+        y = m.windows_o_proj(near_attention(m.windows, z, blocks, rotary).flatten(1))
         swin = torch.where(attends[:, None], y, 0)
     if flex is None or swin is None:
         out = swin if flex is None else flex

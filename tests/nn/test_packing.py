@@ -137,15 +137,14 @@ def test_calibration_counts_within_sequences(name):
     block = build(OPTIONS[name])
     z, rotary, number, layout, _, parts = packed(torch.float64)
     call = dict(layout=layout, position_embeddings=rotary, seq_idx=number)
-    found = block.windows.lse_beyond(z, block._call(z, layout, None, rotary, None, None, False, number))
+    near, _, mass = block._far_mass(z, block._call(z, layout, None, rotary, None, None, False, number))
     for row, mine, inside in parts:
         own, turned = z[row : row + 1, mine], tuple(t[row : row + 1, mine] for t in rotary)
         one = block._call(own, layout_of([inside], len(mine)), None, turned, None, None, False, None)
-        every = zip(found, block.windows.lse_beyond(own, one), strict=True)
-        (inside, inside_alone), (rest, rest_alone), (beyond, beyond_alone) = ((a[row, mine], b[0]) for a, b in every)
-        assert torch.equal(beyond, beyond_alone)
-        torch.testing.assert_close(inside, inside_alone, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(rest[beyond > 0], rest_alone[beyond > 0], rtol=1e-6, atol=1e-6)
+        near_alone, _, mass_alone = block._far_mass(own, one)
+        assert torch.equal(near.far[row, mine], near_alone.far[0])
+        torch.testing.assert_close(near.lse[row, mine], near_alone.lse[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mass[row, mine], mass_alone[0], rtol=1e-12, atol=1e-12)
     block.calibrate([(dict(hidden_states=z, **call), torch.randn_like(z))])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linmu_ops.nn.text_window import Sinks, attend, attend_with_lse, causal_window_attention, chunk_size
+from linmu_ops import ExactConfig, ExactMMATE
+from linmu_ops.nn.text_window import attend, attend_with_lse, causal_window_attention, chunk_size
 
 
 @pytest.mark.parametrize("length, window, batch", [(300, 100, 2), (130, 64, 1), (50, 128, 2), (257, 65, 3), (65, 1, 1)])
@@ -13,33 +14,29 @@ def test_against_a_dense_mask(length, window, batch):
     torch.manual_seed(0)
     before = window + 7
     q, k, v = (torch.randn(batch, before + length, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    sink = torch.randn(2, batch, 3, 2, 8, dtype=torch.float64)
     valid = torch.ones(batch, length, dtype=torch.bool)
-    seen = torch.rand(batch, length, 3) < 0.5
     at = torch.arange(before + length)
     behind = at[:, None] - at
     mask = ((behind >= 0) & (behind < window)).expand(batch, -1, -1)[:, before:]
-    mask = torch.cat((mask, seen), dim=2)
-    dense = [torch.cat((t, s), dim=1) for t, s in zip((k, v), sink, strict=True)]
-    scores = torch.einsum("bihp,bjhp->bhij", q[:, before:], dense[0].repeat_interleave(2, dim=2)) * 0.3
-    lse = scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1).transpose(1, 2)
-    expected, _ = attend(q[:, before:], *dense, mask, 0.3)
+    expected = attend(q[:, before:], k, v, mask, 0.3)
     state = (k[:, before - window : before], v[:, before - window : before], valid.new_ones(batch, window))
-    sinks = Sinks(*sink, valid.new_ones(batch, 3))
     size = chunk_size(window)
     chosen = torch.arange(0, batch * -(-length // size), 2)
-    for rule in (attend, attend_with_lse):
-        for some in (None, chosen):
-            y, found = causal_window_attention(
-                rule, q[:, before:], k[:, before:], v[:, before:], valid, window, 0.3, *state, sinks, seen, some
-            )
-            chunks = torch.arange(batch * -(-length // size)) if some is None else some
-            made = torch.zeros(batch * -(-length // size), dtype=torch.bool).index_fill(0, chunks, True)
-            made = made.repeat_interleave(size).view(batch, -1)[:, :length]
-            torch.testing.assert_close(y[made], expected[made])
-            assert not y[~made].any()
-            if rule is attend_with_lse:
-                torch.testing.assert_close(found[made], lse[made])
+    for some in (None, chosen):
+        y = causal_window_attention(q[:, before:], k[:, before:], v[:, before:], valid, window, 0.3, *state, some)
+        chunks = torch.arange(batch * -(-length // size)) if some is None else some
+        made = torch.zeros(batch * -(-length // size), dtype=torch.bool).index_fill(0, chunks, True)
+        made = made.repeat_interleave(size).view(batch, -1)[:, :length]
+        torch.testing.assert_close(y[made], expected[made])
+        assert not y[~made].any()
+
+
+def test_attention_and_its_lse():
+    q, k, v, mask = _example(torch.float64)
+    y, lse = attend_with_lse(q, k, v, mask, 0.3)
+    torch.testing.assert_close(y, attend(q, k, v, mask, 0.3))
+    scores = torch.einsum("bihp,bjhp->bhij", q, k.repeat_interleave(3, dim=2)) * 0.3
+    torch.testing.assert_close(lse, scores.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1).mT)
 
 
 def _example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -80,16 +77,16 @@ def test_gradients_are_as_good_as_pytorchs(dtype):
 
 def test_no_scores_are_kept():
     window, length = 128, 512
-    q, k, v = (torch.randn(1, length, heads, 4, requires_grad=True) for heads in (8, 2, 2))
+    block = ExactMMATE(64, 8, 2, config=ExactConfig(text_window=window, kept_tokens=16))
+    z = torch.randn(1, length, 64, requires_grad=True)
     sizes = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         sizes.append(t.numel())
         return t
 
-    valid = torch.ones(1, length, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        causal_window_attention(attend_with_lse, q, k, v, valid, window, 0.5)
+        block(z)
     assert sizes and max(sizes) < length * window * 8
 
 

@@ -122,12 +122,28 @@ def test_window_table_is_the_formula(table, window, shift, image_window, image_s
     assert made.max_tokens == max([len(g) for g in got], default=0)
     assert offsets[0] == 0 and offsets[-1] == layout.num_visual == len(tokens)
     assert {made.tokens.dtype, made.offsets.dtype, made.coords.dtype} == {torch.int32}
-    rank = torch.zeros(layout.batch_size, layout.length, dtype=torch.int32)
-    for inside in got:
-        for row, position in inside:
-            rank[row, position] = sum(other <= position for _, other in inside)
-    found = layout.window_rank(window, shift, wrap, image_window, image_shift)
-    assert torch.equal(found, rank) and found.dtype == torch.int32
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), TRIPLES, SHIFTS, TRIPLES, SHIFTS, st.sampled_from(["join", "mask"]))
+def test_slabs_are_windows_of_whole_frames(table, window, shift, image_window, image_shift, wrap):
+    layout = TokenLayout(*table)
+    tokens, begin, inverse, between = layout.slab_chunks(window, shift, wrap, image_window, image_shift)
+    tall = [(size[0], 1 << 9, 1 << 9) for size in (window, image_window)]
+    whole = layout.window_table(tall[0], (shift[0], 0, 0), wrap, tall[1], (image_shift[0], 0, 0))
+    offsets = whole.offsets.tolist()
+    want = [sorted(whole.tokens[a:b].tolist()) for a, b in itertools.pairwise(offsets) if b > a]
+    found = {}
+    for chunk, first in zip(tokens.tolist(), begin.tolist(), strict=True):
+        found.setdefault(first, []).extend(chunk)
+    assert sorted(map(sorted, map(set, found.values()))) == sorted(want)
+    assert all(first == min(slab) for first, slab in found.items())
+    text = ~layout.visual_mask().flatten()
+    for first, inside in zip(begin.tolist(), between.tolist(), strict=True):
+        span = range(first, max(found[first]))
+        assert [p for p in inside if p >= 0] == [p for p in span if text[p]]
+    visual = (~text).nonzero()[:, 0]
+    assert torch.equal(tokens.flatten()[inverse.flatten()[visual]], visual)
 
 
 @settings(max_examples=60, deadline=None)

@@ -228,7 +228,7 @@ def test_a_layout_keeps_nothing_made_under(around):
 
     def f(q):
         layout = TokenLayout.from_grid((1, 3, 4), 2)
-        layout.scan_order(1), layout.visual_mask(), layout.window_rank((1, 2, 2)), layout.text_chunks(4)
+        layout.scan_order(1), layout.visual_mask(), layout.slab_chunks((1, 2, 2)), layout.text_chunks(4)
         return linmu_ops.window_attention(q, q, q, grid=(1, 3, 4), window=(1, 2, 2))
 
     want = type(AROUND[around](f, q))
@@ -298,4 +298,11 @@ def test_grids_inside_an_exported_graph_are_those_of_the_planner():
         windows = (sizes(1, 5), sizes(0, 5), ("join", "mask")[n % 4 // 2], *image)
         for a, b in zip(layout.window_table(*windows)[:3], traced.window_table(*windows)[:3], strict=True):
             assert torch.equal(a, b) and a.dtype == b.dtype
-        assert torch.equal(layout.window_rank(*windows), traced.window_rank(*windows, "cpu"))
+        visual = layout.visual_mask().flatten().nonzero()[:, 0]
+        begins = []
+        for tokens, begin, inverse, between in (layout.slab_chunks(*windows), traced.slab_chunks(*windows, "cpu")):
+            slots = inverse.flatten()[visual]
+            assert torch.equal(tokens.flatten()[slots], visual)
+            begins.append(begin[slots // tokens.shape[1]])
+            assert not between.numel()
+        assert torch.equal(*begins)
