@@ -211,8 +211,28 @@ def _widened(
     return y, mass, state[:, :, : P + 1].contiguous() if return_final_state else state
 
 
+def _slices_why_not(asked: _registry.Asked) -> str | None:
+    """Why a call's forward does not take the fast kernels of sm_90a, as csrc/cuda/ssd_scan_slice.cu says it."""
+    x, B, chunk = asked["x"], asked["B"], asked["chunk_size"]
+    if x is None or B is None:
+        return None
+    P, N = x.shape[3] + (_ALIGNED if asked["normalize"] else 0), B.shape[3]
+    if x.dtype != torch.bfloat16:
+        return f"x is {str(x.dtype).removeprefix('torch.')}, not bfloat16"
+    if x.shape[1] <= 32:
+        return f"L={x.shape[1]} is not above 32"
+    if N > 128 or N % 8 or N < 1:
+        return f"N={N} is not a multiple of 8 up to 128"
+    if P % 8 or P < 1:
+        return f"P={P} is not a multiple of 8"
+    return None if chunk in (None, 0, 64) else f"chunk_size={chunk} is not 64"
+
+
 def _cuda_note(asked: _registry.Asked) -> str | None:
-    return "normalize=True scans x with channels of ones: its kernels do not normalize" if asked["normalize"] else None
+    notes = ["normalize=True scans x with channels of ones: its kernels do not normalize"] * bool(asked["normalize"])
+    if slow := _slices_why_not(asked):
+        notes.append(f"on sm_90a the general kernels scan, not those by slices, which are faster: {slow}")
+    return "; ".join(notes) or None
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ def test_json(capsys):
     assert set(found["binaries"]) == {"liblinmu_cpu.so", "liblinmu_cuda.so", "_C"}
     evidence = found["binaries"]["liblinmu_cuda.so"]["evidence"]
     assert "for sm_80 and sm_100 they have not run on a GPU" in evidence
-    assert "no GPU has run the forward scan by slices" in evidence
+    assert "no GPU has run the scans by slices" in evidence
     rows = [r for r in found["ops"] if r["device"] == "cpu"]
     assert sorted((r["op"], r["implementation"]) for r in rows) == sorted(
         (op, impl) for op in _registry.OPS for impl in _registry.NAMESPACE

@@ -259,9 +259,15 @@ void fit(const SsdScanParams& p, bool separate, int& chunk, Output& o) {
 
 void redo_spoiled(const ScanPlan& s, const CudaContext& context) {
   Output o{};
-  const Walk walk = forward_walk(s, 0, false, s.p.final_state != nullptr, context);
-  o.entering[0] = walk.entering;
-  walk_states(s, &walk, 1, context);
+  o.separate = s.p.forward.on && s.p.reverse.on && !s.p.shared_projections;
+  Walk walks[2];
+  int count = 0;
+  for (int d = 0; d < 2; ++d) {
+    if (!s.direction(d).on) continue;
+    walks[count] = forward_walk(s, d, false, s.p.final_state != nullptr, context);
+    o.entering[d] = walks[count++].entering;
+  }
+  walk_states(s, walks, count, context);
   make_exact<bf16>(s, o, context);
 }
 

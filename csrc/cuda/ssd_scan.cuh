@@ -25,10 +25,8 @@ struct alignas(16) Visit {
   float weight;     // of this direction in the output
 };
 
-struct alignas(8) Passing {
-  float through;
-  unsigned short uneven, spoiled;  // a restart, or a step by which a decay grows; something odd
-};
+// A chunk of 64 visits can forget less (see kSteepest), so that decays across a restart are exactly 0.
+constexpr double kRestart = -0x1p16;
 
 struct ScanPlan {
   SsdScanParams p;
@@ -42,16 +40,19 @@ struct ScanPlan {
   float* arrive[2];        // (B, H, chunks, chunk) what flows from the state that enters into the visit's output
   float* through[2];       // (B, H, chunks) what flows from one into the other
   unsigned char* spoiled;  // (B, H, chunks) whether something in it, or in the state that enters, is odd
-  // Only of a forward scan by slices, else null. A chunk is uneven if it has a restart, or a step by which a decay
-  // grows.
-  float* columns;       // (B, H, chunks, chunk) the step, decayed up to the last of the visit's 16
-  Passing* passing;     // (B, H, chunks)
+  // Only of a scan by slices, else null. There S steps by kRestart at a restart.
+  float* columns[2];    // (B, H, chunks, chunk) the step, decayed up to the visit of its 16 where the direction leaves
   unsigned char* redo;  // (B, H) whether the states and the spoiled chunks are to be made anew
 
   __host__ __device__ const SsdScanDirection& direction(int d) const { return d ? p.reverse : p.forward; }
   __host__ __device__ int64_t rows(int64_t b, int64_t c) const { return (b * chunks + c) * chunk; }
   __host__ __device__ int64_t rows(int64_t b, int64_t h, int64_t c) const { return rows(b * p.heads + h, c); }
 };
+
+// Whether the caller's initial and final state are this direction's: the forward one's where it runs.
+__host__ __device__ inline bool callers_states(const SsdScanParams& p, int direction) {
+  return direction == 0 || !p.forward.on;
+}
 
 // What a block needs to know of its chunk of Q visits, for directions first to last.
 __device__ inline void read_visits(const ScanPlan& s, int Q, int64_t b, int64_t h, int64_t c, int first, int last,
@@ -87,9 +88,10 @@ struct Walk {
 // Where the plan has `redo`, only of the heads that it names.
 void walk_states(const ScanPlan& plan, const Walk* walks, int count, const CudaContext& context);
 
-// What each span but the last adds to the forward state (B, H, spans, P, N), and what is left of it by then
+// What each span but the last adds to a direction's state (B, H, spans, P, N), and what is left of it by then
 // (B, H, spans): the first becomes the state that enters each span.
-void enter_spans(const ScanPlan& plan, float* states, float* through, int64_t spans, const CudaContext& context);
+void enter_spans(const ScanPlan& plan, int direction, float* states, float* through, int64_t spans,
+                 const CudaContext& context);
 
 // The state entering each chunk, in each direction that is on.
 Walk forward_walk(const ScanPlan& plan, int direction, bool wide, bool exact, const CudaContext& context);

@@ -24,7 +24,7 @@ __device__ inline float state_scale(const Output& o, int d, int64_t state) {
 
 // On sm_90a: all of a scan by slices; false where that does not serve.
 bool ssd_scan_slices(const SsdScanParams& p, const CudaContext& context);
-// Makes anew what the plan's `redo` names, a forward scan in bfloat16.
+// Makes anew what the plan's `redo` names, of a scan in bfloat16.
 void redo_spoiled(const ScanPlan& s, const CudaContext& context);
 
 // On sm_90a: whether that architecture's own kernel serves, and with which chunk and tiles; and its launch.

@@ -19,6 +19,9 @@ constexpr int64_t kEnoughBlocks = 264;
 constexpr int kHeads = 32;  // of a block of `visits`
 // 2^-400 is 0 in float: a steeper step forgets no less, and would drown the other terms of its sum.
 constexpr double kSteepest = 400;
+// A decay that is taken apart is a product of two powers of 2. If it grows on the way by more than 2^60, one of them
+// may be 0 or infinite where their product is not.
+constexpr float kMostGrown = 60.f;
 
 constexpr int64_t visit_bytes(int chunk) {
   return chunk * ((kHeads + 1) * static_cast<int64_t>(sizeof(float)) + 3 * static_cast<int64_t>(sizeof(int)));
@@ -93,7 +96,8 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
       const double rate = static_cast<const float*>(of.A)[h] * 1.4426950408889634;  // 1 / ln 2
       double carry = 0;
       int carried = 0;  // the segment of carry
-      bool spoiled = false, uneven = false;
+      bool spoiled = false;
+      float grown = 0.f;
       for (int first = 0; first < s.chunk; first += kWarp) {
         const int i = d ? s.chunk - 1 - first - lane : first + lane, token = tokens[i];
         const bool keep = token >= 0 && (!p.reverse.mask || p.reverse.mask[b * L + token]);
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
           }
         }
         double sum = v.step * rate;
-        uneven |= !(sum <= 0);
+        grown += sum > 0 ? static_cast<float>(sum) : 0.f;
         spoiled |= odd(v.step) || odd(static_cast<float>(sum));
         sum = sum < -kSteepest ? -kSteepest : sum > kSteepest ? kSteepest : sum;  // a NaN stays
         for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -116,15 +120,17 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
           if (lane >= offset && segment[d ? i + offset : i - offset] == segment[i]) sum += other;
         }
         if (segment[i] == carried) sum += carry;
-        if (s.columns && d == 0) {
-          const double anchor = shuffle(sum, lane | 15);
-          s.columns[at + i] = exp2f(static_cast<float>(anchor - sum)) * v.step;
-        }
         carry = shuffle(sum, kWarp - 1), carried = segment[d ? s.chunk - first - kWarp : first + kWarp - 1];
+        if (s.columns[d]) {
+          sum += kRestart * segment[i];
+          const double anchor = shuffle(sum, lane | 15);
+          s.columns[d][at + i] = exp2f(static_cast<float>(anchor - sum)) * v.step;
+        }
         v.high = static_cast<float>(sum), v.low = static_cast<float>(sum - v.high);
         s.visits[d][at + i] = v;
-        s.arrive[d][at + i] = segment[i] == 0 && v.weight != 0.f ? decay(v, true) * v.weight : 0.f;
+        if (!s.columns[d]) s.arrive[d][at + i] = segment[i] == 0 && v.weight != 0.f ? decay(v, true) * v.weight : 0.f;
       }
+      if (s.columns[d]) carry += kRestart * leaving;
       Visit exit{};
       exit.high = static_cast<float>(carry), exit.low = static_cast<float>(carry - exit.high);
       for (int i = lane; i < s.chunk; i += kWarp) {
@@ -133,11 +139,10 @@ __global__ void __launch_bounds__(kVisitThreads) visits_kernel(const __grid_cons
         s.leave[d][at + own] = segment[own] == leaving && v.step != 0.f ? decay(exit, v, true) * v.step : 0.f;
       }
       const int64_t chunk = (b * p.heads + h) * s.chunks + c;
-      spoiled = warp_any(spoiled), uneven = warp_any(uneven) || leaving > 0;
+      if (s.columns[d]) spoiled |= warp_sum(grown) > kMostGrown;
+      spoiled = warp_any(spoiled);
       if (lane == 0) {
-        const float through = decay(exit, leaving == 0);
-        s.through[d][chunk] = through;
-        if (s.passing) s.passing[chunk] = {through, uneven, spoiled};
+        s.through[d][chunk] = decay(exit, leaving == 0);
         if (s.redo && c == 0) s.redo[b * p.heads + h] = 0;
         if (d == 0 || !p.forward.on) s.spoiled[chunk] = 0;
         if (spoiled) s.spoiled[chunk] = 1;
@@ -443,17 +448,18 @@ ScanPlan plan_slices(const SsdScanParams& p, const CudaContext& context) {
   constexpr int kChunk = 64;
   ScanPlan s = lay_out(p, kChunk, 0, ceil_div(p.length, kChunk), context);
   const int64_t chunks = p.batch * p.heads * s.chunks;
-  s.columns = allocate<float>(context, chunks * kChunk);
-  s.passing = allocate<Passing>(context, chunks);
+  for (int d = 0; d < 2; ++d)
+    if (s.direction(d).on) s.columns[d] = allocate<float>(context, chunks * kChunk);
   s.redo = allocate<unsigned char>(context, p.batch * p.heads);
   launch_visits(s, context);
   return s;
 }
 
-void enter_spans(const ScanPlan& s, float* states, float* through, int64_t spans, const CudaContext& context) {
+void enter_spans(const ScanPlan& s, int direction, float* states, float* through, int64_t spans,
+                 const CudaContext& context) {
   const int64_t size = s.p.head_dim * s.p.state_dim;
   Walks walks{};
-  walks.of[0].initial = static_cast<const float*>(s.p.initial_state);
+  if (callers_states(s.p, direction)) walks.of[0].initial = static_cast<const float*>(s.p.initial_state);
   Spans of{};
   of.count = spans, of.states[0] = states, of.through[0] = through;
   launch("ssd_scan", spans_kernel,
@@ -476,8 +482,7 @@ Walk forward_walk(const ScanPlan& s, int direction, bool wide, bool exact, const
   w.rows = p.x, w.row_groups = p.groups_x, w.fast_rows = fast_rows(p.x, p.head_dim, p.dtype);
   w.columns = B, w.column_groups = p.groups_b, w.fast_columns = fast_rows(B, p.state_dim, p.dtype);
   w.direction = direction;
-  // The caller's initial and final state are the forward direction's where it runs.
-  if (direction == 0 || !p.forward.on)
+  if (callers_states(p, direction))
     w.initial = static_cast<const float*>(p.initial_state), w.leaving = static_cast<float*>(p.final_state);
   const int64_t size = p.batch * p.heads * s.chunks * p.head_dim * p.state_dim;
   w.entering = allocate<unsigned char>(context, size * (wide ? 4 : element_size(p.dtype)));

@@ -66,13 +66,8 @@ def compile_into(folder: Path, target: str, options: dict[str, str]) -> str:
     return text
 
 
-@pytest.fixture(scope="session")
-def emulated():
-    """liblinmu_emulated.so, its ops registered as linmu_emulated::<op>."""
-    if shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") is None:
-        pytest.skip("needs cmake")
-    if not _registry.binaries()["cpu"].loaded:
-        pytest.skip(f"needs liblinmu_cpu.so: {_registry.binaries()['cpu'].error}")
+def register_emulated() -> tuple[ctypes.CDLL, torch.library.Library]:
+    """Build liblinmu_emulated.so, and register its ops as linmu_emulated::<op>: for as long as the second lives."""
     path, _ = build("linmu_emulated", LINMU_EMULATE="ON")
     namespace = torch.library.Library("linmu_emulated", "DEF")
     for op in _registry.OPS.values():
@@ -80,6 +75,17 @@ def emulated():
     library = ctypes.CDLL(str(path))
     message = ctypes.create_string_buffer(4096)
     assert library.linmu_register(_registry.schema_hash().encode(), message, len(message)) == 0, message.value
+    return library, namespace
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """liblinmu_emulated.so, its ops registered as linmu_emulated::<op>."""
+    if shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}") is None:
+        pytest.skip("needs cmake")
+    if not _registry.binaries()["cpu"].loaded:
+        pytest.skip(f"needs liblinmu_cpu.so: {_registry.binaries()['cpu'].error}")
+    library, namespace = register_emulated()
     yield library
     del namespace  # until here, the definitions live
 

@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 
+import linmu_ops
 from linmu_ops._testing import check_implementation, run_op
 from tests.ops.cases import ssd_scan as scan_cases
 from tests.ops.cases import ssd_step as step_cases
@@ -100,6 +101,35 @@ def test_the_gradient_comes_in_ranges_where_memory_is_short(direction, options, 
     monkeypatch.setenv("LINMU_EMULATED_WORKSPACE", "100000")
     inputs = scan_cases.make_inputs((2, 150, 2, 1, 1, 2, 5, 7), torch.float32, direction, options)
     check_scan(inputs | dict(chunk_size=32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "chunk_size", "why"),
+    [
+        (torch.bfloat16, (33, 8, 128), None, None),
+        (torch.bfloat16, (40, 200, 8), 64, None),
+        (torch.float16, (40, 8, 8), None, "x is float16, not bfloat16"),
+        (torch.bfloat16, (32, 8, 8), None, "L=32 is not above 32"),
+        (torch.bfloat16, (40, 8, 136), None, "N=136 is not a multiple of 8 up to 128"),
+        (torch.bfloat16, (40, 8, 12), None, "N=12 is not a multiple of 8 up to 128"),
+        (torch.bfloat16, (40, 20, 8), None, "P=20 is not a multiple of 8"),
+        (torch.bfloat16, (40, 8, 8), 32, "chunk_size=32 is not 64"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+def test_explain_says_what_slices_do_not_scan(direction, dtype, sizes, chunk_size, why, emulated, monkeypatch):
+    monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
+    L, P, N = sizes
+    inputs = scan_cases.make_inputs((1, L, 2, 1, 1, 2, P, N), dtype, direction, ("token_order",))
+    inputs["chunk_size"] = chunk_size
+    emulated.probe_stored_matrices.restype = ctypes.c_int64
+    before = emulated.probe_stored_matrices()
+    run_op("ssd_scan", **inputs)
+    assert (emulated.probe_stored_matrices() > before) == (why is None)
+    (note,) = (c.note for c in linmu_ops.explain("ssd_scan", device="cuda", **inputs) if c.impl == "cuda")
+    prefix = "on sm_90a the general kernels scan, not those by slices, which are faster: "
+    assert note == (None if why is None else prefix + why)
 
 
 @pytest.mark.parametrize("layout", ["expanded", "odd strides", "odd offset"])

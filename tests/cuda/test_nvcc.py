@@ -64,7 +64,7 @@ def test_links_and_names_its_entry_points(compiled):
 
 
 def test_every_kernel_is_built(kernels):
-    sources = "\n".join(f.read_text() for f in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = "\n".join(f.read_text() for f in (ROOT / "csrc" / "cuda").glob("*.cu*"))
     names = set(re.findall(r"__global__.*?\b(\w+_kernel)\(", sources, re.DOTALL))
     assert names
     for name in names:
