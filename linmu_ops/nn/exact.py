@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _transforms
 from ._inputs import Call, logistic, without_padding
 from .block import Block, root_mean_square
 from .config import EXACT, ExactConfig
@@ -41,7 +42,8 @@ class ExactMMATE(Block):
     - share is a linear map of the input, one number per head. It says how the two compare. It starts so that what is
       far hardly counts.
 
-    Where nothing is far, s is 1, and a block made from attention *is* that attention.
+    Where nothing is far, s is 1, and a block made from attention *is* that attention. Without gradients, a call in
+    which nothing is far runs neither maps nor scan: always on a CPU, elsewhere where the length alone tells.
 
     `Block` explains arguments and call, `ExactConfig` the options.
 
@@ -110,14 +112,24 @@ class ExactMMATE(Block):
             return self._step(z, turned, keys, v, steps, call.mask, state)
         past = past_of(self.windows.sizes, keys, v, steps, call)
         near = self.windows(q, k, v, turned, past, call)
-        far = self.scan.read(z, turned, past, near.when, None if state is None else state.ssm)
+        ssm = None if state is None else state.ssm
+        few = state is None and self._is_few(z)
+        far = None if few or _none(near.far) else self.scan.read(z, turned, past, near.when, ssm)
         new = MMATEState()
         if call.keep:
             new, entered = self.windows.keep(past)
-            ssm = None if state is None else state.ssm
-            ssm = self.scan.enter(ssm, past.keys, past.values, past.steps, entered, past.entered)
+            if few or _none(entered):
+                empty = steps.new_zeros(len(z), self.shape.num_heads, *self.scan.state_size)
+                ssm = empty if ssm is None else ssm
+            else:
+                ssm = self.scan.enter(ssm, past.keys, past.values, past.steps, entered, past.entered)
             new = new._replace(ssm=ssm)
         return self._joined(z, near, far), new
+
+    def _is_few(self, z: Tensor) -> bool:
+        """Whether so many tokens, the first of their row, are too few for one to be far."""
+        sizes = self.windows.sizes
+        return _may_leave_out() and z.shape[1] // sizes.leave * sizes.leave <= sizes.kept
 
     def _step(
         self, z: Tensor, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, real: Tensor | None, state: MMATEState
@@ -125,15 +137,17 @@ class ExactMMATE(Block):
         """One token of text, in place on the state."""
         assert state.ssm is not None and state.seen is not None
         near, new = self.windows.step(q, k, v, steps, real, state)
-        out = self._joined(z, near, self.scan.step(z, q, state.ssm))
+        out = self._joined(z, near, None if _none(near.far) else self.scan.step(z, q, state.ssm))
         left = self.windows.leave(state.seen, new)
-        if left is not None:
+        if left is not None and not _none(left.enters):
             keys, values, sizes = (t.transpose(1, 2).to(k.dtype) for t in left[:3])
             state.ssm.copy_(self.scan.enter(state.ssm, keys, values, sizes.to(steps.dtype), left.enters))
         return out, new
 
-    def _joined(self, z: Tensor, near: Near, far: Mean) -> Tensor:
-        """Shares as in one softmax over what is near, kept or far."""
+    def _joined(self, z: Tensor, near: Near, far: Mean | None) -> Tensor:
+        """Shares as in one softmax over what is near, kept or far. far: None where nothing is."""
+        if far is None:
+            return self.o_proj(near.y.flatten(2))
         rest = self.share(z).masked_fill(near.far[..., None] == 0, -torch.inf)
         assert far.log_total is not None
         share = (rest + far.log_total - near.lse).sigmoid()
@@ -179,6 +193,17 @@ class ExactMMATE(Block):
         past = past_of(self.windows.sizes, keys, v, self.scan.step_sizes(z, call.mask), call)
         near = self.windows(q, k, v, turned, past, call)
         return near, self.scan.read(z, turned, past, near.when, None), self.windows.far_mass(turned, past, near.when)
+
+
+def _may_leave_out() -> bool:
+    """Whether a call may leave out what changes nothing. A gradient would be missing then, in place of 0; and a graph
+    is for all inputs."""
+    return written_in_place() and not torch.compiler.is_compiling() and not _transforms.active()
+
+
+def _none(which: Tensor) -> bool:
+    """Whether it is known that all are 0. On a GPU the host would have to wait for it."""
+    return type(which) is Tensor and which.device.type == "cpu" and _may_leave_out() and not bool(which.any())
 
 
 _CALL = ("hidden_states", "layout", "grid", "position_embeddings", "attention_mask", "seq_idx")
