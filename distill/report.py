@@ -15,6 +15,7 @@ from .files import read_json, read_lines
 from .handoff import read_facts, stage_folder
 from .sources import fits_tasks
 from .stages import STAGES, Stage
+from .student import ALONE
 
 ANSWER_TOKENS = 256  # as many as `linmu generate` gives
 
@@ -56,6 +57,11 @@ each key/value head stay exact; the scan holds the others. The two are weighed a
 weigh them. Where all that attention looks at is exact, the block is that attention, before any training; what is learnt
 is the rest.
 """
+
+_ALONE = (
+    " *windows alone* and *near + kept* are that student without its scan, the first one without kept tokens too: what "
+    "they answer takes no linear attention."
+)
 
 _LOSSES = """\
 - **L_hid**: how far each new block's output is from the output of the attention it replaces, as a squared
@@ -278,13 +284,14 @@ def write_report(
     ]
     if groups:
         accuracy_bars(folder / "figures/accuracy.png", results, groups)
+        alone = _ALONE if any(label in results for label in ALONE) else ""
         counts = [row["n"] for rows in results.values() for row in rows.values()]
         span = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
         parts += [
             "## How well it answers",
             "",
             "Share of held-out questions answered exactly, to the last character, and its 95 % interval (Wilson), "
-            f"{span} questions a cell. *initial* is the student before any training.",
+            f"{span} questions a cell. *initial* is the student before any training.{alone}",
             "",
             _accuracy(results, groups),
             "",

@@ -29,8 +29,10 @@ from .packing import check_packable
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
 from .student import (
+    ALONE,
     Block,
     add_lora,
+    exact_alone,
     hidden_kinds,
     load_own_state,
     mean_squares,
@@ -287,23 +289,26 @@ class Run:
         self.accelerator.free_memory()
         self.accelerator.wait_for_everyone()
 
-    def _measured(self, after: int | None, **options: Any) -> str:
+    def _measured(self, after: int | None, alone: str | None = None, **options: Any) -> str:
         """Hash of all that a measurement depends on: one of the teacher (None), or of what stage `after` left."""
         weights = self.teacher_hash if after is None else handoff.weights_hash(self.folder, after)
-        return hash_of([self.teacher_hash, weights, options])[:16]
+        return hash_of([self.teacher_hash, weights, options, *([alone] if alone else [])])[:16]
 
-    def evaluate(self, after: int | None, model: PreTrainedModel, counts: dict[str, int]) -> None:
-        """Measure exact match on held-out samples: of the teacher (None), or of what stage `after` left.
+    def evaluate(
+        self, after: int | None, model: PreTrainedModel, counts: dict[str, int], alone: str | None = None
+    ) -> None:
+        """Measure exact match on held-out samples: of the teacher (None), or of what stage `after` left, or of a part
+        of it, as `ALONE` calls it.
 
         The results are kept in `evaluation.json`.
         """
         from .evaluation import evaluate
 
-        label, path = _label(after), self.folder / "evaluation.json"
+        label, path = alone or _label(after), self.folder / "evaluation.json"
         table = _measurements(path)
         known = table.setdefault(label, {})
         for group, samples in counts.items():
-            of = self._measured(after, n=samples, seed=EVALUATION_SEED)
+            of = self._measured(after, alone, n=samples, seed=EVALUATION_SEED)
             row = known.get(group)
             if isinstance(row, dict) and row.get("of") == of:
                 continue
@@ -315,14 +320,17 @@ class Run:
                 "seconds": result.seconds, "by_question": result.by_question,
             }  # fmt: skip
             write_atomically(path, json.dumps(_in_order(table), indent=1))
-            self.accelerator.print(f"{label:<8} {result}")
+            self.accelerator.print(f"{label:<13} {result}")
 
-    def measure_held_out(self, after: int | None, model: PreTrainedModel) -> dict[str, Any] | None:
-        """Measure perplexity and agreement on held-out data: of the teacher (None), or of what stage `after` left.
+    def measure_held_out(
+        self, after: int | None, model: PreTrainedModel, alone: str | None = None
+    ) -> dict[str, Any] | None:
+        """Measure perplexity and agreement on held-out data: of the teacher (None), or of what stage `after` left, or
+        of a part of it.
 
         The results are kept in `held_out.json`. None where the run has no held-out data.
         """
-        options, label, path = self.config.evaluation, _label(after), self.folder / "held_out.json"
+        options, label, path = self.config.evaluation, alone or _label(after), self.folder / "held_out.json"
         if options.held_out is None:
             return None
         table = _measurements(path)
@@ -333,7 +341,7 @@ class Run:
         for batch in self._held_out:
             for value in batch.values():
                 digest.update(value.contiguous().numpy().tobytes())
-        of = self._measured(after, data=digest.hexdigest())
+        of = self._measured(after, alone, data=digest.hexdigest())
         known = dict(table.get(label, {}))
         if known.pop("of", None) == of:
             return known
@@ -343,7 +351,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(_in_order(table), indent=1))
         self.accelerator.print(
-            f"{label:<8} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
+            f"{label:<13} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
             f"same next token {found['agreement']:.1%}  n={found['tokens']}"
         )
         return found
@@ -359,11 +367,25 @@ class Run:
                 self.evaluate(None, self.teacher, of_teacher)
             if not number:
                 self.measure_held_out(None, self.teacher)
+                self._evaluate_alone()
             if counts or options.held_out is not None:
                 student = self.student_after(number).model
                 self.evaluate(number, student, counts)
                 self.measure_held_out(number, student)
         self.accelerator.wait_for_everyone()
+
+    def _evaluate_alone(self) -> None:
+        """Measure what a student answers that neither is trained nor has a scan: what needs no linear attention."""
+        options, block = self.config.evaluation, self.config.block
+        counts = options.counts(final=True)
+        if not isinstance(block, ExactConfig) or not (counts or options.held_out is not None):
+            return
+        student = self.student_after(0)
+        for label, kept in ALONE.items():
+            if not kept or block.kept_tokens:
+                with exact_alone(student.blocks.values(), kept):
+                    self.evaluate(0, student.model, counts, label)
+                    self.measure_held_out(0, student.model, label)
 
     def export(self) -> Path:
         """Write the finished student as a transformers model, with LoRA merged. It loads where `linmu` is installed."""
@@ -425,7 +447,7 @@ def _measurements(path: Path) -> dict[str, Any]:
 
 def _in_order(table: dict[str, Any]) -> dict[str, Any]:
     """Measurements in the order of a run's stages."""
-    labels = [_label(after) for after in (None, *range(len(STAGES) + 1))]
+    labels = [TEACHER, *ALONE, *(_label(after) for after in range(len(STAGES) + 1))]
     return {label: table[label] for label in labels if label in table}
 
 

@@ -31,6 +31,10 @@ _CONTROLS = re.compile(r"(reverse_)?dt_proj|gate_proj|z_proj|mix_proj|share")
 
 Block = MMATE | ExactMMATE
 
+# Rows of a student that is not trained, without its scan: whether it has kept tokens.
+ALONE = {"windows alone": False, "near + kept": True}
+_NEVER = -1e4  # nats that leave nothing to what is far
+
 # The linear layers of a decoder layer's FFN.
 _FFN = r".*layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj"
 
@@ -50,6 +54,23 @@ def set_windows(blocks: Iterable[Block], on: bool) -> None:
     for block in blocks:
         if not isinstance(block.config, ExactConfig):
             block.windows_enabled = block.windows is not None and on
+
+
+@contextmanager
+def exact_alone(blocks: Iterable[Block], kept: bool) -> Iterator[None]:
+    """While open, an `ExactMMATE` makes nothing of what is far, nor of what is kept unless `kept`."""
+    exact = [block for block in blocks if isinstance(block, ExactMMATE)]
+    before = [(block.windows.sizes, block.share.bias.detach().clone()) for block in exact]
+    for block in exact:
+        block.share.bias.data.fill_(_NEVER)
+        if not kept:
+            block.windows.sizes = block.windows.sizes._replace(kept=0)
+    try:
+        yield
+    finally:
+        for block, (sizes, bias) in zip(exact, before, strict=True):
+            block.windows.sizes = sizes
+            block.share.bias.data.copy_(bias)
 
 
 def trainable_parameters(student: PreTrainedModel, blocks: dict[int, Block], stage: Stage) -> dict[str, nn.Parameter]:

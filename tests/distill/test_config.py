@@ -273,6 +273,7 @@ def test_the_demo_is_what_its_results_are_of():
     results = json.loads((CONFIGS[0].parents[1] / "results/demo/evaluation.json").read_text())
     asked = {label: {group: row["n"] for group, row in rows.items()} for label, rows in results.items()}
     options = config.evaluation
-    assert asked["teacher"] == asked["stage 3"] == options.counts(final=True)
+    alone = asked["windows alone"], asked["near + kept"]
+    assert asked["teacher"] == asked["stage 3"] == alone[0] == alone[1] == options.counts(final=True)
     assert asked["initial"] == asked["stage 1"] == asked["stage 2"] == options.counts(final=False)
     assert config.max_new_tokens == 46 and config.lora_rank == 8 and config.precision == "float32"

@@ -12,6 +12,7 @@ from linmu_distill.config import parse_config
 from linmu_distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
 from linmu_distill.held_out import measure
 from linmu_distill.run import Run, RunError, distill
+from linmu_distill.student import ALONE
 from linmu_models.chat import ChatProcessor, Conversation
 
 PAGE = """<html><body><div id="banner"><span class="text">Get it</span></div><div class="section">
@@ -122,7 +123,8 @@ def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     )  # fmt: skip
     report = distill(config).read_text()
     results = json.loads((config.folder / "held_out.json").read_text())
-    assert list(results) == ["teacher", "initial", "stage 1", "stage 2", "stage 3"]
+    alone = list(ALONE) if preset == "exact" else []
+    assert list(results) == ["teacher", *alone, "initial", "stage 1", "stage 2", "stage 3"]
     assert results["teacher"]["kl"] == pytest.approx(0, abs=1e-6) and results["initial"]["kl"] > 0
     assert results["stage 1"] != results["stage 2"] != results["stage 3"]
     assert "| stage 3 | " in report and report.index("## How well it predicts") < report.index("## Use it")
