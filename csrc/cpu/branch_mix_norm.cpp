@@ -113,8 +113,10 @@ void forward(const BranchMixNormParams& p) {
   });
 }
 
-// With n the normed row and g = dy * weight: dm = scale * (g - mean(g) - n * mean(g * n)), the first mean for "layer"
-// only. Sums over rows go to a slot per task; the tasks depend on the shape alone, so any threads give the same bits.
+// With n the normed row and g = dy * weight: dm = scale * (h - mean(h)), h = g - n * mean(g * n), the first mean for
+// "layer" only. It has mean(n), which is 0 but for roundings: without it the dm of a row would not add up to 0, and
+// what its differences a - b have in common would multiply that in dmix. Sums over rows go to a slot per task; the
+// tasks depend on the shape alone, so any threads give the same bits.
 template <class T>
 void backward(const BranchMixNormBwdParams& q) {
   using A = acc_t<T>;
@@ -134,7 +136,7 @@ void backward(const BranchMixNormBwdParams& q) {
         const T* dy = static_cast<const T*>(q.grad_out) + row * D;
         const A* mixed = r.mixed.data();
         const A mean = r.mean, scale = r.scale;
-        vec<A> sum_g{}, sum_gn{};
+        vec<A> sum_g{}, sum_gn{}, sum_n{};
         for_each_vector<A>(D, [&](int64_t d, auto lanes) {
           const vec<A> grad = lanes.load(dy + d), n = (lanes.load(mixed + d) - mean) * scale;
           if (has_weight) lanes.store(dweight + d, grad * n + lanes.load(dweight + d));
@@ -142,9 +144,11 @@ void backward(const BranchMixNormBwdParams& q) {
           const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
           sum_g = sum_g + g;
           sum_gn = g * n + sum_gn;
+          sum_n = sum_n + lanes.only(n);
         });
-        const A mean_g = p.norm == Norm::layer ? sum<A>(sum_g) / static_cast<A>(D) : A(0);
-        const A mean_gn = p.norm == Norm::none ? A(0) : sum<A>(sum_gn) / static_cast<A>(D);
+        const A size = static_cast<A>(D);
+        const A mean_gn = p.norm == Norm::none ? A(0) : sum<A>(sum_gn) / size;
+        const A mean_h = p.norm == Norm::layer ? sum<A>(sum_g - sum_n * mean_gn) / size : A(0);
         T *da = static_cast<T*>(q.da) + row * D, *db = static_cast<T*>(q.db) + row * D;
         const T *a = r.a, *b = r.b;
         const bool on = r.on, normed = p.norm != Norm::none;
@@ -154,7 +158,7 @@ void backward(const BranchMixNormBwdParams& q) {
           r.prefetch(d);
           const vec<A> grad = lanes.load(dy + d), n = (lanes.load(mixed + d) - mean) * scale;
           const vec<A> g = weight ? grad * lanes.load(weight + d) : grad;
-          const vec<A> dm = normed ? (g - mean_g - n * mean_gn) * scale : g;
+          const vec<A> dm = normed ? (g - n * mean_gn - mean_h) * scale : g;
           if (!on) {
             lanes.store(da + d, dm);
             lanes.store(db + d, vec<A>{});

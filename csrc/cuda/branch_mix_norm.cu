@@ -177,8 +177,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   });
 }
 
-// With n the normed row and g = dy * weight: dm = scale * (g - mean(g) - n * mean(g * n)), the first mean for "layer"
-// only.
+// With n the normed row and g = dy * weight: dm = scale * (h - mean(h)), h = g - n * mean(g * n), the first mean for
+// "layer" only. It has mean(n), which is 0 but for roundings: without it the dm of a row would not add up to 0, and
+// what its differences a - b have in common would multiply that in dmix.
 template <class T, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     mix_norm_bwd_kernel(const __grid_constant__ BranchMixNormBwdParams q, const __grid_constant__ RowPlan o) {
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
       for (int i = 0; i < V; ++i) g[i] *= w[i];
     };
-    float sum_g = 0.f, sum_gn = 0.f;
+    float sum_g = 0.f, sum_gn = 0.f, sum_n = 0.f;
     over_row<V>(team, D, [&](int64_t d) {
       float n[V], dy[V], g[V], dw[V];
       read_as_float(dy, grad + d);
@@ -224,19 +225,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         dw[i] = dy[i] * n[i];
         sum_g += g[i];
         sum_gn += g[i] * n[i];
+        sum_n += n[i];
       }
       if (q.dweight) add(dweight + d, dw);
       if (q.dbias) add(dbias + d, dy);
     });
-    const float mean_g = p.norm == Norm::layer ? team.sum(sum_g) / static_cast<float>(D) : 0.f;
-    const float mean_gn = p.norm == Norm::none ? 0.f : team.sum(sum_gn) / static_cast<float>(D);
+    const float size = static_cast<float>(D);
+    const float mean_gn = p.norm == Norm::none ? 0.f : team.sum(sum_gn) / size;
+    const float mean_h = p.norm == Norm::layer ? team.sum(sum_g - sum_n * mean_gn) / size : 0.f;
     float share = 0.f;
     over_row<V>(team, D, [&](int64_t d) {
       float n[V], dm[V], db[V] = {};
       read_as_float(dm, grad + d);
       normed(n, dm, d);
 #pragma unroll
-      for (int i = 0; i < V; ++i) dm[i] = (dm[i] - mean_g - n[i] * mean_gn) * r.scale;
+      for (int i = 0; i < V; ++i) dm[i] = (dm[i] - n[i] * mean_gn - mean_h) * r.scale;
       if (r.on) {
         float a[V], b[V], mix[V], lean[V];
         read_as_float(a, r.a + d), read_as_float(b, r.b + d);

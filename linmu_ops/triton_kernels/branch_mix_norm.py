@@ -93,7 +93,8 @@ def _bwd_kernel(
         else:
             du = dy - y * (tl.sum(dy * y, axis=0) / D)
             if NORM == 2:
-                du -= tl.sum(dy, axis=0) / D
+                # Not dy, of which it is the mean but for roundings: the du of a row must add up to 0.
+                du -= tl.sum(tl.where(inside, du, 0.0), axis=0) / D
             du = tl.where(inside, du * scale, 0.0)
         tl.store(da_ptr + row * D + offs, (du * m).to(da_ptr.dtype.element_ty), mask=inside)
         tl.store(db_ptr + row * D + offs, (du * (1.0 - m)).to(db_ptr.dtype.element_ty), mask=inside)

@@ -77,6 +77,11 @@ def test_gradient_of_a_scalar_mix(norm):
     mix_cases.check_gradient_of_a_scalar_mix((2, 67, 33), torch.float32, norm)
 
 
+@pytest.mark.parametrize("mix", ["scalar", "token"])
+def test_gradient_of_a_mix_of_branches_far_apart(mix):
+    mix_cases.check_gradient_of_a_mix_far_apart(linmu_ops.branch_mix_norm, mix)
+
+
 @pytest.mark.parametrize("case", [(2, 300, 64), (1, 2, 1100)], ids=str)
 def test_rows_that_shared_memory_cannot_keep(case, monkeypatch):
     monkeypatch.setenv("LINMU_EMULATED_SHARED", "2000")

@@ -17,6 +17,7 @@ from tests.ops.cases.branch_mix_norm import (
     MIXES,
     NORMS,
     by_reference,
+    check_gradient_of_a_mix_far_apart,
     check_gradient_of_a_scalar_mix,
     make_inputs,
     wrt,
@@ -38,6 +39,12 @@ def test_forward_and_backward(case, dtype, mix, norm):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradient_of_a_scalar_mix(case, dtype, norm):
     check_gradient_of_a_scalar_mix(case, dtype, norm)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mix", ["scalar", "token"])
+def test_gradient_of_a_mix_of_branches_far_apart(mix, norm):
+    check_gradient_of_a_mix_far_apart(linmu_ops.branch_mix_norm, mix, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import linmu_ops
 from linmu_ops._testing import check_implementation
 from tests.ops.cases import branch_mix_norm, causal_conv1d, causal_conv1d_step, ssd_step
 
@@ -43,3 +44,12 @@ def test_causal_conv1d_step_kernel(case):
 def test_branch_mix_norm_kernels(case, mix, norm):
     inputs = branch_mix_norm.make_inputs(case, torch.float32, norm, mix, masked=case[1] != 40) | dict(eps=1e-3)
     check("branch_mix_norm", inputs, branch_mix_norm.wrt(inputs))
+
+
+@pytest.mark.parametrize("mix", ["scalar", "token"])
+def test_gradient_of_a_mix_of_branches_far_apart(mix):
+    def op(**inputs):
+        with linmu_ops.use_impl("branch_mix_norm:triton"):
+            return linmu_ops.branch_mix_norm(**inputs)
+
+    branch_mix_norm.check_gradient_of_a_mix_far_apart(op, mix, draws=5, device=DEVICE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import linmu_ops
-from linmu_ops._testing import assert_within_twice
+from linmu_ops._testing import assert_within_twice, check_against_reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CASES = [(1, 1, 8), (2, 3, 5), (2, 67, 33), (2, 21, 64), (3, 11, 130)]  # B, L, D
@@ -51,3 +51,12 @@ def check_gradient_of_a_scalar_mix(case, dtype, norm):
     exact = gradients(by_reference, lambda t: torch.float64 if t.is_floating_point else t)
     same = [gradients(op, lambda t: t) for op in (linmu_ops.branch_mix_norm, by_reference)]
     assert_within_twice(same[0], exact, same[1], "gradient of mix")
+
+
+def check_gradient_of_a_mix_far_apart(op, mix, norm="layer", draws=20, device="cpu"):
+    """Rows of a that lie 40 above those of b: what they have in common has no part in the gradient of a layer's mix."""
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        inputs = make_inputs((1, 2, 3 + seed % 5), torch.float32, norm, mix, masked=False)
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        check_against_reference(op, by_reference, inputs | dict(a=inputs["a"] + 40), ["a", "b", "mix"])
