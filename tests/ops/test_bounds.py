@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from linmu_ops import _registry
-from linmu_ops._testing import Judge, results_of, run_op, small_inputs
+from linmu_ops._testing import Judge, assert_within_twice, results_of, run_op, small_inputs
 from tests.ops.cases import branch_mix_norm, causal_conv1d, gated_delta_scan, ssd_scan, window_attention
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
@@ -226,3 +226,15 @@ def test_a_weight_of_one_has_no_gradient_but_roundings():
     right = results_of(functools.partial(run_op, "window_attention"), inputs, wrt, lambda _: judge.weights)
     judge(right)
     assert failures(judge, [*right[:1], *(r + 1e-5 for r in right[1:])]) == judge.names[1:]
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1e30, float("inf"), float("nan")])
+def test_an_infinity_is_right_or_wrong(wrong):
+    """The log of a sum of nothing is -inf, in float64 too."""
+    exact = torch.tensor([0.5, -torch.inf, 2.0], dtype=torch.float64)
+    assert_within_twice(exact.float(), exact, exact.float())
+    for at, value in ((1, wrong), (2, wrong), (2, 2.001), (2, -torch.inf)):
+        got = exact.float()
+        got[at] = value
+        with pytest.raises(AssertionError, match="value: error"):
+            assert_within_twice(got, exact, exact.float())
