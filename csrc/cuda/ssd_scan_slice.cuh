@@ -37,8 +37,6 @@ namespace slices {
 constexpr int kQ = 64, kRows = 64;  // visits of a chunk, rows of a slice
 constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kWarpgroup, kGatherers = 64;
 constexpr int kPanel = kQ * 64 * 2;  // bytes of 64 columns
-// Of 65,536 registers: 2 x 128 x 232 and 128 x 40.
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 
 // What a consumer needs to know of its chunk in one direction, in bytes from the record's begin.
 constexpr int kLeave = kQ * static_cast<int>(sizeof(Visit)), kColumn = kLeave + kQ * 4, kRecord = kColumn + kQ * 4;

@@ -277,6 +277,8 @@ template <class T, int kPanels, Make kMake, bool kReverse, int kParts>
 __global__ void __launch_bounds__(kThreads, 1)
     slice_kernel(const __grid_constant__ ScanPlan s, const __grid_constant__ Plan o) {
 #ifdef LINMU_WGMMA_CODE
+  // Of 65,536 registers: 2 x 128 x 232 and 128 x 40.
+  constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
   LINMU_SHARED(memory);
   const int group = warp_uniform(threadIdx.x / kWarpgroup);
   const int walked = kMake != Make::kAdded ? kReverse : s.p.forward.on ? static_cast<int>(blockIdx.y) : 1;
