@@ -60,6 +60,7 @@ def convert(
         raise TypeError(f"convert: share_frozen must be a bool, got {share_frozen!r}")
     family = _family(teacher)
     options = parse_options(config)
+    options = family.fit_options(options, teacher.config)
     layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     keep_attention = linmu_field(options, keep_attention, layers)["keep_attention"]
     check_teacher(teacher, keep_attention, options, family.facts, family.prompt_sees_itself)

@@ -277,7 +277,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     # What the block is told of the teacher's attention: see `linmu_ops.nn.Block`.
     facts: ClassVar[Mapping[str, bool]] = {}
-    # All tokens of a teacher's prompt see each other. A block has no place for it, and `convert` says so.
+    # All tokens of a prompt see each other in the teacher.
     prompt_sees_itself: ClassVar[bool] = False
 
     config: Any
@@ -298,6 +298,11 @@ class LinmuModel(HoldsBlocks, _Whole):
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()
         self.post_init()
+
+    @classmethod
+    def fit_options(cls, options: MMATEConfig | ExactConfig, config: Any) -> MMATEConfig | ExactConfig:
+        """The options of blocks in the place of such attention; `config` is the teacher's."""
+        return options
 
     @property
     def inner_model(self) -> nn.Module:
@@ -497,6 +502,12 @@ def _forward_names(module_class: Any) -> tuple[str, ...]:
 
 def _is_padding(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+def padding_of(inputs: Mapping[str, Any], length: int) -> Tensor | None:
+    """(B, L) bool, False at padding, of one call's `length` tokens; None where a call has no such mask."""
+    mask = inputs.get("linmu_padding", inputs.get("attention_mask"))
+    return mask[:, -length:].bool() if _is_padding(mask) and mask.shape[1] >= length else None
 
 
 def _without_cache(inputs: Mapping[str, Any]) -> bool:

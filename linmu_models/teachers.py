@@ -69,8 +69,6 @@ def check_teacher(
     causal = all(getattr(a, "is_causal", True) for a in (getattr(layers[i], "self_attn", None) for i in linear))
     if not causal and not prompt_sees_itself:
         raise ValueError("convert: the teacher's attention must be causal, got one that sees later tokens")
-    if prompt_sees_itself:
-        warnings.warn("convert: text of a prompt sees later text in the teacher, but not in a block", LinmuWarning, 3)
     if getattr(config, "attention_dropout", 0):
         warnings.warn(
             f"convert: attention_dropout={config.attention_dropout} is left out of the blocks", LinmuWarning, 3

@@ -40,7 +40,7 @@ BLOCKS = {
     "internvl": ([(1, 2, 2)] * 3, None),
     "smolvlm": ([(1, 4, 6), (1, 2, 2)], None),
     "gemma3": ([(1, 2, 2)] * 2, None),
-    "paligemma": ([(1, 4, 4)] * 2, None),
+    "paligemma": ([(1, 1, 38)], None),  # with the prompt, which they see
     "mistral3": ([(1, 2, 3), (1, 3, 4)], None),
 }
 
@@ -58,6 +58,8 @@ def test_finds_its_visual_tokens(family):
         newlines = 0
         if family in ("llava_next", "llava_onevision"):
             newlines = 1 if kind == "video" else sum(h for _, h, _ in blocks[1::2])
+        if student(family).prompt_sees_itself:
+            placeholders = inputs["token_type_ids"] == 0
         assert layout.num_visual == placeholders.sum() - newlines
         assert placeholders[0, layout.positions.tolist()].all()
     assert student(family).build_layout(tiny.example(family, "text")) is None
@@ -104,8 +106,9 @@ def test_windows_start_as_attention_inside_windows(family):
     for layer in (0, 1):
         seen = attention_inputs(teacher, inputs, layer)
         window = torch.full((length,), -1)
-        table = layout.window_table((2, 2, 2), (1, 1, 1) if layer else (0, 0, 0), image_window=(1, 2, 2),
-                                    image_shift=(0, 1, 1) if layer else (0, 0, 0))  # fmt: skip
+        image = (1, 1, 16 + 4) if linear.prompt_sees_itself else (1, 2, 2)
+        table = layout.window_table((2, 2, 2), (1, 1, 1) if layer else (0, 0, 0), image_window=image,
+                                    image_shift=tuple(n // 2 for n in image) if layer else (0, 0, 0))  # fmt: skip
         for i, (a, b) in enumerate(zip(table.offsets[:-1], table.offsets[1:], strict=True)):
             window[table.tokens[a:b].long()] = i
         allowed = (window[:, None] == window) | torch.eye(length, dtype=torch.bool)

@@ -207,7 +207,9 @@ def paligemma() -> Any:
 
 def paligemma_batch(images: int) -> Batch:
     out = square_batch(images, 16, 56)
-    return {**out, "token_type_ids": torch.zeros_like(out["input_ids"])}
+    kinds = torch.zeros_like(out["input_ids"])
+    kinds[:, -2:] = 1  # what follows the prompt
+    return {**out, "token_type_ids": kinds}
 
 
 def smolvlm() -> Any:
@@ -386,7 +388,11 @@ MIXED = {
 def longer(row: Batch, ids: torch.Tensor) -> Batch:
     """The same row with `ids`, which go on with text, in the place of its own."""
     more = (0, ids.shape[1] - row["input_ids"].shape[1])
-    kinds = {k: torch.nn.functional.pad(row[k], more) for k in ("mm_token_type_ids", "token_type_ids") if k in row}
+    kinds = {
+        k: torch.nn.functional.pad(row[k], more, value=int(row[k][0, -1]))
+        for k in ("mm_token_type_ids", "token_type_ids")
+        if k in row
+    }
     return {
         **row,
         **kinds,
