@@ -10,6 +10,7 @@ from .calibrate import calibrate
 from .convert import convert
 from .families.nvila import attach_nvila, convert_nvila
 from .generate import fast_decode
+from .int8 import int8_weights
 from .layout import LinmuInputs
 from .modeling import FAMILIES, LinmuAttention, LinmuModel
 from .report import TransferReport
@@ -39,4 +40,5 @@ __all__ = [
     "convert_nvila",
     "families",
     "fast_decode",
+    "int8_weights",
 ]

@@ -124,6 +124,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the most likely token.")] = 0.0,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="float (of that dtype), or int8: faster large models on a CPU.")
+    ] = "float",
 ) -> None:
     """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
     from rich.console import Console
@@ -139,7 +142,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     try:
         with say.status(f"loading {model}"):
-            loaded = load(model, device, dtype)
+            loaded = load(model, device, dtype, weights)
         answer = generate_text(
             *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
             stream=lambda text: typer.echo(text, nl=False), **sampling,

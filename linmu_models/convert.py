@@ -14,6 +14,7 @@ from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 from .calibrate import as_batches, calibrate
 from .config import linmu_field, parse_options
+from .int8 import is_int8
 from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel, linmu_attention
 from .report import TensorRow, TransferReport
 from .teachers import check_teacher
@@ -111,7 +112,7 @@ def _family(teacher: Any) -> type[LinmuModel]:
     if not issubclass(family, type(teacher)):
         wanted = next(c for c in family.__mro__ if c.__module__.startswith("transformers.")).__name__
         raise TypeError(f"convert: teacher must be a {wanted}, got {type(teacher).__name__}")
-    if getattr(teacher, "hf_quantizer", None) is not None:
+    if getattr(teacher, "hf_quantizer", None) is not None or is_int8(teacher):
         raise ValueError("convert: teacher must not be quantised, got a quantised one; load it in a float dtype")
     on_meta = [t.device.type == "meta" for t in teacher.parameters()]
     if any(on_meta) and not all(on_meta):

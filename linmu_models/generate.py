@@ -25,6 +25,7 @@ from .config import parse_options
 from .convert import convert
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
 from .families import nvila as _nvila  # noqa: F401  registers, with all families
+from .int8 import int8_weights
 from .loading import check_weights, told, without_report
 from .media import UnreadableError, read_image, read_video
 from .modeling import FAMILIES, LinmuModel, auto_class
@@ -37,6 +38,7 @@ PROCESSOR_FILES = (
     "*.spm", "*.tiktoken", "bpe.codes", "tokenization*.py", "processing*.py", "*_processing*.py",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+WEIGHTS = ("float", "int8")
 
 
 def convert_folder(
@@ -140,14 +142,27 @@ def _path(what: str, value: str | os.PathLike[str]) -> str:
 
 
 def load(
-    folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto"
+    folder: str | os.PathLike[str], device: str | None = None, dtype: str = "auto", weights: str = "float"
 ) -> tuple[GenerationMixin, ChatProcessor]:
-    """Load a saved model, linear or not, onto `device`, and the processor that prepares its inputs."""
+    """Load a saved model, linear or not, onto `device`, and the processor that prepares its inputs.
+
+    Args:
+        dtype: "auto" (as saved), or one of `DTYPES`.
+        weights: "float" (of that dtype), or "int8": see `int8_weights`. That is for a CPU.
+
+    Raises:
+        ValueError, OSError: as `load_model` and `find_device`; the weights cannot be held so.
+    """
     _check_dtype(dtype)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be {' or '.join(WEIGHTS)}, got {weights!r}")
     check_model_name(folder)
     where = find_device(device)
+    if weights == "int8" and where.type != "cpu":
+        raise ValueError(f"weights must be float on {where.type}, got 'int8', which is for a CPU")
     model = load_model(folder, dtype).to(where).eval()
-    return model, ChatProcessor.load(folder)
+    processor = ChatProcessor.load(folder)
+    return (int8_weights(model) if weights == "int8" else model), processor
 
 
 def _check_dtype(dtype: str) -> None:
