@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 # Teachers whose pixels follow one another whatever the rows, and whose attention is causal: an image's too.
 PACKABLE = frozenset({
     "llama", "qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava", "llava_next", "llava_onevision",
-    "internvl", "mistral3", "video_llama_3",
+    "internvl", "mistral3", "video_llama_3", "qwen3_5", "qwen3_5_text",
 })  # fmt: skip
 _PER_TOKEN = ("input_ids", "labels", "mm_token_type_ids")
 

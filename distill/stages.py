@@ -55,7 +55,7 @@ def alone(stage: Stage, weight: float) -> Stage:
 # An `ExactMMATE` starts with exact windows, and training keeps them exact. First each block learns by itself what its
 # windows leave out, then all blocks learn together.
 # Step sizes choose what is kept. No gradient knows of that choice: they stay as calibrated.
-_OUTPUT, _WINDOWS, _KEPT = r"self_attn\.o_proj", r"windows\.[qkv]_", r"scan\.dt_"
+_OUTPUT, _WINDOWS, _KEPT = r"self_attn\.((gated_)?o_proj|gate_proj)", r"windows\.[qkv]_", r"scan\.dt_"
 _EXACT = (
     replace(alone(STAGES[0], 1.0), freeze=(_OUTPUT, _KEPT)),
     replace(alone(STAGES[1], 1.0), freeze=(_OUTPUT, _WINDOWS, _KEPT)),

@@ -35,14 +35,14 @@ Block = MMATE | ExactMMATE
 ALONE = {"windows alone": False, "near + kept": True}
 _NEVER = -1e4  # nats that leave nothing to what is far
 
-# The linear layers of a decoder layer's FFN.
-_FFN = r".*layers\.\d+\.mlp\.(gate|up|down|gate_up)_proj"
+# The linear layers of a decoder layer's FFN; of a mixture, those of the expert that all tokens share.
+_FFN = r".*layers\.\d+\.mlp\.(shared_expert\.)?(gate|up|down|gate_up)_proj"
 
 
 def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, Block]:
     """Decoder layer -> the block in the place of its attention. Layers that kept their attention are left out."""
-    pairs = zip(attention_modules(student), attention_modules(teacher), strict=True)
-    new = {i: ours for i, (ours, theirs) in enumerate(pairs) if hasattr(ours, "scan") and not hasattr(theirs, "scan")}
+    theirs, pairs = attention_modules(teacher), attention_modules(student).items()
+    new = {i: ours for i, ours in pairs if hasattr(ours, "scan") and not hasattr(theirs[i], "scan")}
     return cast(dict[int, Block], new)
 
 
@@ -82,7 +82,7 @@ def trainable_parameters(student: PreTrainedModel, blocks: dict[int, Block], sta
     Raises:
         ConfigError: nothing is left to train.
     """
-    layers = range(len(attention_modules(student)))
+    layers = range(len(student.get_decoder().layers))
     last = max((i for i in layers if i not in blocks or _shows_text(blocks[i])), default=-1)
     kinds: dict[int, str] = {}
     unreached: set[int] = set()
@@ -239,9 +239,10 @@ def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch
     answers = torch.zeros_like(batch["labels"], dtype=torch.bool)
     answers[supervised.rows, supervised.positions] = True
     weights: list[Tensor] = []
-    with record_mass(teacher, attention_modules(teacher), answers) as masses:
+    attentions = attention_modules(teacher)
+    with record_mass(teacher, list(attentions.values()), answers) as masses:
         yield weights
-    every = read_later(masses, answers)
+    every = dict(zip(attentions, read_later(masses, answers), strict=True))
     weights.extend(every[layer] for layer in layers)
 
 

@@ -82,8 +82,8 @@ def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking:
 
 @contextmanager
 def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
-    """While open, the sequences of the one row that `teacher` is given are not seen by each other's attention, which is
-    computed for one after the other: no (L, L) mask is made.
+    """While open, the sequences of the one row that `teacher` is given do not see each other. Attention is computed for
+    one after the other: no (L, L) mask is made. Layers that are linear already are told the sequences.
 
     Args:
         seq_idx: (1, L), their numbers, which differ from one to the next.
@@ -91,14 +91,22 @@ def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
     if len(seq_idx) != 1:
         raise ValueError(f"each_alone: seq_idx must be (1, L), got shape {tuple(seq_idx.shape)}")
     lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
-    config, modules = teacher.get_decoder().config, attention_modules(teacher)
+    config, modules = teacher.get_decoder().config, attention_modules(teacher).values()
     before = config._attn_implementation
     _lengths.update(dict.fromkeys(modules, lengths))
+    linear = [layer.linear_attn for layer in teacher.get_decoder().layers if hasattr(layer, "linear_attn")]
+    numbers = seq_idx.int()
+    told = [
+        module.register_forward_pre_hook(lambda _, args, given: (args, {**given, "seq_idx": numbers}), with_kwargs=True)
+        for module in linear
+    ]
     try:
         config._attn_implementation = RECORDED
         yield
     finally:
         config._attn_implementation = before
+        for handle in told:
+            handle.remove()
         for module in modules:
             _lengths.pop(module, None)
 

@@ -133,7 +133,10 @@ def cache_bytes(cache: Cache) -> int:
         for layer in cache.layers:
             if isinstance(layer, LinmuCacheLayer):
                 yield from layer.state or ()
-            elif isinstance(layer, CacheLayerMixin):
+                continue
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                yield from (*layer.conv_states.values(), *layer.recurrent_states.values())
+            if isinstance(layer, CacheLayerMixin):
                 yield from (layer.keys, layer.values)
 
     return sum(t.numel() * t.element_size() for t in tensors() if t is not None)

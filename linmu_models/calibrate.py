@@ -71,12 +71,11 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
         raise TypeError(f"calibrate: step_sizes must be a bool, got {step_sizes!r}")
     batches = as_batches("calibrate: batches", batches)
     ours, theirs = attention_modules(student), attention_modules(teacher)
-    if len(ours) != len(theirs):
+    if ours.keys() != theirs.keys():
         raise ValueError(f"calibrate: teacher must have the student's {len(ours)} layers, got {len(theirs)}")
     shared = [student.block_inputs(inputs, inputs["input_ids"].shape[1]) for inputs in batches]
     layouts = [inputs.layout for inputs in shared]
-    every = list(zip(ours, theirs, strict=True))
-    linear = {i: pair for i, pair in enumerate(every) if isinstance(pair[0], LinmuAttention)}
+    linear = {i: (block, theirs[i]) for i, block in ours.items() if isinstance(block, LinmuAttention)}
     looks = [_looks_of_text(teacher, *pair) for pair in zip(batches, layouts, strict=True) if step_sizes]
     for start in range(0, len(linear), _TOGETHER):
         numbers = list(linear)[start : start + _TOGETHER]
@@ -105,10 +104,10 @@ class _Looks:
 
     real: Tensor
     """(B, L) bool: tokens that are not padding."""
-    masses: list[Tensor]
-    """For each layer (B, H, L): the attention that each token gets from its row's text."""
-    later: list[Tensor]
-    """For each layer (B, L): how much text reads of its output in later layers."""
+    masses: dict[int, Tensor]
+    """For each layer with attention (B, H, L): the attention that each token gets from its row's text."""
+    later: dict[int, Tensor]
+    """For each layer with attention (B, L): how much text reads of its output in later layers."""
 
     def at_layer(self, number: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(n, D) and (n, H): of the n tokens that are not padding, the rows of `hidden`, (B, L, D), and how much their
@@ -122,6 +121,8 @@ def _looks_of_text(teacher: Any, inputs: Mapping[str, Any], layout: TokenLayout 
     ids, padded = inputs["input_ids"], inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if padded is None else padded.bool().to(ids.device)
     text = real if layout is None else real & ~layout.visual_mask(ids.device)
-    with record_mass(teacher, attention_modules(teacher), text) as masses:
+    attentions = attention_modules(teacher)
+    with record_mass(teacher, list(attentions.values()), text) as masses:
         teacher.model(**inputs, use_cache=False)
-    return _Looks(real, masses, read_later(masses, text))
+    later = read_later(masses, text)
+    return _Looks(real, dict(zip(attentions, masses, strict=True)), dict(zip(attentions, later, strict=True)))

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 from .calibrate import as_batches, calibrate
 from .config import linmu_field, parse_options
+from .hooks import attention_modules
 from .int8 import is_int8
 from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel, linmu_attention
+from .parts import read_parts
 from .report import TensorRow, TransferReport
 from .teachers import check_teacher
 
@@ -72,7 +74,7 @@ def convert(
         teacher.config.name_or_path or type(teacher).__name__,
         student.config.model_type,
         student.config.linmu["keep_attention"],
-        [i for i, layer in enumerate(student.linmu_layers()) if isinstance(layer.self_attn, LinmuAttention)],
+        [i for i, attention in attention_modules(student).items() if isinstance(attention, LinmuAttention)],
     )
     layer_names = {id(layer): name for name, layer in student.named_modules()}
     linear_names = [f"{layer_names[id(student.linmu_layers()[i])]}.self_attn" for i in report.linear_layers]
@@ -159,18 +161,15 @@ def _take(
 def _block(
     blueprint: Any, attention: Any, options: MMATEConfig | ExactConfig, facts: Mapping[str, bool], name: str
 ) -> tuple[Any, list[TensorRow]]:
-    weight: Tensor = attention.q_proj.weight
+    parts = read_parts(attention)
+    weight = parts.weights["q"]
     with torch.device(weight.device):
         block = linmu_attention(attention, options, blueprint.layer_idx, blueprint.text_only, **facts)
     for parameter_name, parameter in block.named_parameters():
         if not IN_FLOAT32.search(f"{name}.{parameter_name}"):
             parameter.data = parameter.data.to(weight.dtype)
-    parts = {part: getattr(attention, f"{part}_proj") for part in "qkvo"}
-    weights: dict[str, Any] = {f"{part}_weight": projection.weight for part, projection in parts.items()}
-    biases: dict[str, Any] = {f"{part}_bias": projection.bias for part, projection in parts.items()}
-    norms: dict[str, Any] = {n: getattr(attention, n, None) for n in ("q_norm", "k_norm")}
     sizes = {n: p.numel() for n, p in block.named_parameters()}
-    rows = block.load_attention_weights(**weights, **biases, **norms)
+    rows = block.load_parts(parts)
     return block, [
         TensorRow(f"{name}.{r.name}", f"{name}.{r.source}" if r.source else "", r.how, sizes[r.name]) for r in rows
     ]

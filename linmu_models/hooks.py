@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention (or M-MATE) module of each decoder layer, in order."""
-    return [layer.self_attn for layer in model.get_decoder().layers]
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Decoder layer -> its attention (or M-MATE) module, in order. Hybrids have layers without."""
+    layers = enumerate(model.get_decoder().layers)
+    return {i: attention for i, layer in layers if (attention := getattr(layer, "self_attn", None)) is not None}
 
 
 @contextlib.contextmanager

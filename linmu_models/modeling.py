@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,12 +28,16 @@ from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn.near import NearAttention
 from linmu_ops.nn.state import in_checkpoint
+from linmu_ops.nn.transfer import TransferRow
 
+from .accelerate import accelerate_transformers, families_of
 from .cache import linear_layer
 from .config import read_linmu
+from .hooks import attention_modules
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
 from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
+from .parts import AttentionParts, read_parts
 from .report import TransferReport
 
 if TYPE_CHECKING:
@@ -69,6 +74,11 @@ IN_FLOAT32 = re.compile(
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
 LINEAR = "linmu"
+
+
+def has_attention(layer: nn.Module) -> bool:
+    """Whether a decoder layer has attention, or a block in its place; else it is linear in the teacher already."""
+    return isinstance(getattr(layer, "self_attn", None), nn.Module)
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -117,6 +127,9 @@ class LinmuAttention(_Block):
 
     beside_attention = False
     all_near = False
+    gate_proj: nn.Linear | None
+    gated_o_proj: nn.Module
+    o_proj: Any
 
     def __init__(
         self,
@@ -126,8 +139,10 @@ class LinmuAttention(_Block):
         text_only: bool = False,
         **facts: bool,
     ) -> None:
-        head_dim = attention.head_dim
-        norm = getattr(attention, "q_norm", None)
+        parts = read_parts(attention)
+        norm = parts.norms["q_norm"]
+        if parts.gated and not isinstance(config, ExactConfig):
+            raise ValueError("linmu: options must be of the preset exact for a teacher with output gates, got another")
         window = attention_window(attention)
         # All that text sees in such an attention is near: there is no first token, and nothing far, to look at. Visual
         # tokens see text by both.
@@ -139,18 +154,23 @@ class LinmuAttention(_Block):
             else:
                 config = dataclasses.replace(config, text_window=window)
         super().__init__(
-            attention.q_proj.in_features,
-            attention.q_proj.out_features // head_dim,
-            attention.k_proj.out_features // head_dim,
-            head_dim,
+            parts.weights["q"].shape[1],
+            parts.heads,
+            parts.kv_heads,
+            parts.head_dim,
             layer_idx=layer_idx,
-            qkv_bias=attention.q_proj.bias is not None,
-            out_bias=attention.o_proj.bias is not None,
+            qkv_bias=any(parts.biases[part] is not None for part in "qkv"),
+            out_bias=parts.biases["o"] is not None,
             qk_norm=None if norm is None else lambda _: copy.deepcopy(norm),
-            scale=attention.scaling,
+            scale=parts.scale,
             config=config,
             **facts,
         )
+        self.gate_proj = None
+        if parts.gated:
+            # The block gives the heads' outputs, and the gate comes before the output projection.
+            self.gated_o_proj, self.o_proj = self.o_proj, nn.Identity()
+            self.gate_proj = nn.Linear(self.dim, parts.heads * parts.head_dim, bias=parts.biases["q"] is not None)
         if self.all_near and isinstance(self.windows, NearAttention):
             self.windows.nothing_beyond = True
 
@@ -177,7 +197,7 @@ class LinmuAttention(_Block):
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding,
                 seq_idx=seq_idx,
             )  # fmt: skip
-            return out, None
+            return self._gated(hidden_states, out, padding), None
         if in_checkpoint():
             raise RuntimeError(
                 "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"
@@ -199,7 +219,43 @@ class LinmuAttention(_Block):
         )
         layer.packed = seq_idx is not None
         layer.advance(state, hidden_states.shape[1])
-        return out, None
+        return self._gated(hidden_states, out, padding), None
+
+    def _gated(self, hidden_states: Tensor, heads: Tensor, padding: Tensor | None) -> Tensor:
+        """The output, of what the block gives: itself, or the heads' outputs before their gate."""
+        if self.gate_proj is None:
+            return heads
+        if padding is not None:
+            hidden_states = hidden_states.masked_fill(~padding[..., None], 0)
+        out: Tensor = self.gated_o_proj(heads * self.gate_proj(hidden_states).sigmoid())
+        return out
+
+    def _output_projection(self) -> nn.Module:
+        return super()._output_projection() if self.gate_proj is None else self.gated_o_proj
+
+    @torch.no_grad()
+    def load_parts(self, parts: AttentionParts) -> list[TransferRow]:
+        """Take the weights of the attention module. One row for each parameter: where it comes from."""
+        given: dict[str, Any] = {**parts.norms, "names": parts.names}
+        given |= {f"{part}_weight": parts.weights[part] for part in "qkvo"}
+        given |= {f"{part}_bias": parts.biases[part] for part in "qkvo"}
+        if self.gate_proj is None:
+            return self.load_attention_weights(**given)
+        core, self.o_proj = self.o_proj, self.gated_o_proj
+        try:
+            rows = self.load_attention_weights(**given)
+        finally:
+            self.o_proj = core
+        gates = {"gate_proj.weight": parts.weights["gate"], "gate_proj.bias": parts.biases["gate"]}
+        for name, value in gates.items():
+            if value is not None:
+                self.get_parameter(name).copy_(value)
+        for i, row in enumerate(rows):
+            if row.name in gates:
+                rows[i] = TransferRow(row.name, f"{parts.names['gate']}.{row.name.rpartition('.')[2]}", "copied")
+            elif row.name.startswith("o_proj."):
+                rows[i] = row._replace(name=f"gated_{row.name}")
+        return rows
 
 
 class LinmuMMATE(LinmuAttention, MMATE):
@@ -290,10 +346,13 @@ class LinmuModel(HoldsBlocks, _Whole):
         super().__init__(config, *args, **kwargs)
         options, kept = read_linmu(config)
         for index, layer in enumerate(self.linmu_layers()):
-            if index not in kept:
+            if index not in kept and has_attention(layer):
                 layer.self_attn = linmu_attention(
                     layer.self_attn, options, index, not sees_images(config), **self.facts
                 )
+        if families_of(self):
+            # Its layers that are linear already run on our kernels too, which know where a packed row's sequences are.
+            weakref.finalize(self, accelerate_transformers(self).undo)
         for module in {self.inner_model, self.get_decoder()}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()
@@ -310,7 +369,8 @@ class LinmuModel(HoldsBlocks, _Whole):
         return self.model
 
     def linmu_layers(self) -> Iterable[nn.Module]:
-        """The decoder layers; each has its attention, or the M-MATE block in its place, as `self_attn`."""
+        """The decoder layers. As `self_attn` each has its attention, or the M-MATE block in its place; a layer that is
+        linear in the teacher already has none."""
         return self.get_decoder().layers
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
@@ -358,6 +418,8 @@ class LinmuModel(HoldsBlocks, _Whole):
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
         if linmu.seq_idx is not None:
             kwargs = self._with_sequences(given, kwargs, linmu, linmu.seq_idx, caches)
+            if len(attention_modules(self)) < len(list(self.linmu_layers())):
+                kwargs["seq_idx"] = linmu.seq_idx
         return args, {**kwargs, "linmu": linmu}
 
     def _with_sequences(
@@ -420,12 +482,12 @@ class LinmuModel(HoldsBlocks, _Whole):
     @property
     def is_linear(self) -> bool:
         """No decoder layer has attention."""
-        return all(isinstance(layer.self_attn, LinmuAttention) for layer in self.linmu_layers())
+        return all(isinstance(m, LinmuAttention) for m in attention_modules(self).values())
 
     def _name_attention(self) -> None:
-        for layer in self.linmu_layers():
-            if isinstance(layer.self_attn, LinmuAttention):
-                layer.self_attn.beside_attention = not self.is_linear
+        for attention in attention_modules(self).values():
+            if isinstance(attention, LinmuAttention):
+                attention.beside_attention = not self.is_linear
         if self.is_linear:
             self.get_decoder().config._attn_implementation_internal = LINEAR
 

@@ -16,9 +16,9 @@ from linmu_ops.nn import ExactConfig, MMATEConfig
 from linmu_ops.nn._inputs import apply_rotary
 
 from .hooks import attention_modules, record_inputs, record_outputs
-from .modeling import attention_window, sees_images
+from .modeling import attention_window, has_attention, sees_images
+from .parts import read_parts
 
-PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
 # Of a decoder's configuration: what must not be set, as attention modules name it too, and what it would do.
 REFUSED = {
     "attn_logit_softcapping": "scores are capped",
@@ -29,6 +29,7 @@ REFUSED = {
     "alibi": "scores fall with distance",
 }
 KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention")
+LINEAR_LAYERS = ("linear_attention", "conv")  # in the teacher already; they stay
 TOKENS = 12  # of the probe
 
 
@@ -53,12 +54,20 @@ def check_teacher(
     """
     config: Any = teacher.config.get_text_config(decoder=True)
     layers: Any = teacher.get_decoder().layers
-    linear = sorted(set(range(len(layers))) - {i % len(layers) for i in keep})
+    kinds = getattr(config, "layer_types", None) or []
+    there = {i for i, kind in enumerate(kinds) if kind in LINEAR_LAYERS and not has_attention(layers[i])}
+    kept = {i % len(layers) for i in keep}
+    if kept & there:
+        raise ValueError(
+            f"convert: keep_attention must hold layers with attention, got {min(kept & there)}, which is linear in the "
+            "teacher"
+        )
+    linear = sorted(set(range(len(layers))) - kept - there)
     if not linear:
         return
     for name, what in REFUSED.items():
         value = getattr(config, name, None)
-        if value:
+        if value and not (name == "attn_output_gate" and _gated(layers[linear[0]])):
             raise ValueError(f"convert: the teacher's {name} must be off, as a block has none ({what}), got {value!r}")
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("llama_4_scaling_beta"):
@@ -73,8 +82,9 @@ def check_teacher(
         warnings.warn(
             f"convert: attention_dropout={config.attention_dropout} is left out of the blocks", LinmuWarning, 3
         )
-    kinds = getattr(config, "layer_types", None) or []
     for index, layer in enumerate(layers):
+        if index in there:
+            continue
         kind = kinds[index] if index < len(kinds) else "attention"
         attention = getattr(layer, "self_attn", None)
         if not isinstance(attention, nn.Module) or (kind not in KNOWN_LAYERS and index in linear):
@@ -97,38 +107,34 @@ def check_teacher(
 
 def _check_parts(attention: Any, index: int) -> None:
     name = f"layer {index}'s {type(attention).__name__}"
-    missing = [f"{p}_proj" for p in "qkvo" if not isinstance(getattr(attention, f"{p}_proj", None), nn.Linear)]
-    if missing:
-        raise ValueError(f"convert: {name} must have linear maps q_proj, k_proj, v_proj, o_proj, got no {missing[0]}")
+    try:
+        found = read_parts(attention)
+    except ValueError as error:
+        raise ValueError(f"convert: layer {index}'s {error}") from None
     sinks = [n for n, _ in attention.named_parameters(recurse=False)]
-    parts = [n for n, m in attention.named_children() if n not in PARTS and any(True for _ in m.parameters())]
+    known = {*found.names.values(), "rotary_emb"}
+    parts = [n for n, m in attention.named_children() if n not in known and any(True for _ in m.parameters())]
     if sinks or parts:
         raise ValueError(
             f"convert: {name} must have no part beside its projections and norms, got {(sinks + parts)[0]}"
         )
-    size = attention.head_dim
+    size = found.head_dim
     for norm in ("q_norm", "k_norm"):
-        weight = getattr(getattr(attention, norm, None), "weight", None)
+        weight = getattr(found.norms[norm], "weight", None)
         if weight is not None and tuple(weight.shape) != (size,):
             raise ValueError(f"convert: {name}.{norm} must be of one head, ({size},), got {tuple(weight.shape)}")
-    width = attention.q_proj.out_features
-    if width % size or attention.o_proj.in_features != width:
-        raise ValueError(
-            f"convert: {name}.q_proj must have as many outputs as o_proj has inputs, {attention.o_proj.in_features}, "
-            f"got {width}"
-        )
     for option, what in REFUSED.items():
-        if getattr(attention, option, None):
+        if getattr(attention, option, None) and not (option == "attn_output_gate" and found.gated):
             raise ValueError(f"convert: {name}.{option} must be off, as a block has none ({what})")
 
 
 def block_attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """What a block makes of an attention module's weights: softmax attention of `x` (1, L, D), scores in float32."""
-    size = attention.head_dim
-    heads = [getattr(attention, f"{p}_proj")(x).unflatten(-1, (-1, size)) for p in "qkv"]
-    for i, norm in enumerate(("q_norm", "k_norm")):
-        if getattr(attention, norm, None) is not None:
-            heads[i] = getattr(attention, norm)(heads[i])
+    parts = read_parts(attention)
+    heads = [parts.apply(part, x).unflatten(-1, (-1, parts.head_dim)) for part in "qkv"]
+    for i, norm in enumerate((parts.norms["q_norm"], parts.norms["k_norm"])):
+        if norm is not None:
+            heads[i] = norm(heads[i])
         heads[i] = apply_rotary(
             heads[i].float(), None if rotary is None else (rotary[0].float(), rotary[1].float()), interleaved
         )
@@ -138,10 +144,18 @@ def block_attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | N
         k,
         v,
         is_causal=getattr(attention, "is_causal", True),
-        scale=attention.scaling,
+        scale=parts.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return attention.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
+    y = y.transpose(1, 2).flatten(2).to(x.dtype)
+    return parts.apply("o", y * parts.apply("gate", x).sigmoid() if parts.gated else y)
+
+
+def _gated(layer: Any) -> bool:
+    try:
+        return read_parts(layer.self_attn).gated
+    except (AttributeError, ValueError):
+        return False
 
 
 @torch.no_grad()

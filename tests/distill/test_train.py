@@ -77,7 +77,7 @@ def test_blocks_see_what_the_teachers_attention_saw(tmp_path):
             torch.device("cpu"),
         )
         objective = Objective(trainer.student, trainer.teacher, trainer.stage)
-        modules = attention_modules(trainer.student)
+        modules = list(attention_modules(trainer.student).values())
         with record_outputs(modules) as outputs:
             loss = objective(part, part.counts)
         alone = [

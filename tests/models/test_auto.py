@@ -43,7 +43,7 @@ def test_every_auto_class_that_knows_the_teacher(family, saved):
         if not issubclass(type(tiny.teacher(family).config), theirs.config_class):
             continue  # a model around the teacher
         assert issubclass(mine[auto], theirs), auto
-        model = auto.from_pretrained(folder).eval()
+        model = tiny.aligned(auto.from_pretrained(folder).eval())
         assert type(model) is mine[auto]
         with torch.no_grad():
             if auto is hf.AutoModel:

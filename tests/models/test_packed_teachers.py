@@ -16,6 +16,7 @@ from linmu_models.hooks import attention_modules
 from . import tiny
 
 KINDS = {**tiny.MIXED, "llama": ("text",) * 3, "qwen2": ("text",) * 3, "qwen3": ("text",) * 3}
+KINDS["qwen3_5_text"] = ("text",) * 3
 
 
 def padded(parts):
@@ -47,7 +48,7 @@ def seen(teacher, batch, asking, apart=None):
     """Final states, and the attention that tokens get from `asking`."""
     inputs = model_inputs(batch)
     one_by_one = nullcontext() if apart is None else each_alone(teacher, apart)
-    with torch.no_grad(), one_by_one, record_mass(teacher, attention_modules(teacher), asking) as masses:
+    with torch.no_grad(), one_by_one, record_mass(teacher, list(attention_modules(teacher).values()), asking) as masses:
         states = teacher.model(**inputs, use_cache=False).last_hidden_state
     return states, masses
 

@@ -14,7 +14,7 @@ import linmu_models
 
 from . import tiny
 
-MLPS = r".*\.layers\.\d+\.mlp\.(gate_proj|up_proj|gate_up_proj|down_proj)"
+MLPS = r".*\.layers\.\d+\.mlp\.(shared_expert\.)?(gate_proj|up_proj|gate_up_proj|down_proj)"
 
 
 def grads(model, inputs):
@@ -100,5 +100,5 @@ def test_adapters_train_and_merge(family, tmp_path):
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
         merged.save_pretrained(tmp_path)
-        loaded = getattr(tiny.hf, model.auto_class).from_pretrained(tmp_path)
+        loaded = tiny.aligned(getattr(tiny.hf, model.auto_class).from_pretrained(tmp_path))
         assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)

@@ -102,6 +102,37 @@ def qwen3_vl() -> Any:
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
+# Layers of the gated delta rule, and attention with gates.
+HYBRID: dict[str, Any] = SIZES | dict(
+    num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2, head_dim=16, linear_num_key_heads=2,
+    linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    rope_parameters={**MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+)  # fmt: skip
+EXPERTS: dict[str, Any] = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+)
+
+
+def qwen3_5(**more: Any) -> Any:
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=16,
+        spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=64,
+    )  # fmt: skip
+    kind = "Qwen3_5Moe" if more else "Qwen3_5"
+    config = getattr(hf, f"{kind}Config")(
+        text_config=HYBRID | more, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS
+    )
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+
+
+def qwen3_5_moe() -> Any:
+    return qwen3_5(**EXPERTS)
+
+
+def qwen3_5_text() -> Any:
+    return hf.Qwen3_5ForCausalLM(hf.Qwen3_5TextConfig(**HYBRID))
+
+
 def glm4v() -> Any:
     vision = dict(
         depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=14,
@@ -320,7 +351,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
         qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v, video_llama_3, llava, llava_next, llava_onevision, internvl, smolvlm,
-        gemma3, paligemma, mistral3, llama, qwen2, qwen3,
+        gemma3, paligemma, mistral3, llama, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_5_text,
     )
 }  # fmt: skip
 
@@ -341,6 +372,13 @@ def teacher(family: str) -> Any:
     return model
 
 
+def aligned(model: Any) -> Any:
+    """The same model, its weights where PyTorch would put them: products are rounded otherwise elsewhere."""
+    for p in model.parameters():
+        p.data = p.data.clone()
+    return model
+
+
 def example(family: str, kind: str = "image") -> Batch | None:
     """A batch of one row: kind "image", "images" (two or more), "video", "text"; None where the family has no such."""
     if kind == "text":
@@ -351,6 +389,8 @@ def example(family: str, kind: str = "image") -> Batch | None:
             "qwen2_vl": lambda: thw_batch([], [(3, 2, 3)], 14, False),
             "qwen2_5_vl": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 14, False),
             "qwen3_vl": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
+            "qwen3_5": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
+            "qwen3_5_moe": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
             "glm4v": lambda: glm4v_batch([], [(3, 2, 3)]),
             "video_llama_3": lambda: video_llama_3_batch([], [(3, 2, 3)]),
             "llava_onevision": lambda: anyres_batch(teacher(family), [], 3),
@@ -362,6 +402,8 @@ def example(family: str, kind: str = "image") -> Batch | None:
         "qwen2_vl": lambda: thw_batch(sizes, [], 14, False),
         "qwen2_5_vl": lambda: thw_batch(sizes, [], 14, False),
         "qwen3_vl": lambda: thw_batch(sizes, [], 16, False),
+        "qwen3_5": lambda: thw_batch(sizes, [], 16, False),
+        "qwen3_5_moe": lambda: thw_batch(sizes, [], 16, False),
         "glm4v": lambda: glm4v_batch(sizes, []),
         "video_llama_3": lambda: video_llama_3_batch(sizes, []),
         "llava": lambda: square_batch(len(sizes), 16, 56),
@@ -381,7 +423,7 @@ MIXED = {
     "qwen2_vl": ("image", "text", "video"), "qwen2_5_vl": ("video", "image", "text"), "qwen3_vl": ("images", "video"),
     "glm4v": ("video", "text", "text"), "llava": ("text", "image", "images"), "llava_onevision": ("image", "image"),
     "internvl": ("image", "text", "image"), "video_llama_3": ("image", "text", "image"), "mistral3": ("image", "text"),
-    "llava_next": ("image", "text"),
+    "llava_next": ("image", "text"), "qwen3_5": ("image", "text", "video"),
 }  # fmt: skip
 
 
