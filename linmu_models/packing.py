@@ -30,8 +30,11 @@ def find_sequences(inputs: Mapping[str, Any], batch: int, length: int, padding: 
 
     Raises:
         ValueError: these contradict each other, or have another shape.
+        TypeError: one is no tensor, or not of integers; position_ids may be of any real numbers.
     """
-    found = {name: inputs[name] for name in NAMES if isinstance(inputs.get(name), Tensor)}
+    for name in (*NAMES, "cu_seq_lens_k"):
+        _check_kind(name, inputs.get(name))
+    found = {name: inputs[name] for name in NAMES if inputs.get(name) is not None}
     if not found or length < 2 or not batch:
         return None
     device = next(iter(found.values())).device
@@ -63,12 +66,23 @@ def find_sequences(inputs: Mapping[str, Any], batch: int, length: int, padding: 
     return where.cumsum(1, dtype=torch.int32) if where.any() else None
 
 
+def _check_kind(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"linmu: {name} must be a tensor, got a {type(value).__name__}")
+    if value.is_complex() or (value.is_floating_point() and name != "position_ids"):
+        kind = "real numbers" if name == "position_ids" else "integers"
+        raise TypeError(f"linmu: {name} must be {kind}, got {str(value.dtype).removeprefix('torch.')}")
+
+
 def _starts_anew(positions: Tensor, batch: int, length: int, before: Tensor, real: Tensor) -> Tensor:
     """(B, L) bool: where the position is not after that of the token before."""
     if positions.dim() == 3 and positions.shape[0] in (1, 4):
         positions = positions[0]
     wanted = (3, batch, length) if positions.dim() == 3 else (batch, length)
-    if positions.shape[-1] != length or positions.shape[-2] not in (1, batch) or positions.shape[:-2] != wanted[:-2]:
+    *first, rows, last = (0, 0, *positions.shape)[-max(positions.dim(), 2) :]
+    if last != length or rows not in (1, batch) or tuple(first) != wanted[:-2]:
         raise ValueError(f"linmu: position_ids must be (B, L) = {wanted[-2:]}, got shape {tuple(positions.shape)}")
     positions = positions.expand(wanted)
     if positions.dim() == 2:
@@ -76,14 +90,18 @@ def _starts_anew(positions: Tensor, batch: int, length: int, before: Tensor, rea
     # Of time, height and width, each may fall back within a sequence (after a video, in an image), but one of a
     # token's three is always above those of the first token.
     highest = positions.amax(0)
-    lowest = torch.where(real, highest, torch.iinfo(highest.dtype).max).cummin(1).values
+    none = torch.finfo(highest.dtype).max if highest.is_floating_point() else torch.iinfo(highest.dtype).max
+    lowest = torch.where(real, highest, none).cummin(1).values
     return highest <= lowest.gather(1, before)
 
 
 def _from_lengths(inputs: Mapping[str, Any], batch: int, length: int) -> Tensor:
+    if inputs["cu_seq_lens_q"].dim() != 1:
+        shape = tuple(inputs["cu_seq_lens_q"].shape)
+        raise ValueError(f"linmu: cu_seq_lens_q must be (n + 1,), of n sequences, got shape {shape}")
     ends = inputs["cu_seq_lens_q"].tolist()
     other = inputs.get("cu_seq_lens_k")
-    if isinstance(other, Tensor) and other.tolist() != ends:
+    if other is not None and other.tolist() != ends:
         raise ValueError("linmu: cu_seq_lens_k must be cu_seq_lens_q, got another")
     if batch != 1 or not ends or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
         raise ValueError(

@@ -209,6 +209,8 @@ def test_contradictions_are_refused(students):
         (dict(cu_seq_lens_q=torch.tensor([0, 6, 20]), cu_seq_lens_k=None), "must rise from 0 to L=27 in one row"),
         (dict(cu_seq_lens_k=torch.tensor([0, 27])), "cu_seq_lens_k must be cu_seq_lens_q"),
         (dict(position_ids=batch["position_ids"][:, 1:]), r"position_ids must be \(B, L\) = \(1, 27\)"),
+        (dict(position_ids=batch["position_ids"][0]), r"position_ids must be \(B, L\) = \(1, 27\), got shape \(27,\)"),
+        (dict(cu_seq_lens_q=torch.tensor([[0, 27]])), r"cu_seq_lens_q must be \(n \+ 1,\), of n sequences, got shape"),
     ):
         with pytest.raises(ValueError, match=words):
             student(**{**batch, **change}, use_cache=False)
@@ -220,6 +222,17 @@ def test_contradictions_are_refused(students):
     cut[:, 8:] = 1
     with pytest.raises(ValueError, match="an image or video must lie in one sequence, got one that row 0 cuts"):
         students("llava")(**image, seq_idx=cut, use_cache=False)
+
+
+@torch.no_grad()
+def test_sequences_are_told_by_tensors(students):
+    student, (batch, _) = students("qwen2"), collated(**COLLATORS["all"])
+    for name in ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"):
+        with pytest.raises(TypeError, match=f"^linmu: {name} must be a tensor, got a list$"):
+            student(batch["input_ids"], **{"seq_idx": batch["seq_idx"], name: batch[name].tolist()}, use_cache=False)
+        wrong = batch[name].to(torch.complex64 if name == "position_ids" else torch.float32)
+        with pytest.raises(TypeError, match=f"^linmu: {name} must be (integers|real numbers), got (float|complex)"):
+            student(batch["input_ids"], **{"seq_idx": batch["seq_idx"], name: wrong}, use_cache=False)
 
 
 @torch.no_grad()
