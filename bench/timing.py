@@ -55,7 +55,7 @@ def interleave(
     """
     inner, each = {}, {}
     for name, f in functions.items():
-        inner[name], each[name] = _warm_up(f, device, warmup)
+        inner[name], each[name] = warm_up(f, device, warmup)
     slowest = max(inner[n] * each[n] for n in functions)
     count = int(min(max(seconds / slowest, rounds[0]), rounds[1]))
     if device == "cuda":
@@ -65,7 +65,7 @@ def interleave(
     return {name: summarise(mine) for name, mine in samples.items()}
 
 
-def _warm_up(f: Function, device: str, seconds: float) -> tuple[int, float]:
+def warm_up(f: Function, device: str, seconds: float) -> tuple[int, float]:
     """(calls per sample, seconds per call) after calling `f` for `seconds`, at least once."""
     calls, start = 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - start < seconds:
