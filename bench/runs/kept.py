@@ -1,6 +1,6 @@
 """What near and kept tokens answer without any training, and what the state of what is far adds to them.
 
-    python -m bench.runs.kept [--samples 40] [--row kept-64]
+    python -m bench.runs.kept [--samples 40] [--row kept-64] [--frames 64]
 
 The shipped teacher is converted and calibrated as in the demo. Then needles are asked about in videos of several
 lengths. An answer counts if each of its tokens is the most likely one after the right ones before it: as exact as a
@@ -30,7 +30,7 @@ from linmu_ops.nn import exact
 from ..provenance import where
 from .table import Results
 
-FRAMES = (10, 16, 32, 64)
+FRAMES = (10, 16, 32, 64, 128, 256)
 NEVER = 1e4  # nats that leave nothing to what is far
 
 
@@ -92,14 +92,14 @@ def calibrated(teacher: Any, tokenizer: Any, config: Config) -> nn.Module:
     return student
 
 
-def run(samples: int, rows: list[str], results: Results, reports: Path) -> Path:
+def run(samples: int, rows: list[str], lengths: list[int], results: Results, reports: Path) -> Path:
     """Measure what is missing, and write the page."""
     config = load_config(Path("distill/configs/demo.toml"))
     teacher, tokenizer = load_teacher(config.teacher, "float32")
     processor = Processor.from_config(teacher.config, tokenizer)
     student: Any = None
     for name in ("teacher", *rows):
-        for frames in FRAMES:
+        for frames in lengths:
             key = f"{frames} {samples}"
             if (name, key) in results.read():
                 continue
@@ -118,26 +118,29 @@ def run(samples: int, rows: list[str], results: Results, reports: Path) -> Path:
 
 
 def write_page(samples: int, results: Results, folder: Path) -> Path:
-    """`folder/kept.md`, of the rows that are whole."""
+    """`folder/kept.md`, of all rows that have been measured."""
     found = {
         (record["row"], record["frames"]): sum(record["hits"])
         for record in results.read().values()
         if record["samples"] == samples
     }
-    whole = [name for name in ("teacher", *ROWS) if all((name, frames) in found for frames in FRAMES)]
+    lengths = [frames for frames in FRAMES if any(at == frames for _, at in found)]
+    named = [name for name in ("teacher", *ROWS) if any(row == name for row, _ in found)]
     about = {"teacher": "attention to every token", **{name: row.about for name, row in ROWS.items()}}
 
-    def cell(right: int) -> str:
+    def cell(right: int | None) -> str:
+        if right is None:
+            return "-"
         low, high = wilson_interval(right, samples)
         return f"{right} ({low:.0%}-{high:.0%})"
 
-    rows = [[name, about[name], *(cell(found[name, frames]) for frames in FRAMES)] for name in whole]
+    rows = [[name, about[name], *(cell(found.get((name, frames))) for frames in lengths)] for name in named]
     parts = [
         "# Near and kept tokens, without training", "",
-        f"Right answers of {samples} about a needle in videos of 10 to 64 frames of 32 tokens, in brackets the 95 % "
-        "interval. The shipped teacher, converted with the options of `demo.toml` and calibrated on four batches. "
-        "Nothing is trained.", "",
-        markdown(["row", "what", *(f"{frames} frames" for frames in FRAMES)], rows), "",
+        f"Right answers of {samples} about a needle in videos of {lengths[0]} to {lengths[-1]} frames of 32 tokens, in "
+        "brackets the 95 % interval. The shipped teacher, converted with the options of `demo.toml` and calibrated on "
+        "four batches. Nothing is trained.", "",
+        markdown(["row", "what", *(f"{frames} frames" for frames in lengths)], rows), "",
         "Made by `python -m bench.runs.kept`.", "",
     ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,11 +152,15 @@ def write_page(samples: int, results: Results, folder: Path) -> Path:
 def main(
     samples: Annotated[int, typer.Option(min=1, help="Needles of each length.")] = 40,
     row: Annotated[list[str] | None, typer.Option(help="Rows to measure; all of them if none is named.")] = None,
+    frames: Annotated[list[int] | None, typer.Option(help="Lengths to measure; all of them if none is named.")] = None,
 ) -> None:
     """Needles by what is near, kept and far, untrained."""
-    if unknown := sorted(set(row or ()) - set(ROWS)):
-        raise typer.BadParameter(f"--row must be among {', '.join(ROWS)}, got {', '.join(unknown)}")
-    print(run(samples, row or list(ROWS), Results(Path("bench/results/ablations/kept.jsonl")), Path("bench/reports")))
+    for name, given, known in (("--row", row, ROWS), ("--frames", frames, FRAMES)):
+        names = [str(k) for k in known]
+        if unknown := [str(g) for g in given or () if str(g) not in names]:
+            raise typer.BadParameter(f"{name} must be among {', '.join(names)}, got {', '.join(unknown)}")
+    results = Results(Path("bench/results/ablations/kept.jsonl"))
+    print(run(samples, row or list(ROWS), frames or list(FRAMES), results, Path("bench/reports")))
 
 
 if __name__ == "__main__":
