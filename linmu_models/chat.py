@@ -30,6 +30,7 @@ SLOT = "\ufffc"
 _MARK = "\ue000"
 # Families whose pixels are a list of patches with (t, h, w) grids; their videos need no video processor.
 _GRIDS = ("qwen2_vl", "qwen2_5_vl")
+_SEE_PROMPTS = ("paligemma",)  # all tokens of type 0 see each other, an answer among them
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,10 @@ class ChatProcessor:
             batch = self._processor_batch(texts, conversations)
         else:
             batch = {name: torch.tensor(rows) for name, rows in self._segments(texts).items()}
-        return {**batch, "labels": torch.tensor(self._segments.labels)}
+        labels = torch.tensor(self._segments.labels)
+        if self.model_type in _SEE_PROMPTS:
+            batch["token_type_ids"] = ((labels != IGNORE).cumsum(1) > 0).long()
+        return {**batch, "labels": labels}
 
     def prompts(self, conversations: Sequence[Conversation]) -> dict[str, Tensor]:
         """What `generate` takes to answer the last question of each conversation, whose answer is None: a batch, padded

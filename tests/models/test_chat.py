@@ -347,3 +347,15 @@ def test_a_folder_asks_as_transformers_does(tmp_path):
     want = theirs(hf.AutoProcessor.from_pretrained(tmp_path), rows, True)
     assert want[0] == 1
     assert ChatProcessor.load(tmp_path).ask("what?")["input_ids"][0].tolist() == want
+
+
+def test_answers_do_not_belong_to_a_prompt_that_sees_itself():
+    tokens = tokenizer()
+    tokens.chat_template = TEMPLATES["plain"]
+    chat = ChatProcessor(tokens, "paligemma")
+    batch = chat([Conversation((("what?", "an answer"),)), Conversation((("a", "b"), ("c", "d")))])
+    for kinds, labels in zip(batch["token_type_ids"], batch["labels"], strict=True):
+        first = int((labels != IGNORE).nonzero()[0])
+        assert not kinds[:first].any() and kinds[first:].all()
+    assert not chat.ask("what?")["token_type_ids"].any()
+    assert "token_type_ids" not in ChatProcessor(tokens, "llama").ask("what?")
