@@ -80,6 +80,14 @@ __device__ inline unsigned pack(float first, float second) {
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(kAllLanes, x, mask); }
 __device__ inline float shuffle(float x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
 __device__ inline bool warp_any(bool x) { return __any_sync(kAllLanes, x); }
+// Whether no two lanes of a warp have the same.
+__device__ inline bool all_differ(int64_t x) {
+  return __all_sync(kAllLanes, __match_any_sync(kAllLanes, x) == 1u << threadIdx.x % kWarp);
+}
+// Each lane of a warp adds to a place of its own, or, if null, to none.
+__device__ inline void add_apart(float* to, float x) {
+  if (to) *to += x;
+}
 // What all lanes of a warp have the same, so that the compiler knows.
 __device__ inline int warp_uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 // 2^x to 2 units in the last place; 0 for what float holds only as a subnormal.

@@ -1,6 +1,7 @@
 // Gradient of the bias of window_attention: the gradients of all scores, by relative position. One block per (part of
 // the windows, head). Within a warp a query's keys fall on different entries of the table, so the lanes can add them
-// side by side; queries follow each other, each warp has a table of its own, and tables are added in order.
+// side by side (in turn where a caller's table has two keys in one place); queries follow each other, each warp has a
+// table of its own, and tables are added in order.
 #include "window_attention_bwd.cuh"
 
 namespace linmu {
@@ -88,12 +89,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 2)
           sync_warp();
           ds.each([&](float& x, int row, int column) { stage[row * kStage + column] = x; });
           sync_warp();
+          const int key = key_tokens[j + lane], coord = key_coords[j + lane];
+          const bool apart = all_differ(key >= 0 ? coord : (int64_t{1} << 40) + lane);
           for (int r = 0; r < M && first + r < window.count; ++r) {
-            const int64_t at = bias_index(p, coords[r], key_coords[j + lane]);
-            const int key = key_tokens[j + lane];
-            if (at >= 0 && tokens[r] >= 0 && key >= 0 && !(p.causal && key > tokens[r]))
-              table[at] += stage[r * kStage + lane];
-            sync_warp();
+            const int64_t at = bias_index(p, coords[r], coord);
+            const bool seen = at >= 0 && tokens[r] >= 0 && key >= 0 && !(p.causal && key > tokens[r]);
+            for (int turn = apart ? kWarp - 1 : 0; turn < kWarp; ++turn) {
+              add_apart(seen && (apart || turn == lane) ? table + at : nullptr, stage[r * kStage + lane]);
+              sync_warp();
+            }
           }
         }
       }

@@ -1,6 +1,6 @@
 // csrc/cuda/wgmma.cuh and tma.cuh in plain C++, for emulator.h: the warpgroup's product, its operands read as the PTX
 // manual lays them out with the 128-byte swizzle, and TMA's copies, which arrive when their barrier is waited for, or
-// when issued. Proxies and their fences are not emulated.
+// when issued.
 #pragma once
 #include <cstdlib>
 #include <vector>
@@ -22,22 +22,16 @@ inline Descriptor make_descriptor(const void* first) {
 
 namespace emulator {
 
-struct WarpgroupSync {
-  int arrived = 0, live = 128;
-  uint64_t phase = 0;
-};
-
 // What each of the 128 threads of a warpgroup holds of A.
 struct AFragment {
   unsigned a[4];
 };
 inline const AFragment* exchange_in_warpgroup(const AFragment& mine) {
-  static std::vector<WarpgroupSync> syncs(8);
   static std::vector<AFragment> fragments(8 * 2 * 128);
   const int group = self().number / 128;
-  AFragment* all = fragments.data() + (group * 2 + syncs[group].phase % 2) * 128;
+  AFragment* all = fragments.data() + (group * 2 + block->warpgroups[group].phase % 2) * 128;
   all[self().number % 128] = mine;
-  arrive_and_wait(syncs[group]);
+  arrive_and_wait(block->warpgroups[group]);
   return all;
 }
 
@@ -54,10 +48,19 @@ float value_at(const Descriptor& o, int r, int c) {
   return to_float(value);
 }
 
+// Each thread of a warpgroup looks at 16 bytes of an operand, 64 x 16 or 16 x 64, whether they were fenced.
+template <Major kMajor>
+void check_operand(const Descriptor& o) {
+  const int i = self().number % 128, row = kMajor == Major::K ? i / 2 : i / 8,
+            piece = kMajor == Major::K ? i % 2 : i % 8;
+  check_fenced(swizzled(o.first + row / 8 * 1024 + row % 8 * 128 + piece * 16));
+}
+
 // Issues a thread's share of a product; a(row, k) for its rows of the warpgroup's 64.
 template <class T, Major kMajorB, class A>
 void issue_product(WarpgroupAccumulator& d, const Descriptor& b, bool add, A a) {
   Thread& me = self();
+  check_operand<kMajorB>(b);
   float* to = d.v[0][0];
   const bool first = !me.sums.count(to);
   Sums& sums = me.sums[to];
@@ -79,7 +82,8 @@ void issue_product(WarpgroupAccumulator& d, const Descriptor& b, bool add, A a) 
                       out[i] = add ? out[i] + sum : sum;
                     }
                   }};
-  if (!block->late) product.add(sums.of), product.add = nullptr;
+  sums.late |= comes_late();
+  if (!sums.late) product.add(sums.of), product.add = nullptr;
   me.products.push_back(std::move(product));
 }
 
@@ -100,9 +104,10 @@ inline void finish_products(size_t pending) {
 }  // namespace emulator
 
 template <class T, Major kMajorB>
-inline void wgmma(WarpgroupAccumulator& d, const Descriptor& a, const Descriptor& b) {
+inline void wgmma(WarpgroupAccumulator& d, const Descriptor& a, const Descriptor& b, bool add = true) {
   emulator::exchange_in_warpgroup({});
-  emulator::issue_product<T, kMajorB>(d, b, true, [=](int row, int k) { return emulator::value_at<T>(a, row, k); });
+  emulator::check_operand<Major::K>(a);
+  emulator::issue_product<T, kMajorB>(d, b, add, [=](int row, int k) { return emulator::value_at<T>(a, row, k); });
 }
 template <class T, Major kMajorB>
 inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], const Descriptor& b, bool add = true) {
@@ -140,7 +145,7 @@ inline void warpgroup_give_registers() {}
 template <int kRegisters>
 inline void warpgroup_take_registers() {}
 inline void warpgroup_fence_operand(WarpgroupAccumulator&) {}
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { emulator::note_fenced(); }
 
 struct TensorMap {
   const uint16_t* data;
@@ -183,7 +188,7 @@ inline void arrive(Barrier* barrier, int64_t bytes) {
 inline void issue(Barrier* barrier, int64_t bytes, std::function<void()> copy) {
   TransactionBarrier& b = transactions_of(barrier);
   b.issued += bytes;
-  if (block->early)
+  if (comes_early())
     copy();
   else
     b.copies.push_back(std::move(copy));
@@ -204,7 +209,10 @@ inline void barrier_wait(Barrier* barrier, int phase) {
 inline void tma_load_1d(void* shared, const void* global, int bytes, Barrier* barrier) {
   emulator::check_aligned(shared), emulator::check_aligned(global);
   if (bytes % 16) emulator::fail("a TMA copy is not of whole pieces of 16 bytes");
-  emulator::issue(barrier, bytes, [=] { std::memcpy(shared, global, bytes); });
+  emulator::issue(barrier, bytes, [=] {
+    std::memcpy(shared, global, bytes);
+    emulator::note_copied(shared, bytes);
+  });
 }
 namespace emulator {
 inline int64_t tma_boxes = 0;  // copied so far
@@ -214,6 +222,7 @@ inline void tma_load_box(void* shared, const TensorMap& from, int column, int ro
   ++emulator::tma_boxes;
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulator::fail("a swizzled box is not aligned to 1024 bytes");
   emulator::issue(barrier, from.box_rows * 128, [=] {
+    emulator::note_copied(shared, from.box_rows * 128);
     for (int r = 0; r < from.box_rows; ++r)
       for (int c = 0; c < 64; ++c) {
         const int64_t at[4] = {column + c, row + r, group, batch};

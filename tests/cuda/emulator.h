@@ -4,9 +4,13 @@
 // together, where they wait for each other as on a GPU; a warp runs as far as it can before the next one begins, in odd
 // blocks from last to first. Shared memory begins as NaN, ends at a canary, and asynchronous copies arrive when waited
 // for, not before; in some blocks, TMA's copies as soon as issued. A warpgroup's products are computed when issued or,
-// in other blocks, when waited for, and their sums are NaN until then. A misaligned copy, a warp that diverges at a
-// shared instruction, or a deadlock is an error. Not emulated: the rounding of the tensor cores' sums (here float, in
-// order), and memory ordering within a warp.
+// in other blocks, when waited for, and their sums are NaN until then. With LINMU_EMULATED_SEED, warpgroups take turns
+// of random lengths in a random order instead, and copies and products come early or late at random.
+//
+// An error is: a misaligned copy, a warp that diverges at a shared instruction, a deadlock, and a product that reads 16
+// bytes which a thread wrote by stmatrix or cp.async without a fence of its own since. Not emulated: the rounding of
+// the tensor cores' sums (here float, in order), memory ordering within a warp (but see add_apart), and fences of what
+// plain stores wrote.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -60,6 +64,11 @@ struct Warp {
   LaneOperand operands[2][kLanes];  // by phase: nobody is two instructions ahead of a lane that still reads
 };
 
+struct WarpgroupSync {
+  int arrived = 0, live = 4 * kLanes;
+  uint64_t phase = 0;
+};
+
 struct Copy {
   void* to;
   const void* from;  // null: zeros
@@ -79,7 +88,8 @@ struct Product {
 };
 struct Sums {
   float of[32];
-  int products = 0;  // on their way
+  int products = 0;   // on their way
+  bool late = false;  // none is computed before one that was issued earlier
 };
 
 struct Thread {
@@ -89,6 +99,7 @@ struct Thread {
   jmp_buf place;
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  std::vector<int> unfenced;  // pieces of 16 bytes of shared memory that it wrote
   std::deque<std::vector<Product>> product_groups;
   std::vector<Product> products;
   std::map<float*, Sums> sums;
@@ -100,11 +111,15 @@ struct Block {
   unsigned char *memory, *beyond;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  std::vector<WarpgroupSync> warpgroups;
   std::function<void()> body;
   std::map<const void*, TransactionBarrier> barriers;
   int arrived = 0, live = 0;
   uint64_t phase = 0, progress = 0;
   bool backwards = false, early = false, late = false;  // warps; TMA's copies; products
+  bool random = false;
+  uint64_t seed = 0;
+  std::vector<int> writer;  // of each 16 bytes of shared memory: the thread that has not fenced it since, or -1
   std::string error;
   jmp_buf scheduler;
   Thread* running = nullptr;
@@ -112,6 +127,13 @@ struct Block {
 
 inline Block* block = nullptr;
 inline Thread& self() { return *block->running; }
+
+inline unsigned draw(Block& b, unsigned below) {
+  b.seed = b.seed * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<unsigned>(b.seed >> 33) % below;
+}
+inline bool comes_early() { return block->random ? draw(*block, 2) : block->early; }
+inline bool comes_late() { return block->random ? draw(*block, 2) : block->late; }
 
 inline void yield_thread() {
   if (_setjmp(self().place) == 0) _longjmp(block->scheduler, 1);
@@ -121,6 +143,32 @@ inline void yield_thread() {
   block->error = what + ", thread " + std::to_string(self().number) + " of block (" + std::to_string(block->index.x) +
                  ", " + std::to_string(block->index.y) + ", " + std::to_string(block->index.z) + ")";
   _longjmp(block->scheduler, 1);
+}
+
+// Number of the 16 bytes of shared memory at p, or -1.
+inline int piece_of(const void* p) {
+  const unsigned char* at = static_cast<const unsigned char*>(p);
+  return at >= block->memory && at < block->beyond ? static_cast<int>((at - block->memory) / 16) : -1;
+}
+// The running thread wrote 16 bytes; an asynchronous copy did; all that the thread wrote is fenced.
+inline void note_written(const void* p) {
+  if (const int piece = piece_of(p); piece >= 0) {
+    block->writer[piece] = self().number;
+    self().unfenced.push_back(piece);
+  }
+}
+inline void note_copied(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 16)
+    if (const int piece = piece_of(static_cast<const char*>(p) + i); piece >= 0) block->writer[piece] = -1;
+}
+inline void note_fenced() {
+  for (const int piece : self().unfenced)
+    if (block->writer[piece] == self().number) block->writer[piece] = -1;
+  self().unfenced.clear();
+}
+inline void check_fenced(const void* p) {
+  if (const int piece = piece_of(p); piece >= 0 && block->writer[piece] >= 0)
+    fail("a product reads what thread " + std::to_string(block->writer[piece]) + " has not fenced");
 }
 
 template <class SyncPoint>
@@ -154,11 +202,13 @@ inline const LaneOperand* exchange(const LaneOperand& mine) {
 inline void finish_copies(size_t pending) {
   auto& groups = self().groups;
   for (; groups.size() > pending; groups.pop_front())
-    for (const Copy& copy : groups.front())
+    for (const Copy& copy : groups.front()) {
       if (copy.from)
         std::memcpy(copy.to, copy.from, 16);
       else
         std::memset(copy.to, 0, 16);
+      note_written(copy.to);
+    }
 }
 
 inline void enter_fiber() {
@@ -195,20 +245,22 @@ inline void resume(Block& b, Thread& t) {
 
 // Runs threads until none of them can go on: a warp's before its warpgroup's, and those before the block's. So others
 // are no further than a barrier has made them, and one that is missing shows.
-inline void run_until_stuck(Block& b, int from, int to) {
+inline void run_until_stuck(Block& b, int from, int to, unsigned rounds = UINT32_MAX) {
   const int step = to - from > 4 * kLanes ? 4 * kLanes : to - from > kLanes ? kLanes : 1;
   const int parts = (to - from + step - 1) / step;
   uint64_t before;
   do {
     before = b.progress;
+    const bool drawn = b.random && step > kLanes;
+    const int turn = drawn ? static_cast<int>(draw(b, parts)) : 0;
     for (int k = 0; k < parts && b.error.empty(); ++k) {
-      const int first = from + (b.backwards ? parts - 1 - k : k) * step;
+      const int first = from + ((b.backwards ? parts - 1 - k : k) + turn) % parts * step;
       if (step > 1)
-        run_until_stuck(b, first, std::min(first + step, to));
+        run_until_stuck(b, first, std::min(first + step, to), drawn ? 1 + draw(b, 4) : UINT32_MAX);
       else if (!b.threads[first].done)
         resume(b, b.threads[first]);
     }
-  } while (b.progress != before && b.error.empty());
+  } while (b.progress != before && b.error.empty() && --rounds > 0);
 }
 
 inline void run_block(Block& b) {
@@ -216,6 +268,7 @@ inline void run_block(Block& b) {
   const int count = static_cast<int>(b.size.x);
   b.threads = std::vector<Thread>(count);
   b.warps = std::vector<Warp>((count + kLanes - 1) / kLanes);
+  b.warpgroups = std::vector<WarpgroupSync>((b.warps.size() + 3) / 4);
   b.live = count;
   b.barriers.clear();
   for (int i = 0; i < count; ++i) {
@@ -296,6 +349,24 @@ inline bool warp_any(bool x) {
   for (int i = 0; i < emulator::kLanes; ++i) any |= all[i].number != 0;
   return any;
 }
+inline bool all_differ(int64_t x) {
+  emulator::LaneOperand mine{9, {}};
+  mine.number = static_cast<double>(x);
+  const emulator::LaneOperand* all = emulator::exchange(mine);
+  int same = 0;
+  for (int i = 0; i < emulator::kLanes; ++i)
+    for (int j = 0; j < i; ++j) same += all[i].number == all[j].number;
+  return same == 0;
+}
+inline void add_apart(float* to, float x) {
+  emulator::LaneOperand mine{10, {}};
+  mine.address = to;
+  const emulator::LaneOperand* all = emulator::exchange(mine);
+  for (int i = 0; i < emulator::kLanes; ++i)
+    if (to && all[i].address == to && i != emulator::self().number % emulator::kLanes)
+      emulator::fail("two lanes of a warp add to the same place");
+  if (to) *to += x;
+}
 inline int warp_uniform(int x) { return x; }
 inline float fast_exp2(float x) { return x < -126.f ? 0.f : exp2f(x); }
 template <class T>
@@ -354,6 +425,7 @@ inline void stmatrix(void* row, unsigned a, unsigned b, unsigned c, unsigned d) 
   const emulator::LaneOperand* all = emulator::exchange(mine);
   const int lane = emulator::self().number % emulator::kLanes;
   const unsigned values[4] = {a, b, c, d};
+  emulator::note_written(row);
   for (int i = 0; i < 4; ++i)
     std::memcpy(const_cast<char*>(static_cast<const char*>(all[8 * i + lane / 4].address)) + lane % 4 * 4, &values[i],
                 4);
@@ -395,14 +467,18 @@ void launch(const char* op, void (*kernel)(Formal...), dim3 blocks, int threads,
   emulator::Block b;
   b.size = dim3(threads), b.grid = blocks;
   b.body = [&] { kernel(static_cast<Formal>(arguments)...); };
+  const char* seed = std::getenv("LINMU_EMULATED_SEED");
+  b.random = seed != nullptr, b.seed = seed ? std::strtoull(seed, nullptr, 10) : 0;
   for (b.index.z = 0; b.index.z < blocks.z; ++b.index.z)
     for (b.index.y = 0; b.index.y < blocks.y; ++b.index.y)
       for (b.index.x = 0; b.index.x < blocks.x; ++b.index.x) {
         b.shared.assign(emulator::kAlign + shared + emulator::kCanary, 0xFF);
         b.memory = b.shared.data() + (-reinterpret_cast<uintptr_t>(b.shared.data()) % emulator::kAlign);
         b.beyond = b.memory + shared;
+        b.writer.assign(shared / 16 + 1, -1);
         const unsigned number = b.index.x + b.index.y + b.index.z;
-        b.backwards = number % 2, b.early = (number + 1) / 2 % 2, b.late = (number + 1) % 3 > 0;
+        b.backwards = b.random ? emulator::draw(b, 2) : number % 2, b.early = (number + 1) / 2 % 2,
+        b.late = (number + 1) % 3 > 0;
         b.phase = b.arrived = 0;
         emulator::run_block(b);
       }

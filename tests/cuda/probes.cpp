@@ -98,8 +98,11 @@ __global__ void product_kernel(int fault, float* before, float* after) {
   bf16* tile = reinterpret_cast<bf16*>(memory);
   for (int k = threadIdx.x; k < 64 * 64; k += kWarpgroup) tile[k] = from_float<bf16>(1.f);
   fence_proxy_async();
-  __syncthreads();
   const unsigned one = pack<bf16>(1.f, 1.f), ones[4] = {one, one, one, one};
+  const int lane = threadIdx.x % kWarp;
+  if (fault >= 4) stmatrix(swizzled_at(tile, 64, lane, threadIdx.x / kWarp * 8), one, one, one, one);
+  if (fault == 6 || (fault == 5 && lane % 2)) fence_proxy_async();  // 4: no fence; 5: of some lanes; 6: not a fault
+  __syncthreads();
   WarpgroupAccumulator first, second;
   first.clear(), second.clear();
   warpgroup_arrive();

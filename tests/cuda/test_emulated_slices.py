@@ -134,6 +134,21 @@ def test_twice_the_same_bits(direction):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("seed", [1, 2, *[pytest.param(s, marks=pytest.mark.sweep) for s in range(3, 21)]])
+@pytest.mark.parametrize(
+    ("direction", "options"),
+    [("reverse", ("token_order",)), ("both", BOTH), ("both", (*OWN, "token_order"))],
+    ids=["reverse", "both", "own B and C"],
+)
+def test_the_order_in_which_warpgroups_run_changes_no_bit(direction, options, seed, monkeypatch):
+    inputs = make((1, 270, 2, 1, 1, 2, 16, 16), direction, options)
+    expected = run_op("ssd_scan", **inputs)
+    monkeypatch.setenv("LINMU_EMULATED_SEED", str(seed))
+    got = run_op("ssd_scan", **inputs)
+    pairs = zip(*((o if isinstance(o, tuple) else (o,)) for o in (got, expected)), strict=True)
+    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("options", [BOTH, OWN], ids=["shared", "own B and C"])
 def test_gathered_rows_are_those_that_tma_loads(options):
     inputs = make((1, 140, 2, 1, 1, 2, 40, 72), "both", options)

@@ -154,6 +154,19 @@ def test_a_query_that_no_key_answers_is_0(arch, dtype, P, monkeypatch):
     assert not any(t.any() for t in tensors) and (lse == -torch.inf).all()
 
 
+def test_keys_in_one_place_all_count_in_the_gradient_of_the_bias():
+    q, k, v = torch.randn(3, 1, 40, 1, 16).unbind(0)
+    tokens, offsets = torch.arange(40).int(), torch.tensor([0, 40]).int()
+    coords = torch.arange(40).int() // 3 * 2  # three keys in each
+    bias = torch.randn(1, 1, 1, 79)
+    args = (tokens, offsets, coords, [1, 1, 40], 0.25, bias, None, None, False, False)
+    out, lse = torch.ops.linmu_emulated.window_attention(q, k, v, *args)
+    grad = torch.randn_like(q)
+    got = torch.ops.linmu_emulated.window_attention_bwd(grad, None, q, k, v, out, lse, *args)[3]
+    wanted = torch.ops.linmu_reference.window_attention_bwd(grad, None, q, k, v, out, lse, *args)[3]
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_bits_every_time():
     inputs = make_inputs(CASES["3d-shift"], torch.bfloat16)
     leaves = [inputs[k].requires_grad_() for k in ("q", "k", "v", "bias")]

@@ -82,8 +82,11 @@ def test_faults_are_seen(probes, fault, message):
 @pytest.mark.parametrize("blocks", [1, 3])  # a product is computed when issued, or when waited for
 @pytest.mark.parametrize(
     "fault, message",
-    [(0, ""), (1, "written while a product is on its way"), (2, ""), (3, "never waited for")],
-)
+    [
+        (0, ""), (1, "written while a product is on its way"), (2, ""), (3, "never waited for"),
+        (4, "has not fenced"), (5, "has not fenced"), (6, ""),
+    ],
+)  # fmt: skip
 def test_products_are_there_once_waited_for(probes, fault, message, blocks):
     before, after, text = torch.zeros(128, 2), torch.zeros(128, 2), ctypes.create_string_buffer(400)
     probes.probe_product(fault, blocks, at(before), at(after), text, len(text))
