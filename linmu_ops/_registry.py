@@ -34,8 +34,8 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference
 
 # What stands behind liblinmu_cuda.so, and which kernels of a GPU were less exact there than the bound of their tests.
 EVIDENCE = (
-    "compiled for sm_90a, right on an H100 to rounding, but no GPU has run the scans by slices, which are newer and "
-    "serve bfloat16 there; "
+    "compiled for sm_90a, right on an H100 to rounding, but no GPU has run the scans by slices, which serve "
+    "bfloat16 there, nor the present forward of windows without a bias: both are newer; "
     "for sm_80 and sm_100 they have not run on a GPU"
 )
 INEXACT = {

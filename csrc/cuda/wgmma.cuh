@@ -114,8 +114,9 @@ struct Wgmma {
 
 // d += a b over 16 of K, or, unless `add`, d = a b. a is K-major in shared memory, or in registers as for mma.
 template <class T, Major kMajorB>
-__device__ inline void wgmma(WarpgroupAccumulator& d, Descriptor a, Descriptor b) {
-  Wgmma<T, kMajorB>::Shared::fma(a, b, LINMU_ACCUMULATOR(LINMU_ITSELF, d));
+__device__ inline void wgmma(WarpgroupAccumulator& d, Descriptor a, Descriptor b, bool add = true) {
+  using cute::SM90::GMMA::ScaleOut;
+  Wgmma<T, kMajorB>::Shared::fma(a, b, LINMU_ACCUMULATOR(LINMU_ITSELF, d), add ? ScaleOut::One : ScaleOut::Zero);
 }
 template <class T, Major kMajorB>
 __device__ inline void wgmma(WarpgroupAccumulator& d, const unsigned (&a)[4], Descriptor b, bool add = true) {

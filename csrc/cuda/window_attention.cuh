@@ -338,6 +338,34 @@ struct OnlineSoftmax {
     return warp_any(moved);
   }
 
+  // The same from q . k, of 16-bit types, which `factor`, above 0, makes exponents; always to be multiplied.
+  template <int N>
+  __device__ void step_scaled(Accumulator<M, N>& scores, float factor, float (&rescale)[R]) {
+    static_assert(sizeof(T) == 2);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float most = -INFINITY;
+#pragma unroll
+      for (int c = 0; c < N / 8; ++c)
+        most = fmaxf(most, fmaxf(scores.v[r / 2][c][r % 2 * 2], scores.v[r / 2][c][r % 2 * 2 + 1]));
+      most = fmaxf(most, shuffle_xor(most, 1));
+      most = fmaxf(top[r], fmaxf(most, shuffle_xor(most, 2)) * factor);
+      const float from = most == -INFINITY ? 0.f : most;
+      rescale[r] = fast_exp2(top[r] - from);
+      top[r] = most;
+      float total = 0.f;
+#pragma unroll
+      for (int c = 0; c < N / 8; ++c)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = scores.v[r / 2][c][r % 2 * 2 + e];
+          x = fast_exp2(fmaf(x, factor, -from));
+          total += x;
+        }
+      sum[r] = sum[r] * rescale[r] + total;
+    }
+  }
+
   // After finish. A query that no key answers has an output of 0, and its weights in the backward are 0.
   __device__ float inverse(int r) const { return sum[r] == 0.f ? 0.f : 1.f / sum[r]; }
 

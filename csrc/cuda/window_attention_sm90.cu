@@ -16,13 +16,86 @@ struct Shape {
   static_assert(kKeys * kPerKey + kMaxWarpgroups * kPerWarpgroup <= kSharedSm90);
 };
 
+#ifdef LINMU_WGMMA_CODE
+
 template <class T, int D>
+__device__ inline void multiply_keys(WarpgroupAccumulator& scores, T* q_tile, T* k_tile, int keys, int j) {
+  warpgroup_fence_operand(scores);
+  warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < D; k += 16)
+    wgmma<T, Major::K>(scores, descriptor_at(q_tile, kQueries, 0, k), descriptor_at(k_tile, keys, j, k), k > 0);
+  warpgroup_commit();
+}
+
+template <class T, int D>
+__device__ inline void multiply_values(WarpgroupAccumulator (&out)[D / 64], const unsigned (&weights)[4][4], T* v_tile,
+                                       int keys, int j) {
+#pragma unroll
+  for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
+  warpgroup_arrive();
+#pragma unroll
+  for (int part = 0; part < D / 64; ++part)
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      wgmma<T, Major::MN>(out[part], weights[k], descriptor_at(v_tile, keys, j + k * 16, part * 64));
+  warpgroup_commit();
+}
+
+// A warpgroup's queries over the keys that are there. A step's scores become weights while the last step's weights
+// multiply its values.
+template <class T, int D>
+__device__ inline void attend_plain(WarpgroupAccumulator (&out)[D / 64], OnlineSoftmax<T, 16>& softmax, float factor,
+                                    T* q_tile, T* k_tile, T* v_tile, int keys, int here, const int* key_tokens) {
+  WarpgroupAccumulator scores;
+  unsigned weights[4][4];
+  float rescale[2];
+  const auto weigh = [&](int j) {
+    const int lane = threadIdx.x % kWarp;
+    if (warp_any(key_tokens[j + lane] < 0 || key_tokens[j + kWarp + lane] < 0))
+      scores.each([&](float& value, int, int column) {
+        if (key_tokens[j + column] < 0) value = -INFINITY;
+      });
+    softmax.step_scaled(scores, factor, rescale);
+  };
+  const auto finish = [&] {
+#pragma unroll
+    for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]), multiply_rows(out[part], rescale);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) to_a_fragment<T>(weights[k], scores, 0, k);
+  };
+  here = warp_uniform(here);  // or the loop would be one that lanes leave by themselves
+  multiply_keys<T, D>(scores, q_tile, k_tile, keys, 0);
+  warpgroup_wait<0>();
+  warpgroup_fence_operand(scores);
+  weigh(0);
+  finish();
+  int j = kKeys;
+  for (; j < here; j += kKeys) {
+    multiply_keys<T, D>(scores, q_tile, k_tile, keys, j);
+    multiply_values<T, D>(out, weights, v_tile, keys, j - kKeys);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(scores);
+    weigh(j);
+    warpgroup_wait<0>();
+    finish();
+  }
+  multiply_values<T, D>(out, weights, v_tile, keys, j - kKeys);
+  warpgroup_wait<0>();
+#pragma unroll
+  for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
+}
+
+#endif
+
+// kPlain: no bias, not causal, and a scale above 0.
+template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
     warpgroup_forward_kernel(const __grid_constant__ WindowPlan s) {
 #ifdef LINMU_WGMMA_CODE
   LINMU_SHARED(memory);
   const WindowAttentionParams& p = s.p;
-  const int threads = blockDim.x, warpgroups = threads / kWarpgroup, warpgroup = threadIdx.x / kWarpgroup,
+  const int threads = blockDim.x, warpgroups = threads / kWarpgroup, warpgroup = warp_uniform(threadIdx.x / kWarpgroup),
             thread = threadIdx.x % kWarpgroup;
   const int lane = threadIdx.x % kWarp, own = thread / kWarp * 16;  // the first of the warp's rows
   const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
@@ -74,6 +147,11 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
       resident = window.count <= s.keys;
       if (!active) continue;
 
+      if constexpr (kPlain) {
+        attend_plain<T, D>(out, softmax, static_cast<float>(p.scale) * kPerE<T>, q_tile, k_tile, v_tile, s.keys, here,
+                           key_tokens);
+        continue;
+      }
       for (int j = 0; j < here; j += kKeys) {
         WarpgroupAccumulator scores;
         scores.clear();
@@ -137,15 +215,16 @@ void forward(const WindowAttentionParams& p, const CudaContext& context) {
   WindowPlan s = plan_window(p);
   const int64_t expected = expected_tokens(p), limit = shared_limit(), pairs = p.num_windows * p.groups;
   const int64_t items = ceil_div(expected, kQueries) * (p.heads / p.groups);
+  const bool plain = !p.bias && !p.causal && p.scale > 0;
   int64_t warpgroups = std::min<int64_t>(items, kMaxWarpgroups);
   const int64_t wanted = ceil_div(expected, kKeys) * kKeys;
   const auto fitting = [&] { return (limit - warpgroups * Own::kPerWarpgroup) / Own::kPerKey / kKeys * kKeys; };
   while (warpgroups > 1 && fitting() < kKeys) --warpgroups;
   s.keys = static_cast<int>(std::max<int64_t>(kKeys, std::min(wanted, fitting())));
   s.splits = static_cast<int>(std::clamp<int64_t>(kEnoughBlocks / pairs, 1, ceil_div(items, warpgroups)));
-  launch("window_attention", warpgroup_forward_kernel<T, D>, blocks_of(pairs * s.splits),
-         static_cast<int>(warpgroups * kWarpgroup), s.keys * Own::kPerKey + warpgroups * Own::kPerWarpgroup, context,
-         s);
+  const auto kernel = plain ? warpgroup_forward_kernel<T, D, true> : warpgroup_forward_kernel<T, D, false>;
+  launch("window_attention", kernel, blocks_of(pairs * s.splits), static_cast<int>(warpgroups * kWarpgroup),
+         s.keys * Own::kPerKey + warpgroups * Own::kPerWarpgroup, context, s);
 }
 
 }  // namespace

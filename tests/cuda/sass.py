@@ -74,12 +74,14 @@ class Kernel:
     def index(self, address: int) -> int:
         return bisect.bisect_left(self.code, address, key=lambda i: i.address)
 
-    def loop(self, name: str, *others: str) -> list[Instruction]:
-        """The smallest loop that holds all instructions of a name that the kernel has, and some of each other."""
+    def loop(self, name: str, *others: str, some: bool = False) -> list[Instruction]:
+        """The smallest loop that holds all instructions of a name that the kernel has, or some, and some of each
+        other."""
         wanted = [i.address for i in self.code if i.name == name]
         found = []
         for i in self.code:
-            if i.target is not None and i.target <= wanted[0] and i.address > wanted[-1]:
+            held = [i.target is not None and i.target <= w < i.address for w in wanted]
+            if i.target is not None and (any(held) if some else all(held)):
                 code = self.code[self.index(i.target) : self.index(i.address) + 1]
                 if {*others} <= {j.name for j in code}:
                     found.append(code)
