@@ -4,6 +4,8 @@
 #     bench/gpu_check.sh                        all steps, in this order; results in bench/results/<device>, as h200
 #     bench/gpu_check.sh list                   the names of the steps
 #     bench/gpu_check.sh build test_gpu         only the steps whose names begin so
+#     bench/gpu_check.sh quick                  in less than eight minutes: right or not, times, counters
+#     bench/gpu_check.sh quick --emulate        the same without a GPU, on small cases, results in build/quick
 #     STEP_SECONDS=240 bench/gpu_check.sh ...   a step is ended after so long (600 if left out)
 #
 # A python3 whose torch sees the GPU is used as it is; otherwise .venv is made, from pip's index alone. nvcc must be
@@ -15,17 +17,22 @@ cd "$(dirname "$0")/.." || exit 1
 wanted=("$@")
 only_list=false
 if [ "${1-}" = list ]; then only_list=true wanted=(); fi
+quick=false emulate=false
+if [ "${1-}" = quick ]; then quick=true; [ "${2-}" = --emulate ] && emulate=true; fi
 
 device=unknown out=bench/results/unknown
 python=$PWD/.venv/bin/python
 [ -x "$python" ] || python=$(command -v python3)
+if $emulate; then
+  PYTHONPATH=$PWD:$PWD/tests/names${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m bench.quick --emulate --out build/quick
+fi
 if ! $only_list; then
   if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
     python3 -m venv .venv && python=$PWD/.venv/bin/python &&
       "$python" -m pip install -q torch setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13" numpy &&
       LINMU_BUILD=none "$python" -m pip install -q --no-build-isolation -e ".[dev]" || exit 1
   fi
-  PYTHONPATH=$PWD:$PWD/tests/names${PYTHONPATH:+:$PYTHONPATH}
+  PYTHONPATH=$PWD:$PWD/tests/names:$PWD/build/peers${PYTHONPATH:+:$PYTHONPATH}
   PATH=$(dirname "$python"):$PATH
   export PYTHONPATH PATH PYTHONUNBUFFERED=1
   # "NVIDIA H100 80GB HBM3" is h100.
@@ -40,6 +47,15 @@ if ! $only_list; then
     nvcc --version | tail -n 2
     "$python" -m pip list 2>/dev/null | grep -iE '^(torch|triton|numpy|transformers|mamba|causal-conv1d|flash|fla)'
   } >"$out/machine.txt" 2>&1
+fi
+
+# On a bare machine the build for this one architecture is what takes longest; a library that was carried is used.
+if $quick; then
+  if [ ! -e linmu_ops/liblinmu_cuda.so ]; then
+    LINMU_BUILD=cuda LINMU_CUDA_ARCHS=90a-real "$python" setup.py -q build_ext --inplace >"$out/quick_build.log" 2>&1 ||
+      { tail -n 5 "$out/quick_build.log" >&2; exit 1; }
+  fi
+  exec "$python" -m bench.quick --out "$out" --seconds $((460 - SECONDS))
 fi
 
 failed=()
