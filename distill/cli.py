@@ -1,4 +1,4 @@
-"""The commands `linmu distill`, `answers` and `evaluate`. What takes long to import is imported inside them."""
+"""The commands `linmu distill`, `answers`, `plan` and `evaluate`. What takes long to import is imported inside them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def distill(
     with _needs_extra():
         from .data.records import DataError
         from .handoff import HandoffError
+        from .objective import TrainingError
         from .run import RunError
         from .run import distill as run
-        from .train import Interrupted, TrainingError
+        from .train import Interrupted
 
     try:
         report = run(settings, stage, resume)
@@ -72,6 +73,33 @@ def answers(
     except KeyboardInterrupt:
         stop("stopped; the same command goes on", 130)
     typer.echo(line)
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="The TOML file of a run.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Processes, one on each.")] = 1,
+    memory: Annotated[float, typer.Option(min=0, help="Of a GPU, in GB.")] = 80.0,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Of a GPU, in the run's precision.")] = 312.0,
+    share: Annotated[float, typer.Option(min=0.001, max=1, help="That training gets of them.")] = 0.5,
+) -> None:
+    """What each GPU will hold in each stage, and for how long. Nothing is loaded; status 1 where it cannot fit."""
+    with _needs_extra():
+        from .config import ConfigError, load_config
+
+    try:
+        settings = load_config(config)
+    except ConfigError as error:
+        stop(error)
+    with _needs_extra():
+        from . import plan as planner
+
+    try:
+        stages = planner.plan(settings, gpus)
+    except (ConfigError, planner.PlanError, ValueError) as error:
+        stop(error)
+    typer.echo(planner.table(settings, stages, gpus, memory, tflops, share))
+    if not all(planner.fits(row, memory) for row in stages):
+        raise typer.Exit(1)
 
 
 def evaluate(

@@ -185,7 +185,7 @@ def answer_losses(
             softened = functional.log_softmax(logits[: len(theirs)] / temperature, -1)
             kl = functional.kl_div(softened, reference, log_target=True, reduction="sum") * temperature**2
         nll = functional.cross_entropy(logits, target, reduction="none")
-        return torch.stack([kl, nll[sequence].sum(), nll[supervised].sum()])
+        return torch.stack([kl, *(torch.where(chosen, nll, 0).sum() for chosen in (sequence, supervised))])
 
     total = torch.zeros(3, dtype=torch.float32, device=targets.device)
     for start in range(0, len(targets), chunk_size):

@@ -8,26 +8,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 
 def shard(objective: nn.Module, student: PreTrainedModel, accelerator: Accelerator) -> None:
-    """FSDP2, in place: each decoder layer is gathered when it runs, the rest of the student at its root."""
+    """FSDP2, in place: each decoder layer is gathered when it runs; its block alone, where only that runs. What is
+    outside the layers stays whole: it is frozen, and the teacher's too."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in student.get_decoder().layers:
+    layers = student.get_decoder().layers
+    for layer in layers:
+        fully_shard(layer.self_attn, mesh=mesh)
         fully_shard(layer, mesh=mesh)
-    fully_shard(objective, mesh=mesh)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    fully_shard(objective, mesh=mesh, ignored_params={p for p in student.parameters() if id(p) not in inside})
 
 
 @contextmanager
 def gradients_stay_local(objective: nn.Module, accelerator: Accelerator, local: bool) -> Iterator[None]:
-    """While open and `local`, a backward pass adds up this process's gradients and talks to no other."""
-    if isinstance(objective, FSDPModule):
-        objective.set_requires_gradient_sync(not local)
-        yield
-    elif local:
+    """While open and `local`, a backward pass adds up this process's gradients and talks to no other.
+
+    Where they are sharded, it talks: whole gradients would take more memory than that takes time.
+    """
+    if local and isinstance(objective, DistributedDataParallel):
         with accelerator.no_sync(objective):
             yield
     else:
@@ -45,11 +50,6 @@ def gathered(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(gathered(item) for item in value)
     return value
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether each process holds a part of the module's parameters, until the layer around it runs."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import linmu_models
@@ -25,6 +25,7 @@ from . import handoff, held_out
 from .checkpoint import CheckpointStore, locked, write_atomically
 from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, hash_of
 from .files import read_json
+from .objective import Teacher
 from .packing import check_packable
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
@@ -37,14 +38,16 @@ from .student import (
     load_own_state,
     mean_squares,
     merge_lora,
-    mixers,
+    new_student,
     own_state,
+    plain,
     set_windows,
+    store_parameters,
     trainable_parameters,
     what_is_read,
 )
 from .teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, shared_vision_features
-from .train import StageTrainer, Teacher
+from .train import StageTrainer
 
 TEACHER = "teacher"
 CALIBRATION_BATCHES = 4
@@ -74,8 +77,10 @@ class Run:
             RunError: it cannot be loaded.
         """
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # One process evaluates, the others wait.
+        # The copies in half precision of all that is trained would live until the forward pass has ended.
+        uncached = AutocastKwargs(cache_enabled=False)
         self.accelerator = accelerator or Accelerator(
-            mixed_precision=config.mixed_precision, kwargs_handlers=[patience]
+            mixed_precision=config.mixed_precision, kwargs_handlers=[patience, uncached]
         )
         self.config, self.folder = config, config.folder
         try:
@@ -98,23 +103,15 @@ class Run:
 
     def fresh_student(self, *, lora: bool = False) -> Student:
         """A new student with the teacher's weights; random numbers depend on the seed alone."""
-        torch.manual_seed(self.config.seed)
-        kept = self.config.student.get("keep_attention", ())
-        model = linmu_models.convert(self.teacher, self.config.block, kept, share_frozen=True)
-        blocks = mixers(model, self.teacher)
-        handle = self.add_lora(model) if lora else None
-        # In half precision, small updates would be rounded away.
-        for block in blocks.values():
-            block.float()
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.float()
-        return Student(model.eval(), blocks, handle)
+        return Student(*new_student(self.teacher, self.config, self.add_lora if lora else None))
 
     def student_after(self, number: int, *, lora: bool | None = None) -> Student:
         """The student that stage `number` left; 0: calibrated, untrained."""
         state, _ = handoff.load_result(self.folder, number, self.teacher_hash, self.config)
-        student = self.fresh_student(lora=self.config.has_lora(number) if lora is None else lora)
+        return self._student_of(state, number, lora=self.config.has_lora(number) if lora is None else lora)
+
+    def _student_of(self, state: dict[str, Tensor], number: int, *, lora: bool) -> Student:
+        student = self.fresh_student(lora=lora)
         load_own_state(student.model, state)
         set_windows(student.blocks.values(), number == 0 or STAGES[number - 1].windows)
         return student
@@ -237,7 +234,8 @@ class Run:
                 )  # fmt: skip
             self.accelerator.wait_for_everyone()
             return
-        student = self.student_after(number - 1, lora=config.has_lora(number))
+        before, _ = handoff.load_result(self.folder, number - 1, self.teacher_hash, config)
+        student = self._student_of(before, number - 1, lora=config.has_lora(number))
         _, start = handoff.load_result(self.folder, 0, self.teacher_hash, config)
         set_windows(student.blocks.values(), stage.windows)
         if config.gradient_checkpointing and stage.block_input == "student":
@@ -250,13 +248,15 @@ class Run:
         if "sequence" in stage.losses:
             cache = AnswerCache(self.folder / "answers.sqlite", self.teacher_hash)
             transcripts = Transcripts(self.teacher, self.tokenizer, source, cache, config.max_new_tokens)
+        trainable = trainable_parameters(student.model, student.blocks, stage)
+        store_parameters(student.blocks.values(), trainable, self.teacher.dtype)
         trainer = StageTrainer(
             config,
             stage,
             student.model,
             Teacher(self.teacher, start["layers"], start["mean_squares"]),
             source,
-            trainable_parameters(student.model, student.blocks, stage),
+            trainable,
             handoff.stage_folder(self.folder, number),
             self.accelerator,
             transcripts,
@@ -277,7 +277,12 @@ class Run:
                 f"stage {number}  L_seq left out {unfinished} samples: the teacher's answer had no end within "
                 f"max_new_tokens = {config.max_new_tokens}"
             )
-        state = own_state(student.model, student.blocks)
+        # What is frozen goes on as it came, not as it was rounded to the teacher's dtype.
+        trained = {plain(name) for name in trainable}
+        state = {
+            name: tensor if name in trained or name not in before else before[name]
+            for name, tensor in own_state(student.model, student.blocks).items()
+        }
         if self.accelerator.is_main_process:
             handoff.save_result(
                 self.folder, number, state, self.teacher_hash, config,

@@ -1,7 +1,7 @@
 """The student: what its parameters are, how its branches are switched, and what LoRA adds."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import linmu_models
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
-from linmu_models.modeling import LinmuModel
+from linmu_models.modeling import IN_FLOAT32, LinmuModel
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE
 
-from .config import ConfigError
+from .config import Config, ConfigError
 from .losses import kept_positions, num_weighed
 from .packing import real_tokens
 from .parallel import gathered
@@ -44,6 +45,27 @@ def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, Bloc
     theirs, pairs = attention_modules(teacher), attention_modules(student).items()
     new = {i: ours for i, ours in pairs if hasattr(ours, "scan") and not hasattr(theirs[i], "scan")}
     return cast(dict[int, Block], new)
+
+
+def new_student(
+    teacher: PreTrainedModel, config: Config, lora: Callable[[LinmuModel], Any] | None = None
+) -> tuple[LinmuModel, dict[int, Block], Any]:
+    """A student with the teacher's weights, its blocks, and what `lora` gives: it puts LoRA on a model.
+
+    Random numbers depend on the seed alone.
+    """
+    torch.manual_seed(config.seed)
+    kept = config.student.get("keep_attention", ())
+    model = linmu_models.convert(teacher, config.block, kept, share_frozen=True)
+    blocks = mixers(model, teacher)
+    handle = lora(model) if lora else None
+    # In half precision, small updates would be rounded away.
+    for block in blocks.values():
+        block.float()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return model.eval(), blocks, handle
 
 
 def set_windows(blocks: Iterable[Block], on: bool) -> None:
@@ -196,7 +218,7 @@ def merge_lora(handle: Any) -> PreTrainedModel:
     return handle.merge_and_unload()
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A tensor's name without LoRA. peft keeps a layer that it updates one level further down."""
     return name.replace(".base_layer.", ".")
 
@@ -205,7 +227,7 @@ def own_state(student: PreTrainedModel, blocks: dict[int, Block]) -> dict[str, T
     """What the student has and its teacher has not: the blocks, and LoRA where it is on. All processes must call it."""
     own = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return {
-        _plain(name): gathered(tensor)
+        plain(name): gathered(tensor)
         for name, tensor in [*student.named_parameters(), *student.named_buffers()]
         if id(tensor) in own or ".lora_" in name
     }
@@ -218,12 +240,24 @@ def load_own_state(student: PreTrainedModel, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor of the state is not in the student, or has another shape.
     """
-    ours = {_plain(name): tensor for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
+    ours = {plain(name): tensor for name, tensor in [*student.named_parameters(), *student.named_buffers()]}
     for name, tensor in state.items():
         if name not in ours or ours[name].shape != tensor.shape:
             got = "nothing" if name not in ours else str(tuple(ours[name].shape))
             raise ValueError(f"the saved stage has {name} of {tuple(tensor.shape)}, this student has {got}")
         ours[name].copy_(tensor)
+
+
+def store_parameters(blocks: Iterable[Block], trainable: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    """Keep what is trained in float32, where small updates are not rounded away, and the rest of the blocks in `dtype`,
+    as conversion would."""
+    trained = {id(parameter) for parameter in trainable.values()}
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in trained and not IN_FLOAT32.search(f"self_attn.{name}"):
+                parameter.data = parameter.data.to(dtype)
+    for parameter in trainable.values():
+        parameter.data = parameter.data.float()
 
 
 @contextmanager
@@ -268,6 +302,16 @@ def hidden_kinds(
     layout = student.build_layout(model_inputs(batch))
     visual = torch.zeros_like(mask) if layout is None else layout.visual_mask(mask.device)
     return {"visual": mask & visual, "text": mask & ~visual, "read": reading}
+
+
+def hidden_counts(student: LinmuModel, batch: Batch, average: str) -> dict[str, int]:
+    """The sum of each of the weights that `hidden_kinds` will give, with `average` as a stage has it."""
+    mask = real_tokens(batch)
+    if average == "tokens":
+        return {"tokens": int(mask.sum())}
+    layout = student.build_layout(model_inputs(batch))
+    visual = 0 if layout is None else int((mask & layout.visual_mask(mask.device)).sum())
+    return {"visual": visual, "text": int(mask.sum()) - visual, "read": len(kept_positions(batch["labels"]))}
 
 
 @torch.no_grad()

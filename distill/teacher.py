@@ -278,20 +278,25 @@ class Transcripts:
     unfinished: int = 0
     """Samples whose answer did not end in time; they are left out of L_seq."""
 
+    def known(self, samples: list[Any]) -> list[list[str | None] | None]:
+        """For each sample the teacher's answers, None in the place of one that did not end in time; None: not decoded
+        yet."""
+        return [self.cache.get(self.cache.key(sample, self.max_new_tokens)) for sample in samples]
+
     def __call__(self, samples: list[Any]) -> list[Any]:
-        """Samples with the teacher's answers in place of the true ones, those with an unfinished answer left out."""
-        keys = [self.cache.key(sample, self.max_new_tokens) for sample in samples]
-        known = [self.cache.get(key) for key in keys]
+        """Samples with the teacher's answers in place of the true ones; None for those with an unfinished answer."""
+        known = self.known(samples)
         if missing := [i for i, answers in enumerate(known) if answers is None]:
             wanted = [samples[i] for i in missing]
             decoded = own_answers(self.model, self.tokenizer, self.source, wanted, self.max_new_tokens)
             for i, said in zip(missing, decoded, strict=True):
                 known[i] = said
-                self.cache.put(keys[i], said)
-        out = []
+                self.cache.put(self.cache.key(samples[i], self.max_new_tokens), said)
+        out: list[Any] = []
         for sample, answers in zip(samples, known, strict=True):
             if answers is None or None in answers:
                 self.unfinished += 1
+                out.append(None)
                 continue
             turns = tuple((question, said) for (question, _), said in zip(sample.turns, answers, strict=True))
             out.append(dataclasses.replace(sample, turns=turns))

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from linmu_models.attention_mass import each_alone
 from linmu_models.generate import peak_memory
-from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
+from linmu_models.hooks import attention_modules
 from linmu_models.modeling import LinmuModel
 from linmu_ops import LinmuWarning
 
 from .checkpoint import CheckpointStore, random_states, set_random_states, write_atomically
 from .config import Config
 from .files import read_lines
-from .losses import answer_losses, hidden_loss, joint_weights, kept_positions, num_weighed
-from .packing import pack, real_tokens
+from .objective import MicroBatch, Objective, Teacher, TrainingError, assemble, learns_by_block, read_batch
 from .parallel import (
     assign,
     gathered,
     gradients_stay_local,
-    is_sharded,
     load_optimizer,
     local_part,
     shard,
@@ -41,8 +37,8 @@ from .parallel import (
 )
 from .progress import Progress
 from .stages import Stage
-from .student import beyond_windows, decaying, hidden_kinds, reach_all, record_reading
-from .teacher import Batch, Source, Stream, Transcripts, model_inputs, predicts_targets
+from .student import beyond_windows, decaying, reach_all
+from .teacher import Source, Stream, Transcripts
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
@@ -55,174 +51,8 @@ _WARMUP = 0.05  # the share of a stage's steps in which the learning rate rises
 _RECENT = 50  # steps whose mean stands for the end of a stage
 
 
-class TrainingError(RuntimeError):
-    """Training stopped, as its result would be worth nothing. The last good checkpoint is untouched."""
-
-
 class Interrupted(RuntimeError):
     """Ctrl-C or a termination signal arrived. Everything is saved."""
-
-
-@dataclass
-class Teacher:
-    """What a stage needs of the frozen model."""
-
-    model: PreTrainedModel
-    layers: Sequence[int]
-    """The decoder layers whose attention the student has replaced."""
-    scales: Mapping[str, Sequence[float]] | None = None
-    """For each kind of token, the mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
-
-    @torch.no_grad()
-    def __call__(
-        self, batch: Batch, hidden: bool, inputs: bool, reading: bool
-    ) -> tuple[Tensor, list[Tensor], list[Batch], list[Tensor] | None]:
-        """Run the teacher on a batch.
-
-        Returns:
-            The final hidden states `(B, L, D)`. The outputs and the inputs of attention at `layers`, where asked for.
-            What answers read (see `record_reading`), where asked for.
-        """
-        modules = [attention_modules(self.model)[i] for i in self.layers]
-        packed = batch.get("seq_idx")
-        with (
-            nullcontext() if packed is None else each_alone(self.model, packed),
-            record_outputs(modules if hidden else []) as outputs,
-            record_inputs(modules if inputs else []) as seen,
-            record_reading(self.model, self.layers, batch) if reading else nullcontext() as read,
-        ):
-            states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
-        return states, outputs, seen, read
-
-
-@dataclass
-class Part:
-    """A micro-batch with all that its losses need. The samples after the first `num_samples` hold the teacher's own
-    answers (L_seq). Each sample is a row; or the batch is packed, and one row holds all samples."""
-
-    batch: Batch
-    num_samples: int
-    states: Tensor
-    """(n, D): the teacher's hidden states at the kept positions of the first `num_samples` samples."""
-    hidden: list[Tensor]
-    inputs: list[Batch]
-    """What the teacher's attention saw at each layer. Empty where the student's blocks see their own stream."""
-    kinds: dict[str, Tensor | list[Tensor]]
-    """For each mean in L_hid, the weights (B, L) of the tokens: one tensor for all layers, or one for each."""
-    same: Tensor
-    """(num_samples,) bool: samples whose true answers are the teacher's own answers too."""
-    counts: dict[str, int]
-    """Tokens of this micro-batch in the mean of each loss."""
-
-
-class Objective(nn.Module):
-    """The student and its losses in one forward pass. So DDP and FSDP see one module and one loss."""
-
-    def __init__(self, student: LinmuModel, teacher: Teacher, stage: Stage) -> None:
-        """The teacher stays out of the module tree, as it is frozen and nobody wraps it."""
-        super().__init__()
-        self.student = student
-        self._teacher = (teacher,)
-        self.stage = stage
-
-    def forward(self, part: Part, counts: dict[str, int]) -> dict[str, Tensor]:
-        """This micro-batch's share of the mean of each loss. `counts` are the tokens of the whole step."""
-        (teacher,) = self._teacher
-        hidden = "hidden" in self.stage.losses
-        modules = attention_modules(self.student)
-        blocks = [modules[i] for i in teacher.layers]
-        alone = bool(part.inputs) and set(self.stage.losses) == {"hidden"} and not is_sharded(blocks[0])
-        if alone:
-            # Nothing between the blocks is needed: most of a step's work.
-            shared = self.student.block_inputs(model_inputs(part.batch), part.hidden[0].shape[1])
-            outputs = [block(**given, linmu=shared)[0] for block, given in zip(blocks, part.inputs, strict=True)]
-        else:
-            with (
-                record_outputs(blocks if hidden else []) as outputs,
-                replace_inputs(blocks if part.inputs else [], part.inputs),
-            ):
-                states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
-        losses = {}
-        if hidden:
-            rows, length = part.hidden[0].shape[:2]
-            ours = [output[:rows, :length] for output in outputs]
-            weights = joint_weights(part.kinds, teacher.scales, counts, len(blocks))
-            losses["hidden"] = hidden_loss(ours, part.hidden, weights, num_tokens=1)
-        if alone:
-            return losses
-        kept = kept_positions(part.batch["labels"], part.batch.get("seq_idx"))
-        own = torch.cat([part.same, part.same.new_ones(num_samples(part.batch) - part.num_samples)])
-        answers = answer_losses(
-            kept.select(states),
-            self.student.lm_head,
-            kept.targets,
-            teacher_states=part.states,
-            teacher_head=teacher.model.lm_head,
-            temperature=self.stage.temperature,
-            in_sequence=own[kept.samples],
-            in_supervised=kept.samples < part.num_samples,
-            num_token=counts["token"],
-            num_sequence=counts["sequence"],
-            num_supervised=counts["supervised"],
-        )
-        every = {"token": answers.token, "sequence": answers.sequence, "supervised": answers.supervised}
-        # In stages 1 and 2 the distance to the true answers is shown where it is known, not trained on.
-        shown = {**self.stage.losses, "supervised": 0.0}
-        return {**losses, **{name: value for name, value in every.items() if name in shown}}
-
-
-def num_samples(batch: Batch) -> int:
-    """Rows, or the sequences of the one row."""
-    return len(batch["labels"]) if "seq_idx" not in batch else int(batch["seq_idx"][0, -1]) + 1
-
-
-def assemble(source: Source, samples: list[Any], teacher: Teacher, student: LinmuModel, stage: Stage,
-             transcripts: Transcripts | None, device: torch.device) -> Part:  # fmt: skip
-    """Run the teacher on samples, and collect what the losses need.
-
-    Args:
-        student: says where its visual tokens are.
-        transcripts: the teacher's own answers, where `stage` uses L_seq.
-    """
-
-    def made(samples: list[Any]) -> Batch:
-        batch = source.processor(samples)
-        if getattr(source, "packing", False):
-            batch = pack(batch, teacher.model.model)
-        return {name: value.to(device) for name, value in batch.items()}
-
-    batch, number = made(samples), len(samples)
-    learns_hidden = "hidden" in stage.losses
-    reads = learns_hidden and stage.average == "read"
-    states, hidden, inputs, reading = teacher(batch, learns_hidden, stage.block_input == "teacher", reads)
-    kept = kept_positions(batch["labels"], batch.get("seq_idx"))
-    if not len(kept):
-        raise TrainingError("a batch has no supervised position: every answer in it is empty")
-    states = kept.select(states)
-    kinds = hidden_kinds(student, batch, reading) if hidden else {}
-    same = torch.zeros(number, dtype=torch.bool, device=device)
-    if "sequence" in stage.losses:
-        # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
-        same = predicts_targets(states, teacher.model.lm_head, kept, number)
-        # Plain text asks nothing that could be answered.
-        asked = [any(question for question, _ in sample.turns) for sample in samples]
-        others = [s for s, asks, equal in zip(samples, asked, same.tolist(), strict=True) if asks and not equal]
-        if transcripts is None:
-            raise ValueError("assemble: transcripts must be given where L_seq is used, got None")
-        if others and (own := transcripts(others)):
-            batch = made([*samples, *own])
-    all_kept = kept_positions(batch["labels"], batch.get("seq_idx"))
-    of_teacher = torch.cat([same, same.new_ones(num_samples(batch) - number)])
-    real = int(real_tokens(batch).sum())
-    counts = {
-        **{kind: num_weighed(weights) for kind, weights in kinds.items()},
-        "token": len(kept),
-        "sequence": int(of_teacher[all_kept.samples].sum()),
-        "supervised": len(kept),
-        "input": real,
-        "padding": batch["input_ids"].numel() - real,
-    }
-    return Part(batch, number, states, hidden, inputs, kinds, same, counts)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -352,7 +182,7 @@ class StageTrainer:
         if self.accelerator.num_processes == 1:
             return objective
         if self.config.parallel == "ddp":
-            return self.accelerator.prepare(objective)
+            return objective if objective.by_block else self.accelerator.prepare(objective)
         shard(objective, self.student, self.accelerator)
         now = dict(self.student.named_parameters())
         self.trainable = {name: now[name] for name in self.trainable}
@@ -367,34 +197,23 @@ class StageTrainer:
 
     def _step(self, objective: nn.Module, optimizer: Any, step: int) -> dict[str, float]:
         began = time.perf_counter()
-        accelerator, config = self.accelerator, self.config
+        accelerator = self.accelerator
         rate = learning_rate(self.stage, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        processes, rank = accelerator.num_processes, accelerator.process_index
-        parts = []
-        for i in range(config.gradient_accumulation):
-            index = (step * config.gradient_accumulation + i) * processes + rank
-            with accelerator.autocast():
-                parts.append(
-                    assemble(self.source, self.source.samples(index), self.teacher, self.student, self.stage,
-                             self.transcripts, accelerator.device)
-                )  # fmt: skip
-        names = list(parts[0].counts)
-        summed = torch.tensor([sum(p.counts[n] for p in parts) for n in names], device=accelerator.device)
+        micros: list[MicroBatch | None] = [*self._read(step)]
+        names = list(micros[0].counts) if micros[0] else []
+        summed = torch.tensor([sum(m.counts[n] for m in micros if m) for n in names], device=accelerator.device)
         counts = dict(zip(names, accelerator.reduce(summed, "sum").tolist(), strict=True))
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
-        for i, part in enumerate(parts):
-            with gradients_stay_local(objective, accelerator, local=i < len(parts) - 1):
-                with accelerator.autocast():
-                    losses = objective(part, counts)
-                loss = sum(self.stage.losses[name] * losses[name] for name in self.stage.losses)
-                losses["loss"] = loss
-                # Processes are averaged, but each holds a share of one mean.
-                accelerator.backward(loss * processes)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach()
+        for i, micro in enumerate(micros):
+            micros[i] = None  # One at a time.
+            assert micro is not None
+            with gradients_stay_local(objective, accelerator, local=i < len(micros) - 1):
+                for name, value in self._derive(objective, micro, counts).items():
+                    totals[name] = totals.get(name, 0) + value
+        self._join_gradients()
         values = accelerator.reduce(torch.stack(list(totals.values())), "sum").tolist()
         # A mean over no token is not told as 0.
         told = {name: value for name, value in zip(totals, values, strict=True) if counts.get(name, 1)}
@@ -415,6 +234,46 @@ class StageTrainer:
             "peak_memory_mb": peak_memory() / 2**20,
             "seconds": self._seconds,
         }
+
+    def _read(self, step: int) -> list[MicroBatch]:
+        accelerator, batches = self.accelerator, self.config.gradient_accumulation
+        first = step * batches * accelerator.num_processes + accelerator.process_index
+        numbers = range(first, first + batches * accelerator.num_processes, accelerator.num_processes)
+        with accelerator.autocast():
+            return [
+                read_batch(self.source, self.source.samples(number), self.teacher, self.student, self.stage,
+                           self.transcripts, accelerator.device)
+                for number in numbers
+            ]  # fmt: skip
+
+    def _derive(self, objective: nn.Module, micro: MicroBatch, counts: dict[str, int]) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch. Returns its share of each loss."""
+        accelerator, weights = self.accelerator, self.stage.losses
+        with accelerator.autocast():
+            part = assemble(micro, self.teacher, self.student, self.stage, accelerator.device)
+        # Processes are averaged, but each holds a share of one mean.
+        processes = accelerator.num_processes
+        if not (isinstance(objective, Objective) and objective.by_block):
+            with accelerator.autocast():
+                losses = objective(part, counts)
+            loss = sum(weights[name] * losses[name] for name in weights)
+            accelerator.backward(loss * processes)
+            return {name: value.detach() for name, value in {**losses, "loss": loss}.items()}
+        # The graph of one block at a time.
+        total = torch.zeros((), device=accelerator.device)
+        for share in objective.each_block(part, counts):
+            with accelerator.autocast():
+                loss = share()
+            accelerator.backward(loss * (weights["hidden"] * processes))
+            total += loss.detach()
+        return {"hidden": total, "loss": weights["hidden"] * total}
+
+    def _join_gradients(self) -> None:
+        """Average what the processes have derived on their own: DDP knows of one forward pass and one backward pass."""
+        if self.accelerator.num_processes > 1 and self.config.parallel == "ddp" and learns_by_block(self.stage):
+            for parameter in self.trainable.values():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
 
     def _where(self, step: int, what: str) -> str:
         steps = self.store.steps()

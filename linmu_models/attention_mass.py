@@ -16,7 +16,7 @@ from .hooks import attention_modules
 from .modeling import attention_window
 
 RECORDED = "linmu_recorded"
-_QUERIES_AT_ONCE = 256
+QUERIES_AT_ONCE = 256
 
 _asking: dict[nn.Module, Tensor] = {}
 _found: dict[nn.Module, Tensor] = {}
@@ -70,14 +70,19 @@ def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking:
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     mass = query.new_zeros(key.shape[:3], dtype=torch.float32)
     for row in range(len(query)):
-        for queries in asking[row].nonzero()[:, 0].split(_QUERIES_AT_ONCE):
-            logits = query[row][:, queries].float() @ key[row].float().mT * scale
-            if mask is None:
-                seen = torch.arange(key.shape[2], device=key.device) <= queries[:, None]
-            else:
-                seen = mask[row if len(mask) > 1 else 0][:, queries, : key.shape[2]]
-            mass[row] += logits.masked_fill(~seen, -torch.inf).softmax(-1).sum(1)
+        for queries in asking[row].nonzero()[:, 0].split(QUERIES_AT_ONCE):
+            mass[row] += mass_of(query[row], key[row], None if mask is None else mask[row % len(mask)], scale, queries)
     return mass
+
+
+def mass_of(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, queries: Tensor) -> Tensor:
+    """The attention (H, L) that each token gets from some queries of its row; `query`, `key` (H, L, P)."""
+    logits = query[:, queries].float() @ key.float().mT * scale
+    if mask is None:
+        seen = torch.arange(key.shape[1], device=key.device) <= queries[:, None]
+    else:
+        seen = mask[:, queries, : key.shape[1]]
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1).sum(1)
 
 
 @contextmanager

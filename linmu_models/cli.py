@@ -19,7 +19,7 @@ except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[models]' (`python -m linmu_ops.env` does without)")
 
 OURS = ("linmu_models", "linmu_distill")
-OF_DISTILL = ("distill", "answers", "evaluate")  # named in `linmu --help`, installed or not
+OF_DISTILL = ("distill", "answers", "plan", "evaluate")  # named in `linmu --help`, installed or not
 OPTION_HELP = 'name=value of the block\'s options, e.g. "text_window=16"; "preset=paper" for the paper\'s block.'
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -52,7 +53,8 @@ def _causal_conv1d(given: Mapping[str, Any]) -> int:
 def _pairs(offsets: Tensor, tokens: int) -> int:
     """Sum of the squares of the windows' sizes; as of equal windows where a tracer hides them."""
     if type(offsets) is Tensor and offsets.device.type != "meta":
-        return int(offsets.diff().long().square().sum())
+        with _disable_current_modes():  # They may be counting bytes, or have no values.
+            return int(offsets.diff().long().square().sum())
     windows = max(offsets.shape[0] - 1, 1)
     return tokens * tokens // windows
 

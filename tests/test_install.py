@@ -95,5 +95,5 @@ def test_an_unknown_command_is_refused():
 def test_the_package_offers_its_commands(installed):
     text = (installed / "linmu.egg-info" / "entry_points.txt").read_text()
     assert "linmu = linmu_models.cli:main" in text and "linmu = linmu_distill.lmms:manifest" in text
-    for command in ("distill", "answers", "evaluate"):
+    for command in ("distill", "answers", "plan", "evaluate"):
         assert f"{command} = linmu_distill.cli:{command}\n" in text

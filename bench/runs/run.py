@@ -24,10 +24,11 @@ from linmu_distill.data.records import DataError
 from linmu_distill.evaluation import evaluate
 from linmu_distill.files import read_json
 from linmu_distill.handoff import HandoffError
+from linmu_distill.objective import TrainingError
 from linmu_distill.report import read_metrics
 from linmu_distill.run import TEACHER, Run, RunError
 from linmu_distill.stages import STAGES
-from linmu_distill.train import Interrupted, TrainingError
+from linmu_distill.train import Interrupted
 from linmu_models.cli import stop
 
 from .page import write_page

@@ -12,9 +12,11 @@ from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from linmu_distill.config import Config, parse_config
+from linmu_distill.objective import Teacher, assemble, read_batch
 from linmu_distill.student import add_lora, mixers, set_windows, trainable_parameters
 from linmu_distill.teacher import AnswerCache, Transcripts
-from linmu_distill.train import StageTrainer, Teacher
+from linmu_distill.train import StageTrainer
+from linmu_models.layout import LinmuInputs
 
 PAD, BOS, EOS, IMAGE, VIDEO, START, END, FIRST = range(8)
 
@@ -137,8 +139,10 @@ class StandIn(nn.Module):
         self.windows_enabled = True
         self.config = SimpleNamespace(text_window=1)
 
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, linmu=None, **kwargs):
         mask = hidden_states.new_ones(hidden_states.shape[:2]) if attention_mask is None else attention_mask[:, 0, -1]
+        if linmu is not None:
+            mask = linmu.padding
         out = self.scan(hidden_states, mask.to(hidden_states.dtype))
         if self.windows_enabled:
             share = self.mix.sigmoid()
@@ -153,7 +157,16 @@ def student_model(teacher, inside=True, seed=1):
     torch.manual_seed(seed)
     for layer in student.get_decoder().layers:
         layer.self_attn = StandIn(layer.self_attn)
+    student.build_layout = lambda inputs: None
+    student.block_inputs = lambda inputs, length: LinmuInputs(padding=inputs["attention_mask"])
     return student
+
+
+def part_of(trainer, samples):
+    """A micro-batch of these samples with all that its losses need, as a step makes it."""
+    what = trainer.teacher, trainer.student, trainer.stage
+    device = trainer.accelerator.device
+    return assemble(read_batch(trainer.source, samples, *what, trainer.transcripts, device), *what, device)
 
 
 def config_of(tmp_path, **changes) -> Config:

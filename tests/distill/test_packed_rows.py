@@ -16,10 +16,11 @@ import linmu_models
 from linmu_distill.config import ConfigError, parse_config
 from linmu_distill.data.stream import Decoding
 from linmu_distill.handoff import stage_folder
+from linmu_distill.objective import Objective, Teacher, assemble, read_batch
 from linmu_distill.run import Run, RunError, distill
 from linmu_distill.student import mixers
 from linmu_distill.teacher import load_teacher
-from linmu_distill.train import Interrupted, Objective, Teacher, assemble
+from linmu_distill.train import Interrupted
 from linmu_models.chat import ChatProcessor, Conversation
 
 BLOCKS = {
@@ -73,9 +74,16 @@ def samples(folder, processor):
     return [pictures[0], text, video, talk, pictures[1]]
 
 
-def own(others):
+class Own:
     """What the teacher is said to answer."""
-    return [dataclasses.replace(s, turns=tuple((q, f"{i} is mine") for q, _ in s.turns)) for i, s in enumerate(others)]
+
+    def known(self, samples):
+        return [None] * len(samples)
+
+    def __call__(self, others):
+        return [
+            dataclasses.replace(s, turns=tuple((q, f"{i} is mine") for q, _ in s.turns)) for i, s in enumerate(others)
+        ]
 
 
 def values(**changes):
@@ -88,8 +96,8 @@ def part_of(models, preset, samples, processor, packing, average, stage):
     frozen = Teacher(teacher, list(mixers(student, teacher)))
     source = SimpleNamespace(processor=processor, packing=packing)
     row = dataclasses.replace(options.stage(3), average=average)
-    asks = own if "sequence" in row.losses else None
-    part = assemble(source, list(samples), frozen, student, row, asks, torch.device("cpu"))
+    asks, cpu = Own() if "sequence" in row.losses else None, torch.device("cpu")
+    part = assemble(read_batch(source, list(samples), frozen, student, row, asks, cpu), frozen, student, row, cpu)
     return part, Objective(student, frozen, row)
 
 

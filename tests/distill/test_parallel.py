@@ -22,10 +22,16 @@ def run_two(config, number):
     return in_two(work)
 
 
-@pytest.mark.parametrize("parallel, number", [("ddp", 1), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)])
-def test_two_processes_are_one(tmp_path, parallel, number):
+ALONE = {"losses": {"block": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "parallel, number, more",
+    [("ddp", 1, {}), ("ddp", 2, ALONE), ("ddp", 3, {}), ("fsdp", 2, {}), ("fsdp", 2, ALONE), ("fsdp", 3, {})],
+)
+def test_two_processes_are_one(tmp_path, parallel, number, more):
     """Batches are of unequal size, so that a mean of the processes' means would be something else."""
-    changes = {f"stage{number}": {"steps": 5, "learning_rate": 1e-2}}
+    changes = {f"stage{number}": {"steps": 5, "learning_rate": 1e-2, **more}}
     one = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "one", gradient_accumulation=2, **changes), number)
     one.run()
     config = stand_ins.config_of(tmp_path / "two", parallel=parallel, **changes)

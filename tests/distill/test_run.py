@@ -21,12 +21,12 @@ from linmu_distill.checkpoint import CheckpointStore, locked
 from linmu_distill.config import EVALUATION_SEED, parse_config
 from linmu_distill.handoff import HandoffError
 from linmu_distill.losses import kept_positions
+from linmu_distill.objective import Objective, Teacher, assemble, read_batch
 from linmu_distill.report import read_metrics, write_report
 from linmu_distill.run import Run, RunError, distill
 from linmu_distill.sources import build_source
 from linmu_distill.student import what_is_read
 from linmu_distill.teacher import model_inputs
-from linmu_distill.train import Objective, Teacher, assemble
 from linmu_models.cli import app
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.modeling import IN_FLOAT32
@@ -282,11 +282,10 @@ def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path, mo
     assert facts["mean_squares"]["read"] == pytest.approx(means, rel=1e-4)
 
     student = run.student_after(0).model
-    part = assemble(
-        source, source.samples(0), Teacher(run.teacher, [0, 1], facts["mean_squares"]), student, run.config.stage(1),
-        None, torch.device("cpu"),
-    )  # fmt: skip
-    stage = Objective(student, Teacher(run.teacher, [0, 1], facts["mean_squares"]), run.config.stage(1))
+    what = Teacher(run.teacher, [0, 1], facts["mean_squares"]), student, run.config.stage(1)
+    cpu = torch.device("cpu")
+    part = assemble(read_batch(source, source.samples(0), *what, None, cpu), *what, cpu)
+    stage = Objective(student, what[0], what[2])
     with torch.no_grad(), record_outputs(attention_modules(student)) as ours:
         loss = stage(part, part.counts)["hidden"]
     visual = student.build_layout(model_inputs(batch)).visual_mask()
@@ -304,7 +303,7 @@ def test_blocks_alone_learn_as_within_the_student(teacher, tmp_path, monkeypatch
     imitate = {"losses": {"block": 1.0}, "steps": 3}
     curves = []
     for name, whole in (("alone", False), ("within", True)):
-        monkeypatch.setattr("linmu_distill.train.is_sharded", lambda block, whole=whole: whole)
+        monkeypatch.setattr("linmu_distill.objective.learns_by_block", lambda stage, whole=whole: not whole)
         stages = {"stage1": imitate, "stage2": imitate}
         config = parse_config({**run_values(tmp_path, teacher, **stages), "output": str(tmp_path / name)})
         run = Run(config)

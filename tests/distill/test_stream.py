@@ -16,9 +16,10 @@ from linmu_distill.checkpoint import CheckpointStore
 from linmu_distill.data.records import JsonRecords
 from linmu_distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
 from linmu_distill.handoff import stage_folder
+from linmu_distill.objective import TrainingError
 from linmu_distill.run import Run, distill
 from linmu_distill.teacher import AnswerCache, Stream
-from linmu_distill.train import Interrupted, TrainingError
+from linmu_distill.train import Interrupted
 from linmu_models.chat import ChatProcessor
 from linmu_models.cli import app
 from linmu_models.media import UnreadableError

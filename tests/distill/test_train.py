@@ -13,6 +13,7 @@ from training import curve
 
 from linmu_distill.checkpoint import CheckpointStore
 from linmu_distill.config import ConfigError
+from linmu_distill.objective import Objective, TrainingError
 from linmu_distill.stages import STAGES
 from linmu_distill.student import add_lora, merge_lora, mixers, own_state, set_windows, trainable_parameters
 from linmu_distill.teacher import (
@@ -21,7 +22,7 @@ from linmu_distill.teacher import (
     predicts_targets,
     prompts,
 )
-from linmu_distill.train import Interrupted, Objective, TrainingError, assemble, checksums, learning_rate
+from linmu_distill.train import Interrupted, checksums, learning_rate
 from linmu_models.hooks import attention_modules, record_outputs
 
 
@@ -67,15 +68,7 @@ def test_blocks_see_what_the_teachers_attention_saw(tmp_path):
         trainer.stage = dataclasses.replace(trainer.stage, block_input="teacher")
         if wrong:
             trainer.student.get_decoder().layers[0].self_attn.norm.weight.data.mul_(-3.0)
-        part = assemble(
-            trainer.source,
-            trainer.source.samples(0),
-            trainer.teacher,
-            trainer.student,
-            trainer.stage,
-            None,
-            torch.device("cpu"),
-        )
+        part = stand_ins.part_of(trainer, trainer.source.samples(0))
         objective = Objective(trainer.student, trainer.teacher, trainer.stage)
         modules = list(attention_modules(trainer.student).values())
         with record_outputs(modules) as outputs:
@@ -347,7 +340,7 @@ def test_hidden_loss_of_a_stage_by_hand(tmp_path):
     config = stand_ins.config_of(tmp_path)
     trainer = stand_ins.stage_trainer(config, 1)
     samples = trainer.source.samples(0)
-    part = assemble(trainer.source, samples, trainer.teacher, trainer.student, trainer.stage, None, torch.device("cpu"))
+    part = stand_ins.part_of(trainer, samples)
     found = Objective(trainer.student, trainer.teacher, trainer.stage)(part, part.counts)
     batch = {k: v for k, v in part.batch.items() if k != "labels"}
     streams = []
@@ -436,7 +429,7 @@ class TestOwnAnswers:
         second = stand_ins.stage_trainer(config, 3, teacher=teacher)
         second.transcripts.model = None
         assert second.transcripts(samples) == wanted
-        assert second.transcripts.unfinished == first.transcripts.unfinished == len(samples) - len(wanted)
+        assert second.transcripts.unfinished == first.transcripts.unfinished == wanted.count(None)
         other = AnswerCache(config.folder / "answers.sqlite", "another teacher")
         assert other.get(other.key(samples[0], 6)) is None
 

@@ -1,0 +1,440 @@
+"""`linmu plan`: what each GPU of a run will hold, and for how long, before anything is loaded.
+
+Weights, gradients and moments are counted on the real modules of the whole teacher and student, on the meta device.
+What lives while a micro-batch is worked on is counted while the same code works on tensors that have no bytes: in
+models of a few layers, from which it is drawn out to all, as each layer adds the same. What FSDP2 and DDP add is
+arithmetic.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from linmu_models.attention_mass import QUERIES_AT_ONCE, mass_of
+from linmu_models.hooks import attention_modules, record_inputs, record_outputs
+from linmu_models.layout import LinmuInputs
+from linmu_models.modeling import LinmuModel, auto_class, sees_images
+from linmu_ops import TokenLayout
+
+from .config import Config, RecordData
+from .live import LiveBytes, storage_bytes
+from .losses import answer_losses, hidden_loss, kept_positions
+from .objective import Objective, Part, Teacher, learns_by_block
+from .sources import build_source
+from .stages import STAGES, Stage
+from .student import add_lora, new_student, set_windows, store_parameters, trainable_parameters
+from .teacher import model_inputs
+
+GB = 10**9
+_FEW = (2, 4)  # layers of the models that are run
+_PLANNED = "linmu_planned"
+_BUCKETS = 25 * 2**20  # of DDP's gradients; more than one is in flight
+
+
+class PlanError(RuntimeError):
+    """What a run will hold cannot be told; the text says why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of one process, in tokens."""
+
+    rows: int
+    length: int
+    answers: int
+    """Supervised tokens of the data."""
+    layout: TokenLayout | None = None
+    """Where its visual tokens are."""
+    pixels: int = 0
+    """Bytes of what the vision tower is given."""
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one GPU holds in a stage, in bytes, and the work of the stage."""
+
+    stage: Stage
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    """The most that lives while a micro-batch is worked on, beside the others."""
+    buffers: int
+    """What the processes send each other."""
+    trained: int
+    """Parameters."""
+    step_tokens: int
+    """Of all processes."""
+    step_flops: float
+    """Of all processes; what a checkpointed layer does twice counts twice. The vision tower is left out."""
+
+    @property
+    def total(self) -> int:
+        """What the GPU needs."""
+        return self.weights + self.gradients + self.optimiser + self.activations + self.buffers
+
+    def hours(self, gpus: int, tflops: float, share: float) -> float:
+        """The stage's, with GPUs of so many teraflops, of which it gets a share."""
+        return self.stage.steps * self.step_flops / (gpus * tflops * 1e12 * share) / 3600
+
+
+def plan(config: Config, gpus: int = 1, teacher_config: PreTrainedConfig | None = None) -> list[StagePlan]:
+    """The plan of each stage that has steps.
+
+    Args:
+        gpus: processes, one on each.
+        teacher_config: the teacher's; None reads it.
+
+    Raises:
+        PlanError: the teacher's configuration cannot be read, or a batch has no size that is known beforehand.
+    """
+    if teacher_config is None:
+        try:
+            teacher_config = AutoConfig.from_pretrained(config.teacher)
+        except (OSError, ValueError) as error:
+            raise PlanError(f"teacher: {config.teacher} has no configuration: {str(error).splitlines()[0]}") from error
+    numbers = [row.number for row in STAGES if config.stage(row.number).steps]
+    return [_plan_stage(config, number, gpus, teacher_config) for number in numbers]
+
+
+def _plan_stage(config: Config, number: int, gpus: int, teacher_config: PreTrainedConfig) -> StagePlan:
+    stage, work = config.stage(number), _work(config, number, teacher_config)
+    models = _Models(config, number, teacher_config)
+    trained = sum(p.numel() for p in models.trainable.values())
+    floats = 4 * trained
+    layers = teacher_config.get_text_config(decoder=True).num_hidden_layers
+    few = [n for n in _FEW if n < layers]
+    measured = [_measure(config, number, _cut(teacher_config, n), work) for n in few or [layers]]
+    (live, flops), *more = measured
+    if more:
+        (live_4, flops_4) = more[0]
+        times = (layers - few[0]) / (few[1] - few[0])
+        live, flops = round(live + (live_4 - live) * times), flops + (flops_4 - flops) * times
+    elif few:  # three layers
+        live_3, flops_3 = _measure(config, number, _cut(teacher_config, layers), work)
+        live, flops = live_3, flops_3
+    # AdamW works on one parameter after another, with two more of its size.
+    live = max(live, 8 * max(p.numel() for p in models.trainable.values()))
+    weights, gradients, optimiser, buffers = models.weights, floats, 2 * floats, 0
+    if gpus > 1 and config.parallel == "fsdp":
+        inside, widest = models.in_layers, models.widest_layer
+        weights += (inside + 2 * models.teachers_layers) // gpus - inside - models.teachers_layers
+        weights, gradients, optimiser = weights, gradients // gpus, optimiser // gpus
+        # Two layers at a time, as the next one is gathered ahead; a layer's gradients, whole and as they are sent.
+        buffers = 2 * widest + 2 * (floats // layers)
+    elif gpus > 1:
+        one_by_one = 4 * max(p.numel() for p in models.trainable.values())
+        buffers = one_by_one if learns_by_block(stage) else gradients + 2 * _BUCKETS
+    step_tokens = work.tokens * config.gradient_accumulation * gpus
+    return StagePlan(
+        stage, weights, gradients, optimiser, live, buffers, trained, step_tokens,
+        flops * config.gradient_accumulation * gpus,
+    )  # fmt: skip
+
+
+class _Models:
+    """The teacher and the student of a stage on the meta device, as training keeps them."""
+
+    def __init__(self, config: Config, number: int, teacher_config: PreTrainedConfig) -> None:
+        stage, dtype = config.stage(number), getattr(torch, config.precision)
+        with torch.device("meta"):
+            made: Any = auto_class(teacher_config).from_config(teacher_config, dtype=dtype)
+        self.teacher: PreTrainedModel = made.to(dtype).eval().requires_grad_(False)
+        lora = (lambda model: add_lora(model, config.lora_rank, config.seed)) if config.has_lora(number) else None
+        self.student, self.blocks, _ = new_student(self.teacher, config, lora)
+        self.trainable = trainable_parameters(self.student, self.blocks, stage)
+        store_parameters(self.blocks.values(), self.trainable, dtype)
+        trained = {id(p) for p in self.trainable.values()}
+        for parameter in self.student.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+        set_windows(self.blocks.values(), stage.windows)
+        if config.gradient_checkpointing and stage.block_input == "student":
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        self.student.train()
+
+    @property
+    def weights(self) -> int:
+        """Bytes of both models on one device, what they share counted once."""
+        return storage_bytes(_tensors(self.teacher, self.student))
+
+    @property
+    def in_layers(self) -> int:
+        """Bytes of the student's decoder layers that are not the teacher's too."""
+        theirs = {t.untyped_storage()._cdata for t in _tensors(self.teacher)}
+        own = [t for t in _tensors(self.student.get_decoder().layers) if t.untyped_storage()._cdata not in theirs]
+        return storage_bytes(own)
+
+    @property
+    def teachers_layers(self) -> int:
+        """Bytes of the teacher's decoder layers."""
+        return storage_bytes(_tensors(self.teacher.get_decoder().layers))
+
+    @property
+    def widest_layer(self) -> int:
+        """Bytes of the largest decoder layer of the student."""
+        return max(storage_bytes(_tensors(layer)) for layer in self.student.get_decoder().layers)
+
+
+def _tensors(*modules: nn.Module) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The configuration of a model with the first layers alone."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config(decoder=True)
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    if hasattr(text, "max_window_layers"):
+        text.max_window_layers = min(text.max_window_layers, layers)
+    return config
+
+
+def _work(config: Config, number: int, teacher_config: PreTrainedConfig) -> Work:
+    """The largest micro-batch of a stage."""
+    data = config.stage_data(number)
+    if not isinstance(data, RecordData):
+        return _work_of_tasks(config, number, teacher_config)
+    tokens = data.max_tokens
+    if data.is_plain_text or not sees_images(teacher_config):
+        return Work(1, tokens, tokens - 1 if data.is_plain_text else tokens // 4)
+    # A video is most of it.
+    vision = teacher_config.vision_config
+    merge, patch = getattr(vision, "spatial_merge_size", 1), getattr(vision, "patch_size", 14)
+    frame = max(1, (data.frame_pixels or 2**17) // (patch * merge) ** 2)
+    high = max(h for h in range(1, frame + 1) if h * h <= frame)
+    frames = max(1, 3 * tokens // 4 // (high * (frame // high)))
+    grid = (frames, high, frame // high)
+    visual = frames * high * (frame // high)
+    if visual >= tokens:
+        raise PlanError(f"data.max_tokens must be more than a frame's {frame} tokens, got {tokens}")
+    layout = TokenLayout([[0, *grid]], list(range(tokens - visual - 1, tokens - 1)), 1, tokens)
+    size = visual * merge**2 * 3 * getattr(vision, "temporal_patch_size", 1) * patch**2 * 4
+    return Work(1, tokens, tokens // 8, layout, size)
+
+
+def _work_of_tasks(config: Config, number: int, teacher_config: PreTrainedConfig) -> Work:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.teacher)
+        with torch.device("meta"):
+            teacher: Any = auto_class(teacher_config).from_config(teacher_config)
+        source = build_source(config.stage_data(number), config.teacher, teacher, tokenizer, config.seed * 4 + number)
+        batches = [source.processor(source.samples(i)) for i in range(8)]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise PlanError(f"data.sets must be given: the teacher cannot be shown the built-in tasks: {error}") from error
+    batch = max(batches, key=lambda b: b["input_ids"].numel())
+    layout = new_student(teacher, config)[0].build_layout(model_inputs(batch))
+    pixels = sum(v.nbytes for k, v in batch.items() if k.startswith("pixel"))
+    return Work(*batch["input_ids"].shape, len(kept_positions(batch["labels"])), layout, pixels)
+
+
+def _planned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What attention without an (L, L) matrix gives and needs, and nothing of what it computes."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    if (found := _masses.get(module)) is not None:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        mass = query.new_zeros(key.shape[:3], dtype=torch.float32)
+        queries = torch.arange(min(QUERIES_AT_ONCE, query.shape[2]), device=query.device)
+        for row in range(len(query)):
+            mass[row] += mass_of(query[row], key[row], None, 1.0, queries)
+        found.append(mass)
+    del lse
+    return out, None
+
+
+_masses: dict[nn.Module, list[Tensor]] = {}
+AttentionInterface.register(_PLANNED, _planned_attention)
+
+
+@contextmanager
+def _fake(*models: nn.Module) -> Iterator[None]:
+    """While open, the models' meta tensors are fakes on the CPU, where autocast knows them; shared ones stay shared."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}
+
+    def like(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in made:
+            made[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return made[key]
+
+    with mode:
+        for module in [m for model in models for m in model.modules()]:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.device.type == "meta":
+                    module._parameters[name] = nn.Parameter(like(parameter), parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        yield
+
+
+def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work: Work) -> tuple[int, float]:
+    """(bytes that a micro-batch needs at most beside weights and gradients, FLOPs) of models so large."""
+    models = _Models(config, number, teacher_config)
+    stage, teacher, student = config.stage(number), models.teacher, models.student
+    layers = sorted(models.blocks)
+    frozen = Teacher(teacher, layers)
+    objective = Objective(student, frozen, stage)
+    with _fake(teacher, student):
+        trained = [p for p in student.parameters() if p.requires_grad]
+        accumulates = config.gradient_accumulation > 1
+        if accumulates:
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        known = [*_tensors(teacher, student), *(p.grad for p in trained if p.grad is not None)]
+        dtype = getattr(torch, config.precision)
+        cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False)
+        with LiveBytes(known) as live:
+            before = live.now
+            pixels = torch.empty(work.pixels, dtype=torch.uint8)
+            with cast:
+                part = _assemble(teacher, student, layers, stage, work, dtype)
+            if objective.by_block:
+                shared = LinmuInputs(work.layout)
+                weights = torch.empty(work.rows, work.length)
+                for i in range(len(layers)):
+                    with cast:
+                        loss = objective._share(part, shared, weights, i)
+                    loss.backward()
+                    del loss
+            else:
+                # The teacher's own answers come behind the true ones.
+                times = 2 if "sequence" in stage.losses else 1
+                twice = torch.empty(work.pixels * (times - 1), dtype=torch.uint8)
+                with cast:
+                    loss = _whole_loss(objective, part, layers, stage, work, times, dtype)
+                loss.backward()
+                del loss, twice
+            del pixels, part
+        attention = _attention_flops(teacher, work)
+        grads = 0 if accumulates else 4 * sum(p.numel() for p in trained)
+        return live.peak - before - grads, live.flops + attention
+
+
+def _attention_flops(teacher: PreTrainedModel, work: Work) -> float:
+    """Of the teacher's causal attention, whose products are not run here."""
+    modules: Sequence[Any] = attention_modules(teacher)
+    return sum(2 * work.rows * work.length**2 * module.q_proj.out_features for module in modules)
+
+
+def _assemble(
+    teacher: PreTrainedModel, student: LinmuModel, layers: list[int], stage: Stage, work: Work, dtype: torch.dtype
+) -> Part:
+    """A micro-batch as `assemble` makes it, of tensors without values."""
+    hidden = "hidden" in stage.losses
+    modules = [attention_modules(teacher)[i] for i in layers]
+    found: list[Tensor] = []
+    if hidden and stage.average == "read":
+        _masses.update(dict.fromkeys(attention_modules(teacher), found))
+    decoder = teacher.get_decoder()
+    before, decoder.config._attn_implementation = decoder.config._attn_implementation, _PLANNED
+    try:
+        with (
+            torch.no_grad(),
+            record_outputs(modules if hidden else []) as outputs,
+            record_inputs(modules if stage.block_input == "teacher" else []) as inputs,
+        ):
+            states = decoder(inputs_embeds=_embeddings(teacher, work, dtype), use_cache=False).last_hidden_state
+    finally:
+        decoder.config._attn_implementation = before
+        _masses.clear()
+    kept = states.flatten(0, 1)[: work.answers].clone()
+    kinds: dict[str, Any] = {}
+    if hidden:
+        mask = torch.empty(work.rows, work.length, dtype=torch.bool)
+        kinds = {"tokens": mask}
+        if found:
+            read = [mass.mean(1) for mass in found]
+            kinds = {"visual": mask, "text": ~mask, "read": [read[layer] for layer in layers]}
+    return Part({}, work.rows, kept, outputs, inputs, kinds, torch.empty(work.rows, dtype=torch.bool), {})
+
+
+def _embeddings(model: PreTrainedModel, work: Work, dtype: torch.dtype, times: int = 1) -> Tensor:
+    return torch.empty(work.rows * times, work.length, model.get_input_embeddings().weight.shape[1], dtype=dtype)
+
+
+def _whole_loss(
+    objective: Objective, part: Part, layers: list[int], stage: Stage, work: Work, times: int, dtype: torch.dtype
+) -> Tensor:
+    """As `Objective.forward` makes it of a student that sees its own stream."""
+    student, teacher = objective.student, objective._teacher[0]
+    blocks = objective.blocks if "hidden" in stage.losses else []
+    shared = LinmuInputs(_repeated(work, times))
+    with record_outputs(blocks) as outputs:
+        embeddings = _embeddings(student, work, dtype, times)
+        states = student.get_decoder()(inputs_embeds=embeddings, linmu=shared, use_cache=False).last_hidden_state
+    total = torch.zeros(())
+    if blocks:
+        weights = [torch.empty(work.rows, work.length)] * len(layers)
+        total = hidden_loss([o[: work.rows] for o in outputs], part.hidden, weights, num_tokens=1)
+    number = work.answers * times
+    chosen = torch.empty(number, dtype=torch.bool)
+    answers = answer_losses(
+        states.flatten(0, 1)[:number], student.lm_head, torch.empty(number, dtype=torch.int64),
+        teacher_states=part.states, teacher_head=teacher.model.lm_head, in_sequence=chosen, in_supervised=chosen,
+        num_token=1, num_sequence=1, num_supervised=1,
+    )  # fmt: skip
+    return total + answers.token + answers.sequence + answers.supervised
+
+
+def _repeated(work: Work, times: int) -> TokenLayout | None:
+    """The layout of so many copies of a micro-batch's rows, one below the other."""
+    if work.layout is None or times == 1:
+        return work.layout
+    blocks = np.concatenate([work.layout.blocks + np.array([work.rows * i, 0, 0, 0]) for i in range(times)])
+    positions = np.concatenate([work.layout.positions] * times)
+    return TokenLayout(blocks, positions, work.rows * times, work.length)
+
+
+def table(config: Config, stages: Sequence[StagePlan], gpus: int, memory: float, tflops: float, share: float) -> str:
+    """The plan as text."""
+    spread = f"{config.parallel} on {gpus} GPUs" if gpus > 1 else "one GPU"
+    names = ("weights", "gradients", "optimiser", "activations", "buffers", "total")
+    lines = [
+        f"{config.teacher}, {config.preset}, {config.precision}, {spread} of {memory:g} GB. GB on each:",
+        f"{'stage':<28}" + "".join(f"{name:>13}" for name in names),
+    ]
+    for row in stages:
+        sizes = "".join(f"{getattr(row, name) / GB:13.2f}" for name in names)
+        lines.append(f"{row.stage.number} {row.stage.title:<26}{sizes}")
+    lines += ["", f"{'stage':<28}{'trained':>13}{'steps':>13}{'tokens/step':>13}{'PFLOP/step':>13}{'hours':>13}"]
+    for row in stages:
+        hours = row.hours(gpus, tflops, share)
+        lines.append(
+            f"{row.stage.number} {row.stage.title:<26}{row.trained / 1e6:11,.1f} M{row.stage.steps:13,}"
+            f"{row.step_tokens:13,}{row.step_flops / 1e15:13.3g}{hours:13.1f}"
+        )
+    total = sum(row.hours(gpus, tflops, share) for row in stages)
+    lines.append(
+        f"{total:.1f} hours in all, at {share:.0%} of {tflops:g} TFLOP/s a GPU. Not in it: the vision tower, reading, "
+        "and the teacher's own answers (`linmu answers`)."
+    )
+    lines += [
+        f"stage {row.stage.number} does not fit: it needs {row.total / GB:.1f} of {memory:g} GB"
+        for row in stages
+        if not fits(row, memory)
+    ]
+    return "\n".join(lines)
+
+
+def fits(row: StagePlan, memory: float) -> bool:
+    """Whether a stage leaves a tenth of a GPU's memory free, for libraries' scratch and for gaps between tensors."""
+    return row.total <= 0.9 * memory * GB

@@ -1,0 +1,132 @@
+"""`linmu plan` says what training takes: held to the bytes that live while a stage trains."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from linmu_distill import cli, plan
+from linmu_distill.config import parse_config
+from linmu_distill.live import LiveBytes
+from linmu_distill.objective import Teacher
+from linmu_distill.student import new_student, set_windows, store_parameters, trainable_parameters
+from linmu_distill.train import StageTrainer
+
+PIECE = {"format": "text", "files": ["none"]}
+
+
+@dataclass(frozen=True)
+class Piece:
+    turns: tuple = (("", "text"),)
+
+
+class Text:
+    """Pieces of text of one length."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def samples(self, step):
+        return [Piece()]
+
+    def processor(self, samples):
+        ids = torch.arange(self.length)[None] % 200
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def llama(layers, width):
+    return LlamaConfig(
+        vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 64, head_dim=32, pad_token_id=0,
+    )  # fmt: skip
+
+
+def config_of(folder, length, **changes):
+    values = {
+        "output": f"{folder}/r", "teacher": "none", "student": {"text_window": 64}, "checkpoint_every": 100,
+        "data": {"sets": {"pieces": PIECE}, "max_tokens": length}, "stage2": {"steps": 0}, **changes,
+    }  # fmt: skip
+    return parse_config(values)
+
+
+def measured(config, number, teacher_config, length):
+    """The most bytes that live at one time in two steps of a stage."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, config.precision)
+    teacher = LlamaForCausalLM(teacher_config).to(dtype).eval().requires_grad_(False)
+    stage = config.stage(number)
+    lora = (lambda model: plan.add_lora(model, config.lora_rank, 0)) if config.has_lora(number) else None
+    student, blocks, _ = new_student(teacher, config, lora)
+    trainable = trainable_parameters(student, blocks, stage)
+    store_parameters(blocks.values(), trainable, dtype)
+    set_windows(blocks.values(), stage.windows)
+    if config.gradient_checkpointing and stage.block_input == "student":
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
+    trainer = StageTrainer(
+        config, stage, student, Teacher(teacher, list(blocks)), Text(length), trainable, config.folder, accelerator
+    )
+    known = [tensor for model in (teacher, student) for tensor in (*model.parameters(), *model.buffers())]
+    with LiveBytes(known) as live:
+        trainer.run()
+    return live.peak
+
+
+ANSWERS = {"losses": {"token": 0.5, "supervised": 0.5}}
+
+
+@pytest.mark.filterwarnings("ignore::linmu_ops.LinmuWarning")
+@pytest.mark.parametrize(
+    "layers, width, length, number, more",
+    [
+        (3, 128, 512, 1, {}),
+        (5, 192, 768, 1, {}),
+        (3, 128, 512, 3, {}),
+        (5, 192, 768, 3, {"gradient_checkpointing": True}),
+    ],
+)
+def test_a_plan_is_what_training_takes(tmp_path, layers, width, length, number, more):
+    """Blocks that learn one by one; the whole student; the same, each layer made again. Two micro-batches a step."""
+    steps = {"stage1": {"steps": 2 * (number == 1)}, "stage3": {"steps": 2 * (number == 3), **ANSWERS}}
+    config = config_of(tmp_path, length, gradient_accumulation=2, **steps, **more)
+    teacher = llama(layers, width)
+    (row,) = plan.plan(config, 1, teacher)
+    found = measured(config, number, teacher, length)
+    assert row.total == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
+
+
+def test_a_plan_of_many(tmp_path):
+    """Sharding divides what it should, and twice the tokens take the same weights."""
+    rows = []
+    for length, gpus, parallel in ((256, 1, "ddp"), (256, 8, "ddp"), (256, 8, "fsdp"), (512, 1, "ddp")):
+        changes = {"stage1": {"steps": 2}, "stage3": {"steps": 0}}
+        rows += plan.plan(config_of(tmp_path, length, parallel=parallel, **changes), gpus, llama(2, 64))
+    one, ddp, fsdp, twice = rows
+    assert (ddp.weights, ddp.gradients, ddp.activations) == (one.weights, one.gradients, one.activations)
+    assert (fsdp.gradients, fsdp.optimiser) == (one.gradients // 8, one.optimiser // 8)
+    assert fsdp.weights < one.weights and fsdp.buffers > 0
+    assert ddp.step_tokens == 8 * one.step_tokens
+    assert twice.weights == one.weights and 1.5 < twice.step_flops / one.step_flops < 4
+    assert one.hours(1, 1, 0.5) == 2 * one.step_flops / 0.5e12 / 3600
+
+
+def test_the_command(tmp_path):
+    llama(2, 128).save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "c.toml"
+    path.write_text(
+        f'output = "{tmp_path}/r"\nteacher = "{tmp_path}/teacher"\n[data]\nmax_tokens = 256\n[data.sets.a]\n'
+        'format = "text"\nfiles = ["none"]\n[stage1]\nsteps = 2\n[stage2]\nsteps = 0\n[stage3]\nsteps = 2\n'
+        "losses = {token = 1.0}\n"
+    )
+    app = cli.typer.Typer()
+    app.command()(cli.plan)
+    done = CliRunner().invoke(app, [str(path), "--memory", "1"])
+    assert done.exit_code == 0 and "hours in all" in done.output and "does not fit" not in done.output, done.output
+    done = CliRunner().invoke(app, [str(path), "--memory", "0.001"])
+    assert done.exit_code == 1 and "stage 1 does not fit: it needs" in done.output
+    path.write_text(path.read_text().replace(f"{tmp_path}/teacher", f"{tmp_path}/none"))
+    done = CliRunner().invoke(app, [str(path)])
+    assert done.exit_code == 1 and "has no configuration" in done.output
