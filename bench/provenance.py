@@ -17,7 +17,17 @@ from linmu_ops import _registry
 from linmu_ops.env import cpu_name
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "triton", "mamba_ssm", "fla-core", "flash-attn", "natten", "causal-conv1d")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "mamba_ssm",
+    "fla-core",
+    "flash-attn",
+    "natten",
+    "causal-conv1d",
+    "onnxruntime",
+)
 # Results and pages do not change what the next rows are measured by.
 CODE = ("linmu_ops", "linmu_models", "distill", "csrc", "CMakeLists.txt", "bench", ":!bench/results", ":!bench/reports")
 

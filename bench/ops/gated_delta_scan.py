@@ -6,8 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bench.onnx_runtime import linear_attention
 from bench.peers import Bench, Case, Inputs, Peer, Sizes, case, compiled, need
 from linmu_ops import gated_delta_scan
 from linmu_ops._testing import run_op
@@ -81,6 +83,16 @@ def _flip_twice(c: Case) -> Peer:
     return Peer(_both(gated_delta_scan))
 
 
+def _onnx_runtime(c: Case) -> Peer:
+    scan = linear_attention("gated_delta", c["H"])
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> Tensor:
+        q, k = (F.normalize(t, dim=-1).repeat_interleave(c["H"] // t.shape[2], dim=2) for t in (q, k))
+        return scan(q * c["K"] ** -0.5, k, v, g, beta)
+
+    return Peer(_both(forward))
+
+
 def _fla(c: Case) -> Peer:
     rule = need("fla.ops.gated_delta_rule", "cuda").chunk_gated_delta_rule
 
@@ -97,6 +109,7 @@ BENCH = Bench(
         "transformers, chunked": _transformers,
         "transformers, chunked, compiled": compiled(_transformers),
         "forward scan, flipped twice": _flip_twice,
+        "ONNX Runtime": _onnx_runtime,
         "fla": _fla,
     },
     differentiable=("q", "k", "v", "g", "beta", "reverse_g", "reverse_beta", "gate"),

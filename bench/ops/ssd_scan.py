@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.onnx_runtime import linear_attention
 from bench.peers import Bench, Case, Inputs, Missing, Peer, Sizes, case, compiled, gpu_case, mamba2, need
 from linmu_ops import ssd_scan
 from linmu_ops._testing import run_op
@@ -141,6 +142,16 @@ def _mamba_ssm(c: Case) -> Peer:
     return Peer(_both(forward))
 
 
+def _onnx_runtime(c: Case) -> Peer:
+    scan = linear_attention("gated", c["H"])
+
+    def forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        q, k, v = (_heads(t, c["H"]) for t in (C, B, x))
+        return scan(q, k, v * dt[..., None], dt * A)
+
+    return Peer(_both(forward))
+
+
 def _fla(c: Case) -> Peer:
     scan = need("fla.ops.simple_gla", "cuda").chunk_simple_gla
 
@@ -157,6 +168,6 @@ BENCH = Bench(
     {f"transformers, chunk {n}": partial(_transformers, chunk_size=n) for n in (32, 64, 128)}
     | {"transformers, chunk 64, compiled": compiled(partial(_transformers, chunk_size=64))}
     | {"forward scan, flipped twice": _flip_twice, "scan of repeated heads": _repeated_heads}
-    | {"mamba_ssm": _mamba_ssm, "fla simple_gla": _fla},
+    | {"ONNX Runtime": _onnx_runtime, "mamba_ssm": _mamba_ssm, "fla simple_gla": _fla},
     differentiable=("x", "dt", "A", "B", "C", "reverse_dt", "reverse_A", "gate"), call=partial(run_op, "ssd_scan"),
 )  # fmt: skip
