@@ -150,38 +150,38 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
       if constexpr (kPlain) {
         attend_plain<T, D>(out, softmax, static_cast<float>(p.scale) * kPerE<T>, q_tile, k_tile, v_tile, s.keys, here,
                            key_tokens);
-        continue;
-      }
-      for (int j = 0; j < here; j += kKeys) {
-        WarpgroupAccumulator scores;
-        scores.clear();
-        warpgroup_fence_operand(scores);
-        warpgroup_arrive();
+      } else {
+        for (int j = 0; j < here; j += kKeys) {
+          WarpgroupAccumulator scores;
+          scores.clear();
+          warpgroup_fence_operand(scores);
+          warpgroup_arrive();
 #pragma unroll
-        for (int k = 0; k < D; k += 16)
-          wgmma<T, Major::K>(scores, descriptor_at(q_tile, kQueries, 0, k), descriptor_at(k_tile, s.keys, j, k));
-        warpgroup_commit_and_wait();
-        warpgroup_fence_operand(scores);
-        to_exponents<T, false>(scores, p, head, tokens + own, coords + own, key_tokens + j, key_coords + j);
-        float rescale[2];
-        if (softmax.step(scores, rescale)) {
+          for (int k = 0; k < D; k += 16)
+            wgmma<T, Major::K>(scores, descriptor_at(q_tile, kQueries, 0, k), descriptor_at(k_tile, s.keys, j, k));
+          warpgroup_commit_and_wait();
+          warpgroup_fence_operand(scores);
+          to_exponents<T, false>(scores, p, head, tokens + own, coords + own, key_tokens + j, key_coords + j);
+          float rescale[2];
+          if (softmax.step(scores, rescale)) {
 #pragma unroll
-          for (int part = 0; part < D / 64; ++part) multiply_rows(out[part], rescale);
+            for (int part = 0; part < D / 64; ++part) multiply_rows(out[part], rescale);
+          }
+          unsigned weights[4][4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) to_a_fragment<T>(weights[k], scores, 0, k);
+#pragma unroll
+          for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
+          warpgroup_arrive();
+#pragma unroll
+          for (int part = 0; part < D / 64; ++part)
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+              wgmma<T, Major::MN>(out[part], weights[k], descriptor_at(v_tile, s.keys, j + k * 16, part * 64));
+          warpgroup_commit_and_wait();
+#pragma unroll
+          for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
         }
-        unsigned weights[4][4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) to_a_fragment<T>(weights[k], scores, 0, k);
-#pragma unroll
-        for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
-        warpgroup_arrive();
-#pragma unroll
-        for (int part = 0; part < D / 64; ++part)
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            wgmma<T, Major::MN>(out[part], weights[k], descriptor_at(v_tile, s.keys, j + k * 16, part * 64));
-        warpgroup_commit_and_wait();
-#pragma unroll
-        for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
       }
     }
     if (!active) continue;
