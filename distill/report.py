@@ -37,25 +37,32 @@ In every layer of a language model each token looks at all tokens before it (*at
 of the text's length, and while it writes it must keep two vectors of every token in every layer.
 """
 
-_INTRODUCTION = """\
+_MMATE = """\
 Here each of these attention layers was replaced by a block whose work grows with the length itself (an *M-MATE* block,
 of [LinMU](https://arxiv.org/abs/2601.01322)), with two branches side by side:
 
-- **Flex-MA**: a scan. It carries a state of fixed size along the tokens, forgetting slowly{backwards}.
+- **Flex-MA**: a scan. It carries a state of fixed size along the tokens, forgetting slowly; over visual tokens it also
+  runs backwards, so that they see each other in both directions.
 - **Local-Swin**: ordinary attention, but only inside small windows of neighbouring visual tokens.
 
+"""
+
+_STAGES = """\
 Everything else (vision tower, feed-forward layers, embeddings) is the original model's, the *teacher's*. The new model,
 the *student*, starts from the teacher's own attention weights and is trained to imitate it in three stages.
 """
 
-_BACKWARDS = """; over visual tokens it also
-  runs backwards, so that they see each other in both directions"""
-
 _EXACT = """\
-The window of text is the last {text_window} tokens of any kind. Of what leaves the windows, {kept_tokens} tokens of
-each key/value head stay exact; the scan holds the others. The two are weighed as one softmax over all tokens would
-weigh them. Where all that attention looks at is exact, the block is that attention, before any training; what is learnt
-is the rest.
+Here each of these attention layers was replaced by a block whose work grows with the length itself (an `ExactMMATE`, in
+the manner of [LinMU](https://arxiv.org/abs/2601.01322)). Every earlier token is in one of three places:
+
+- **near**: in the token's window. Text sees the last {text_window} tokens of any kind, a visual token those around it.
+- **kept**: {kept_tokens} tokens of each key/value head, of those that have left the windows.
+- **far**: all others. They are in the state of a scan, which has a fixed size and forgets slowly.
+
+Attention to what is near or kept is exact. It and the scan are weighed as one softmax over all tokens would weigh them.
+Where nothing is far, the block is the attention that it replaces, before any training; what is learnt is the rest.
+
 """
 
 _ALONE = (
@@ -96,8 +103,7 @@ def _conversion(folder: Path) -> str:
         f"`{report['teacher']}` became a `{report['model_type']}`: {len(layers)} of {len(layers) + len(kept)} "
         f"attention layers were replaced. The student has {total:,} parameters; {blocks:,} of them are in the new "
         f"blocks, and of these {copied:,} ({copied / max(blocks, 1):.1%}) start as copies of the "
-        f"teacher's attention weights (W_q, W_k, W_v and W_o). Only {counts['new']:,} are new: "
-        "step sizes, decays, gates.",
+        f"teacher's attention weights (W_q, W_k, W_v and W_o). {counts['new']:,} are new.",
         "",
         markdown(
             ["part of a new block", "starts as", "parameters"],
@@ -265,8 +271,7 @@ def write_report(
         f"# {config.name}: {config.teacher} made linear",
         "",
         _VISION_LANGUAGE if sees_images(teacher.config) else _LANGUAGE,
-        _INTRODUCTION.format(backwards="" if config.preset == "exact" else _BACKWARDS),
-        *([_EXACT.format(**config.student)] if config.preset == "exact" else []),
+        (_EXACT.format(**config.student) if config.preset == "exact" else _MMATE) + _STAGES,
         "## What was converted",
         "",
         _conversion(folder),

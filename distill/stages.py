@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-LOSSES = ("hidden", "token", "sequence", "supervised")
-
 
 @dataclass(frozen=True)
 class Stage:

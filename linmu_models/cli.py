@@ -45,7 +45,7 @@ class Commands(TyperGroup):
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         try:
             if point is None:
-                raise ImportError("linmu_distill is not installed")
+                raise ImportError("this installation has no linmu_distill, or is older than its files")
             alone.command(name)(point.load())
         except ImportError as error:
             alone.command(name, context_settings=ANYTHING)(_missing(name, error))
@@ -56,7 +56,8 @@ ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _missing(name: str, error: ImportError) -> Callable[[], None]:
-    said = f"`linmu {name}` cannot be loaded: {error}: pip install 'linmu[distill]'"
+    install = "pip install 'linmu[distill]', or `make setup` in a checkout"
+    said = f"`linmu {name}` cannot be loaded: {error}: {install}"
 
     def missing() -> None:
         stop(said)

@@ -60,7 +60,8 @@ def parse_options(options: MMATEConfig | ExactConfig | Mapping[str, Any]) -> MMA
     if isinstance(options, MMATEConfig | ExactConfig):
         return options
     if not isinstance(options, Mapping):
-        raise ValueError(f"linmu: options must be an MMATEConfig, an ExactConfig or a dict, got {options!r}")
+        named = f'; a preset has the form {{"preset": {options!r}}}' if isinstance(options, str) else ""
+        raise ValueError(f"linmu: options must be an MMATEConfig, an ExactConfig or a dict, got {options!r}{named}")
     changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     preset = changes.pop("preset", "exact")
     if not isinstance(preset, str) or preset not in PRESETS:

@@ -108,7 +108,7 @@ def _family(teacher: Any) -> type[LinmuModel]:
     family = FAMILIES.get(teacher.config.model_type)
     if family is None:
         raise ValueError(
-            f"convert: teacher's model type must be one of {', '.join(sorted(FAMILIES))}, "
+            f"convert: teacher's model type must be one of {', '.join(sorted(FAMILIES))} (none is linear already), "
             f"got {teacher.config.model_type!r}"
         )
     if not issubclass(family, type(teacher)):

@@ -54,7 +54,6 @@ else:  # the class that a mixin is mixed into brings them
 
 REMOTE_CODE = "modeling_linmu.py"
 REPORT = "linmu_report.json"
-AUTO_CLASSES = {c.__name__: c for c in (AutoModelForImageTextToText, AutoModelForCausalLM)}
 
 
 def sees_images(config: PreTrainedConfig) -> bool:

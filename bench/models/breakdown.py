@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.models.breakdown", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (default 4)")
-    parser.add_argument("--block", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--prefill", nargs="*", type=tokens, default=[4096], metavar="TOKENS")
     parser.add_argument("--decode", nargs="*", type=tokens, default=[4096], metavar="TOKENS")
@@ -228,9 +228,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     timing.keep_memory()
     shape, dtype = SHAPES[args.shape].with_layers(args.layers), getattr(torch, args.dtype)
-    choice = dict(shape=args.shape, layers=args.layers, block=args.block, dtype=args.dtype)
+    choice = dict(shape=args.shape, layers=args.layers, block=args.preset, dtype=args.dtype)
     place = where(args.device) | choice
-    models = build(shape, dtype, args.device, tower=False, block=args.block)
+    models = build(shape, dtype, args.device, tower=False, block=args.preset)
     for kind in ("prefill", "decode"):
         for length in getattr(args, kind):
             rows = breakdown(shape, dtype, args.device, kind, length, args.batch, models)

@@ -36,7 +36,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="0.5b", help="sizes of the model (default 0.5b)")
     add("--layers", type=int, help="decoder layers; the shape's own if left out")
-    add("--block", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks (default exact)")
+    add("--preset", choices=tuple(PRESETS), default="exact", help="preset of the student's blocks (default exact)")
     add("--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32"])
     add("--prefill", nargs="*", type=tokens, metavar="TOKENS", help="prompt lengths, e.g. 1k 16k (default 1k to 256k)")
     add("--decode", nargs="*", type=tokens, metavar="TOKENS", help="tokens behind a decoded one (default 1k to 256k)")
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     timing.keep_memory()
-    target = args.save or report.results_file(args.device, args.shape, args.layers, args.block)
+    target = args.save or report.results_file(args.device, args.shape, args.layers, args.preset)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         target.unlink(missing_ok=True)
@@ -84,7 +84,7 @@ def _measure_all(args: argparse.Namespace, dtype: str, target: Path) -> None:
     shape = SHAPES[args.shape].with_layers(args.layers)
     place = where(args.device)
     layers = shape.text["num_hidden_layers"]
-    common: Row = dict(shape=args.shape, layers=layers, block=args.block, dtype=dtype) | place
+    common: Row = dict(shape=args.shape, layers=layers, block=args.preset, dtype=dtype) | place
     if target.exists():  # Nothing is to be appended to a line that was cut.
         write_atomically(target, "".join(json.dumps(row) + "\n" for row in read_lines(target)))
     done = {_key(row): row for row in report.read_rows(target)}
@@ -104,7 +104,7 @@ def _measure_all(args: argparse.Namespace, dtype: str, target: Path) -> None:
                 continue
             if models is None:
                 _say("weights")
-                models = build(shape, getattr(torch, dtype), args.device, bool(args.whole), args.block)
+                models = build(shape, getattr(torch, dtype), args.device, bool(args.whole), args.preset)
                 common |= dict(parameters=parameters(models[0]), student_parameters=parameters(models[1]))
             save([mine | dict(variant="", status=report.STARTED)])
             found = [v for v in variants(*models, args.device) if not (args.plain and v.compiled)]

@@ -125,7 +125,7 @@ class MMATE(Block):
             ValueError: the config is literal; the paper does not calibrate.
         """
         if self.config.literal:
-            raise ValueError("MMATE: calibrate must not be called with literal=True, whose parts have no size to set")
+            raise ValueError("MMATE: calibrate must not be called with literal=True, as the paper does not calibrate")
         batches = list(batches)
         target = root_mean_square(batches, lambda inputs, target: target)
         if self.scan is None or self.scan_o_proj is None:

@@ -58,7 +58,7 @@ def test_every_shape_has_a_configuration():
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.sweep)], ids=["plain", "compiled"])
 def test_compiled_and_plain_are_equal_and_decode_needs_no_prefill(models, tmp_path, capsys, compiled):
-    wanted = ["--layers", "1", "--block", "paper", "--prefill", "512", "--decode", "300"]
+    wanted = ["--layers", "1", "--preset", "paper", "--prefill", "512", "--decode", "300"]
     rows = run_main(tmp_path, *wanted, *([] if compiled else ["--plain"]))
     assert [r["status"] for r in rows] == ["ok"] * (8 if compiled else 4)
     if compiled:

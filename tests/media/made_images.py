@@ -178,12 +178,6 @@ def _float_tiff(value):
     return saved(Image.fromarray(_grey(value, np.float32)), "TIFF")
 
 
-def _lab():
-    # L 50 %, a and b nought: a grey of 119 in sRGB.
-    return tiff(np.tile(np.array([127, 0, 0], np.uint8), (HEIGHT, WIDTH, 1)).tobytes(), 8, photometric=8,
-                extra=())  # fmt: skip
-
-
 # A quarter of white is 64 in 8 bits; each is one colour, and (file, RGB).
 DEPTHS = {
     "PNG, 1 bit": (_png_of(1, 0, b"\xff" * (WIDTH // 8)), 255),
