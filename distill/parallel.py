@@ -1,6 +1,6 @@
 """One process, DDP, or FSDP2: what differs between them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,22 +8,44 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 
-def shard(objective: nn.Module, student: PreTrainedModel, accelerator: Accelerator) -> None:
+def shard(objective: nn.Module, student: PreTrainedModel, teacher: PreTrainedModel, accelerator: Accelerator) -> None:
     """FSDP2, in place: each decoder layer is gathered when it runs; its block alone, where only that runs. What is
-    outside the layers stays whole: it is frozen, and the teacher's too."""
+    outside the layers stays whole: it is frozen, and one memory serves both models."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in teacher.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     layers = student.get_decoder().layers
     for layer in layers:
         fully_shard(layer.self_attn, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     fully_shard(objective, mesh=mesh, ignored_params={p for p in student.parameters() if id(p) not in inside})
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the model's layers."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def whole(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, each process holds these sharded layers whole, and runs them on its own, as often as it likes."""
+    parted = [layer for layer in layers if isinstance(layer, FSDPModule)]
+    for layer in parted:
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in parted:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
 
 
 @contextmanager

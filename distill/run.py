@@ -27,6 +27,7 @@ from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, 
 from .files import read_json
 from .objective import Teacher
 from .packing import check_packable
+from .parallel import is_sharded
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
 from .student import (
@@ -83,13 +84,17 @@ class Run:
             mixed_precision=config.mixed_precision, kwargs_handlers=[patience, uncached]
         )
         self.config, self.folder = config, config.folder
-        try:
-            self.teacher, self.tokenizer = load_teacher(config.teacher, config.precision)
-        except (ValueError, SafetensorError) as error:
-            raise RunError(f"teacher: {config.teacher} cannot be loaded: {error}") from error
-        self.teacher.to(self.accelerator.device)
+        self._load_teacher()
         self.teacher_hash = fingerprint(self.teacher)
         self._held_out: list[Batch] | None = None
+
+    def _load_teacher(self) -> None:
+        path = self.config.teacher
+        try:
+            self.teacher, self.tokenizer = load_teacher(path, self.config.precision)
+        except (ValueError, SafetensorError) as error:
+            raise RunError(f"teacher: {path} cannot be loaded: {error}") from error
+        self.teacher.to(self.accelerator.device)
 
     def stage(self, number: int) -> Stage:
         """What stage 1, 2 or 3 does."""
@@ -292,6 +297,9 @@ class Run:
             )  # fmt: skip
             trainer.store.clear()
         self.accelerator.free_memory()
+        if is_sharded(self.teacher):  # What comes next, one process does alone.
+            del student, trainer, trainable
+            self._load_teacher()
         self.accelerator.wait_for_everyone()
 
     def _measured(self, after: int | None, alone: str | None = None, **options: Any) -> str:

@@ -283,6 +283,11 @@ class Transcripts:
         yet."""
         return [self.cache.get(self.cache.key(sample, self.max_new_tokens)) for sample in samples]
 
+    def lack(self, samples: list[Any]) -> bool:
+        """Whether the teacher's answer to one of these, which asks something, is not decoded yet."""
+        asking = [sample for sample in samples if any(question for question, _ in sample.turns)]
+        return any(answers is None for answers in self.known(asking))
+
     def __call__(self, samples: list[Any]) -> list[Any]:
         """Samples with the teacher's answers in place of the true ones; None for those with an unfinished answer."""
         known = self.known(samples)

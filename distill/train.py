@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from .parallel import (
     assign,
     gathered,
     gradients_stay_local,
+    is_sharded,
     load_optimizer,
     local_part,
     shard,
     total_norm,
+    whole,
 )
 from .progress import Progress
 from .stages import Stage
@@ -122,6 +124,8 @@ class StageTrainer:
         self._may_rest = beyond_windows(self.student)
         self._live_steps = 0
         self._seconds = 0.0
+        # Micro-batches of a step, of all processes: a training that goes on in another number of them keeps it.
+        self._batches = self.config.gradient_accumulation * self.accelerator.num_processes
 
     @property
     def seconds(self) -> float:
@@ -183,7 +187,7 @@ class StageTrainer:
             return objective
         if self.config.parallel == "ddp":
             return objective if objective.by_block else self.accelerator.prepare(objective)
-        shard(objective, self.student, self.accelerator)
+        shard(objective, self.student, self.teacher.model, self.accelerator)
         now = dict(self.student.named_parameters())
         self.trainable = {name: now[name] for name in self.trainable}
         return objective
@@ -236,15 +240,22 @@ class StageTrainer:
         }
 
     def _read(self, step: int) -> list[MicroBatch]:
-        accelerator, batches = self.accelerator, self.config.gradient_accumulation
-        first = step * batches * accelerator.num_processes + accelerator.process_index
-        numbers = range(first, first + batches * accelerator.num_processes, accelerator.num_processes)
-        with accelerator.autocast():
-            return [
-                read_batch(self.source, self.source.samples(number), self.teacher, self.student, self.stage,
-                           self.transcripts, accelerator.device)
-                for number in numbers
+        accelerator, first = self.accelerator, step * self._batches
+        numbers = range(first + accelerator.process_index, first + self._batches, accelerator.num_processes)
+        samples = [self.source.samples(number) for number in numbers]
+        sharded, missing = is_sharded(self.teacher.model), False
+        if sharded and self.transcripts is not None and "sequence" in self.stage.losses:
+            # One process may have more to decode than others, which would wait for it in vain.
+            missing = self._agree(any(self.transcripts.lack(each) for each in samples))
+        with accelerator.autocast(), whole(self.teacher.model.get_decoder().layers if missing else ()):
+            micros = [
+                read_batch(self.source, each, self.teacher, self.student, self.stage, self.transcripts,
+                           accelerator.device)
+                for each in samples
             ]  # fmt: skip
+        if sharded:  # All run the teacher as often.
+            micros = [replace(micro, states=None) for micro in micros]
+        return micros
 
     def _derive(self, objective: nn.Module, micro: MicroBatch, counts: dict[str, int]) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch. Returns its share of each loss."""
@@ -365,7 +376,7 @@ class StageTrainer:
     def _save(self, step: int, optimizer: Any) -> None:
         weights = gathered(self.trainable)
         moments = gathered(getattr(optimizer, "optimizer", optimizer).state_dict())
-        data = self._of_all(self.source.state_dict()) if isinstance(self.source, Stream) else None
+        data = self._lanes()
         unfinished = self.unfinished()
         if self.accelerator.is_main_process:
             self.store.save(
@@ -381,12 +392,21 @@ class StageTrainer:
                         "unfinished": unfinished,
                         "fingerprint": self.config.fingerprint(self.stage.number),
                         "random": random_states(),
+                        "batches": self._batches,
                         "data": data,
                         "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                     },
                 },
             )
         self.accelerator.wait_for_everyone()
+
+    def _lanes(self) -> list[Any] | None:
+        """Where the data sets are, for each process that began the training. None for the built-in tasks."""
+        if not isinstance(self.source, Stream):
+            return None
+        state = self.source.state_dict()
+        every = self._of_all(state.get("lanes", [state]))
+        return [every[lane % len(every)][lane // len(every)] for lane in range(len(every) * len(every[0]))]
 
     def _restore(self, optimizer: Any) -> int:
         step, files, passed_over = self.store.load()
@@ -400,14 +420,7 @@ class StageTrainer:
                 f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
                 "restore the configuration, or choose another output"
             )
-        if isinstance(self.source, Stream):
-            states = progress["data"]
-            if len(states) != self.accelerator.num_processes:
-                raise TrainingError(
-                    f"stage {self.stage.number} was at work in {len(states)} processes, each with a part of the data; "
-                    f"go on with as many, got {self.accelerator.num_processes}"
-                )
-            self.source.load_state_dict(states[self.accelerator.process_index])
+        self._restore_place(progress)
         for name, parameter in self.trainable.items():
             assign(parameter, files["weights.pt"][name])
         load_optimizer(getattr(optimizer, "optimizer", optimizer), files["optimizer.pt"])
@@ -419,6 +432,30 @@ class StageTrainer:
         if self.transcripts is not None and self.accelerator.is_main_process:
             self.transcripts.unfinished = progress["unfinished"]
         return step
+
+    def _restore_place(self, progress: Mapping[str, Any]) -> None:
+        """Go to where the data were, in as many processes as then or in others."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self._batches = progress.get("batches", self._batches)
+        if self._batches % processes:
+            raise TrainingError(
+                f"stage {self.stage.number} was at work on {self._batches} batches a step; go on in a number of "
+                f"processes that divides it, got {processes}"
+            )
+        if not isinstance(self.source, Stream):
+            return
+        states = progress["data"]
+        if len(states) % processes:
+            raise TrainingError(
+                f"stage {self.stage.number} was at work in {len(states)} processes, each with a part of the data; go "
+                f"on in as many, or in fewer that divide them, got {processes}"
+            )
+        if len(states) == processes:
+            self.source.load_state_dict(states[rank])
+        else:
+            from .data.lanes import Lanes
+
+            self.source = Lanes(self.source, states, rank, processes)  # type: ignore[arg-type]
 
     def _last_records(self) -> list[dict[str, float]]:
         """What the main process has logged of the last steps, over all attempts."""

@@ -99,6 +99,12 @@ class SetReader:
         order = np.random.default_rng([crc32(self.name.encode()), self._seed, epoch]).permutation(self._records.shards)
         return np.array_split(order, self._windows)[number]
 
+    def of_process(self, rank: int, processes: int) -> "SetReader":
+        """The same data set, as another process reads it."""
+        return SetReader(
+            self.name, self._records, self._processor, self._decoding, self._packing, self._seed, rank, processes
+        )
+
     def repeats(self, position: tuple[int, int]) -> bool:
         """Whether what was read up to a position has records that had been read before."""
         window, done = position
@@ -250,6 +256,12 @@ class RecordStream:
             if prepared.samples:
                 self.counts[name]["used"] += len(prepared.samples)
                 return prepared.samples
+
+    def of_process(self, rank: int, processes: int) -> "RecordStream":
+        """The same data sets from their start, as another process reads them."""
+        readers = [reader.of_process(rank, processes) for reader in self._readers.values()]
+        weights = self._weights.tolist()
+        return RecordStream(self.processor, readers, weights, self._seed, self._workers, self.packing)
 
     def once(self, most: int) -> Iterator[list[Conversation]]:
         """The first batches, `most` of them, or fewer: until a set has been read through."""

@@ -1,21 +1,34 @@
 """Two processes give the losses of one: DDP and FSDP2 over gloo."""
 
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
 import stand_ins
 import torch
 from training import curve, in_two
 
 from linmu_distill.checkpoint import CheckpointStore
+from linmu_distill.objective import TrainingError
 from linmu_distill.student import own_state
 
 
-def run_two(config, number):
-    """A stage in two processes; their exit statuses."""
+def run_two(config, number, kill_at=0):
+    """A stage in two processes, of which one dies without warning after step `kill_at`; their exit statuses."""
+
+    def die(step):
+        if step == kill_at and int(os.environ["RANK"]):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def work(rank):
-        trainer = stand_ins.stage_trainer(config, number)
+        trainer = stand_ins.stage_trainer(config, number, on_step=die)
         assert trainer.accelerator.num_processes == 2
         trainer.run()
+        if config.parallel == "fsdp":  # both models' layers
+            for model in (trainer.student, trainer.teacher.model):
+                weight = model.get_decoder().layers[0].mlp.up_proj.weight
+                assert weight.to_local().numel() == weight.numel() // 2
         blocks = {i: layer.self_attn for i, layer in enumerate(trainer.student.get_decoder().layers)}
         torch.save(own_state(trainer.student, blocks), config.folder / f"state{rank}.pt")
 
@@ -56,3 +69,26 @@ def test_a_run_of_two_goes_on_from_its_checkpoint(tmp_path, parallel):
     (store.folder / "step-000000008/manifest.json").unlink()
     assert run_two(config, 2) == [0, 0]
     assert curve(config.folder / "stage2") == curve(whole.folder / "stage2")
+
+
+@pytest.mark.parametrize("parallel, number, more", [("fsdp", 3, {}), ("ddp", 2, ALONE)])
+def test_a_run_of_two_goes_on_in_one(tmp_path, parallel, number, more):
+    """One of them was killed: what is left has the data, the steps and so the losses of both."""
+    changes = {f"stage{number}": {"steps": 6, "learning_rate": 1e-2, **more}}
+    whole = stand_ins.stage_trainer(stand_ins.config_of(tmp_path / "one", gradient_accumulation=2, **changes), number)
+    whole.run()
+    config = stand_ins.config_of(tmp_path / "two", parallel=parallel, **changes)
+    statuses = run_two(config, number, kill_at=5)
+    assert statuses[1] == -signal.SIGKILL and statuses[0]
+    stand_ins.stage_trainer(config, number).run()
+    ours = curve(config.folder / f"stage{number}")
+    assert len(ours) == 6
+    for one, other in zip(ours, curve(whole.folder), strict=True):
+        assert one == pytest.approx(other, rel=2e-4)
+
+
+def test_a_run_of_one_does_not_go_on_in_two_without_a_batch_for_each(tmp_path):
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 2)
+    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=0)
+    with pytest.raises(TrainingError, match=r"was at work on 3 batches a step; go on in a number .*, got 2"):
+        trainer._restore_place({"batches": 3, "data": None})

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import media
 import pytest
@@ -12,14 +13,15 @@ from record_sets import answers, config, reader, stop_at, stream
 from training import curve, in_two
 from typer.testing import CliRunner
 
-from linmu_distill.checkpoint import CheckpointStore
+from linmu_distill.data.lanes import Lanes
 from linmu_distill.data.records import JsonRecords
 from linmu_distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
 from linmu_distill.handoff import stage_folder
 from linmu_distill.objective import TrainingError
 from linmu_distill.run import Run, distill
+from linmu_distill.stages import STAGES
 from linmu_distill.teacher import AnswerCache, Stream
-from linmu_distill.train import Interrupted
+from linmu_distill.train import Interrupted, StageTrainer
 from linmu_models.chat import ChatProcessor
 from linmu_models.cli import app
 from linmu_models.media import UnreadableError
@@ -230,14 +232,34 @@ def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):
         assert facts[0]["data"] == facts[1]["data"]
 
 
-def test_a_stage_goes_on_in_as_many_processes(folder, tmp_path, monkeypatch):
-    broken = config(folder, tmp_path)
-    stop_at(monkeypatch, 1, 3)
-    with pytest.raises(Interrupted):
-        distill(broken)
-    store = CheckpointStore(stage_folder(broken.folder, 1) / "checkpoints")
-    step, files, _ = store.load()
-    files["progress.pt"]["data"] *= 2
-    store.save(step + 1, files)
-    with pytest.raises(TrainingError, match="was at work in 2 processes"):
-        Run(broken).train(1)
+def test_one_process_reads_on_for_several(folder, processor):
+    """Batch by batch what each of them would have read, from wherever it was; and is gone on with like any stream."""
+
+    def reads(rank):
+        return RecordStream(processor, [reader(folder, processor, rank=rank, processes=2)], [1], 0)
+
+    alone = [reads(rank) for rank in range(2)]
+    for index in range(5):
+        alone[index % 2].samples(index)
+    states = [stream.state_dict() for stream in alone]
+    lanes = Lanes(reads(0), states, 0, 1)
+    assert isinstance(lanes, Stream) and lanes.state_dict() == {"lanes": states}
+    first = [answers(lanes.samples(index)) for index in range(5, 9)]
+    middle = lanes.state_dict()
+    rest = [answers(lanes.samples(index)) for index in range(9, 14)]
+    assert first + rest == [answers(alone[index % 2].samples(index)) for index in range(5, 14)]
+    again = Lanes(reads(1), middle["lanes"], 0, 1)
+    assert [answers(again.samples(index)) for index in range(9, 14)] == rest
+    assert again.counts["pictures"] == alone[0].counts["pictures"] + alone[1].counts["pictures"]
+    for data in (*alone, lanes, again):
+        data.close()
+
+
+def test_data_of_three_processes_are_not_shared_by_two(folder, processor):
+    data = RecordStream(processor, [reader(folder, processor)], [1], 0)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2, process_index=0), stage=STAGES[0], _batches=1, source=data
+    )
+    progress = {"batches": 6, "data": [data.state_dict()] * 3}
+    with pytest.raises(TrainingError, match="was at work in 3 processes, each with a part of the data"):
+        StageTrainer._restore_place(trainer, progress)
