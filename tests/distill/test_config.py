@@ -122,7 +122,7 @@ def test_overrides():
     stage = config.stage(2)
     assert (stage.steps, stage.learning_rate, stage.losses) == (7, 1e-3, {"token": 1.0})
     assert (stage.block_input, stage.average) == ("student", "tokens")
-    assert stage.freeze == (r"self_attn\.o_proj", r"windows\.[qkv]_", r"scan\.dt_")
+    assert stage.freeze == (r"self_attn\.((gated_)?o_proj|gate_proj)", r"windows\.[qkv]_", r"scan\.dt_")
     assert parse_config({**MINIMAL, "preset": "paper"}).stage(1) == STAGES[0]
 
 
@@ -139,7 +139,7 @@ def test_presets():
     assert exact.stage(3).losses == STAGES[2].losses and exact.stage(3).block_input == "student"
     changed = parse_config({**MINIMAL, "seed": 5, "stage1": {"steps": 3}})
     assert (changed.stage(1).steps, changed.stage(1).freeze, changed.stage(1).block_input) == (
-        3, (r"self_attn\.o_proj", r"scan\.dt_"), "teacher"
+        3, (r"self_attn\.((gated_)?o_proj|gate_proj)", r"scan\.dt_"), "teacher"
     )  # fmt: skip
     assert parse_config(changed.model_dump()) == changed
     # Tables as objects are as those of a file.
