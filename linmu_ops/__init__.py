@@ -1,7 +1,7 @@
 """Linear-attention ops for PyTorch, and the blocks made of them.
 
-Ops         `ssd_scan`, `ssd_step`, `gated_delta_scan`, `gated_delta_step`, `window_attention`, `causal_conv1d`,
-            `causal_conv1d_step`, `branch_mix_norm`
+Ops         `ssd_scan`, `ssd_step`, `exact_step`, `gated_delta_scan`, `gated_delta_step`, `window_attention`,
+            `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
 Blocks      `MMATE`, `ExactMMATE`: they take the place of an attention layer
 Layouts     `TokenLayout` says where the visual tokens of a batch are
 Kernels     `explain` says which implementation serves an op; `use_impl` forces one
@@ -18,6 +18,7 @@ from ._registry import LinmuWarning, explain, use_impl
 from .branch_mix_norm import branch_mix_norm
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_step import causal_conv1d_step
+from .exact_step import exact_step
 from .gated_delta_scan import gated_delta_scan
 from .gated_delta_step import gated_delta_step
 from .nn import MMATE, ExactConfig, ExactMMATE, GridAttention, MMATEConfig, MMATEState
@@ -44,6 +45,7 @@ __all__ = [
     "branch_mix_norm",
     "causal_conv1d",
     "causal_conv1d_step",
+    "exact_step",
     "explain",
     "gated_delta_scan",
     "gated_delta_step",

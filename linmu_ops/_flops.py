@@ -6,6 +6,8 @@ chunked or tiled kernel may do more, and is not charged for it:
     ssd_scan              per direction and visit, dt x (outer) B and h C: 4 H P N; the gradient twice that. A mass
                           counts as one channel of x
     ssd_step              the same, one visit
+    exact_step            q K^T and weights V over the n places, the map of q to features, and their products with the
+                          state: 4 H P n + 2 H P N + 2 H (P + 1) N
     gated_delta_scan      per direction and visit, k S, k (outer) what is written, and q S: 6 H K V; the gradient twice
     gated_delta_step      the same, one visit
     causal_conv1d         2 D K a token; the gradient twice that
@@ -41,6 +43,12 @@ def _ssd_scan(given: Mapping[str, Any]) -> int:
     return 4 * math.prod(given["dt"].shape) * P * N * (2 if given.get("direction") == "both" else 1)
 
 
+def _exact_step(given: Mapping[str, Any]) -> int:
+    batch, heads, size = given["q"].shape
+    places, features = given["keys"].shape[2], given["c_map"].shape[2]
+    return 2 * batch * heads * (2 * size * places + (2 * size + 1) * features)
+
+
 def _gated_delta(given: Mapping[str, Any]) -> int:
     K, V = given["k"].shape[-1], given["v"].shape[-1]
     return 6 * math.prod(given["g"].shape) * K * V * (2 if given.get("direction") == "both" else 1)
@@ -74,6 +82,7 @@ COUNTS: dict[str, Count] = {
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_bwd": lambda given: 2 * _causal_conv1d(given),
     "causal_conv1d_step": _causal_conv1d,
+    "exact_step": _exact_step,
     "gated_delta_scan": _gated_delta,
     "gated_delta_scan_bwd": lambda given: 2 * _gated_delta(given),
     "gated_delta_step": _gated_delta,

@@ -48,6 +48,9 @@ def assert_within_twice(
     assert got.dtype == baseline.dtype, f"{name}: dtype {got.dtype}, expected {baseline.dtype}"
     if got.numel() == 0:
         return
+    if not got.is_floating_point():
+        assert torch.equal(got, exact), f"{name}: {int((got != exact).sum())} of {got.numel()} numbers differ"
+        return
     error = offset(got, exact).abs()
     scale = exact.masked_fill(exact.isinf(), 0).abs().max().item()
     bound = 2 * offset(baseline, exact).abs().max().item() + 4 * torch.finfo(got.dtype).eps * scale + 1e-30
@@ -169,7 +172,7 @@ class Judge:
             with _references_in_the_open(), _Roundings(self.draws, self._unit):
                 results = self._run(self.inputs, self._moved)
             for k, (other, exact) in enumerate(zip(results, self.exact, strict=True)):
-                if exact.numel():
+                if exact.numel() and exact.is_floating_point():
                     self.largest[k] = max(self.largest[k], offset(other, exact).abs().max().item())
             self.draws += 1
         return self.largest[i]
@@ -221,15 +224,21 @@ def run_op(op: str, /, **inputs: Any) -> Any:
     return getattr(linmu_ops, op)(**grouped(inputs, op))
 
 
+def written(op: str) -> list[str]:
+    """The arguments that an op updates in place."""
+    arguments = getattr(torch.ops.linmu, op).default._schema.arguments
+    return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
 def check_implementation(op: str, impl: str, inputs: dict[str, Any], wrt: Sequence[str] = ()) -> None:
-    """Judge one implementation of an op by the reference; a state that is updated in place is judged too."""
+    """Judge one implementation of an op by the reference; what is updated in place is judged too."""
 
     def by(which: str) -> Callable[..., Any]:
         def call(**values: Any) -> Any:
             with _registry.use_impl(f"{op}:{which}"):
                 out = run_op(op, **values)
             outputs = out if isinstance(out, tuple) else (out,)
-            return (*outputs, values["state"]) if "state" in values else out
+            return (*outputs, *(values[name] for name in written(op) if values.get(name) is not None))
 
         return call
 
@@ -324,6 +333,21 @@ def _ssd_step(r: _Draw, B: int = 2, P: int = 8, N: int = 12, normalize: bool = F
     return _without_negative_weights(inputs) if normalize else inputs
 
 
+def _exact_step(
+    r: _Draw, B: int = 2, H: int = 6, G: int = 3, P: int = 8, N: int = 12, R: int = 6, s: int = 3, window: int = 5,
+    kept: int = 4,
+) -> dict[str, Any]:  # fmt: skip
+    ring, angle = window + min(window, 64), r.small(1, R)
+    n, rows = s + ring + kept, torch.arange(B, device=r.device)
+    return dict(
+        keys=r.normal(B, G, n, P), values=r.normal(B, G, n, P), steps=r.unit(B, G, n - s, H // G),
+        seen=4 * ring + kept + 7 * rows, ssm=r.unit(B, H, P + 1, N), q=r.normal(B, H, P), k=r.normal(B, G, P),
+        v=r.normal(B, G, P), dt=r.small(B, H), dt_bias=r.small(H), rest=r.small(B, H), c_map=r.normal(H, P, N),
+        scale=r.unit(H), window=window, sinks=rows[:, None] + torch.arange(s, device=r.device) != 1, cos=angle.cos(),
+        sin=angle.sin(), z_gate=r.normal(B, H * P), real=rows % 3 != 2,
+    )  # fmt: skip
+
+
 def _gated_delta_scan(r: _Draw, B: int = 2, L: int = 37, K: int = 12, V: int = 8) -> dict[str, Any]:
     H, G = 8, 4
     return dict(
@@ -379,6 +403,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "branch_mix_norm": _branch_mix_norm,
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_step": _causal_conv1d_step,
+    "exact_step": _exact_step,
     "gated_delta_scan": _gated_delta_scan,
     "gated_delta_step": _gated_delta_step,
     "ssd_scan": _ssd_scan,

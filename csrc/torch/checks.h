@@ -5,11 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <map>
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "../linmu/common.h"
@@ -73,9 +76,18 @@ class Dims {
  public:
   explicit Dims(const char* op) : op_(op) {}
 
-  int64_t operator[](const std::string& axis) const { return sizes_.at(axis); }
+  int64_t operator[](std::string_view axis) const {
+    const int64_t* size = find(axis);
+    if (!size) throw std::out_of_range(std::string(axis));
+    return *size;
+  }
 
-  void bind(const char* axis, int64_t size) { sizes_[axis] = size; }
+  void bind(std::string_view axis, int64_t size) {
+    if (int64_t* known = find(axis))
+      *known = size;
+    else
+      sizes_.emplace_back(axis, size);
+  }
 
   // The first tensor's device is everyone's: a kernel reads through all pointers from where it runs.
   void same_device(const char* name, const Tensor& t) {
@@ -86,16 +98,20 @@ class Dims {
 
   void operator()(const char* name, const Tensor& t, const char* axes, ScalarType dtype) {
     same_device(name, t);
-    std::istringstream in(axes);
-    std::vector<std::string> names;
-    for (std::string a; in >> a;) names.push_back(a);
-    bool bad = t.dim() != static_cast<int64_t>(names.size());
-    for (size_t i = 0; !bad && i < names.size(); ++i) {
-      const auto at = sizes_.find(names[i]);
-      bad = at != sizes_.end() && at->second != t.size(static_cast<int64_t>(i));
+    std::array<std::string_view, 8> names;
+    int64_t rank = 0;
+    for (std::string_view rest = axes; !rest.empty(); ++rank) {
+      const size_t end = std::min(rest.find(' '), rest.size());
+      names.at(rank) = rest.substr(0, end);
+      rest.remove_prefix(std::min(end + 1, rest.size()));
     }
-    LINMU_CHECK(!bad, op_, ": ", name, " must be ", want(names), ", got shape ", shape_text(t));
-    for (size_t i = 0; i < names.size(); ++i) sizes_[names[i]] = t.size(static_cast<int64_t>(i));
+    bool bad = t.dim() != rank;
+    for (int64_t i = 0; !bad && i < rank; ++i) {
+      const int64_t* known = find(names[i]);
+      bad = known && *known != t.size(i);
+    }
+    LINMU_CHECK(!bad, op_, ": ", name, " must be ", want(names.data(), rank), ", got shape ", shape_text(t));
+    for (int64_t i = 0; i < rank; ++i) bind(names[i], t.size(i));
     LINMU_CHECK(t.scalar_type() == dtype, op_, ": ", name, " must be ", dtype_name(dtype), ", got ",
                 dtype_name(t.scalar_type()));
   }
@@ -104,24 +120,33 @@ class Dims {
   }
 
   void divides(const char* name, const char* part, const char* whole) const {
-    const int64_t p = sizes_.at(part), w = sizes_.at(whole);
+    const int64_t p = (*this)[part], w = (*this)[whole];
     LINMU_CHECK(p > 0 && w % p == 0, op_, ": ", name, "'s ", part, "=", p, " must divide ", whole, "=", w);
   }
 
  private:
-  std::string want(const std::vector<std::string>& names) const {
-    std::string axes, known;
-    for (const auto& a : names) {
-      axes += (axes.empty() ? "" : ", ") + a;
-      auto at = sizes_.find(a);
-      if (at != sizes_.end()) known += (known.empty() ? " with " : ", ") + a + "=" + std::to_string(at->second);
-    }
-    return "(" + axes + (names.size() == 1 ? ",)" : ")") + known;
+  const int64_t* find(std::string_view axis) const {
+    for (const auto& [name, size] : sizes_)
+      if (name == axis) return &size;
+    return nullptr;
+  }
+  int64_t* find(std::string_view axis) { return const_cast<int64_t*>(std::as_const(*this).find(axis)); }
+
+  std::string want(const std::string_view* names, int64_t rank) const {
+    std::ostringstream text;
+    text << "(";
+    for (int64_t i = 0; i < rank; ++i) text << (i ? ", " : "") << names[i];
+    text << (rank == 1 ? ",)" : ")");
+    const char* before = " with ";
+    for (int64_t i = 0; i < rank; ++i)
+      if (const int64_t* size = find(names[i])) text << std::exchange(before, ", ") << names[i] << "=" << *size;
+    return text.str();
   }
 
   const char* op_;
   OptTensor device_;
-  std::map<std::string, int64_t> sizes_;
+  // A handful, in literals: a step feels what a map of strings takes.
+  std::vector<std::pair<std::string_view, int64_t>> sizes_;
 };
 
 inline DType float_dtype(const char* op, const char* name, const Tensor& t) {

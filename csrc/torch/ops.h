@@ -9,6 +9,7 @@ using StableLibrary = torch::stable::detail::StableLibrary;
 void register_branch_mix_norm(StableLibrary& lib);
 void register_causal_conv1d(StableLibrary& lib);
 void register_causal_conv1d_step(StableLibrary& lib);
+void register_exact_step(StableLibrary& lib);
 void register_gated_delta_scan(StableLibrary& lib);
 void register_gated_delta_step(StableLibrary& lib);
 void register_ssd_scan(StableLibrary& lib);

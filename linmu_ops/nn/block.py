@@ -148,9 +148,10 @@ class Block(nn.Module):
             Outputs at padding are finite and mean nothing.
 
         Notes:
-            The cost is linear in L. One text token, with a state and gradients off, is one `ssd_step`. An image or
-            video must lie within one call. Some parameters act on visual tokens alone: a batch without any gives them
-            no gradient. Train on such batches under DDP with find_unused_parameters=True.
+            The cost is linear in L. One text token, with a state and gradients off, is one `ssd_step`, or in
+            `ExactMMATE` one `exact_step` on a CPU. An image or video must lie within one call. Some parameters act on
+            visual tokens alone: a batch without any gives them no gradient. Train on such batches under DDP with
+            find_unused_parameters=True.
         """
         call = self._call(
             hidden_states, layout, grid, position_embeddings, attention_mask, state, return_state, seq_idx, context

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _transforms
+from .._dims import accumulate_dtype
+from .._registry import serves
+from ..exact_step import run as exact_step
 from ._inputs import Call, logistic, without_padding
 from .block import Block, root_mean_square
 from .config import EXACT, ExactConfig
@@ -105,10 +108,13 @@ class ExactMMATE(Block):
         if not z.shape[1]:
             empty = z.new_zeros(*z.shape[:2], self.shape.num_heads * self.shape.head_dim)
             return self.o_proj(empty), self.init_state(len(z), dtype=z.dtype) if state is None else state
+        in_place = state is not None and z.shape[1] == 1 and call.layout is None and written_in_place()
+        if in_place and state is not None and _in_one_call(z, state):
+            return self._step_in_one_call(z[:, 0], call, state), state
         q, k, v = self.windows.project(z)
         turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
         steps = self.scan.step_sizes(z, call.mask)
-        if state is not None and z.shape[1] == 1 and call.layout is None and written_in_place():
+        if in_place and state is not None:
             return self._step(z, turned, keys, v, steps, call.mask, state)
         past = past_of(self.windows.sizes, keys, v, steps, call)
         near = self.windows(q, k, v, turned, past, call)
@@ -138,11 +144,38 @@ class ExactMMATE(Block):
         assert state.ssm is not None and state.seen is not None
         near, new = self.windows.step(q, k, v, steps, real, state)
         out = self._joined(z, near, None if _none(near.far) else self.scan.step(z, q, state.ssm))
-        left = self.windows.leave(state.seen, new)
-        if left is not None and not _none(left.enters):
-            keys, values, sizes = (t.transpose(1, 2).to(k.dtype) for t in left[:3])
-            state.ssm.copy_(self.scan.enter(state.ssm, keys, values, sizes.to(steps.dtype), left.enters))
+        self._leave(state.seen, new, k.dtype)
         return out, new
+
+    def _step_in_one_call(self, z: Tensor, call: Call, state: MMATEState) -> Tensor:
+        """The same between the projections of z (B, D) in one op. Writes all of the state."""
+        assert state.keys is not None and state.values is not None and state.steps is not None
+        assert state.seen is not None and state.ssm is not None
+        near, far = self.windows, self.scan
+        q, k, v = near.project(z)
+        cos, sin = (None, None) if call.rotary is None else (t[:, 0] for t in call.rotary)
+        real = None if call.mask is None else call.mask[:, 0]
+        dt = far.dt_proj(z)
+        # Of what is not read where nothing is far, dt stands for the share.
+        some = not near.nothing_beyond and near.sizes.may_be_far(state.seen)
+        rest, z_gate = (self.share(z), far.gate(z)) if some else (dt, None)
+        y, due = exact_step(
+            state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm, q, k, v, dt, far.dt_bias, rest,
+            far.c_map, far.scale, cos, sin, z_gate, real, near.sizes.window, self.shape.scale,
+            self.shape.interleaved_rotary, near.nothing_beyond,
+        )  # fmt: skip
+        if due.any():
+            self._leave(state.seen - (1 if real is None else real.long()), state, k.dtype)
+        return self.o_proj(y)[:, None]
+
+    def _leave(self, before: Tensor, state: MMATEState, dtype: torch.dtype) -> None:
+        """After a step that took rows from `before` tokens to those of `state`."""
+        left = self.windows.leave(before, state)
+        if left is not None and not _none(left.enters):
+            assert state.ssm is not None
+            keys, values = (t.transpose(1, 2).to(dtype) for t in left[:2])
+            steps = left.steps.transpose(1, 2).to(state.ssm.dtype)
+            state.ssm.copy_(self.scan.enter(state.ssm, keys, values, steps, left.enters))
 
     def _joined(self, z: Tensor, near: Near, far: Mean | None) -> Tensor:
         """Shares as in one softmax over what is near, kept or far. far: None where nothing is."""
@@ -204,6 +237,22 @@ def _may_leave_out() -> bool:
 def _none(which: Tensor) -> bool:
     """Whether it is known that all are 0. On a GPU the host would have to wait for it."""
     return type(which) is Tensor and which.device.type == "cpu" and _may_leave_out() and not bool(which.any())
+
+
+def _in_one_call(z: Tensor, state: MMATEState) -> bool:
+    """Whether the op takes a step of these: where a kernel serves it. Elsewhere PyTorch's own calls are faster than its
+    reference, and a compiler fuses them."""
+    acc = accumulate_dtype(z.dtype)
+    return (
+        not torch.compiler.is_compiling()
+        and type(z) is Tensor
+        and serves("exact_step", z) == "cpu"
+        and not _transforms.active()
+        and not torch.is_autocast_enabled("cpu")
+        and all(t is not None and t.dtype == z.dtype and t.is_contiguous() for t in (state.keys, state.values))
+        and all(t is not None and t.dtype == acc and t.is_contiguous() for t in (state.steps, state.ssm))
+        and all(t is None or t.is_contiguous() for t in (state.sinks, state.seen))
+    )
 
 
 _CALL = ("hidden_states", "layout", "grid", "position_embeddings", "attention_mask", "seq_idx")

@@ -102,9 +102,14 @@ class FarAttention(Decaying):
         )
         return self._gated(hidden_states, y[:, None], log_total[:, None].clamp(min=_NOTHING))
 
+    def gate(self, z: Tensor) -> Tensor | None:
+        """What y is multiplied by the silu of: (..., H P), or None."""
+        return None if self.z_proj is None else self.z_proj(z)
+
     def _gated(self, z: Tensor, y: Tensor, log_total: Tensor) -> Mean:
-        if self.z_proj is not None:
-            y = y * F.silu(self.z_proj(z)).to(y.dtype).view_as(y)
+        gate = self.gate(z)
+        if gate is not None:
+            y = y * F.silu(gate).to(y.dtype).view_as(y)
         return Mean(y, log_total)
 
     def _queries(self, q: Tensor) -> Tensor:

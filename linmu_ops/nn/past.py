@@ -48,6 +48,11 @@ class Sizes(NamedTuple):
         # Of a clamped range PyTorch 2.13's compiler makes an index that it cannot simplify.
         return torch.where(index >= self.window, index + 1 - self.window, 0) // self.leave
 
+    def may_be_far(self, seen: Tensor) -> bool:
+        """Whether something may be far from text before which so many tokens (B,) of its row have come, on a CPU."""
+        most = int(seen.max()) if len(seen) else 0
+        return max(most + 1 - self.window, 0) // self.leave * self.leave > self.kept
+
 
 class Past(NamedTuple):
     """The tokens that a call can see. Padding is none: a call's tokens stand at its places 0, 1, ... in order.

@@ -124,6 +124,10 @@ SIZES = {
     "ssd_scan": [dict(L=0), dict(L=1, P=1, N=1), dict(L=65, P=17, N=33), dict(L=129, P=5, N=3), dict(L=300, P=64),
                  dict(L=65, P=17, N=33, normalize=True), dict(L=129, P=16, N=3, normalize=True)],
     "ssd_step": [dict(B=0), dict(P=1, N=1), dict(P=17, N=33), dict(P=128, N=128), dict(P=17, N=33, normalize=True)],
+    "exact_step": [
+        dict(B=0), dict(H=1, G=1, P=2, N=1, R=2, s=1, window=1, kept=1), dict(H=5, G=1, P=17, N=33, R=16, kept=0),
+        dict(H=7, G=1, P=64, N=64, R=64, window=70, kept=33), dict(H=8, G=2, P=33, N=5, R=2, s=20, window=3),
+    ],
     "gated_delta_scan": [
         dict(L=0), dict(L=1, K=1, V=1), dict(L=65, K=17, V=33), dict(L=129, K=3, V=5), dict(L=300, V=64),
     ],

@@ -24,7 +24,7 @@ HEADS = st.sampled_from((1, 2, 3, 4, 6, 8, 12)).flatmap(
     lambda h: st.tuples(st.just(h), *[st.sampled_from([g for g in range(1, h + 1) if h % g == 0])] * 3)
 ).map(list)  # fmt: skip
 SMALL = ("dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate", "weight", "bias", "mix")
-SMALL += ("g", "beta", "reverse_g", "reverse_beta")
+SMALL += ("g", "beta", "reverse_g", "reverse_beta", "rest", "c_map", "scale")
 # Where a tensor may be of another dtype than the values'; float64 only beside float64.
 mixed = st.dictionaries(st.sampled_from(SMALL), dtypes)
 common = dict(seed=seeds, dtype=dtypes, mixed=mixed, threads=threads)
@@ -214,6 +214,52 @@ def gated_delta_step(case: dict[str, Any]) -> None:
     t.draw("g", (B, H), "uniform", other_dtype(case, t, "g"), -2)
     t.draw("beta", (B, H), "uniform", other_dtype(case, t, "beta"))
     judge("gated_delta_step", t, dict(scale=case["scale"], use_qk_l2norm_in_kernel=normed), [])
+
+
+STEP_TENSORS = (
+    "keys", "values", "steps", "ssm", "q", "k", "v", "dt", "dt_bias", "rest", "c_map", "scale", "cos", "sin", "z_gate",
+    "real", "sinks",
+)  # fmt: skip
+exact_step_cases = case(
+    B=batches, heads=HEADS, P=sizes(130, 1), N=sizes(70, 1), rotary=st.integers(0, 65), sinks=st.integers(0, 9),
+    window=st.integers(1, 70), kept=st.integers(0, 40), behind=st.sampled_from((1, 20, 300, 10**6)),
+    softmax_scale=st.none() | st.sampled_from((1.0, -0.3, 0.0, 1e-3)),
+    options=some("one_rotary", "interleaved", "nothing_beyond", "z_gate", "real"), manners=manners(*STEP_TENSORS),
+)  # fmt: skip
+
+
+@with_threads
+def exact_step(case: dict[str, Any]) -> None:
+    B, P, N, (H, G, *_), t, options = case["B"], case["P"], case["N"], case["heads"], Tensors(case), case["options"]
+    s, window = case["sinks"], case["window"]
+    n = s + window + min(window, 64) + case["kept"]
+    if B * H * P * (n + N) > 4 * MOST:
+        reject()
+    for name, shape in dict(keys=(B, G, n, P), values=(B, G, n, P), q=(B, H, P), k=(B, G, P), v=(B, G, P)).items():
+        t.draw(name, shape)
+    t.draw("steps", (B, G, n - s, H // G), "uniform", t.small)
+    t.add("seen", t.integers((B,), 0, case["behind"]))
+    t.draw("ssm", (B, H, P + 1, N), "uniform", t.small)
+    for name, shape in dict(dt=(B, H), dt_bias=(H,), rest=(B, H), c_map=(H, P, N), scale=(H,)).items():
+        t.draw(name, shape, dtype=other_dtype(case, t, name))
+    if s:
+        t.mask("sinks", B, s)
+    if R := min(case["rotary"], P) // 2 * 2:
+        angle = 3 * t.normal((1 if "one_rotary" in options else B, R), "normal")
+        t.add("cos", angle.cos().to(t.small))
+        t.add("sin", angle.sin().to(t.small))
+    if "z_gate" in options:
+        t.draw("z_gate", (B, H * P))
+    if "real" in options:
+        t.add("real", t.uniform((B,), "normal") < 0.7)
+    judge(
+        "exact_step", t,
+        dict(
+            window=window, softmax_scale=case["softmax_scale"], interleaved="interleaved" in options,
+            nothing_beyond="nothing_beyond" in options,
+        ),
+        [],
+    )  # fmt: skip
 
 
 causal_conv1d_cases = case(

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import linmu_ops
-from linmu_ops._testing import Judge, results_of, run_op
+from linmu_ops._testing import Judge, results_of, run_op, written
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VALUES = ("normal", "small", "large", "biased", "zero", "sparse")
 PLACES = ("contiguous", "offset", "expanded", "strided", "transposed", "negated")
+IN_PLACE = {name for op in linmu_ops._registry.OPS for name in written(op)}
 UGLY = (0, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 37, 48, 63, 64, 65, 70)
 
 seeds = st.integers(0, 2**32 - 1)
@@ -93,7 +94,7 @@ class Tensors:
 
     def add(self, name: str, t: Tensor) -> None:
         _, place, dim = self.manners.get(name, ["normal", "contiguous", 0])
-        if t.dim() == 0 or name == "state":  # which is updated in place, and must be contiguous
+        if t.dim() == 0 or name in IN_PLACE:  # which must be contiguous
             place = "contiguous"
         d = dim % max(t.dim(), 1)
         gap = float("nan") if t.is_floating_point() else 0  # that nobody may read
@@ -125,11 +126,12 @@ class Tensors:
 
 
 def call(op: str, **inputs: Any) -> Any:
-    """Outputs of the op, and a state that it updates in place."""
+    """Outputs of the op, and what it updates in place."""
     out = run_op(op, **inputs)
-    if "state" not in inputs:
+    state = [inputs[name] for name in written(op) if inputs.get(name) is not None]
+    if not state:
         return out
-    return (*out, inputs["state"]) if isinstance(out, tuple) else (out, inputs["state"])
+    return (*out, *state) if isinstance(out, tuple) else (out, *state)
 
 
 def by(impl: str, op: str, tensors: Tensors, options: dict[str, Any]) -> Callable[..., Any]:

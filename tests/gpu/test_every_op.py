@@ -7,10 +7,11 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import check_implementation, run_op, run_small, small_inputs
+from linmu_ops._testing import check_implementation, run_op, run_small, small_inputs, written
 from tests.ops.cases import branch_mix_norm as branch
 from tests.ops.cases import causal_conv1d as conv
 from tests.ops.cases import causal_conv1d_step as conv_step
+from tests.ops.cases import exact_step as exact
 from tests.ops.cases import gated_delta_scan as delta
 from tests.ops.cases import gated_delta_step as delta_step
 from tests.ops.cases import ssd_scan as scan
@@ -39,6 +40,8 @@ def _cases():
                     return inputs, scan.used(inputs)
 
                 yield f"ssd_scan-{case}-{direction}-{'-'.join(options) or 'plain'}", "ssd_scan", make
+    for case in exact.CASES:
+        yield f"exact_step-{case}", "exact_step", lambda t, c=case: (exact.make_inputs(c, t), [])
     for case in delta_step.CASES:
         yield f"gated_delta_step-{case}", "gated_delta_step", lambda t, c=case: (delta_step.make_inputs(c, t), [])
     for case in delta.CASES:
@@ -113,7 +116,7 @@ def test_captured_in_a_graph(op):
     inputs = small_inputs(op, DEVICE)
 
     def call():
-        state = dict(state=inputs["state"].clone()) if "state" in inputs else {}
+        state = {name: inputs[name].clone() for name in written(op)}
         with linmu_ops.use_impl(f"{op}:cuda"):
             out = run_op(op, **inputs | state)
         return [*(out if isinstance(out, tuple) else (out,)), *state.values()]

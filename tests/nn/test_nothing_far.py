@@ -27,7 +27,7 @@ def ran(monkeypatch):
 
         monkeypatch.setattr(FarAttention, name, run)
 
-    for name in ("read", "step", "enter", "_queries", "_features"):
+    for name in ("read", "gate", "enter", "_queries", "_features"):
         counted(name)
     return counts
 
@@ -72,9 +72,9 @@ def test_prompts_grow_until_something_is_far(name, first, ran):
     for mine, other in zip(state, left, strict=True):
         if mine is not None:
             torch.testing.assert_close(mine, other)
-    assert ran["step"]
+    assert ran["gate"]
     if first < OPTIONS[name].text_window:
-        assert ran["step"] < z.shape[1] - first and not ran["read"]
+        assert ran["gate"] < z.shape[1] - first and not ran["read"]
 
 
 def _cut(rotary, start, stop):

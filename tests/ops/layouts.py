@@ -9,10 +9,9 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import run_op, small_inputs
+from linmu_ops._testing import run_op, small_inputs, written
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WRITTEN = ("state",)
 # The ops that have CUDA C++.
 WITH_CUDA = sorted(f.stem for f in (Path(__file__).parents[2] / "csrc/cuda").glob("*.cu") if f.stem in _registry.OPS)
 SIZES = dict(
@@ -49,7 +48,7 @@ def laid_out(op, layout, dtype=torch.float32):
     """The small case with every tensor in this layout; but for those written to, which must be packed."""
     inputs = small_inputs(op, DEVICE, dtype, **SIZES.get(op, {}))
     return {
-        k: layout(v) if isinstance(v, torch.Tensor) and (k not in WRITTEN or layout is offset) else v
+        k: layout(v) if isinstance(v, torch.Tensor) and (k not in written(op) or layout is offset) else v
         for k, v in inputs.items()
     }
 
@@ -63,7 +62,7 @@ def run(op, inputs, impl):
         out = run_op(op, **inputs)
         out = list(out) if isinstance(out, tuple) else [out]
         if not leaves:
-            return [*out, *(inputs[n] for n in WRITTEN)]
+            return [*out, *(inputs[n] for n in written(op))]
         return [*out, *torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out], allow_unused=True)]
 
 

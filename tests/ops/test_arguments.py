@@ -7,7 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import CASES, run_op, small_inputs
+from linmu_ops._testing import CASES, run_op, small_inputs, written
 
 IMPLEMENTATIONS = ["reference", "cpu"]
 OPS = sorted(CASES)
@@ -77,7 +77,7 @@ def results(op, impl, inputs):
         out = run_op(op, **inputs | leaves)
     out = list(out) if isinstance(out, tuple) else [out]
     if not differentiates:
-        return [*out, inputs["state"].resolve_neg()]
+        return [*out, *(inputs[name].resolve_neg() for name in written(op))]
     g = torch.Generator().manual_seed(0)
     weights = [torch.randn(o.shape, generator=g).to(o.dtype) for o in out]
     grads = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
@@ -104,9 +104,10 @@ def test_each_argument_in_each_layout(impl, op, layout):
         values, inputs = call_of(op), call_of(op)
         packed = layout(values[name]).resolve_neg().clone(memory_format=torch.contiguous_format)
         values[name] = packed
-        inputs[name] = layout(packed)
-        if name == "state" and not inputs[name].is_contiguous():
-            with linmu_ops.use_impl(f"{op}:{impl}"), pytest.raises(ValueError, match=f"{op}: state must be contiguous"):
+        inputs[name] = layout(packed.clone())  # some layouts leave some tensors as they are, and one may be written to
+        if name in written(op) and not inputs[name].is_contiguous():
+            message = f"{op}: {name} must be contiguous"
+            with linmu_ops.use_impl(f"{op}:{impl}"), pytest.raises(ValueError, match=message):
                 run_op(op, **inputs)
             continue
         assert_same(impl, results(op, impl, inputs), results(op, impl, values))
@@ -149,6 +150,7 @@ ANY_DTYPE = {
     "branch_mix_norm": ["mix", "weight", "bias"],
     "causal_conv1d": ["weight", "bias"],
     "causal_conv1d_step": ["weight", "bias"],
+    "exact_step": ["dt", "dt_bias", "rest", "c_map", "scale", "cos", "sin"],
     "gated_delta_scan": ["g", "beta", "reverse_g", "reverse_beta", "gate"],
     "gated_delta_step": ["g", "beta"],
     "ssd_scan": ["dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate"],

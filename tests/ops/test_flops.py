@@ -19,6 +19,7 @@ COUNTS = {
     "branch_mix_norm": (0, 0),
     "causal_conv1d": (2 * (2 * 19 * 24) * 4, 2),
     "causal_conv1d_step": (2 * (2 * 24) * 4, None),
+    "exact_step": (4 * (2 * 6) * 8 * (3 + 10 + 4) + 2 * (2 * 6) * (8 + 9) * 12, None),
     "gated_delta_scan": (2 * 6 * (2 * 37 * 8) * 12 * 8, 2),  # both directions
     "gated_delta_step": (6 * (2 * 8) * 12 * 8, None),
     "ssd_scan": (2 * 4 * (2 * 37 * 8) * 8 * 12, 2),  # both directions

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import linmu_ops
 from linmu_ops import TokenLayout, _registry
-from linmu_ops._testing import run_op, small_inputs
+from linmu_ops._testing import run_op, small_inputs, written
 
 # Smaller than the small case, where differences by every element would take long.
 SIZES = {
@@ -26,7 +26,7 @@ DIFFERENTIABLE = [op for op, o in _registry.OPS.items() if o.backward]
 STEPS = [op for op, o in _registry.OPS.items() if not o.backward]
 CONSTANT = {"cos", "sin"}
 # By which name an op takes its first values.
-VALUES = {op: "q" if op == "gated_delta_step" else "x" for op in STEPS}
+VALUES = {op: "x" if "x" in small_inputs(op) else "q" for op in STEPS}
 
 
 @pytest.fixture(autouse=True)
@@ -157,18 +157,20 @@ def test_vmap(op, impl):
 @pytest.mark.parametrize("op", STEPS)
 def test_vmap_of_a_step_writes_each_state(op, impl):
     inputs = small_inputs(op)
-    state, x = inputs.pop("state"), inputs.pop(VALUES[op])
+    state, x = [inputs.pop(name) for name in written(op)], inputs.pop(VALUES[op])
 
-    def step(s, v):
-        return getattr(linmu_ops, op)(**inputs | {"state": s, VALUES[op]: v})
+    def step(v, *state):
+        out = getattr(linmu_ops, op)(**inputs | dict(zip(written(op), state, strict=True)) | {VALUES[op]: v})
+        return out if isinstance(out, tuple) else (out,)
 
-    states, xs = torch.stack([state, state + 1]), torch.stack([x, 2 * x])
-    expected = states.clone()
-    want = [step(s, v) for s, v in zip(expected, xs, strict=True)]
-    found = torch.vmap(step)(states, xs)
-    assert torch.equal(found, torch.stack(want)) and torch.equal(states, expected)
-    with pytest.raises(ValueError, match=f"{op}: state must be mapped over by vmap"):
-        torch.vmap(lambda v: step(state, v))(xs)
+    states, xs = [torch.stack([t, t.roll(1, 0)]) for t in state], torch.stack([x, 2 * x])
+    expected = [t.clone() for t in states]
+    want = [step(*each) for each in zip(xs, *expected, strict=True)]
+    found = torch.vmap(step)(xs, *states)
+    assert all(torch.equal(f, torch.stack(w)) for f, w in zip(found, zip(*want, strict=True), strict=True))
+    assert all(torch.equal(s, e) for s, e in zip(states, expected, strict=True))
+    with pytest.raises(ValueError, match=f"{op}: {written(op)[0]} must be mapped over by vmap"):
+        torch.vmap(lambda v: step(v, *state))(xs)
 
 
 @pytest.mark.parametrize("op", STEPS)
