@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 INSTALL := $(BIN)/pip install -q --no-compile
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
-.PHONY: setup build test test-all fuzz asan env demo lint clean FORCE
+.PHONY: setup build test test-all fuzz asan arm64 env demo lint clean FORCE
 
 .venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,6 +48,10 @@ asan: .venv/ready
 	  LD_PRELOAD="$(ASAN_PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  LINMU_CPU_ISA=$$isa $(BIN)/pytest -q -o pythonpath=build/asan -p no:cacheprovider tests/asan || exit 1; \
 	done
+
+# The kernels compiled for arm64, and run under qemu-user: emulated, not timed.
+arm64: setup
+	$(BIN)/python -m tests.arm64
 
 env: setup
 	$(BIN)/linmu env

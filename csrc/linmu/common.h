@@ -10,7 +10,9 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 struct bf16 {
   uint16_t bits;
 };
-#if defined(__FLT16_MAX__)
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+using f16 = __fp16;  // the same numbers; this compiler has no other name for them in C++
+#elif defined(__FLT16_MAX__)
 using f16 = _Float16;
 #endif
 
