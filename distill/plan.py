@@ -22,6 +22,7 @@ from linmu_models.attention_mass import QUERIES_AT_ONCE, mass_of
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs
 from linmu_models.layout import LinmuInputs
 from linmu_models.modeling import LinmuModel, auto_class, sees_images
+from linmu_models.parts import read_parts
 from linmu_ops import TokenLayout
 
 from .config import Config, RecordData
@@ -331,8 +332,8 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
 
 def _attention_flops(teacher: PreTrainedModel, work: Work) -> float:
     """Of the teacher's causal attention, whose products are not run here."""
-    modules: Sequence[Any] = attention_modules(teacher)
-    return sum(2 * work.rows * work.length**2 * module.q_proj.out_features for module in modules)
+    parts = [read_parts(module) for module in attention_modules(teacher).values()]
+    return sum(2 * work.rows * work.length**2 * part.heads * part.head_dim for part in parts)
 
 
 def _assemble(
@@ -343,7 +344,7 @@ def _assemble(
     modules = [attention_modules(teacher)[i] for i in layers]
     found: list[Tensor] = []
     if hidden and stage.average == "read":
-        _masses.update(dict.fromkeys(attention_modules(teacher), found))
+        _masses.update(dict.fromkeys(attention_modules(teacher).values(), found))
     decoder = teacher.get_decoder()
     before, decoder.config._attn_implementation = decoder.config._attn_implementation, _PLANNED
     try:
@@ -362,7 +363,7 @@ def _assemble(
         mask = torch.empty(work.rows, work.length, dtype=torch.bool)
         kinds = {"tokens": mask}
         if found:
-            read = [mass.mean(1) for mass in found]
+            read = dict(zip(attention_modules(teacher), (mass.mean(1) for mass in found), strict=True))
             kinds = {"visual": mask, "text": ~mask, "read": [read[layer] for layer in layers]}
     return Part({}, work.rows, kept, outputs, inputs, kinds, torch.empty(work.rows, dtype=torch.bool), {})
 

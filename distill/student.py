@@ -37,7 +37,7 @@ ALONE = {"windows alone": False, "near + kept": True}
 _NEVER = -1e4  # nats that leave nothing to what is far
 
 # The linear layers of a decoder layer's FFN; of a mixture, those of the expert that all tokens share.
-_FFN = r".*layers\.\d+\.mlp\.(shared_expert\.)?(gate|up|down|gate_up)_proj"
+_FFN = r".*layers\.\d+\.(mlp\.(shared_expert\.)?(gate|up|down|gate_up)_proj|feed_forward\.w[123])"
 
 
 def mixers(student: PreTrainedModel, teacher: PreTrainedModel) -> dict[int, Block]:

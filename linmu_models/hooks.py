@@ -11,10 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
+def has_attention(layer: nn.Module) -> bool:
+    """Whether a decoder layer has attention, or a block in its place; else it is linear in the teacher already."""
+    return isinstance(getattr(layer, "self_attn", None), nn.Module)
+
+
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer -> its attention (or M-MATE) module, in order. Hybrids have layers without."""
-    layers = enumerate(model.get_decoder().layers)
-    return {i: attention for i, layer in layers if (attention := getattr(layer, "self_attn", None)) is not None}
+    return {i: layer.self_attn for i, layer in enumerate(model.get_decoder().layers) if has_attention(layer)}
 
 
 @contextlib.contextmanager

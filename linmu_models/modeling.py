@@ -33,7 +33,7 @@ from linmu_ops.nn.transfer import TransferRow
 from .accelerate import accelerate_transformers, families_of
 from .cache import linear_layer
 from .config import read_linmu
-from .hooks import attention_modules
+from .hooks import attention_modules, has_attention
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
 from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
@@ -73,11 +73,6 @@ IN_FLOAT32 = re.compile(
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
 LINEAR = "linmu"
-
-
-def has_attention(layer: nn.Module) -> bool:
-    """Whether a decoder layer has attention, or a block in its place; else it is linear in the teacher already."""
-    return isinstance(getattr(layer, "self_attn", None), nn.Module)
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -418,6 +413,10 @@ class LinmuModel(HoldsBlocks, _Whole):
         if linmu.seq_idx is not None:
             kwargs = self._with_sequences(given, kwargs, linmu, linmu.seq_idx, caches)
             if len(attention_modules(self)) < len(list(self.linmu_layers())):
+                if not families_of(self):
+                    raise ValueError(
+                        "linmu: rows must be one sequence each in a model with short convolutions, got several"
+                    )
                 kwargs["seq_idx"] = linmu.seq_idx
         return args, {**kwargs, "linmu": linmu}
 

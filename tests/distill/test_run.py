@@ -267,7 +267,7 @@ def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path, mo
     answers = torch.zeros(batch["labels"].shape)
     answers[kept.rows, kept.positions] = 1
     eager = AutoModelForImageTextToText.from_pretrained(teacher, attn_implementation="eager").eval()
-    modules = attention_modules(eager)
+    modules = list(attention_modules(eager).values())
     with torch.no_grad(), record_outputs(modules) as outputs:
         told = eager.model(**model_inputs(batch), use_cache=False, output_attentions=True)
     # (B, H, L, L), of which each row sums to 1: the first layer's outputs are read by the second and by the loss.
@@ -286,7 +286,7 @@ def test_reading_is_what_later_layers_and_the_loss_look_at(teacher, tmp_path, mo
     cpu = torch.device("cpu")
     part = assemble(read_batch(source, source.samples(0), *what, None, cpu), *what, cpu)
     stage = Objective(student, what[0], what[2])
-    with torch.no_grad(), record_outputs(attention_modules(student)) as ours:
+    with torch.no_grad(), record_outputs(list(attention_modules(student).values())) as ours:
         loss = stage(part, part.counts)["hidden"]
     visual = student.build_layout(model_inputs(batch)).visual_mask()
     real = batch["attention_mask"].bool()

@@ -200,7 +200,7 @@ def test_a_parameter_without_gradient_is_an_error(tmp_path):
 def test_a_stage_whose_branch_is_off_is_an_error(tmp_path):
     """Stage 2 with Local-Swin still off would train half of what it should, silently."""
     trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 2)
-    set_windows(attention_modules(trainer.student), False)
+    set_windows(attention_modules(trainer.student).values(), False)
     with pytest.raises(TrainingError, match=r"no gradient reaches .*windows"):
         trainer.run()
 
@@ -273,7 +273,7 @@ def test_teacher_inside_and_beside_give_the_same_losses(tmp_path, number):
         sizes.append(sum(tensors.values()))
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    attention = sum(p.numel() for m in attention_modules(stand_ins.teacher_model()) for p in m.parameters())
+    attention = sum(p.numel() for m in attention_modules(stand_ins.teacher_model()).values() for p in m.parameters())
     assert sizes[1] - sizes[0] == sum(p.numel() for p in stand_ins.teacher_model().parameters()) - attention
 
 
@@ -348,7 +348,7 @@ def test_hidden_loss_of_a_stage_by_hand(tmp_path):
         caught = []
         handles = [
             m.register_forward_hook(lambda m, a, o, caught=caught: caught.append(o[0]))
-            for m in attention_modules(model)
+            for m in attention_modules(model).values()
         ]
         logits = model(**batch).logits
         for handle in handles:

@@ -15,6 +15,7 @@ from linmu_distill.teacher import load_teacher, model_inputs
 from linmu_models.attention_mass import record_mass
 from linmu_models.calibrate import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs
+from linmu_models.parts import read_parts
 from linmu_ops.nn import MMATE, MMATEConfig
 
 from . import tiny
@@ -40,7 +41,7 @@ def test_blocks_take_the_size_of_attention(family):
     options = dict(preset="paper", branches="flex")  # the scan's output is what is scaled
     student = linmu_models.convert(teacher, options, keep_attention=[1], calibration=iter(batches))
     ours, theirs = attention_outputs(student, batches)[0], attention_outputs(teacher, batches)[0]
-    if (bias := attention_modules(teacher)[0].o_proj.bias) is not None:
+    if (bias := read_parts(attention_modules(teacher)[0]).biases["o"]) is not None:
         ours, theirs = ours - bias, theirs - bias  # a copy, which is not scaled
     torch.testing.assert_close(ours.square().mean(), theirs.square().mean(), rtol=1e-3, atol=0)
     assert not any(module._forward_hooks for module in attention_modules(teacher).values())

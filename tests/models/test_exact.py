@@ -17,7 +17,7 @@ WIDE = dict(text_window=64, sink_tokens=64, window=(64, 64, 64), image_window=No
 OTHERWISE = {"llava_next", "llava_onevision", "gemma3"}
 
 
-@pytest.mark.parametrize("family", [family for family in tiny.BUILDERS if family not in OTHERWISE])
+@pytest.mark.parametrize("family", [family for family in tiny.EVERY if family not in OTHERWISE])
 def test_logits_are_the_teachers(family):
     teacher = tiny.teacher(family)
     kinds = ("text",) if tiny.example(family) is None else ("image", "text")

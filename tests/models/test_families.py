@@ -14,7 +14,8 @@ from linmu_ops import MMATE
 
 from . import tiny
 
-VISUAL = [f for f in tiny.BUILDERS if f not in ("llama", "qwen2", "qwen3", "qwen3_5_text")]
+TEXT = ("llama", "qwen2", "qwen3", "qwen3_5_text")
+VISUAL = [f for f in tiny.BUILDERS if f not in TEXT]
 # Some layers are linear in the teacher. The others have output gates, for which the paper's block has no place.
 HYBRID = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text")
 
@@ -34,7 +35,9 @@ BLOCKS = {
     "qwen3_vl": ([(1, 2, 3), (1, 3, 4)], [(1, 2, 2), (3, 2, 3)]),
     "qwen3_5": ([(1, 2, 3), (1, 3, 4)], [(1, 2, 2), (3, 2, 3)]),
     "qwen3_5_moe": ([(1, 2, 3), (1, 3, 4)], [(1, 2, 2), (3, 2, 3)]),
-    "glm4v": ([(1, 2, 3), (1, 3, 4)], [(3, 2, 3)]),
+    "qwen3_vl_moe": ([(1, 2, 3), (1, 3, 4)], [(1, 2, 2), (3, 2, 3)]),
+    "lfm2_vl": ([(1, 2, 3), (1, 3, 4)], None),
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe"), ([(1, 2, 3), (1, 3, 4)], [(3, 2, 3)])),
     "video_llama_3": ([(1, 2, 3), (1, 3, 4)], [(3, 2, 3)]),
     "llava": ([(1, 4, 4)] * 2, None),
     # 56 x 100 in 56 x 112 pixels leaves 4 x 8 patches; 112 x 90 in 112 x 112 leaves 8 x 6.
@@ -49,7 +52,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("family", VISUAL)
+@pytest.mark.parametrize("family", [*VISUAL, *tiny.TWINS])
 def test_finds_its_visual_tokens(family):
     for kind, blocks in zip(("images", "video"), BLOCKS[family], strict=True):
         if blocks is None:
@@ -130,14 +133,15 @@ def test_windows_start_as_attention_inside_windows(family):
         torch.testing.assert_close(got[:, at], expected[:, at], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+@pytest.mark.parametrize("family", list(tiny.EVERY))
 def test_cached_is_uncached(family):
     model, inputs = student(family), richest(family)
     options = dict(max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True)
     cached = model.generate(**inputs, **options)
     uncached = model.generate(**inputs, **options, use_cache=False)
     kinds = [isinstance(layer, linmu_models.LinmuCacheLayer) for layer in cached.past_key_values.layers]
-    assert all(kinds) if family not in HYBRID else kinds == [False, True] * 2
+    attention = linmu_models.hooks.attention_modules(model)
+    assert kinds == [i in attention for i in range(len(kinds))]
     assert torch.equal(cached.sequences, uncached.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), rtol=1e-4, atol=1e-4)
 
@@ -192,7 +196,7 @@ def test_text_sees_no_later_token(family):
     assert not torch.equal(before[:, -2:], after[:, -2:])
 
 
-@pytest.mark.parametrize("family", list(tiny.BUILDERS))
+@pytest.mark.parametrize("family", list(tiny.EVERY))
 def test_saves_and_loads_bit_for_bit(family, tmp_path):
     model, inputs = student(family), richest(family)
     model.save_pretrained(tmp_path)

@@ -74,6 +74,12 @@ def test_a_packed_row_is_its_sequences():
         torch.testing.assert_close(got, model(torch.tensor([row])).logits[0], rtol=1e-9, atol=1e-9)
 
 
+def test_short_convolutions_cannot_part_sequences():
+    model = linmu_models.convert(tiny.teacher("lfm2_vl"))
+    with pytest.raises(ValueError, match="rows must be one sequence each in a model with short convolutions"):
+        model(torch.tensor([tiny.text_ids(6)]), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
+
+
 def test_kernels_serve_as_long_as_a_student_lives():
     def students():
         gc.collect()

@@ -14,7 +14,7 @@ import linmu_models
 
 from . import tiny
 
-MLPS = r".*\.layers\.\d+\.mlp\.(shared_expert\.)?(gate_proj|up_proj|gate_up_proj|down_proj)"
+MLPS = r".*\.layers\.\d+\.(mlp\.(gate_proj|up_proj|gate_up_proj|down_proj)|feed_forward\.w[123])"
 
 
 def grads(model, inputs):

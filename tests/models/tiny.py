@@ -113,6 +113,18 @@ EXPERTS: dict[str, Any] = dict(
 )
 
 
+def qwen3_vl_moe() -> Any:
+    vision = dict(
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=16,
+        spatial_merge_size=2, temporal_patch_size=2, num_position_embeddings=64, deepstack_visual_indexes=[0],
+    )  # fmt: skip
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1)
+    text = dict(**SIZES, **experts, head_dim=16, rope_parameters={**MROPE, "mrope_section": [4, 2, 2]})
+    return hf.Qwen3VLMoeForConditionalGeneration(
+        hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **QWEN_IDS)
+    )
+
+
 def qwen3_5(**more: Any) -> Any:
     vision = dict(
         depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=48, patch_size=16,
@@ -146,6 +158,50 @@ def glm4v() -> Any:
         video_end_token_id=305,
     )  # fmt: skip
     return hf.Glm4vForConditionalGeneration(config)
+
+
+def glm46v(**more: Any) -> Any:
+    made = glm4v().config
+    kind = "Glm4vMoe" if more else "Glm46V"
+    text = {**made.text_config.to_dict(), **more}
+    if more:
+        text.pop("model_type")
+    config = getattr(hf, f"{kind}Config")(
+        text_config=text, vision_config={k: v for k, v in made.vision_config.to_dict().items() if k != "model_type"},
+        image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
+        video_start_token_id=304, video_end_token_id=305,
+    )  # fmt: skip
+    return getattr(hf, f"{kind}ForConditionalGeneration")(config)
+
+
+def glm4v_moe() -> Any:
+    return glm46v(
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
+        n_shared_experts=1, first_k_dense_replace=1,
+    )  # fmt: skip
+
+
+def lfm2_vl() -> Any:
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=14,
+                  num_patches=64)  # fmt: skip
+    text = dict(model_type="lfm2", **SIZES, layer_types=["full_attention", "full_attention", "conv"])
+    config = hf.Lfm2VlConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, downsample_factor=2, projector_hidden_size=32
+    )
+    return hf.Lfm2VlForConditionalGeneration(config)
+
+
+def lfm2_vl_batch(images: list[tuple[int, int]]) -> Batch:
+    """Images (h, w) in tokens of 2 x 2 patches, each padded to 64 patches."""
+    ids = text_ids(2)
+    for h, w in images:
+        ids += [START] + [IMAGE] * (h * w) + [END]
+    longest = 64
+    pixels, mask = torch.zeros(len(images), longest, 3 * 14 * 14), torch.zeros(len(images), longest, dtype=torch.long)
+    for i, (h, w) in enumerate(images):
+        pixels[i, : 4 * h * w], mask[i, : 4 * h * w] = noise(4 * h * w, 3 * 14 * 14, seed=i), 1
+    shapes = torch.tensor([[2 * h, 2 * w] for h, w in images])
+    return batch(ids + text_ids(4, 9), pixel_values=pixels, pixel_attention_mask=mask, spatial_shapes=shapes)
 
 
 def glm4v_batch(images: list[tuple[int, int]], videos: list[tuple[int, int, int]]) -> Batch:
@@ -351,16 +407,19 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
         qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v, video_llama_3, llava, llava_next, llava_onevision, internvl, smolvlm,
-        gemma3, paligemma, mistral3, llama, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_5_text,
+        gemma3, paligemma, mistral3, llama, qwen2, qwen3, qwen3_5, qwen3_5_text, lfm2_vl,
     )
 }  # fmt: skip
+# Differ from one of these in what a block does not see: tests of a few kinds suffice.
+TWINS: dict[str, Callable[[], Any]] = {f.__name__: f for f in (qwen3_5_moe, qwen3_vl_moe, glm46v, glm4v_moe)}
+EVERY = BUILDERS | TWINS
 
 
 @functools.cache
 def teacher(family: str) -> Any:
     """A random model in float32; weights large enough for every part to matter. Shared: do not change it."""
     torch.manual_seed(0)
-    model = BUILDERS[family]().eval()
+    model = EVERY[family]().eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim > 1:
@@ -390,6 +449,9 @@ def example(family: str, kind: str = "image") -> Batch | None:
             "qwen2_5_vl": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 14, False),
             "qwen3_vl": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
             "qwen3_5": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
+            "qwen3_vl_moe": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
+            "glm46v": lambda: glm4v_batch([], [(3, 2, 3)]),
+            "glm4v_moe": lambda: glm4v_batch([], [(3, 2, 3)]),
             "qwen3_5_moe": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
             "glm4v": lambda: glm4v_batch([], [(3, 2, 3)]),
             "video_llama_3": lambda: video_llama_3_batch([], [(3, 2, 3)]),
@@ -403,6 +465,10 @@ def example(family: str, kind: str = "image") -> Batch | None:
         "qwen2_5_vl": lambda: thw_batch(sizes, [], 14, False),
         "qwen3_vl": lambda: thw_batch(sizes, [], 16, False),
         "qwen3_5": lambda: thw_batch(sizes, [], 16, False),
+        "qwen3_vl_moe": lambda: thw_batch(sizes, [], 16, False),
+        "glm46v": lambda: glm4v_batch(sizes, []),
+        "glm4v_moe": lambda: glm4v_batch(sizes, []),
+        "lfm2_vl": lambda: lfm2_vl_batch(sizes),
         "qwen3_5_moe": lambda: thw_batch(sizes, [], 16, False),
         "glm4v": lambda: glm4v_batch(sizes, []),
         "video_llama_3": lambda: video_llama_3_batch(sizes, []),
