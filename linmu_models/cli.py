@@ -83,6 +83,21 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print one JSON object
 
 
 @app.command()
+def families() -> None:
+    """List the model types that can be converted, and transformers' others for images and text, which cannot."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as THEIRS
+
+    from linmu_ops._tables import plain
+
+    from ._api import families as known
+
+    ours = known()
+    rows = [(name, "images and text" if name in THEIRS else "text", "adapter") for name in ours]
+    rows += [(name, "images and text", "no adapter") for name in sorted(THEIRS) if name not in ours]
+    typer.echo("\n".join(plain(["model type", "takes", "conversion"], rows)))
+
+
+@app.command()
 def convert(
     teacher: Annotated[str, typer.Argument(help="Folder of a transformers model, or its name on the hub.")],
     out: Annotated[str, typer.Argument(help="Folder to save the linear model in.")],

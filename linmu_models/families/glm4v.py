@@ -70,12 +70,10 @@ class LinmuGlm4vMoeConfig(Glm4vMoeConfig):
 
 
 @register
-class LinmuGlm4vMoeForConditionalGeneration(  # type: ignore[misc]  # transformers declares the names below as a list
-    _Glm4vPlaceholders, LinmuModel, Glm4vMoeForConditionalGeneration
-):
+class LinmuGlm4vMoeForConditionalGeneration(_Glm4vPlaceholders, LinmuModel, Glm4vMoeForConditionalGeneration):
     config_class = LinmuGlm4vMoeConfig
     config: LinmuGlm4vMoeConfig
-    _keep_in_fp32_modules_strict: ClassVar = {
+    _keep_in_fp32_modules_strict = {  # type: ignore[assignment]  # noqa: RUF012  # as transformers declares it
         IN_FLOAT32.pattern,
         *(Glm4vMoeForConditionalGeneration._keep_in_fp32_modules_strict or ()),
     }

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+import linmu_models
 from linmu_models.generate import convert_folder, generate_text, load
 
 from . import tiny
@@ -58,3 +59,11 @@ def test_errors_are_one_line(folders, tmp_path):
     config.save_pretrained(tmp_path / "bert")
     wrong = run("convert", tmp_path / "bert", tmp_path / "x", status=1)
     assert "got 'bert'" in wrong.stderr
+
+
+def test_families_are_listed():
+    lines = {line.split()[0]: line for line in run("families").stdout.splitlines()}
+    assert lines["qwen3_5"].split()[1:] == ["images", "and", "text", "adapter"]
+    assert lines["llama"].split()[1:] == ["text", "adapter"]
+    assert lines["fuyu"].endswith("no adapter")
+    assert set(linmu_models.families()) <= set(lines)
