@@ -128,7 +128,6 @@ def test_what_must_keep_its_bits_does():
     exact = linmu_models.int8_weights(qwen(tiny.NARROW)).model.layers[0].self_attn
     assert [n for n, m in exact.named_modules() if isinstance(m, nn.Linear)] == [
         "scan.dt_proj",
-        "scan.reverse_dt_proj",
         "share",
     ]
     assert exact.scan.b_map.dtype == torch.float32
