@@ -22,7 +22,8 @@ def shard(objective: nn.Module, student: PreTrainedModel, teacher: PreTrainedMod
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     layers = student.get_decoder().layers
     for layer in layers:
-        fully_shard(layer.self_attn, mesh=mesh)
+        if hasattr(layer, "self_attn"):  # Some layers of hybrids have another mixer.
+            fully_shard(layer.self_attn, mesh=mesh)
         fully_shard(layer, mesh=mesh)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     fully_shard(objective, mesh=mesh, ignored_params={p for p in student.parameters() if id(p) not in inside})

@@ -240,7 +240,8 @@ def _work_of_tasks(config: Config, number: int, teacher_config: PreTrainedConfig
     batch = max(batches, key=lambda b: b["input_ids"].numel())
     layout = new_student(teacher, config)[0].build_layout(model_inputs(batch))
     pixels = sum(v.nbytes for k, v in batch.items() if k.startswith("pixel"))
-    return Work(*batch["input_ids"].shape, len(kept_positions(batch["labels"])), layout, pixels)
+    rows, length = batch["input_ids"].shape
+    return Work(rows, length, len(kept_positions(batch["labels"])), layout, pixels)
 
 
 def _planned_attention(
@@ -369,7 +370,8 @@ def _assemble(
 
 
 def _embeddings(model: PreTrainedModel, work: Work, dtype: torch.dtype, times: int = 1) -> Tensor:
-    return torch.empty(work.rows * times, work.length, model.get_input_embeddings().weight.shape[1], dtype=dtype)
+    embeddings: Any = model.get_input_embeddings()
+    return torch.empty(work.rows * times, work.length, embeddings.weight.shape[1], dtype=dtype)
 
 
 def _whole_loss(
