@@ -79,7 +79,7 @@ class TracedGrid:
         at = torch.arange(self.length, device=device)
         slots = torch.where(at < self.size, at // each * many * SLAB_CHUNK + at % each, 0)
         slots = torch.where(at < self.size, slots + rows // self.length * frames * many * SLAB_CHUNK, 0)
-        return tokens, begin, slots, begin.new_zeros(len(begin), 0)
+        return tokens, begin, slots, begin.new_zeros(begin.shape[0], 0)
 
     def _windows(
         self,

@@ -214,7 +214,7 @@ def _widened(
 def _slices_why_not(asked: _registry.Asked) -> str | None:
     """Why a call's forward does not take the fast kernels of sm_90a, as csrc/cuda/ssd_scan_slice.cu says it."""
     x, B, chunk = asked["x"], asked["B"], asked["chunk_size"]
-    if x is None or B is None:
+    if x is None or B is None or x.dim() != 4:  # a step's, which has this note too
         return None
     P, N = x.shape[3] + (_ALIGNED if asked["normalize"] else 0), B.shape[3]
     if x.dtype != torch.bfloat16:

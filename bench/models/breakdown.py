@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.hooks import RemovableHandle
 
 from bench import roofs, timing
-from bench.ops import ssd_scan, ssd_step
+from bench.ops import exact_step, ssd_scan, ssd_step
 from bench.peers import case
 from bench.provenance import where
 from linmu_ops import TokenLayout
@@ -33,7 +33,8 @@ from .variants import PLAIN, STUDENT, Decode, Prefill, Variant
 RANGE = "bench: "
 PARTS = ("projections", "MLP", "norms", "output layer")  # modules; each range is one of them
 OPS = {
-    "linmu::ssd_scan": "scan", "linmu::ssd_step": "scan", "linmu::window_attention": "window attention",
+    "linmu::ssd_scan": "scan", "linmu::ssd_step": "scan", "linmu::exact_step": "exact step",
+    "linmu::window_attention": "window attention",
     "linmu::branch_mix_norm": "mix and norm", "aten::scaled_dot_product_attention": "attention",
 }  # fmt: skip
 REST = "rest"  # rotary embedding, step sizes, sums of residuals, copies
@@ -109,6 +110,14 @@ def _op_costs(
     if layout is None:
         step = case(**sizes)
         costs["scan"] = Cost(ssd_step.flops(step, False), ssd_step.num_bytes(step, itemsize, False))
+        for layer in getattr(model, "linmu_layers", lambda: [])()[:1]:
+            if (places := getattr(layer.self_attn.windows, "sizes", None)) is not None:
+                features = layer.self_attn.scan.state_size[1]
+                near = case(
+                    B=batch, H=heads, G=groups, P=size, N=features, window=places.window, sinks=places.sinks,
+                    kept=places.kept,
+                )  # fmt: skip
+                costs["exact step"] = Cost(exact_step.flops(near, False), exact_step.num_bytes(near, itemsize, False))
         return {n: Cost(layers * c.flops, layers * c.bytes) for n, c in costs.items()}
     scan = case(direction="both", **sizes)
     costs["scan"] = Cost(ssd_scan.flops(scan, False), ssd_scan.num_bytes(scan, itemsize, False))

@@ -154,7 +154,8 @@ class NearAttention(nn.Module):
         chunks = length // size + 2 if exporting else -(-length // size)
         every = torch.arange(batch * chunks, device=device)
         places = torch.arange(length, device=device) < past.real[:, None]
-        if not exporting and (some := chunks_with_text(layout, size, past.back, past.text & places)) is not None:
+        some = None if exporting else chunks_with_text(layout, size, past.back, past.text & places)
+        if some is not None:
             every = some
         rows, first = every // chunks, every % chunks * size
         own = (first[:, None] + torch.arange(size, device=device)).clamp(max=length - 1)

@@ -166,7 +166,8 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
     base = -done[:, None].expand(-1, length)
     if seq_idx is not None:
         base = earlier.gather(1, start)
-    many = (ring + length) // leave
+    # A length that is a symbol: a graph may not ask for a single step. Those that are not there change nothing.
+    many = (ring + length) // leave + 2 * torch.compiler.is_exporting()
     end = torch.zeros_like(ends[:, :1], dtype=torch.int64).expand(-1, many + 1)
     end = end.scatter(1, torch.where(ends, earlier, many), torch.arange(ring + length, device=device).expand_as(ends))
     end = end[:, :many]
@@ -177,7 +178,7 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
     sink = (index < sizes.sinks) & own
     if there is not None and sizes.sinks:
         sink = sink & ((places >= 0) | there.gather(1, index.clamp(0, sizes.sinks - 1)))
-    stays = ~valid[..., None] | sink.gather(1, leaving.flatten(1)).view(leaving.shape)
+    stays = ~valid[..., None] | sink[:, None].expand(-1, many, -1).gather(2, leaving)
     first = valid & (index.gather(1, end) == leave - 1)
     leaving = torch.where(stays, -1, leaving + before - ring)
     kept, entered = running_top(score(steps).mT, leaving, first, kept)

@@ -101,7 +101,7 @@ def test_exact_near_and_learnt_far(teacher, tmp_path):
         fresh, theirs = (m(input_ids=ids).logits[0] for m in (run.student_after(0).model, run.teacher))
     torch.testing.assert_close(fresh[:7], theirs[:7], rtol=1e-4, atol=1e-4)  # until 4 tokens leave a window of 4
     assert not torch.allclose(fresh[7:], theirs[7:], rtol=1e-2, atol=1e-2)
-    assert "text is the last 4 tokens" in (config.folder / "report.md").read_text()
+    assert "Text sees the last 4 tokens" in (config.folder / "report.md").read_text()
 
 
 def test_blocks_alone_then_logits(teacher, tmp_path):
