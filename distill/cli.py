@@ -5,11 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linmu_models.cli import DEVICE_HELP, stop
+
+if TYPE_CHECKING:
+    from .config import Config
+
+
+def _settings(config: Path) -> Config:
+    """What a TOML file says. A mistake in it ends the command."""
+    with _needs_extra():
+        from .config import ConfigError, load_config
+
+    try:
+        return load_config(config)
+    except ConfigError as error:
+        stop(error)
 
 
 def distill(
@@ -18,15 +32,10 @@ def distill(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
 ) -> None:
     """Make a teacher linear: convert it, train the student in three stages, write a report."""
+    settings = _settings(config)
     with _needs_extra():
         from .checkpoint import CheckpointError
-        from .config import ConfigError, load_config
-
-    try:
-        settings = load_config(config)
-    except ConfigError as error:
-        stop(error)
-    with _needs_extra():
+        from .config import ConfigError
         from .data.records import DataError
         from .handoff import HandoffError
         from .objective import TrainingError
@@ -54,13 +63,7 @@ def answers(
     batch: Annotated[int, typer.Option(min=1, help="Samples that are decoded together.")] = 64,
 ) -> None:
     """Decode the teacher's own answers before stage 3 needs them. Stopped at any instant, it goes on from there."""
-    with _needs_extra():
-        from .config import ConfigError, load_config
-
-    try:
-        settings = load_config(config)
-    except ConfigError as error:
-        stop(error)
+    settings = _settings(config)
     with _needs_extra():
         from .answers import decode_ahead
         from .data.records import DataError
@@ -83,15 +86,10 @@ def plan(
     share: Annotated[float, typer.Option(min=0.001, max=1, help="That training gets of them.")] = 0.5,
 ) -> None:
     """What each GPU will hold in each stage, and for how long. Nothing is loaded; status 1 where it cannot fit."""
-    with _needs_extra():
-        from .config import ConfigError, load_config
-
-    try:
-        settings = load_config(config)
-    except ConfigError as error:
-        stop(error)
+    settings = _settings(config)
     with _needs_extra():
         from . import plan as planner
+        from .config import ConfigError
 
     try:
         stages = planner.plan(settings, gpus)

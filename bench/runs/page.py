@@ -221,7 +221,7 @@ class Page:
         """What each row is."""
         lines = []
         for row in self.table.config.rows:
-            changes = row.set | row.own
+            changes = row.set | row.own | ({"base": row.base} if row.base else {})
             what = f"`{row.of}` after stage {row.after}" if row.of else _options(changes)
             lines.append([row.name, row.about, what, str(len(self.records.get(row.name, []))) or "0"])
         return markdown(["row", "what it is", "options that differ from the base", "seeds so far"], lines)

@@ -85,7 +85,7 @@ def _claim(table: Table, row: Row, seed: int) -> Config:
     config = table.run_config(row, seed)
     path = config.folder / "config.json"
     facts = config.model_dump(mode="json", exclude={"checkpoint_every", "evaluation"})
-    facts |= {name: value for name, value in row.own.items() if name != "base"}
+    facts |= row.own
     if known := read_json(path):
         if known != json.loads(json.dumps(facts)):
             raise RunError(f"{config.folder} holds a run with other options; delete it, or rename the row")

@@ -45,13 +45,13 @@ class Row(_Strict):
 
     @property
     def own(self) -> dict[str, Any]:
-        """What the row has beside options of `Config`."""
-        names = ("base", "lora_alone", "convolution", "temperature", "freeze")
+        """Its options for a recipe of another project, as far as they are given."""
+        names = ("lora_alone", "convolution", "temperature", "freeze")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @model_validator(mode="after")
     def _a_run_or_a_look_at_one(self) -> "Row":
-        if (self.of is None) != (self.after is None) or (self.of and (self.set or self.own)):
+        if (self.of is None) != (self.after is None) or (self.of and (self.set or self.own or self.base)):
             raise ValueError("of and after belong together, without set")
         frozen = [pattern for patterns in (self.freeze or {}).values() for pattern in patterns]
         for name, patterns in {"lora_alone": [self.lora_alone or ""], "freeze": frozen}.items():
@@ -187,8 +187,7 @@ class Table:
         run = row if row.of is None else self.row(row.of)
         config = self.run_config(run, seed)
         stages = [config.fingerprint(number) for number in range(len(STAGES) + 1)]
-        own = {name: value for name, value in run.own.items() if name != "base"}
-        return hash_of({"stages": stages, "after": row.after, **own, **self.scoring(config)})[:16]
+        return hash_of({"stages": stages, "after": row.after, **run.own, **self.scoring(config)})[:16]
 
     @property
     def teacher_key(self) -> str:
