@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .accelerate import accelerate_transformers
 from .hooks import attention_modules
 from .modeling import attention_window
 
@@ -107,7 +108,9 @@ def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
     ]
     try:
         config._attn_implementation = RECORDED
-        yield
+        # transformers' own functions for linear layers refuse sequences without CUDA packages; ours take them.
+        with accelerate_transformers(teacher) if linear else nullcontext():
+            yield
     finally:
         config._attn_implementation = before
         for handle in told:
