@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from linmu_models.attention_mass import QUERIES_AT_ONCE, mass_of
+from linmu_models.config import auto_class, sees_images
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs
 from linmu_models.layout import LinmuInputs
-from linmu_models.modeling import LinmuModel, auto_class, sees_images
+from linmu_models.modeling import LinmuModel
 from linmu_models.parts import read_parts
 from linmu_ops import TokenLayout
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from linmu_models.modeling import auto_class, sees_images
+from linmu_models.config import auto_class, sees_images
 from linmu_ops._tables import markdown
 
 from .config import Config

@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import linmu_models
+from linmu_models.attention import IN_FLOAT32
+from linmu_models.config import sees_images
 from linmu_models.generate import copy_processor
-from linmu_models.modeling import IN_FLOAT32, LinmuModel, sees_images
+from linmu_models.modeling import LinmuModel
 from linmu_models.report import TransferReport
 from linmu_ops.nn import ExactConfig, MMATEConfig
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import linmu_models
+from linmu_models.attention import IN_FLOAT32
 from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
-from linmu_models.modeling import IN_FLOAT32, LinmuModel
+from linmu_models.modeling import LinmuModel
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE
 
 from .config import Config, ConfigError

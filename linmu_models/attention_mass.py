@@ -13,8 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .accelerate import accelerate_transformers
+from .attention import attention_window
 from .hooks import attention_modules
-from .modeling import attention_window
 
 RECORDED = "linmu_recorded"
 QUERIES_AT_ONCE = 256

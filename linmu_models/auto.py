@@ -17,7 +17,8 @@ from transformers.models.auto import (
     video_processing_auto,
 )
 
-from .modeling import FAMILIES, HoldsBlocks, LinmuModel
+from .attention import HoldsBlocks
+from .modeling import FAMILIES, LinmuModel
 
 # What makes a model's inputs, by the class of its configuration.
 _INPUTS = (

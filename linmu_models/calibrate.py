@@ -11,9 +11,9 @@ from torch import Tensor
 
 from linmu_ops import TokenLayout
 
+from .attention import LinmuAttention
 from .attention_mass import read_later, record_mass
 from .hooks import attention_modules, record_inputs, record_outputs
-from .modeling import LinmuAttention
 
 # Layers whose inputs and outputs are kept at a time: fewer cost more runs of the teacher, more cost memory.
 _TOGETHER = 8

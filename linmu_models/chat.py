@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 
+from .config import sees_images
 from .loading import told
 from .media import Clip
-from .modeling import sees_images
 
 IGNORE = -100
 SLOT = "\ufffc"

@@ -1,4 +1,4 @@
-"""The field `linmu` of a LinMU model's configuration. All other fields are its teacher's."""
+"""A LinMU model's configuration: its field `linmu` (all others are its teacher's), and the Auto class that loads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from linmu_ops.nn import PRESETS, ExactConfig, MMATEConfig
 
@@ -113,3 +113,13 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, fro
     layers = config.get_text_config(decoder=True).num_hidden_layers
     _check_known(options, BLOCKS[block], ())
     return BLOCKS[block](**options), frozenset(_kept_layers(field.get("keep_attention", ()), 0, layers))
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration, linear or not, takes images; else it is text-only."""
+    return type(config) in AutoModelForImageTextToText._model_mapping
+
+
+def auto_class(config: PreTrainedConfig) -> type[Any]:
+    """The Auto class that loads a model of this configuration."""
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM

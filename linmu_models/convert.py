@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
+from .attention import IN_FLOAT32, LinmuAttention, linmu_attention
 from .calibrate import as_batches, calibrate
 from .config import linmu_field, parse_options
 from .hooks import attention_modules
 from .int8 import is_int8
-from .modeling import FAMILIES, IN_FLOAT32, LinmuAttention, LinmuModel, linmu_attention
+from .modeling import FAMILIES, LinmuModel
 from .parts import read_parts
 from .report import TensorRow, TransferReport
 from .teachers import check_teacher

@@ -21,14 +21,14 @@ from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 from .cache import cache_bytes
 from .chat import ChatProcessor, to_model
-from .config import parse_options
+from .config import auto_class, parse_options
 from .convert import convert
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
 from .families import nvila as _nvila  # noqa: F401  registers, with all families
 from .int8 import int8_weights
 from .loading import check_weights, told, without_report
 from .media import UnreadableError, read_image, read_video
-from .modeling import FAMILIES, LinmuModel, auto_class
+from .modeling import FAMILIES, LinmuModel
 from .report import TransferReport
 
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.

@@ -2,316 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import functools
 import inspect
-import json
 import os
-import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.masking_utils import create_masks_for_generate as create_attention_masks
-from transformers.modeling_utils import AttentionInterface
 
 from linmu_ops import TokenLayout
-from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
-from linmu_ops.nn.near import NearAttention
-from linmu_ops.nn.state import in_checkpoint
-from linmu_ops.nn.transfer import TransferRow
+from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from .accelerate import accelerate_transformers, families_of
-from .cache import linear_layer
-from .config import read_linmu
+from .attention import HoldsBlocks, LinmuAttention, linmu_attention
+from .config import read_linmu, sees_images
 from .hooks import attention_modules, has_attention
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
+from .masks import LINEAR, is_padding, last_of_mask, padding_mask, read_padding
 from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
-from .parts import AttentionParts, read_parts
+from .remote_code import write_remote_code
 from .report import TransferReport
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
 
-    from linmu_ops.nn.block import Block as _Block
-
-    _Part = PreTrainedModel
-
     class _Whole(PreTrainedModel, GenerationMixin):
         """A transformers class that generates."""
 else:  # the class that a mixin is mixed into brings them
-    _Block = _Part = _Whole = object
+    _Whole = object
 
-REMOTE_CODE = "modeling_linmu.py"
 REPORT = "linmu_report.json"
-
-
-def sees_images(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration, linear or not, takes images; else it is text-only."""
-    return type(config) in AutoModelForImageTextToText._model_mapping
-
-
-def auto_class(config: PreTrainedConfig) -> type[Any]:
-    """The Auto class that loads a model of this configuration."""
-    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
-
-
-# The few parameters per head or channel that stay float32 in a half-precision model: decay and step sizes need it.
-IN_FLOAT32 = re.compile(
-    r"self_attn\.(mix|share\.bias|norm\.weight|norm\.bias|scan\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm))$"
-)
-
-# Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
-LINEAR = "linmu"
-
-
-def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    raise RuntimeError("linmu: no layer of this model has attention; set_attn_implementation was bypassed")
-
-
-def _last_of_mask(mask: Tensor, length: int) -> Tensor:
-    """The last part of a mask that grows with every step, copied: a view's strides would tell the length of the whole,
-    for which a compiled step would be compiled again."""
-    return mask[:, -length:].clone(memory_format=torch.contiguous_format)
-
-
-def _padding_mask(q_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    return None if attention_mask is None else _last_of_mask(attention_mask, q_length)
-
-
-AttentionInterface.register(LINEAR, _no_attention)
-AttentionMaskInterface.register(LINEAR, _padding_mask)
-
-
-def attention_window(attention: Any) -> int | None:
-    """How many tokens, itself included, a token sees in a transformers attention module. None: all before it."""
-    config = getattr(attention, "config", None)
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
-    kinds, index = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
-    if kinds and index is not None and kinds[index] != "sliding_attention":
-        return None
-    return window or None
-
-
-class LinmuAttention(_Block):
-    """Mixed into a block: the interface of the transformers attention module whose place it takes.
-
-    Args:
-        attention: that module; sizes, biases, scale and norms of q and k are read off it, its weights are not.
-        config: options of the block.
-        layer_idx: index of the decoder layer.
-        text_only: the model has no visual tokens, which see text by the first tokens of their row and by the scan.
-        facts: of the teacher's family, `interleaved_rotary` and `causal_windows` of the block.
-
-    Attributes:
-        beside_attention: other layers of the model keep their attention.
-        all_near: the attention has a sliding window that is not longer than the block's of text, which is then as
-            short; text sees nothing else.
-    """
-
-    beside_attention = False
-    all_near = False
-    gate_proj: nn.Linear | None
-    gated_o_proj: nn.Module
-    o_proj: Any
-
-    def __init__(
-        self,
-        attention: Any,
-        config: MMATEConfig | ExactConfig,
-        layer_idx: int,
-        text_only: bool = False,
-        **facts: bool,
-    ) -> None:
-        parts = read_parts(attention)
-        norm = parts.norms["q_norm"]
-        if parts.gated and not isinstance(config, ExactConfig):
-            raise ValueError("linmu: options must be of the preset exact for a teacher with output gates, got another")
-        window = attention_window(attention)
-        # All that text sees in such an attention is near: there is no first token, and nothing far, to look at. Visual
-        # tokens see text by both.
-        self.text_only = text_only
-        if window is not None and window <= config.text_window:
-            self.all_near = True
-            if text_only and isinstance(config, ExactConfig):
-                config = dataclasses.replace(config, text_window=window, sink_tokens=0)
-            else:
-                config = dataclasses.replace(config, text_window=window)
-        super().__init__(
-            parts.weights["q"].shape[1],
-            parts.heads,
-            parts.kv_heads,
-            parts.head_dim,
-            layer_idx=layer_idx,
-            qkv_bias=any(parts.biases[part] is not None for part in "qkv"),
-            out_bias=parts.biases["o"] is not None,
-            qk_norm=None if norm is None else lambda _: copy.deepcopy(norm),
-            scale=parts.scale,
-            config=config,
-            **facts,
-        )
-        self.gate_proj = None
-        if parts.gated:
-            # The block gives the heads' outputs, and the gate comes before the output projection.
-            self.gated_o_proj, self.o_proj = self.o_proj, nn.Identity()
-            self.gate_proj = nn.Linear(self.dim, parts.heads * parts.head_dim, bias=parts.biases["q"] is not None)
-        if self.all_near and isinstance(self.windows, NearAttention):
-            self.windows.nothing_beyond = True
-
-    def forward(  # type: ignore[override]  # called as the attention in whose place it is, not as a block
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        cache: Cache | None = None,
-        linmu: LinmuInputs | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """`hidden_states` (B, L, D) to (output (B, L, D), None), as an attention module without weights to show.
-
-        transformers passes its cache as `past_key_values` before version 5.24, as `cache` from then on.
-        """
-        cache = past_key_values if cache is None else cache
-        linmu = linmu or LinmuInputs()
-        padding = None if linmu.padding is None else linmu.padding.to(hidden_states.device)
-        seq_idx = None if linmu.seq_idx is None else linmu.seq_idx.to(hidden_states.device)
-        if cache is None:
-            out: Any = super().forward(
-                hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding,
-                seq_idx=seq_idx,
-            )  # fmt: skip
-            return self._gated(hidden_states, out, padding), None
-        if in_checkpoint():
-            raise RuntimeError(
-                "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"
-            )
-        layer = linear_layer(cache, self.layer_idx, self.beside_attention)
-        if layer.packed:
-            raise ValueError(
-                "linmu: a cache must not go on after rows of several sequences, whose positions it cannot count; "
-                "got one that was filled by such rows"
-            )
-        out, state = super().forward(
-            hidden_states,
-            layout=linmu.layout,
-            position_embeddings=position_embeddings,
-            attention_mask=padding,
-            state=layer.writable_state() if seq_idx is None else None,
-            return_state=True,
-            seq_idx=seq_idx,
-        )
-        layer.packed = seq_idx is not None
-        layer.advance(state, hidden_states.shape[1])
-        return self._gated(hidden_states, out, padding), None
-
-    def _gated(self, hidden_states: Tensor, heads: Tensor, padding: Tensor | None) -> Tensor:
-        """The output, of what the block gives: itself, or the heads' outputs before their gate."""
-        if self.gate_proj is None:
-            return heads
-        if padding is not None:
-            hidden_states = hidden_states.masked_fill(~padding[..., None], 0)
-        out: Tensor = self.gated_o_proj(heads * self.gate_proj(hidden_states).sigmoid())
-        return out
-
-    def _output_projection(self) -> nn.Module:
-        return super()._output_projection() if self.gate_proj is None else self.gated_o_proj
-
-    @torch.no_grad()
-    def load_parts(self, parts: AttentionParts) -> list[TransferRow]:
-        """Take the weights of the attention module. One row for each parameter: where it comes from."""
-        given: dict[str, Any] = {**parts.norms, "names": parts.names}
-        given |= {f"{part}_weight": parts.weights[part] for part in "qkvo"}
-        given |= {f"{part}_bias": parts.biases[part] for part in "qkvo"}
-        if self.gate_proj is None:
-            return self.load_attention_weights(**given)
-        core, self.o_proj = self.o_proj, self.gated_o_proj
-        try:
-            rows = self.load_attention_weights(**given)
-        finally:
-            self.o_proj = core
-        gates = {"gate_proj.weight": parts.weights["gate"], "gate_proj.bias": parts.biases["gate"]}
-        for name, value in gates.items():
-            if value is not None:
-                self.get_parameter(name).copy_(value)
-        for i, row in enumerate(rows):
-            if row.name in gates:
-                rows[i] = TransferRow(row.name, f"{parts.names['gate']}.{row.name.rpartition('.')[2]}", "copied")
-            elif row.name.startswith("o_proj."):
-                rows[i] = row._replace(name=f"gated_{row.name}")
-        return rows
-
-
-class LinmuMMATE(LinmuAttention, MMATE):
-    """The paper's block in a decoder layer."""
-
-
-class LinmuExactMMATE(LinmuAttention, ExactMMATE):
-    """The default block in a decoder layer."""
-
-
-def linmu_attention(
-    attention: Any,
-    config: MMATEConfig | ExactConfig,
-    layer_idx: int,
-    text_only: bool = False,
-    **facts: bool,
-) -> LinmuMMATE | LinmuExactMMATE:
-    """The block of these options in the place of an attention module; arguments as `LinmuAttention`."""
-    kind = LinmuExactMMATE if isinstance(config, ExactConfig) else LinmuMMATE
-    return kind(attention, config, layer_idx, text_only, **facts)
-
-
-class HoldsBlocks(_Part):
-    """Mixed into a transformers class some part of which has M-MATE blocks: how these begin, and in which dtype."""
-
-    _keep_in_fp32_modules_strict = {IN_FLOAT32.pattern}  # noqa: RUF012  # as transformers declares it
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        # The inner models, which initialise their own parts, know linear maps but not a block's other parameters.
-        blocks = [m for m in self.modules() if isinstance(m, LinmuAttention)]
-        new = [b for b in blocks if not getattr(b, "_is_hf_initialized", False)]
-        super().initialize_weights()
-        for block in new:
-            if all(getattr(p, "_is_hf_initialized", False) for p in block.parameters()):
-                continue
-            with _loaded_put_aside(block):
-                block.reset_new_parameters()
-
-
-@contextlib.contextmanager
-def _loaded_put_aside(block: nn.Module) -> Iterator[None]:
-    """While the context is open, copies stand in for a block's loaded parameters: a quantised one cannot be written to,
-    nor read as a matrix."""
-    loaded = [
-        (module, name, p)
-        for module in block.modules()
-        for name, p in module._parameters.items()
-        if p is not None and getattr(p, "_is_hf_initialized", False)
-    ]
-    for module, name, p in loaded:
-        plain = type(p) is nn.Parameter and type(p.data) is Tensor and p.is_floating_point()
-        shape = p.shape
-        if not plain and isinstance(module, nn.Linear) and name == "weight":
-            shape = torch.Size((module.out_features, module.in_features))
-        copy_ = p.detach().clone() if plain else torch.empty(shape, device=p.device)
-        module._parameters[name] = nn.Parameter(copy_, requires_grad=False)
-    try:
-        yield
-    finally:
-        for module, name, p in loaded:
-            module._parameters[name] = p
 
 
 class LinmuModel(HoldsBlocks, _Whole):
@@ -447,30 +175,8 @@ class LinmuModel(HoldsBlocks, _Whole):
     def block_inputs(self, inputs: Mapping[str, Any], length: int, *, visual: bool = True) -> LinmuInputs:
         """What every M-MATE block of a call is given beside its hidden states: their layout and padding."""
         layout = self.build_layout(inputs) if visual else None
-        mask = inputs.get("linmu_padding", inputs.get("attention_mask"))
-        if mask is not None and not _is_padding(mask):
-            got = f"a {type(mask).__name__}" if not isinstance(mask, Tensor) else f"{mask.ndim} dimensions"
-            raise ValueError(
-                "linmu: attention_mask must be (B, L), 0 at padding: a block has no other mask, and sees every earlier "
-                f"token of its row, got {got}"
-            )
         tokens: Any = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        if mask is not None and (len(mask) != len(tokens) or mask.shape[1] < length):
-            raise ValueError(
-                f"linmu: attention_mask must be (B, L) = ({len(tokens)}, {length}), or longer with a cache, got shape "
-                f"{tuple(mask.shape)}"
-            )
-        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            odd = mask[(mask != 0) & (mask != 1)]
-            if len(odd):
-                raise ValueError(
-                    "linmu: attention_mask must be 0 or 1; the sequences of a row are told by position_ids that start "
-                    f"anew, or by seq_idx, got {odd.max().item()}"
-                )
-        padding = None if mask is None else mask[:, -length:].bool()
-        # Elsewhere to ask would be to wait.
-        if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():
-            padding = None
+        padding = read_padding(inputs, len(tokens), length)
         given = any(inputs.get(name) is not None for name in PACKED)
         sequences = find_sequences(inputs, len(tokens), length, padding) if given and length > 1 else None
         if sequences is not None and layout is not None:
@@ -499,7 +205,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     ) -> Tensor | dict[str, Tensor | None] | None:
         """The masks of one step with a static cache, which transformers makes outside the compiled forward."""
         if self.is_linear:
-            return _padding_mask(inputs_embeds.shape[1], attention_mask)
+            return padding_mask(inputs_embeds.shape[1], attention_mask)
         make = getattr(super(), "create_masks_for_generate", create_attention_masks)
         return make(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
@@ -536,10 +242,10 @@ class LinmuModel(HoldsBlocks, _Whole):
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
         given = inputs.get("attention_mask")
-        if attention_mask is not None and _is_padding(attention_mask) and not _is_padding(given):
+        if attention_mask is not None and is_padding(attention_mask) and not is_padding(given):
             # The mask of a static cache: attention's layers read it, padding can no longer be read from it.
             tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-            inputs["linmu_padding"] = _last_of_mask(attention_mask, tokens.shape[1])
+            inputs["linmu_padding"] = last_of_mask(attention_mask, tokens.shape[1])
         return inputs
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -560,38 +266,8 @@ def _forward_names(module_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
-def _is_padding(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2
-
-
-def padding_of(inputs: Mapping[str, Any], length: int) -> Tensor | None:
-    """(B, L) bool, False at padding, of one call's `length` tokens; None where a call has no such mask."""
-    mask = inputs.get("linmu_padding", inputs.get("attention_mask"))
-    return mask[:, -length:].bool() if _is_padding(mask) and mask.shape[1] >= length else None
-
-
 def _without_cache(inputs: Mapping[str, Any]) -> bool:
     return inputs.get("use_cache") is False and all(inputs.get(name) is None for name in ("cache", "past_key_values"))
-
-
-def write_remote_code(folder: Path, config_class: Any, model_class: Any) -> None:
-    """Make the saved model in `folder` loadable with `trust_remote_code=True`."""
-    (folder / REMOTE_CODE).write_text(
-        # Within a try, as transformers asks for every other import under the name of its module, not of its package.
-        f'"""Needs the package linmu."""\n\ntry:\n    from {model_class.__module__} import '
-        f"{config_class.__name__}, {model_class.__name__}\nexcept ModuleNotFoundError as error:\n"
-        "    hint = \"pip install 'linmu[models]'\"\n"
-        '    raise ImportError(f"this model needs the package linmu ({error}): {hint}") from error\n\n'
-        f'__all__ = ["{config_class.__name__}", "{model_class.__name__}"]\n'
-    )
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    module = REMOTE_CODE.removesuffix(".py")
-    config["auto_map"] = {
-        "AutoConfig": f"{module}.{config_class.__name__}",
-        model_class.auto_class: f"{module}.{model_class.__name__}",
-    }
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 FAMILIES: dict[str, type[LinmuModel]] = {}

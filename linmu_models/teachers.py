@@ -15,8 +15,9 @@ from linmu_ops import LinmuWarning
 from linmu_ops.nn import ExactConfig, MMATEConfig
 from linmu_ops.nn._inputs import apply_rotary
 
+from .attention import attention_window
+from .config import sees_images
 from .hooks import attention_modules, has_attention, record_inputs, record_outputs
-from .modeling import attention_window, sees_images
 from .parts import read_parts
 
 # Of a decoder's configuration: what must not be set, as attention modules name it too, and what it would do.

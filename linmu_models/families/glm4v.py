@@ -15,9 +15,10 @@ from transformers import (
     Glm46VForConditionalGeneration,
 )
 
+from linmu_models.attention import IN_FLOAT32
 from linmu_models.auto import register
 from linmu_models.layout import Placeholders, grids_to_units, to_numpy
-from linmu_models.modeling import IN_FLOAT32, LinmuModel
+from linmu_models.modeling import LinmuModel
 
 
 class _Glm4vPlaceholders:

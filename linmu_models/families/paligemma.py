@@ -11,7 +11,8 @@ from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from linmu_models.auto import register
 from linmu_models.layout import Placeholders, VisualUnit, to_numpy
-from linmu_models.modeling import LinmuModel, padding_of
+from linmu_models.masks import padding_of
+from linmu_models.modeling import LinmuModel
 from linmu_ops.nn import ExactConfig, MMATEConfig
 from linmu_ops.nn.config import LONGEST
 

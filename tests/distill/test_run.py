@@ -27,9 +27,9 @@ from linmu_distill.run import Run, RunError, distill
 from linmu_distill.sources import build_source
 from linmu_distill.student import what_is_read
 from linmu_distill.teacher import model_inputs
+from linmu_models.attention import IN_FLOAT32
 from linmu_models.cli import app
 from linmu_models.hooks import attention_modules, record_outputs
-from linmu_models.modeling import IN_FLOAT32
 
 
 @pytest.fixture(scope="module")
