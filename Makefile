@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 INSTALL := $(BIN)/pip install -q --no-compile
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
-.PHONY: setup build test test-all fuzz asan arm64 env demo lint clean FORCE
+.PHONY: setup build test test-all fuzz asan arm64 env demo docs lint clean FORCE
 
 .venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -59,6 +59,18 @@ env: setup
 demo: setup
 	$(BIN)/linmu distill distill/configs/demo.toml --resume
 
+# The site needs neither torch nor what is compiled: it reads docstrings from source.
+.venv-docs/ready: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*p['optional-dependencies']['docs'], sep='\n')" > .venv-docs/requirements.txt
+	.venv-docs/bin/pip install -q --no-compile -r .venv-docs/requirements.txt
+	touch $@
+
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
+	@echo "The site: build/site/index.html"
+
 bench: setup
 	$(BIN)/python -m bench.run --both --quick --seconds 0.2 --save
 	$(BIN)/python -m bench.models.run --layers 4 --prefill 1k 4k 16k --decode 1k 16k --batch 1 8 --seconds 2 --report
@@ -68,4 +80,4 @@ lint: setup
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build dist *.egg-info linmu_ops/*.so .venv
+	rm -rf build dist *.egg-info linmu_ops/*.so .venv .venv-docs
