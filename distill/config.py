@@ -381,8 +381,7 @@ class Config(_Table):
             return hash_of({**facts, "averages": self.averages})
         stage = self.stage(number)
         facts |= {
-            # No file has a temperature: runs keep their hash.
-            "stage": {name: value for name, value in dataclasses.asdict(stage).items() if name != "temperature"},
+            "stage": dataclasses.asdict(stage),
             "gradient_accumulation": self.gradient_accumulation,
             "lora_rank": self.lora_rank if self.has_lora(number) else None,
             "max_new_tokens": self.max_new_tokens if "sequence" in stage.losses else None,

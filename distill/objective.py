@@ -98,7 +98,13 @@ class Part:
 
 
 class Objective(nn.Module):
-    """The student and its losses in one forward pass. So DDP and FSDP see one module and one loss."""
+    """The student and its losses in one forward pass. So DDP and FSDP see one module and one loss.
+
+    Attributes:
+        temperature: of L_tok. 1 in the paper; a subclass may have another.
+    """
+
+    temperature: float = 1.0
 
     def __init__(self, student: LinmuModel, teacher: Teacher, stage: Stage) -> None:
         """The teacher stays out of the module tree, as it is frozen and nobody wraps it."""
@@ -161,7 +167,7 @@ class Objective(nn.Module):
             kept.targets,
             teacher_states=part.states,
             teacher_head=teacher.model.lm_head,
-            temperature=self.stage.temperature,
+            temperature=self.temperature,
             in_sequence=own[kept.samples],
             in_supervised=kept.samples < part.num_samples,
             num_token=counts["token"],

@@ -27,7 +27,7 @@ from . import handoff, held_out
 from .checkpoint import CheckpointStore, locked, write_atomically
 from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, hash_of
 from .files import read_json
-from .objective import Teacher
+from .objective import Objective, Teacher
 from .packing import check_packable
 from .parallel import is_sharded
 from .sources import UNFIT, build_source, fits_tasks
@@ -71,7 +71,13 @@ class Student:
 
 
 class Run:
-    """One configuration, its folder and its teacher."""
+    """One configuration, its folder and its teacher.
+
+    Attributes:
+        objective: the class of what is minimised; a subclass of the run may have its own.
+    """
+
+    objective: type[Objective] = Objective
 
     def __init__(self, config: Config, accelerator: Accelerator | None = None) -> None:
         """Load the teacher.
@@ -267,6 +273,7 @@ class Run:
             handoff.stage_folder(self.folder, number),
             self.accelerator,
             transcripts,
+            self.objective,
         )
         with shared_vision_features(self.teacher, student.model):
             means = trainer.run()

@@ -29,8 +29,6 @@ class Stage:
     later layers give it from the positions that predict answers; these positions count themselves."""
     freeze: tuple[str, ...] = ()
     """Regular expressions. A trainable parameter with such a name stays frozen in this stage."""
-    temperature: float = 1.0
-    """Of L_tok."""
 
 
 _IMITATE = {"hidden": 0.5, "token": 0.5}

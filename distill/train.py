@@ -110,6 +110,7 @@ class StageTrainer:
     folder: Path
     accelerator: Accelerator
     transcripts: Transcripts | None = None
+    objective: type[Objective] = Objective
     on_step: Callable[[int], None] | None = None
     """Called with the number of finished steps after each; for tests."""
     store: CheckpointStore = field(init=False)
@@ -140,7 +141,7 @@ class StageTrainer:
     def run(self) -> dict[str, float]:
         """Train to the end of the stage. Returns the mean of each loss over the last steps."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        objective = self._spread(Objective(self.student, self.teacher, self.stage))
+        objective = self._spread(self.objective(self.student, self.teacher, self.stage))
         self.student.train()
         optimizer = torch.optim.AdamW(self._groups(), lr=self.stage.learning_rate, betas=_BETAS, foreach=False)
         optimizer = self.accelerator.prepare(optimizer)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from linmu_distill.config import Config
+from linmu_distill.objective import Objective
 from linmu_distill.run import Run, Student
 from linmu_distill.stages import Stage
 from linmu_distill.student import add_lora
@@ -89,11 +90,11 @@ class RivalRun(Run):
     def __init__(self, config: Config, row: Row) -> None:
         super().__init__(config)
         self.row = row
+        if row.temperature is not None:
+            self.objective = type("SoftObjective", (Objective,), {"temperature": row.temperature})
 
     def stage(self, number: int) -> Stage:
         stage = super().stage(number)
-        if self.row.temperature is not None:
-            stage = dataclasses.replace(stage, temperature=self.row.temperature)
         more = () if self.row.freeze is None else self.row.freeze.get(f"stage{number}", ())  # type: ignore[call-overload]
         stage = dataclasses.replace(stage, freeze=(*stage.freeze, *more))
         if self.row.lora_alone is not None:

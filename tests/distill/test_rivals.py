@@ -9,8 +9,10 @@ from small_run import run_values, save_teacher
 
 from bench.runs.rivals import ConvolvedScan, RivalRun
 from bench.runs.table import Row
-from linmu_distill import handoff
+from linmu_distill import handoff, objective
 from linmu_distill.config import parse_config
+from linmu_distill.losses import answer_losses
+from linmu_distill.run import Run
 from linmu_ops import ssd_scan
 from linmu_ops.nn import MMATE, MMATEConfig
 
@@ -63,7 +65,7 @@ def test_a_convolved_scan_goes_on_from_its_state():
     torch.testing.assert_close(torch.cat(parts, 1)[mask], whole[mask], rtol=1e-10, atol=1e-12)
 
 
-def test_a_rivals_run_trains_what_its_row_says(tmp_path):
+def test_a_rivals_run_trains_what_its_row_says(tmp_path, monkeypatch):
     teacher = save_teacher(tmp_path / "teacher")
     values = run_values(
         tmp_path, teacher, evaluation={"samples": 0, "speed_lengths": []},
@@ -75,7 +77,13 @@ def test_a_rivals_run_trains_what_its_row_says(tmp_path):
         name="rival", convolution=2, temperature=2.0, freeze={"stage1": [r"scan\.[cbx]_proj"], "stage3": ["lora_"]}
     )
     run = RivalRun(parse_config(values), row)
-    assert run.stage(3).temperature == 2.0 and run.config.stage(3).temperature == 1.0
+    temperatures = set()
+
+    def noted(*args, temperature, **options):
+        temperatures.add(temperature)
+        return answer_losses(*args, temperature=temperature, **options)
+
+    monkeypatch.setattr(objective, "answer_losses", noted)
     run.check_stages()
     run.prepare()
     states = []
@@ -87,6 +95,7 @@ def test_a_rivals_run_trains_what_its_row_says(tmp_path):
     def changed(before, after):
         return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
 
+    assert temperatures == {2.0} and Run.objective.temperature == 1.0
     first, second, third = (changed(a, b) for a, b in pairwise(states))
     assert any(name.endswith("scan.conv_weight") for name in first)
     assert not any("c_proj" in name for name in first) and any("c_proj" in name for name in second)
