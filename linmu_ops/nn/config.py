@@ -1,7 +1,7 @@
 """The options of the blocks, and the presets that set them.
 
-Each option has a reason, and its text names it: an equation or section of the paper, or a measured row as `table/row`.
-The tables are in `bench/reports`.
+Each option has a reason, and its text names it: an equation, algorithm or table of the paper, or a measured row as
+`table/row`. The tables are in `bench/reports`.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class MMATEConfig(_Options):
             attention, as in the paper; `open/text-window-0`.
         window: size of a video's windows in tokens (T, H, W), clamped to the video (section 2); `open/window-8-4-8`.
             Layers with an odd index shift their windows by half.
-        image_window: size of an image's windows (a block with T = 1); None for `window`. Section 2 gives none for
-            images.
+        image_window: size of an image's windows (a block with T = 1); None for `window`. A page of 4 x 8 tokens, all of
+            it in one window, is read as the teacher reads it; `breaking/base`.
     """
 
     branches: str = "both"
@@ -148,8 +148,8 @@ class ExactConfig(_Options):
             largest step sizes; `kept/kept-0`. 0: none.
         window: size of a video's windows in tokens (T, H, W), clamped to the video; `needles/window-8-4-4`. Layers with
             an odd index shift their windows by half.
-        image_window: size of an image's windows (a block with T = 1); None for `window`. Section 2 of the paper gives
-            none for images.
+        image_window: size of an image's windows (a block with T = 1); None for `window`. A page of 4 x 8 tokens, all of
+            it in one window, is read as the teacher reads it; `breaking/exact-normalizer`.
 
     Far
         feature_dim: channels of the learned maps of B and C, and so the size N of the scan's state; 0 for the head
