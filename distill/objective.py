@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linmu_models.attention_mass import each_alone
+from linmu_models.accumulated_attention import each_alone
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
 from linmu_models.layout import LinmuInputs
 from linmu_models.modeling import LinmuModel

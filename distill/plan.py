@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from linmu_models.attention_mass import QUERIES_AT_ONCE, mass_of
+from linmu_models.accumulated_attention import QUERIES_AT_ONCE, sum_attention
 from linmu_models.config import auto_class, sees_images
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs
 from linmu_models.layout import LinmuInputs
@@ -251,18 +251,18 @@ def _planned_attention(
     """What attention without an (L, L) matrix gives and needs, and nothing of what it computes."""
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-    if (found := _masses.get(module)) is not None:
+    if (found := _received.get(module)) is not None:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        mass = query.new_zeros(key.shape[:3], dtype=torch.float32)
+        per_head = query.new_zeros(key.shape[:3], dtype=torch.float32)
         queries = torch.arange(min(QUERIES_AT_ONCE, query.shape[2]), device=query.device)
         for row in range(len(query)):
-            mass[row] += mass_of(query[row], key[row], None, 1.0, queries)
-        found.append(mass)
+            per_head[row] += sum_attention(query[row], key[row], None, 1.0, queries)
+        found.append(per_head)
     del lse
     return out, None
 
 
-_masses: dict[nn.Module, list[Tensor]] = {}
+_received: dict[nn.Module, list[Tensor]] = {}
 AttentionInterface.register(_PLANNED, _planned_attention)
 
 
@@ -346,7 +346,7 @@ def _assemble(
     modules = [attention_modules(teacher)[i] for i in layers]
     found: list[Tensor] = []
     if hidden and stage.average == "read":
-        _masses.update(dict.fromkeys(attention_modules(teacher).values(), found))
+        _received.update(dict.fromkeys(attention_modules(teacher).values(), found))
     decoder = teacher.get_decoder()
     before, decoder.config._attn_implementation = decoder.config._attn_implementation, _PLANNED
     try:
@@ -358,14 +358,14 @@ def _assemble(
             states = decoder(inputs_embeds=_embeddings(teacher, work, dtype), use_cache=False).last_hidden_state
     finally:
         decoder.config._attn_implementation = before
-        _masses.clear()
+        _received.clear()
     kept = states.flatten(0, 1)[: work.answers].clone()
     kinds: dict[str, Any] = {}
     if hidden:
         mask = torch.empty(work.rows, work.length, dtype=torch.bool)
         kinds = {"tokens": mask}
         if found:
-            read = dict(zip(attention_modules(teacher), (mass.mean(1) for mass in found), strict=True))
+            read = dict(zip(attention_modules(teacher), (per_head.mean(1) for per_head in found), strict=True))
             kinds = {"visual": mask, "text": ~mask, "read": [read[layer] for layer in layers]}
     return Part({}, work.rows, kept, outputs, inputs, kinds, torch.empty(work.rows, dtype=torch.bool), {})
 

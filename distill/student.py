@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import linmu_models
+from linmu_models.accumulated_attention import read_later, record_attention
 from linmu_models.attention import IN_FLOAT32
-from linmu_models.attention_mass import read_later, record_mass
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.modeling import LinmuModel
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE
@@ -275,9 +275,9 @@ def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch
     answers[supervised.rows, supervised.positions] = True
     weights: list[Tensor] = []
     attentions = attention_modules(teacher)
-    with record_mass(teacher, list(attentions.values()), answers) as masses:
+    with record_attention(teacher, list(attentions.values()), answers) as received:
         yield weights
-    every = dict(zip(attentions, read_later(masses, answers), strict=True))
+    every = dict(zip(attentions, read_later(received, answers), strict=True))
     weights.extend(every[layer] for layer in layers)
 
 

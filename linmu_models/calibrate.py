@@ -11,8 +11,8 @@ from torch import Tensor
 
 from linmu_ops import TokenLayout
 
+from .accumulated_attention import read_later, record_attention
 from .attention import LinmuAttention
-from .attention_mass import read_later, record_mass
 from .hooks import attention_modules, record_inputs, record_outputs
 
 # Layers whose inputs and outputs are kept at a time: fewer cost more runs of the teacher, more cost memory.
@@ -104,7 +104,7 @@ class _Looks:
 
     real: Tensor
     """(B, L) bool: tokens that are not padding."""
-    masses: dict[int, Tensor]
+    received: dict[int, Tensor]
     """For each layer with attention (B, H, L): the attention that each token gets from its row's text."""
     later: dict[int, Tensor]
     """For each layer with attention (B, L): how much text reads of its output in later layers."""
@@ -113,7 +113,7 @@ class _Looks:
         """(n, D) and (n, H): of the n tokens that are not padding, the rows of `hidden`, (B, L, D), and how much their
         row's text looks at each, in units of the row's mean."""
         real = self.real.to(hidden.device)
-        rows = [row[kept] for row, kept in zip(self.masses[number].mT.to(hidden.device), real, strict=True)]
+        rows = [row[kept] for row, kept in zip(self.received[number].mT.to(hidden.device), real, strict=True)]
         return hidden[real], torch.cat([row / row.mean(0, keepdim=True).clamp(min=1e-20) for row in rows])
 
 
@@ -122,7 +122,7 @@ def _looks_of_text(teacher: Any, inputs: Mapping[str, Any], layout: TokenLayout 
     real = torch.ones_like(ids, dtype=torch.bool) if padded is None else padded.bool().to(ids.device)
     text = real if layout is None else real & ~layout.visual_mask(ids.device)
     attentions = attention_modules(teacher)
-    with record_mass(teacher, list(attentions.values()), text) as masses:
+    with record_attention(teacher, list(attentions.values()), text) as received:
         teacher.model(**inputs, use_cache=False)
-    later = read_later(masses, text)
-    return _Looks(real, dict(zip(attentions, masses, strict=True)), dict(zip(attentions, later, strict=True)))
+    later = read_later(received, text)
+    return _Looks(real, dict(zip(attentions, received, strict=True)), dict(zip(attentions, later, strict=True)))

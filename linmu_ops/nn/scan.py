@@ -82,19 +82,19 @@ class Decaying(nn.Module):
         bias.copy_(torch.log(torch.expm1(dt)))  # softplus of it is dt
 
     @torch.no_grad()
-    def fit_step_sizes(self, hidden_states: Tensor, mass: Tensor) -> None:
+    def fit_step_sizes(self, hidden_states: Tensor, attention: Tensor) -> None:
         """Fit the forward scan's step sizes, so that a token is written as strongly as attention reads it.
 
-        log softplus(dt_proj z + dt_bias) is fitted to log mass by weighted ridge regression. Half the weight is spread
-        evenly over tokens, and half goes by their mass, so that rare tokens count to which everything attends. The mean
-        step size of a head stays what it was.
+        log softplus(dt_proj z + dt_bias) is fitted to log attention by weighted ridge regression. Half the weight is
+        spread evenly over tokens, and half goes by the attention they get, so that rare tokens count to which
+        everything attends. The mean step size of a head stays what it was.
 
         Args:
             hidden_states: (n, D), inputs of the layer.
-            mass: (n, H) >= 0, the attention that each of these tokens gets per head. 1 is the mean over tokens.
+            attention: (n, H) >= 0, what each of these tokens gets per head, summed over queries, in units of the mean.
         """
         z = hidden_states.double()
-        for head, m in enumerate(mass.double().unbind(1)):
+        for head, m in enumerate(attention.double().unbind(1)):
             target = m.clamp(math.exp(-_STEP_RANGE), math.exp(_STEP_RANGE)).log()
             weight, bias = ridge(z, target, 0.5 / len(m) + 0.5 * m / m.sum())
             self.dt_proj.weight[head] = weight.to(self.dt_proj.weight.dtype)

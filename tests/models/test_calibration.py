@@ -12,7 +12,7 @@ import linmu_models
 from linmu_distill.config import load_config
 from linmu_distill.sources import build_source
 from linmu_distill.teacher import load_teacher, model_inputs
-from linmu_models.attention_mass import record_mass
+from linmu_models.accumulated_attention import record_attention
 from linmu_models.calibrate import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.parts import read_parts
@@ -58,16 +58,16 @@ def test_recorded_attention_is_the_teachers(family):
     asking = real if layout is None else real & ~layout.visual_mask()
     attentions = list(attention_modules(teacher).values())
     before = teacher.get_decoder().config._attn_implementation
-    with torch.no_grad(), record_mass(teacher, attentions[1:], asking) as masses:
+    with torch.no_grad(), record_attention(teacher, attentions[1:], asking) as received:
         teacher.model(**batch, use_cache=False)
     assert teacher.get_decoder().config._attn_implementation == before
-    assert len(masses) == len(attentions) - 1
+    assert len(received) == len(attentions) - 1
     eager = copy.deepcopy(teacher)
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         weights = eager.model(**batch, use_cache=False, output_attentions=True).attentions[1]
     expected = torch.stack([row[:, asks].sum(1) for row, asks in zip(weights, asking, strict=True)])
-    torch.testing.assert_close(masses[0].masked_fill(~real[:, None], 0), expected.masked_fill(~real[:, None], 0),
+    torch.testing.assert_close(received[0].masked_fill(~real[:, None], 0), expected.masked_fill(~real[:, None], 0),
                                rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
@@ -77,23 +77,23 @@ def test_step_sizes_are_fitted_in_units_of_the_rows_mean():
     batch = tiny.left_padded([tiny.example("qwen2_5_vl", kind) for kind in ("images", "image")])
     layout = linmu_models.convert(teacher).build_layout(batch)
     hidden = torch.randn(*batch["input_ids"].shape, 8)
-    states, mass = _looks_of_text(teacher, batch, layout).at_layer(1, hidden)
+    states, attention = _looks_of_text(teacher, batch, layout).at_layer(1, hidden)
     lengths = batch["attention_mask"].sum(1).tolist()
-    assert len(states) == len(mass) == sum(lengths)
-    for part in mass.split(lengths):
+    assert len(states) == len(attention) == sum(lengths)
+    for part in attention.split(lengths):
         torch.testing.assert_close(part.mean(0), torch.ones(part.shape[1]))
 
 
 def test_step_sizes_follow_attention():
-    """Where log mass is linear in the hidden states, step sizes become proportional to it; their mean stays."""
+    """Where log attention is linear in the hidden states, step sizes become proportional to it; their mean stays."""
     block = MMATE(16, 4, config=MMATEConfig(initial_decay=0.999)).scan
     z, direction = torch.randn(400, 16), torch.randn(16, 4) / 4
-    mass = (z @ direction).exp()
-    mass = mass / mass.mean(0)
-    block.fit_step_sizes(z, mass)
+    attention = (z @ direction).exp()
+    attention = attention / attention.mean(0)
+    block.fit_step_sizes(z, attention)
     steps = torch.nn.functional.softplus(z @ block.dt_proj.weight.T + block.dt_bias)
     torch.testing.assert_close(steps.mean(0), torch.full((4,), 0.001), rtol=0.02, atol=0)
-    torch.testing.assert_close(steps / steps.mean(0), mass, rtol=0.2, atol=0.02)
+    torch.testing.assert_close(steps / steps.mean(0), attention, rtol=0.2, atol=0.02)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen2"])

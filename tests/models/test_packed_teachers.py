@@ -11,7 +11,7 @@ import torch
 from linmu_distill.packing import PACKABLE, check_packable, pack
 from linmu_distill.teacher import model_inputs
 from linmu_models.accelerate import accelerate_transformers, families_of
-from linmu_models.attention_mass import each_alone, record_mass
+from linmu_models.accumulated_attention import each_alone, record_attention
 from linmu_models.hooks import attention_modules
 
 from . import tiny
@@ -49,9 +49,13 @@ def seen(teacher, batch, asking, apart=None):
     """Final states, and the attention that tokens get from `asking`."""
     inputs = model_inputs(batch)
     one_by_one = nullcontext() if apart is None else each_alone(teacher, apart)
-    with torch.no_grad(), one_by_one, record_mass(teacher, list(attention_modules(teacher).values()), asking) as masses:
+    with (
+        torch.no_grad(),
+        one_by_one,
+        record_attention(teacher, list(attention_modules(teacher).values()), asking) as received,
+    ):
         states = teacher.model(**inputs, use_cache=False).last_hidden_state
-    return states, masses
+    return states, received
 
 
 def test_every_family_that_is_packed_is_tried():
@@ -70,14 +74,14 @@ def test_each_sample_is_as_alone(family):
     assert (packed["labels"][0, begins] == -100).all()
     assert int((packed["labels"] == -100).sum()) == len(parts)
     asking = torch.rand(number.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    states, masses = seen(teacher, packed, asking, number)
+    states, received = seen(teacher, packed, asking, number)
     for i, (part, begin, length) in enumerate(zip(parts, begins.tolist(), lengths, strict=True)):
         at = slice(begin, begin + length)
         # transformers' own delta rule rounds to float32; ours has no need to.
         with accelerate_transformers(teacher) if families_of(teacher) else nullcontext():
-            alone, mass = seen(teacher, part, asking[:, at])
+            alone, wanted = seen(teacher, part, asking[:, at])
         torch.testing.assert_close(states[:, at], alone, rtol=1e-5, atol=1e-5, msg=f"{family}, sample {i}")
-        for ours, theirs in zip(masses, mass, strict=True):
+        for ours, theirs in zip(received, wanted, strict=True):
             torch.testing.assert_close(ours[:, :, at], theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -92,9 +96,9 @@ def test_a_neighbour_changes_no_bit(family):
     theirs = packed["seq_idx"] == other
     changed["input_ids"][theirs] = torch.tensor(tiny.text_ids(int(theirs.sum()), 77))
     asking = torch.ones_like(theirs)
-    (a, masses), (b, others) = (seen(teacher, batch, asking, packed["seq_idx"]) for batch in (packed, changed))
+    (a, received), (b, others) = (seen(teacher, batch, asking, packed["seq_idx"]) for batch in (packed, changed))
     assert torch.equal(a[~theirs], b[~theirs]) and not torch.equal(a[theirs], b[theirs])
-    for ours, again in zip(masses, others, strict=True):
+    for ours, again in zip(received, others, strict=True):
         assert torch.equal(ours.mT[~theirs.expand(len(ours), -1)], again.mT[~theirs.expand(len(ours), -1)])
 
 
@@ -110,13 +114,13 @@ def test_a_sliding_window_stays():
     parts = parts_of("qwen2")
     packed = pack(padded(parts), teacher.model)
     asking = torch.ones_like(packed["seq_idx"]).bool()
-    states, masses = seen(teacher, packed, asking, packed["seq_idx"])
+    states, received = seen(teacher, packed, asking, packed["seq_idx"])
     at = 0
     for part in parts:
         length = part["input_ids"].shape[1]
-        alone, mass = seen(teacher, part, asking[:, at : at + length])
+        alone, wanted = seen(teacher, part, asking[:, at : at + length])
         torch.testing.assert_close(states[:, at : at + length], alone, rtol=1e-9, atol=1e-9)
-        for ours, theirs in zip(masses, mass, strict=True):
+        for ours, theirs in zip(received, wanted, strict=True):
             torch.testing.assert_close(ours[:, :, at : at + length], theirs, rtol=1e-4, atol=1e-5)
         at += length
     full = copy.deepcopy(tiny.teacher("qwen2")).double()(**model_inputs(parts[-1])).logits

@@ -30,14 +30,14 @@ def _recorded_attention(
     lengths = _lengths.get(module, [query.shape[2]])
     parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     asking = _asking[module].to(query.device).split(lengths, dim=1) if module in _asking else [None] * len(lengths)
-    outputs, masses = [], []
+    outputs, received = [], []
     for (q, k, v), asks in zip(parts, asking, strict=True):
         mask = _band(module, q) if module in _lengths else attention_mask
         if asks is not None:
-            masses.append(_mass(q, k, mask, kwargs.get("scaling") or q.shape[-1] ** -0.5, asks))
+            received.append(_summed(q, k, mask, kwargs.get("scaling") or q.shape[-1] ** -0.5, asks))
         outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-    if masses:
-        _found[module] = torch.cat(masses, dim=2)
+    if received:
+        _found[module] = torch.cat(received, dim=2)
     return torch.cat(outputs, dim=1), None
 
 
@@ -67,16 +67,18 @@ AttentionMaskInterface.register(RECORDED, _mask)
 
 
 @torch.no_grad()
-def _mass(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking: Tensor) -> Tensor:
+def _summed(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, asking: Tensor) -> Tensor:
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    mass = query.new_zeros(key.shape[:3], dtype=torch.float32)
+    per_head = query.new_zeros(key.shape[:3], dtype=torch.float32)
     for row in range(len(query)):
         for queries in asking[row].nonzero()[:, 0].split(QUERIES_AT_ONCE):
-            mass[row] += mass_of(query[row], key[row], None if mask is None else mask[row % len(mask)], scale, queries)
-    return mass
+            per_head[row] += sum_attention(
+                query[row], key[row], None if mask is None else mask[row % len(mask)], scale, queries
+            )
+    return per_head
 
 
-def mass_of(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, queries: Tensor) -> Tensor:
+def sum_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, queries: Tensor) -> Tensor:
     """The attention (H, L) that each token gets from some queries of its row; `query`, `key` (H, L, P)."""
     logits = query[:, queries].float() @ key.float().mT * scale
     if mask is None:
@@ -120,7 +122,7 @@ def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def record_mass(teacher: Any, attentions: Sequence[nn.Module], asking: Tensor) -> Iterator[list[Tensor]]:
+def record_attention(teacher: Any, attentions: Sequence[nn.Module], asking: Tensor) -> Iterator[list[Tensor]]:
     """Record where some queries look while `teacher` runs once.
 
     The attention of these queries is computed in full, a few hundred at a time.
@@ -148,11 +150,11 @@ def record_mass(teacher: Any, attentions: Sequence[nn.Module], asking: Tensor) -
             _found.pop(attention, None)
 
 
-def read_later(masses: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
+def read_later(received: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
     """For each token, how much later layers read of each layer's output.
 
     Args:
-        masses: what `record_mass` found at all layers, in their order.
+        received: what `record_attention` found at all layers, in their order.
         asking: its queries, (B, L).
 
     Returns:
@@ -160,5 +162,5 @@ def read_later(masses: Sequence[Tensor], asking: Tensor) -> list[Tensor]:
         of the model, where the asking tokens themselves are read. At every layer the sum is the number of asking
         tokens.
     """
-    later = [*(mass.mean(1).to(asking.device) for mass in masses), asking.float()]
-    return [torch.stack(later[layer + 1 :]).mean(0) for layer in range(len(masses))]
+    later = [*(per_head.mean(1).to(asking.device) for per_head in received), asking.float()]
+    return [torch.stack(later[layer + 1 :]).mean(0) for layer in range(len(received))]
