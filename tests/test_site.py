@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from linmu_ops import _registry
+from tools.docs import messages as read
+from tools.docs.messages import GAP, messages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -24,3 +26,69 @@ def test_each_page_has_a_place():
 @pytest.mark.parametrize("op", sorted(_registry.OPS))
 def test_each_op_has_a_page(op):
     assert f"::: linmu_ops.{op}\n" in (DOCS / "ops" / f"{op}.md").read_text()
+
+
+def rows_of_messages():
+    """{row: pattern} of docs/troubleshooting.md, and the rows that are under Warnings."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    rows = [double or single for double, single in re.findall(r"^\| (?:`` (.*?) ``|`(.*?)`) \|", tidy(page), re.M)]
+    warned = page[page.index("## Warnings") : page.index("## Errors that say")]
+    return {row: re.compile(".*".join(map(re.escape, row.split(GAP))), re.DOTALL) for row in rows}, warned
+
+
+def tidy(page):
+    return re.sub(r"`` ?(.*?) ?``", r"`` \1 ``", page)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return list(messages())
+
+
+def test_each_message_that_a_user_can_meet_is_explained(found):
+    rows, warned = rows_of_messages()
+    found = [message for message in found if not message.explains_itself]
+    assert sum(message.is_warning for message in found) >= 10 and len(found) > 100
+    for message in found:
+        mine = [row for row, pattern in rows.items() if pattern.fullmatch(message.text)]
+        assert mine, f"docs/troubleshooting.md needs a row: {message}"
+        assert not message.is_warning or any(f"`{row}`" in warned for row in mine), f"under Warnings: {message}"
+
+
+def test_no_explained_message_is_out_of_date(found):
+    texts = [message.text for message in found]
+    rows, _ = rows_of_messages()
+    for row, pattern in rows.items():
+        assert any(pattern.fullmatch(text) for text in texts), row
+        assert len(re.findall(r"\w{3,}", row)) or row == "… needs …, got …", f"{row} says too little"
+
+
+def test_a_message_of_each_kind_is_read(tmp_path, monkeypatch):
+    """By every way in which the source tells a user something."""
+    source = """
+def size(kind):
+    return ValueError(f"{kind} is far too large")
+def fail(n):
+    why = "is bad" if n else "is worse"
+    raise RuntimeError(f"step {n} {why} today")
+def other(why):
+    raise TypeError(where(f"it {why} not work"))
+def slow():
+    warnings.warn("this is " "slow", stacklevel=2)
+    warn_once("key", f"{slow} runs in numpy")
+    stop("the end of it")
+    raise KeyError
+"""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "file.py").write_text(source)
+    monkeypatch.setattr(read, "ROOT", tmp_path)
+    monkeypatch.setattr(read, "PACKAGES", ("package",))
+    assert {(m.is_warning, m.text) for m in messages()} == {
+        (False, "… is far too large"),
+        (False, "step … is bad today"),
+        (False, "step … is worse today"),
+        (False, "…it … not work…"),
+        (True, "this is slow"),
+        (True, "… runs in numpy"),
+        (False, "the end of it"),
+    }
