@@ -45,7 +45,10 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "residual_connection": ((None, False), "a residual connection inside"),
     "rescale_output_factor": ((None, 1), "a scale of the output"),
     "scaled_cosine": ((None, False), "cosine attention"),
+    "key_multiplier": ((None, 1), "a scale of the keys"),
 }
+# Modules whose scores have no scale, and that do not say so.
+UNSCALED = ("GPTNeoSelfAttention",)
 ALIBI_ARGUMENTS = ("alibi", "position_bias")
 WINDOWS = ("sliding_window", "attention_chunk_size")
 DROPOUTS = ("attention_dropout", "attn_dropout", "attn_drop", "dropout", "resid_dropout", "proj_drop", "to_out")
@@ -218,6 +221,10 @@ def _refuse_the_rest(attention: nn.Module, used: set[str], reach: int) -> None:
                 refuse(name, what, type(value).__name__)
             elif value not in neutral:
                 refuse(name, what, repr(value))
+    for value in _values(attention, "rope_parameters"):
+        beta = value.get("llama_4_scaling_beta") if isinstance(value, dict) else None
+        if beta:
+            refuse("llama_4_scaling_beta", "a temperature by position", repr(beta))
     for name in ALIBI_ARGUMENTS:
         takes = name in inspect.signature(attention.forward).parameters
         if takes and not any(value is False for value in _values(attention, "alibi")):
@@ -230,18 +237,27 @@ def _refuse_the_rest(attention: nn.Module, used: set[str], reach: int) -> None:
         changes = not isinstance(child, nn.Identity) and (list(child.parameters()) or "norm" in name.lower())
         if name not in allowed and changes:
             refuse(name, "a module", type(child).__name__)
-    for name in WINDOWS:
-        for value in _values(attention, name):
-            if isinstance(value, int) and 0 < value < reach and _slides(attention):
-                raise ValueError(
-                    f"{OP}: {kind}.{name} must not be shorter than the block's windows of {reach} tokens, got {value}"
-                )
+    for name, value in _windows(attention):
+        if isinstance(value, int) and 0 < value < reach:
+            raise ValueError(
+                f"{OP}: {kind}.{name} must not be shorter than the block's windows of {reach} tokens, got {value}"
+            )
     for name in DROPOUTS:
         for value in _values(attention, name):
             inside = [m for m in value.modules() if isinstance(m, nn.Dropout)] if isinstance(value, nn.Module) else []
             rate = max((m.p for m in inside), default=value if isinstance(value, float) else 0.0)
             if rate > 0:
                 warnings.warn(f"{OP}: {kind}.{name} of {rate} is left out of the block", LinmuWarning, stacklevel=5)
+
+
+def _windows(attention: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and size of each sliding window that this layer has."""
+    config: Any = getattr(attention, "config", None)
+    for name in WINDOWS if _slides(attention) else ():
+        yield from ((name, value) for value in _values(attention, name))
+    layers = getattr(config, "attention_layers", None)  # GPT-Neo names its windows by layer
+    if layers and layers[getattr(attention, "layer_id", 0)] == "local":
+        yield "window_size", config.window_size
 
 
 def _slides(attention: nn.Module) -> bool:

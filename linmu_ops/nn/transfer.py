@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._attention import HEADS, SCALES, first, read
+from ._attention import HEADS, SCALES, UNSCALED, first, read
 
 # (the block's module, the attention's part); a block has some of these modules
 PARTS = (
@@ -106,7 +107,7 @@ def read_attention(
     heads = num_heads or first(attention, HEADS) or first(getattr(attention, "config", None), HEADS)
     weights, biases, names, norms = read(attention, heads, reach)
     query_norm = norms["q_norm"]
-    scale = first(attention, SCALES)
+    scale = 1.0 if type(attention).__name__ in UNSCALED else first(attention, SCALES)
     if isinstance(scale, (Tensor, nn.Module)):
         raise ValueError(
             f"from_attention: scale must be given for {type(attention).__name__}, whose own is learned, got None"
@@ -120,7 +121,7 @@ def read_attention(
         "qkv_bias": any(biases[part] is not None for part in "qkv"),
         "out_bias": biases["o"] is not None,
         "qk_norm": None if query_norm is None else lambda _: copy.deepcopy(query_norm),
-        "scale": scale if isinstance(scale, float) else None,
+        "scale": float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else None,
     }
     values: dict[str, Any] = {f"{part}_weight": weight for part, weight in weights.items()}
     values |= {f"{part}_bias": bias for part, bias in biases.items()}

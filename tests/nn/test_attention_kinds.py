@@ -18,11 +18,13 @@ ALONE = MMATEConfig(branches="swin", text_window=16)  # the windows, which hold 
 D, H, P, L = 32, 4, 8, 7
 
 
-def make(path, config, **kwargs):
-    """A module of transformers, its weights off their start."""
-    module, name = path.rsplit(".", 1)
+def make(path, config):
+    """A module of transformers, its first layer's, its weights off their start."""
+    made = _class(path)
     config._attn_implementation = "eager"
-    attention = getattr(__import__(f"transformers.models.{module}", fromlist=[name]), name)(config, **kwargs).eval()
+    layer = dict(layer_idx=0, layer_id=0, is_causal=True, attention_type=getattr(config, "attention_layers", [""])[0])
+    takes = inspect.signature(made).parameters
+    attention = made(config, **{k: v for k, v in layer.items() if k in takes}).eval()
     with torch.no_grad():
         for p in attention.parameters():
             p.normal_(std=0.3)
@@ -49,6 +51,19 @@ def bigcode(**more):
     return hf.GPTBigCodeConfig(n_embd=D, n_head=H, n_layer=2, attn_pdrop=0, resid_pdrop=0, **more)
 
 
+def gpt_neo(*kinds):
+    return hf.GPTNeoConfig(
+        hidden_size=D, num_heads=H, num_layers=2, attention_types=[[list(kinds), 1]], window_size=8,
+        attention_dropout=0.0, resid_dropout=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
+def ministral3():
+    config = small("Ministral3Config")
+    config.rope_parameters["llama_4_scaling_beta"] = 0.1
+    return config
+
+
 TAKEN = {
     "llama": ("llama.modeling_llama.LlamaAttention", lambda: small("LlamaConfig")),
     "qwen3": ("qwen3.modeling_qwen3.Qwen3Attention", lambda: small("Qwen3Config")),
@@ -66,6 +81,8 @@ TAKEN = {
     ),
     "bigcode_multi_query": ("gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention", lambda: bigcode(multi_query=True)),
     "bigcode_heads": ("gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention", lambda: bigcode(multi_query=False)),
+    "dia_scale_1": ("dia.modeling_dia.DiaSelfAttention", lambda: small("DiaEncoderConfig", num_key_value_heads=H)),
+    "gpt_neo_without_a_scale": ("gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", lambda: gpt_neo("global", "local")),
     "modernbert": (
         "modernbert.modeling_modernbert.ModernBertAttention",
         lambda: small("ModernBertConfig", global_attn_every_n_layers=1),
@@ -77,9 +94,7 @@ TAKEN = {
 @torch.no_grad()
 def test_is_the_same_attention(name):
     path, config = TAKEN[name]
-    config = config()
-    takes_layer = "layer_idx" in inspect.signature(_class(path)).parameters
-    attention = make(path, config, **(dict(layer_idx=0) if takes_layer else {}))
+    attention = make(path, config())
     h = torch.randn(2, L, D)
     mask = torch.full((2, 1, L, L), -1e9).triu(1)
     given = dict(
@@ -125,6 +140,18 @@ REFUSED = {
         "mistral.modeling_mistral.MistralAttention", lambda: small("MistralConfig", sliding_window=8),
         "sliding_window must not be shorter than the block's windows of 512 tokens, got 8",
     ),
+    "gpt_neo_local": (
+        "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", lambda: gpt_neo("local", "global"),
+        "window_size must not be shorter than the block's windows of 512 tokens, got 8",
+    ),
+    "falcon_h1_scaled_keys": (
+        "falcon_h1.modeling_falcon_h1.FalconH1Attention", lambda: small("FalconH1Config", key_multiplier=0.5),
+        "key_multiplier, a scale of the keys",
+    ),
+    "ministral3": (
+        "ministral3.modeling_ministral3.Ministral3Attention", ministral3,
+        "llama_4_scaling_beta, a temperature by position",
+    ),
     "codegen": (
         "codegen.modeling_codegen.CodeGenAttention", lambda: hf.CodeGenConfig(n_embd=D, n_head=H, rotary_dim=4),
         "qkv_proj must order queries, keys and values in a way that is known",
@@ -139,8 +166,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name):
     path, config, words = REFUSED[name]
-    takes = inspect.signature(_class(path)).parameters
-    attention = make(path, config(), **(dict(layer_idx=0) if "layer_idx" in takes else {}))
+    attention = make(path, config())
     with pytest.raises(ValueError, match=words) as error:
         ExactMMATE.from_attention(attention, config=EXACT, **(dict(num_heads=H) if name == "codegen" else {}))
     assert "\n" not in str(error.value)
@@ -148,7 +174,7 @@ def test_refused_by_name(name):
 
 def test_a_sliding_window_that_holds_the_blocks():
     path, config, _ = REFUSED["mistral"]
-    MMATE.from_attention(make(path, config(), layer_idx=0), config=MMATEConfig(text_window=8))
+    MMATE.from_attention(make(path, config()), config=MMATEConfig(text_window=8))
 
 
 class Diffusers(nn.Module):
