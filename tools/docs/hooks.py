@@ -108,3 +108,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return before + os.path.relpath(there, PurePosixPath(uri).parent) + anchor + after
 
     return "".join(piece if i % 2 else LINK.sub(moved, piece) for i, piece in enumerate(pieces(markdown)))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Pictures of ops lie in the page itself: there they follow the palette that the reader chose."""
+
+    def inline(found: re.Match[str]) -> str:
+        path = DOCS / PurePosixPath(page.file.src_uri).parent / found[1]
+        return path.read_text() if path.parent == DOCS / "ops" else found[0]
+
+    return re.sub(r'<img [^>]*src="([^"]+\.svg)"[^>]*/?>', inline, html)
