@@ -167,7 +167,7 @@ class Made(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.sweep)], ids=["plain", "compiled"])
 @pytest.mark.parametrize("block", ["teacher", *linmu_ops.nn.config.PRESETS])
 def test_decode_goes_back(block, compiled):
     """To where it was, in every field: the next sample is the same one."""

@@ -16,6 +16,7 @@ from bench.provenance import ROOT
 from linmu_ops import _registry
 
 
+@pytest.mark.sweep
 def test_the_dry_form_runs_to_its_end(tmp_path):
     if shutil.which("cmake") is None or not _registry.binaries()["cpu"].loaded:
         pytest.skip("needs cmake, and liblinmu_cpu.so")
