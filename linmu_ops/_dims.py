@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,17 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower: the type states and sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this device; some, as "meta", have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Where matrix products keep the type that they are given."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class Dims:

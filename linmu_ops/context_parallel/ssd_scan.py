@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dims import accumulate_dtype
+from .._dims import accumulate_dtype, without_autocast
 from .._directions import Direction, Reverse
 from ..reference._visits import restarts, visited
 from ..ssd_scan import check
@@ -89,7 +89,7 @@ def ssd_scan(
     forward = Direction(dt, A, B, C, dt_bias, None, seq_idx)
     backward = forward.with_own(r)
     visits = None if order is None else order.long()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         slabs = [
             _Slab(d, x, dt_softplus, visits, back)
             for d, back in ((forward, False), (backward, True))
@@ -105,7 +105,7 @@ def ssd_scan(
     assert isinstance(y, Tensor)
     if direction == "both":
         # The op's initial state is the forward direction's. What the other brings in is added: y is linear in it.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             brought = slabs[1].read(states[1][0], None if gate is None else 1 - gate.to(acc))
             y = (y.to(acc) + brought).to(y.dtype)
     if moved is not None:

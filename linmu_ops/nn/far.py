@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._dims import accumulate_dtype
+from .._dims import accumulate_dtype, without_autocast
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ._inputs import take
@@ -186,7 +186,7 @@ class FarAttention(Decaying):
         weight = dt * (run - end).exp()
         x = self._with_ones(values).to(acc).transpose(1, 2)
         weighted = (weight[..., None] * x[..., None, :]).flatten(3)  # (B, G, n, H / G (P + 8))
-        with torch.autocast(keys.device.type, enabled=False):
+        with without_autocast(keys.device):
             new = weighted.mT @ self._features(keys).to(acc).transpose(1, 2)
         new = new.unflatten(2, (dt.shape[3], -1)).flatten(1, 2)
         return new if ssm is None else ssm * (-end).exp().transpose(2, 3).flatten(1, 2)[..., None] + new
@@ -196,7 +196,7 @@ def _mapped(t: Tensor, weight: Tensor) -> Tensor:
     """t (B, L, H, P) @ weight (H, P, N), in the accumulate dtype: 16 bits cannot hold what a softmax compares. einsum
     makes three times as many calls of it, which a step feels."""
     acc = accumulate_dtype(t.dtype)
-    with torch.autocast(t.device.type, enabled=False):
+    with without_autocast(t.device):
         mapped = torch.bmm(t.to(acc).flatten(0, 1).transpose(0, 1), weight.to(acc))
     return mapped.transpose(0, 1).unflatten(0, t.shape[:2])
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._dims import accumulate_dtype
+from .._dims import accumulate_dtype, without_autocast
 from .._directions import Reverse
 from ..context_parallel import ssd_scan as split_scan
 from ..ssd_scan import ssd_scan
@@ -50,7 +50,7 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         acc = accumulate_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.linear(x.to(acc), self.weight.to(acc), None if self.bias is None else self.bias.to(acc))
 
 

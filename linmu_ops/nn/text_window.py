@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _transforms
-from .._dims import accumulate_dtype
+from .._dims import accumulate_dtype, autocasts, without_autocast
 from ._inputs import take
 
 
@@ -117,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same with the log-sum-exp of the scores, in the accumulate dtype."""
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasts(q.device):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if not torch.compiler.is_dynamo_compiling() and _transforms.active():
         return _differentiable(q, k, v, mask, scale)
@@ -138,7 +138,7 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`_attend_with_lse` as often as asked, and forwards: PyTorch keeps scores and weights for it."""
     acc = accumulate_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scores = _grouped(q, k.shape[2]).to(acc) @ k.permute(0, 2, 3, 1).to(acc) * scale
         scores = scores.unflatten(2, (q.shape[1], -1)).masked_fill(~mask[:, None, :, None], -torch.inf)
         lse = scores.logsumexp(-1)
@@ -191,7 +191,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     acc = accumulate_dtype(a.dtype)
     if a.dtype == acc:
         return a @ b
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         if a.device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
             return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=acc).unflatten(0, a.shape[:2])
         return a.to(acc) @ b.to(acc)

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from blocks import OPTIONS, build, layout_of, prompt
+from blocks import DIM, OPTIONS, build, layout_of, prompt
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
@@ -166,6 +166,18 @@ def test_meta_device():
     block.reset_new_parameters()
     for name in ("mix", "scan.dt_bias", "scan.A_log", "scan.head_norm", "scan.z_proj.bias", "norm.weight"):
         assert torch.equal(block.get_parameter(name), expected.get_parameter(name))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_call_without_memory(name):
+    """Shapes of a text, an image and a step come out, as an estimate of a model's memory asks for them."""
+    with torch.device("meta"):
+        block = build(OPTIONS[name], dtype=torch.float32)
+        z = torch.randn(2, 12, DIM)
+        out, state = block(z, return_state=True)
+        assert out.shape == block(z, grid=(1, 3, 4)).shape == z.shape
+        assert block(z[:, :1], state=state).shape == (2, 1, DIM)
+        assert all(t is None or t.is_meta for t in (out, *state))
 
 
 def as_is(state, bucket):
