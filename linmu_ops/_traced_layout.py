@@ -18,6 +18,7 @@ class TracedGrid:
     of operations that go into the graph, so that the graph serves every number of rows and every grid."""
 
     has_visual = True
+    is_part = False
 
     def __init__(self, grid: Sequence[int], num_text: int, batch_size: int) -> None:
         self.grid, self.batch_size = tuple(grid), batch_size

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import _native, _registry
+from . import _layout_part, _native, _registry
 from .reference import token_layout as reference
 
 WRAPS = ("join", "mask")
@@ -37,6 +37,26 @@ class WindowTable(NamedTuple):
     max_tokens: int
 
 
+class Cut(NamedTuple):
+    """What a part of a layout tells of slabs (see `TokenLayout.slab_chunks`) that lie in several calls. At most one of
+    a row has begun in earlier calls, and at most one goes on in later ones.
+
+    begin: (B,) int64. Position of the first token of the slab that goes on; -1: it is in an earlier call; L: none does.
+    first: (B,) int64. Number, in its block, of the first token of the slab that has begun; 0 where none has.
+    before: (B,) int64. How many visual tokens of it came in earlier calls; 0 where none has begun.
+    queries: (n, SLAB_CHUNK) int64. Flat positions of its tokens in this call, by windows; a window's last one fills up.
+    keys: (n, k) int64. Numbers, counted from `first`, of earlier tokens of the same window; -1 fills up.
+    inverse: (B, L) int64. Where a token stands in the flattened `queries`; -1 where it does not.
+    """
+
+    begin: Tensor
+    first: Tensor
+    before: Tensor
+    queries: Tensor
+    keys: Tensor
+    inverse: Tensor
+
+
 class TokenLayout:
     """Where the visual tokens of a batch are.
 
@@ -50,6 +70,9 @@ class TokenLayout:
             position in the row.
         batch_size: rows B.
         length: tokens per row L; B * L < 2**31.
+        spans: (num_blocks, 2) integers (first, count). Of a part of longer rows: so many tokens of a block, in t, y, x
+            order, came in earlier calls, and so many are in this one. T, H and W are those of the whole block. None:
+            all blocks are whole. `part` makes such a layout.
 
     Raises:
         ValueError: the table does not describe disjoint blocks inside (B, L), in one line that names the entry.
@@ -71,14 +94,30 @@ class TokenLayout:
     Source: LinMU, arXiv:2601.01322. Reference: linmu_ops/reference/token_layout.py.
     """
 
-    def __init__(self, blocks: Any, positions: Any, batch_size: int, length: int) -> None:
+    def __init__(self, blocks: Any, positions: Any, batch_size: int, length: int, spans: Any = None) -> None:
         self.batch_size = _integer("batch_size", batch_size, 0)
         self.length = _integer("length", length, 0)
         if self.batch_size * self.length >= 2**31:
             raise ValueError(f"TokenLayout: batch_size * length must be < 2**31, got {batch_size} * {length}")
         self.blocks = _integers("blocks", blocks, "(num_blocks, 4)", (-1, 4))
         self.positions = _integers("positions", positions, "(num_visual,)", (-1,))
-        self._plan = _planner().Plan(self.blocks, self.positions, self.batch_size, self.length)
+        self.spans = _layout_part.whole_spans(self.blocks)
+        places, self._margins = self.positions, None
+        planned_length = self.length
+        if spans is not None:
+            given = _integers("spans", spans, "(num_blocks, 2)", (-1, 2))
+            self.spans = _layout_part.checked_spans(self.blocks, self.positions, given)
+        self.is_part = self.spans != _layout_part.whole_spans(self.blocks)
+        if self.is_part:
+            outside = (self.positions < 0) | (self.positions >= self.length)
+            if outside.any():
+                raise ValueError(
+                    f"TokenLayout: positions must be in 0..{self.length - 1}, got {self.positions[outside][0]}"
+                )
+            places, planned_length, self._margins = _layout_part.planned(
+                self.blocks, self.positions, self.spans, self.length
+            )
+        self._plan = _planner().Plan(self.blocks, places, self.batch_size, planned_length)
         self._cache: dict[Any, Any] = {}
 
     @staticmethod
@@ -128,6 +167,18 @@ class TokenLayout:
             )
         return cls(blocks, positions, *ids.shape)
 
+    def part(self, start: int, stop: int) -> TokenLayout:
+        """The layout of the positions from `start` to `stop`, for a call that has these tokens alone. It may cut images
+        and videos whose tokens lie in the order of their positions.
+
+        Windows fall where the whole block puts them. `ExactMMATE` goes on from the state of the call before.
+        """
+        start, stop = _integer("start", start, 0), _integer("stop", stop, 0)
+        if not start <= stop <= self.length:
+            raise ValueError(f"TokenLayout: start, stop must be in order within {self.length}, got {start}, {stop}")
+        blocks, positions, spans = _layout_part.part_of(self.blocks, self.positions, self.spans, start, stop)
+        return TokenLayout(blocks, positions, self.batch_size, stop - start, spans)
+
     @property
     def num_visual(self) -> int:
         """Visual tokens in the batch."""
@@ -149,6 +200,8 @@ class TokenLayout:
         """(B, L) int32, the position visited at t in layer `layer`; see `major_scan_order`."""
         if layer < 0:
             raise ValueError(f"TokenLayout: layer must be >= 0, got {layer}")
+        if self.is_part:
+            raise ValueError("TokenLayout: scan_order must be of whole images and videos, got a part of one")
         mode = layer % 4
         return self._cached(("scan_order", mode), device, lambda plan: (plan.scan_order(mode),))[0]
 
@@ -177,7 +230,12 @@ class TokenLayout:
             device: where the tensors go; the CPU if None.
         """
         given = self._window_key(window, shift, wrap, image_window, image_shift)
-        return WindowTable(*self._cached(("window_table", *given), device, lambda plan: plan.window_table(*given)))
+
+        def table(plan: Any) -> tuple[Any, ...]:
+            whole = plan.window_table(*given)
+            return whole if self._margins is None else _layout_part.table_of_part(whole, self.length, self._margins)
+
+        return WindowTable(*self._cached(("window_table", *given), device, table))
 
     def slab_chunks(
         self,
@@ -195,7 +253,7 @@ class TokenLayout:
         Returns:
             tokens: (n, SLAB_CHUNK) int64. Flat positions row * L + position. A slab's last token fills up its last
                 chunk.
-            begin: (n,) int64. Flat position of the first token of a chunk's slab.
+            begin: (n,) int64. Flat position of the first token of a chunk's slab; -1 where that is in an earlier call.
             inverse: (B, L) int64. Where a visual token stands in the flattened `tokens`; 0 at text.
             between: (n, k) int64. Flat positions of the text between the first and the last token of a chunk's slab; -1
                 fills up.
@@ -207,38 +265,70 @@ class TokenLayout:
         tokens, begin = [np.zeros((0, SLAB_CHUNK), np.int64)], [np.zeros(0, np.int64)]
         inverse = np.zeros(self.batch_size * self.length, np.int64)
         text = np.ones(self.batch_size * self.length, bool)
-        text[np.repeat(self.blocks[:, 0], np.prod(self.blocks[:, 1:], axis=1)) * self.length + self.positions] = False
+        rows = np.repeat(self.blocks[:, 0], [count for _, count in self.spans])
+        text[rows * self.length + self.positions] = False
         between: list[np.ndarray] = []
-        ends, chunks = np.cumsum([t * h * w for _, t, h, w in self.blocks.tolist()]), 0
-        for (row, frames, *_), positions in zip(
-            self.blocks.tolist(), np.split(self.positions, ends[:-1]) if len(ends) else (), strict=True
+        chunks = 0
+        for (row, frames, height, width), positions, (came, count) in zip(
+            self.blocks.tolist(), _layout_part.split(self.positions, self.spans), self.spans, strict=True
         ):
             full, moved = (image_window, image_shift) if frames == 1 else (window, shift)
-            size = min(full[0], frames)
-            h = 0 if size == frames else moved[0] % frames
-            c = np.arange(frames)
-            part = (c - h) % frames // size
-            if mask and (frames - h) % size:
-                part = part + (c < h)
-            flat = (row * self.length + positions).reshape(frames, -1)
+            part = np.repeat(_layout_part.axis_parts(frames, full[0], moved[0], mask), height * width)
+            first = dict(zip(*(t.tolist() for t in np.unique(part, return_index=True)), strict=True))
+            flat, part = row * self.length + positions, part[came : came + count]
             for slab in np.unique(part):
                 own = np.sort(flat[part == slab], axis=None)
                 many = -(-own.size // SLAB_CHUNK)
                 inverse[own] = chunks * SLAB_CHUNK + np.arange(own.size)
                 tokens.append(np.pad(own, (0, many * SLAB_CHUNK - own.size), mode="edge").reshape(many, SLAB_CHUNK))
-                begin.append(np.full(many, own[0]))
-                between += [own[0] + np.flatnonzero(text[own[0] : own[-1]])] * many
+                earlier = first[slab] < came
+                begin.append(np.full(many, -1 if earlier else own[0]))
+                after = row * self.length if earlier else own[0]
+                between += [after + np.flatnonzero(text[after : own[-1]])] * many
                 chunks += many
         filled = np.full((chunks, max(map(len, between), default=0)), -1, np.int64)
         for row, mine in zip(filled, between, strict=True):
             row[: len(mine)] = mine
         return np.concatenate(tokens), np.concatenate(begin), inverse.reshape(self.batch_size, self.length), filled
 
+    def cut(
+        self,
+        window: Sequence[int],
+        shift: Sequence[int] = (0, 0, 0),
+        wrap: str = "join",
+        image_window: Sequence[int] | None = None,
+        image_shift: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cut:
+        """Of a part: the slabs that lie in several calls. The arguments are those of `window_table`, with wrap="mask":
+        a window that wraps around in time would be in two slabs."""
+        given = self._window_key(window, shift, wrap, image_window, image_shift)
+        if wrap != "mask":
+            raise ValueError(f"TokenLayout: wrap must be 'mask' for a part of an image or video, got {wrap!r}")
+        shape = self.batch_size, self.length
+
+        def tables(plan: Any) -> tuple[Any, ...]:
+            return _layout_part.cut_tables(self.blocks, self.positions, self.spans, shape, given, SLAB_CHUNK)
+
+        return Cut(*self._cached(("cut", *given), device, tables))
+
+    def numbers(self, device: torch.device | str | None = None) -> Tensor:
+        """(B, L) int64: the number of a visual token in its block, in t, y, x order; -1 at text."""
+
+        def number(plan: Any) -> tuple[Any]:
+            out = np.full((self.batch_size, self.length), -1)
+            own = _layout_part.split(self.positions, self.spans)
+            for row, positions, (first, count) in zip(self.blocks[:, 0], own, self.spans, strict=True):
+                out[row, positions] = first + np.arange(count)
+            return (out,)
+
+        return self._cached(("numbers",), device, number)[0]
+
     def text_chunks(self, size: int, device: torch.device | str | None = None) -> Tensor:
         """(n,) int64: the chunks of `size` tokens, row after row, in which not every token is visual."""
 
         def chunks(plan: Any) -> tuple[Any]:
-            text = ~np.asarray(plan.segments()[0], dtype=bool)
+            text = ~self._planned_segments(plan)[0]
             text = np.pad(text, ((0, 0), (0, -self.length % size)))
             return (np.flatnonzero(text.reshape(-1, size).any(1)),)
 
@@ -268,7 +358,14 @@ class TokenLayout:
         return given
 
     def _segments(self, device: torch.device | str | None) -> Any:
-        return self._cached(("segments",), device, lambda plan: plan.segments())
+        return self._cached(("segments",), device, self._planned_segments)
+
+    def _planned_segments(self, plan: Any) -> tuple[Any, ...]:
+        mask, index = plan.segments()
+        if self._margins is None:
+            return np.asarray(mask, dtype=bool), index
+        own = slice(self._margins.before, self._margins.before + self.length)
+        return np.ascontiguousarray(np.asarray(mask, dtype=bool)[:, own]), np.ascontiguousarray(index[:, own])
 
     def _cached(self, key: tuple[Any, ...], device: Any, compute: Callable[[Any], tuple[Any, ...]]) -> Any:
         where = torch.device("cpu" if device is None else device)
@@ -299,7 +396,8 @@ class TokenLayout:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.blocks, self.positions, self.batch_size, self.length)
+        spans = self.spans if self.is_part else None
+        return type(self), (self.blocks, self.positions, self.batch_size, self.length, spans)
 
     def __repr__(self) -> str:
         shown = [f"{t}x{h}x{w}@{row}" for row, t, h, w in self.blocks[:4].tolist()]

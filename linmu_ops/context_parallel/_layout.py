@@ -57,6 +57,9 @@ class SlabLayout:
     def __init__(self, context: ContextParallel, layout: TokenLayout) -> None:
         if layout.length != context.length:
             raise ValueError(f"ContextParallel: layout must be of L={context.length} tokens, got {layout.length}")
+        if layout.is_part:
+            raise ValueError("ContextParallel: layout must be of whole images and videos, got a part of one")
+        self.is_part = False
         self.context, self.layout = context, layout
         self.batch_size, self.length = layout.batch_size, context.stop - context.start
         self.has_visual = layout.has_visual

@@ -97,14 +97,20 @@ def check_inputs(
         raise ValueError(
             f"{op}: layout must be for (B, L) = ({batch}, {length}), got ({layout.batch_size}, {layout.length})"
         )
-    return layout if layout.has_visual else None
+    return layout if layout.has_visual or layout.is_part else None
 
 
 def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: int, windows: Windows | None) -> None:
     """Compute everything a layer reads from the layout; the layout keeps it."""
+    if layout.is_part:
+        layout.visual_mask(device)
+        if windows is not None:
+            layout.cut(*windows, device)
+            layout.numbers(device)
+    elif layout.has_visual:
+        layout.scan_order(layer_idx, device)
     if layout.has_visual:
         layout.visual_mask(device)
-        layout.scan_order(layer_idx, device)
         if windows is not None:
             layout.window_table(*windows, device)
             layout.slab_chunks(*windows, device)

@@ -149,9 +149,10 @@ class Block(nn.Module):
 
         Notes:
             The cost is linear in L. One text token, with a state and gradients off, is one `ssd_step`, or in
-            `ExactMMATE` one `exact_step` on a CPU. An image or video must lie within one call. Some parameters act on
-            visual tokens alone: a batch without any gives them no gradient. Train on such batches under DDP with
-            find_unused_parameters=True.
+            `ExactMMATE` one `exact_step` on a CPU. `ExactMMATE` takes an image or video in several calls: see
+            `TokenLayout.part`. In `MMATE` it must lie within one call, unless there is a forward scan alone, in place.
+            Some parameters act on visual tokens alone: a batch without any gives them no gradient. Train on such
+            batches under DDP with find_unused_parameters=True.
         """
         call = self._call(
             hidden_states, layout, grid, position_embeddings, attention_mask, state, return_state, seq_idx, context
@@ -182,11 +183,17 @@ class Block(nn.Module):
         )
         if state is not None:
             check_state(self._name, state, hidden_states.shape[0], self._kept_tokens)
+        if layout is not None and layout.is_part:
+            self._check_part(layout, state)
         numbers = number_sequences(self._name, seq_idx, hidden_states, attention_mask, layout, state)
         if context is not None and seq_idx is not None:
             numbers = context.number(seq_idx, attention_mask)
         keep = return_state or state is not None
         return Call(layout, position_embeddings, attention_mask, state, keep, numbers, context)
+
+    def _check_part(self, layout: TokenLayout, state: MMATEState | None) -> None:
+        """Raise ValueError where this block cannot go on within, or stop within, an image or video."""
+        raise ValueError(f"{self._name}: layout must be of whole images and videos, got a part of one")
 
     def _check_context(self, has_state: bool) -> None:
         """Raise ValueError where this block cannot take slabs."""

@@ -14,6 +14,7 @@ from .. import _transforms
 from .._dims import accumulate_dtype
 from .._registry import serves
 from ..exact_step import run as exact_step
+from ..token_layout import TokenLayout
 from ._inputs import Call, logistic, without_padding
 from .block import Block, root_mean_square
 from .config import EXACT, ExactConfig
@@ -47,6 +48,11 @@ class ExactMMATE(Block):
 
     Where nothing is far, s is 1, and a block made from attention *is* that attention. Without gradients, a call in
     which nothing is far runs neither maps nor scan: always on a CPU, elsewhere where the length alone tells.
+
+    A video may be cut anywhere into several calls, with `TokenLayout.part` for their layouts: these give what one call
+    gives, to rounding. After a cut the state also holds the slab's tokens so far, no more than a slab. A video whose
+    rest does not come in the next call ends there. Without `causal_windows` tokens see later ones: then a video may be
+    cut where the windows of every layer end, and an image nowhere.
 
     `Block` explains arguments and call, `ExactConfig` the options.
 
@@ -100,6 +106,9 @@ class ExactMMATE(Block):
             return state
         return state._replace(sinks=torch.zeros(batch_size, sizes.sinks, dtype=torch.bool, device=ssm.device))
 
+    def _check_part(self, layout: TokenLayout, state: MMATEState | None) -> None:
+        self.windows.check_part(self._name, layout, state)
+
     def _mix(self, hidden_states: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
         return self.scan(lambda: self._attend(hidden_states, call))
 
@@ -109,6 +118,7 @@ class ExactMMATE(Block):
             empty = z.new_zeros(*z.shape[:2], self.shape.num_heads * self.shape.head_dim)
             return self.o_proj(empty), self.init_state(len(z), dtype=z.dtype) if state is None else state
         in_place = state is not None and z.shape[1] == 1 and call.layout is None and written_in_place()
+        in_place = in_place and state is not None and state.slab_keys is None
         if in_place and state is not None and _in_one_call(z, state):
             return self._step_in_one_call(z[:, 0], call, state), state
         q, k, v = self.windows.project(z)
@@ -123,7 +133,7 @@ class ExactMMATE(Block):
         far = None if few or _none(near.far) else self.scan.read(z, turned, past, near.when, ssm)
         new = MMATEState()
         if call.keep:
-            new, entered = self.windows.keep(past)
+            new, entered = self.windows.keep(past, call)
             if few or _none(entered):
                 empty = steps.new_zeros(len(z), self.shape.num_heads, *self.scan.state_size)
                 ssm = empty if ssm is None else ssm

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
 from ..branch_mix_norm import branch_mix_norm
+from ..token_layout import TokenLayout
 from ._inputs import Call
 from .block import Block, root_mean_square
 from .config import PAPER, MMATEConfig
@@ -83,6 +84,16 @@ class MMATE(Block):
 
     def _output_projection(self) -> nn.Module:
         return self.get_submodule("windows_o_proj" if self.scan_o_proj is None else "scan_o_proj")
+
+    def _check_part(self, layout: TokenLayout, state: MMATEState | None) -> None:
+        config = self.config
+        if config.swin or config.reverse or config.major_scan:
+            raise ValueError(
+                "MMATE: layout must be of whole images and videos, as windows, reverse and major scan need all of one, "
+                "got a part of one"
+            )
+        if state is None and any(first for first, _ in layout.spans):
+            raise ValueError("MMATE: state must be of the calls before, where a layout is a part of a video, got None")
 
     def _check_context(self, has_state: bool) -> None:
         if has_state and self.config.text_window:

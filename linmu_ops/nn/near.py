@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
+from .._layout_part import whole_frames
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
 from ._inputs import Call, Rotary, Triple, apply_rotary, split_heads, take
@@ -108,16 +110,18 @@ class NearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, turned: Tensor, past: Past, call: Call) -> Near:
         """What is near or kept, of each token. q, k, v: as of `project`; turned: q, rotated."""
         layout, own = call.layout, turned
-        if past.back is not None and call.mask is not None:
-            own = take(turned, past.back.argsort(1))
+        if past.order is not None:
+            own = take(F.pad(turned, (0, 0, 0, 0, past.held, 0)), past.order)
         y, lse, when = self._text(own, past, layout)
         if past.back is not None:
             y, lse, when = (take(t, past.back) for t in (y, lse, when))
-        if layout is not None:
+        if layout is not None and layout.has_visual:
             visual = layout.visual_mask(q.device)
             inside = self._window(q, k, v, call)
             # -inf at text would make NaN gradients.
             inside_y, inside_lse = inside[0], inside[1].masked_fill(~visual[..., None], 0)
+            if layout.is_part:
+                inside_y, inside_lse = self._in_cut_slabs(turned, inside_y, inside_lse, past, call, layout)
             inside_y, inside_lse, read = self._before_slabs(turned, inside_y, inside_lse, past, layout)
             y = torch.where(visual[..., None, None], inside_y, y)
             lse = torch.where(visual[..., None], inside_lse, lse)
@@ -213,8 +217,10 @@ class NearAttention(nn.Module):
         def places(flat: Tensor) -> Tensor:
             return flat % length if past.back is None else past.back.flatten()[flat]
 
-        rows, place = begin // length, places(begin)
-        at = rows * length + place
+        rows, place = tokens[:, 0] // length, places(begin.clamp(min=0))
+        if layout.is_part:
+            place = torch.where(begin < 0, 0, place)  # the state's slab comes before all else
+        at = rows * past.start.shape[1] + place
         start = past.start.flatten()[at]
         read = (place - start) // size
         when = (past.base.flatten()[at] + read).clamp(0, past.kept.shape[2] - 1)
@@ -240,9 +246,34 @@ class NearAttention(nn.Module):
         before_lse = before_lse.masked_fill(none, _NOTHING)
         before_y = before_y.flatten(0, 1)[inverse]
         before_lse = before_lse.flatten(0, 1)[inverse]
-        apart = before_lse - lse
-        weight, total = apart.sigmoid(), lse - F.logsigmoid(-apart)
-        return torch.lerp(y, before_y, weight.to(y.dtype)[..., None]), total, when[inverse // tokens.shape[1]]
+        return *_as_one(y, lse, before_y, before_lse), when[inverse // tokens.shape[1]]
+
+    def _in_cut_slabs(
+        self, q: Tensor, y: Tensor, lse: Tensor, past: Past, call: Call, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Adds to the attention within windows, y and lse, what came in earlier calls of a slab that was cut: visual
+        tokens of the same window, and text that stands between."""
+        _, first, _, queries, keys, inverse = layout.cut(*self.layer_windows, q.device)
+        if call.state is None or call.state.slab_tokens is None or call.state.slab_text is None:
+            return y, lse
+        if not len(queries) or not keys.shape[1] + call.state.slab_text.shape[1]:
+            return y, lse
+        tokens, between = call.state.slab_tokens, call.state.slab_text
+        # The state's tokens stand at places 0, 1, ... as they do in it.
+        many, rows = tokens.shape[1], queries[:, 0] // layout.length
+        number = torch.where(tokens < 0, many, tokens - first[:, None]).clamp(0, many)
+        at = torch.zeros_like(F.pad(tokens, (0, 1)))
+        at = at.scatter(1, number, torch.arange(many, device=q.device).expand_as(number))
+        found = past.before + torch.cat((at[rows[:, None], keys.clamp(min=0)], between[rows].clamp(min=0)), dim=1)
+        mask = _joined([keys >= 0, between[rows] >= 0])
+        none = ~mask.any(1)[:, None, None]
+        mask = (mask[:, None] | none).expand(-1, queries.shape[1], -1)
+        cut_y, cut_lse = self._attend(q.flatten(0, 1)[queries], past, rows, [found], [], mask)
+        cut_lse = cut_lse.masked_fill(none, _NOTHING)
+        there, at = inverse >= 0, inverse.clamp(min=0)
+        cut_lse = cut_lse.flatten(0, 1)[at].masked_fill(~there[..., None], _NOTHING)
+        cut_y = cut_y.flatten(0, 1)[at].masked_fill(~there[..., None, None], 0)
+        return _as_one(y, lse, cut_y, cut_lse)
 
     def _attend(
         self, q: Tensor, past: Past, rows: Tensor, found: list[Tensor], by_head: list[Tensor], mask: Tensor
@@ -281,13 +312,17 @@ class NearAttention(nn.Module):
             parts.append(scores.masked_fill(~far[:, :, None], -torch.inf).logsumexp(-1).flatten(1, 2).mT)
         return torch.cat(parts, dim=1)
 
-    def keep(self, past: Past) -> tuple[MMATEState, Tensor]:
-        """The state after a call, without the scan's; and (B, G, T) bool, what has entered that by then."""
+    def keep(self, past: Past, call: Call) -> tuple[MMATEState, Tensor]:
+        """The state after a call, without the scan's; and (B, G, T) bool, what has entered that by then. Where the call
+        cuts a slab, the state before it, and its tokens."""
         sizes, device = self.sizes, past.keys.device
         batch, total, groups, _ = past.keys.shape
-        first = past.start.gather(1, (past.real - 1).clamp(min=0)[:, None])
-        base = past.base.gather(1, (past.real - 1).clamp(min=0)[:, None])
-        seen = past.real - first[:, 0]
+        end, slab = past.real, MMATEState()
+        if call.layout is not None and call.layout.is_part:
+            end, slab = self._cut(past, call.layout, call.state)
+        last = torch.minimum(end, past.real - 1).clamp(min=0)[:, None]
+        first, base = past.start.gather(1, last), past.base.gather(1, last)
+        seen = end - first[:, 0]
         done = sizes.read_by_text(seen)[:, None]
         rows = torch.arange(batch, device=device)
         when = (base + done).clamp(0, past.kept.shape[2] - 1)
@@ -298,10 +333,12 @@ class NearAttention(nn.Module):
             found = t.transpose(1, 2).gather(2, ids.clamp(0, total - 1)[..., None].expand(-1, -1, -1, t.shape[3]))
             return found.masked_fill(~there[..., None], 0)
 
-        place = past.real[:, None] - sizes.ring + torch.arange(sizes.ring, device=device)
+        place = end[:, None] - sizes.ring + torch.arange(sizes.ring, device=device)
         kept = past.kept.gather(2, when[:, None, :, None].expand(-1, groups, -1, sizes.kept))[:, :, 0]
         kept = kept.masked_fill((done == 0)[..., None], -1)
-        sinks, there = past.sinks(rows, (past.real - 1).clamp(min=0), sizes.sinks)
+        sinks, there = past.sinks(rows, last[:, 0], sizes.sinks)
+        if slab.slab_keys is not None:
+            there = there & (torch.arange(sizes.sinks, device=device) < seen[:, None])
         # Token i of a row is at i % ring.
         turn = (torch.arange(sizes.ring, device=device) - seen[:, None]) % sizes.ring
         ring = ((past.before + place).gather(1, turn), (place >= first).gather(1, turn))
@@ -311,8 +348,79 @@ class NearAttention(nn.Module):
         entered = past.entered < when[:, None]
         if past.numbers is not None:
             entered = entered & (torch.arange(total, device=device) >= first)[:, None]
-        state = MMATEState(keys=keys, values=values, steps=steps, seen=seen)
+        state = slab._replace(keys=keys, values=values, steps=steps, seen=seen)
         return state._replace(sinks=there) if sizes.sinks else state, entered
+
+    def check_part(self, op: str, layout: TokenLayout, state: MMATEState | None) -> None:
+        """Raise ValueError where a part of an image or video can't go on from a state, or may not end where it does."""
+        cut = layout.cut(*self.layer_windows)
+        if state is None and any(first for first, _ in layout.spans):
+            raise ValueError(f"{op}: state must be of the calls before, where a layout is a part of a video, got None")
+        held = None if state is None else state.slab_tokens
+        for i, ((row, *sizes), (first, count)) in enumerate(zip(layout.blocks.tolist(), layout.spans, strict=True)):
+            wanted = int(cut.before[row]) if first else 0
+            goes_on = first + count < math.prod(sizes) and int(cut.begin[row]) < layout.length
+            if (wanted or goes_on) and not self.shape.causal_windows:
+                self._refuse_cut(op, layout, i)
+            # Elsewhere to ask would be to wait.
+            if not wanted or (held is not None and held.device.type != "cpu"):
+                continue
+            here = 0 if held is None else int((held[row] >= 0).sum())
+            if here != wanted:
+                raise ValueError(
+                    f"{op}: layout must go on where the call before cut the video of row {row}, {here} tokens into a "
+                    f"slab, got one that goes on after {wanted}"
+                )
+
+    def _refuse_cut(self, op: str, layout: TokenLayout, block: int) -> None:
+        """A cut within a slab whose tokens see later ones of it."""
+        (row, frames, height, width), (first, count) = layout.blocks[block].tolist(), layout.spans[block]
+        window, _, wrap, image, _ = self.layer_windows
+        size = image[0] if image and frames == 1 else window[0]
+        borders = whole_frames(frames, size, (0, size // 2), wrap == "mask")
+        at = (first or count) / (height * width)
+        near = [*[b for b in borders if b <= at][-1:], *[b for b in borders if b > at][:1]]
+        where = f"nearest before frame {' or '.join(map(str, near))}" if near else "which this one does nowhere"
+        raise ValueError(
+            f"{op}: a video whose tokens see later ones must be cut where the windows of every layer end, {where}, got "
+            f"a cut after {at:g} of {frames} frames in row {row}"
+        )
+
+    def _cut(self, past: Past, layout: TokenLayout, state: MMATEState | None) -> tuple[Tensor, MMATEState]:
+        """Where the slab begins that a call cuts, (B,) places, past all where it cuts none; and what a state has of
+        the tokens since then."""
+        device = past.keys.device
+        begin = layout.cut(*self.layer_windows, device).begin
+        whole = layout.cut(*self.layer_windows).begin.tolist()  # on the host
+        if min(whole) == layout.length:
+            return past.real, MMATEState()
+        place = begin.clamp(0, layout.length - 1)[:, None]
+        place = (place if past.back is None else past.back.gather(1, place))[:, 0]
+        end = torch.where(begin < 0, 0, torch.where(begin < layout.length, place, past.real))
+        # At most so many, and so many of text, whatever padding there is.
+        text = ~layout.visual_mask()
+        earlier = None if state is None else state.slab_tokens
+        before = 0 if state is None or state.slab_text is None else state.slab_text.shape[1]
+        spans = [(slice(max(at, 0), None), past.held if at < 0 else 0) for at in whole]
+        many = max(len(text[row, span]) + more for row, (span, more) in enumerate(spans))
+        some = max(int(text[row, span].sum()) + (before if more else 0) for row, (span, more) in enumerate(spans))
+        place = end[:, None] + torch.arange(many, device=device)
+        there, place = place < past.real[:, None], place.clamp(max=past.start.shape[1] - 1)
+        numbers = layout.numbers(device)
+        if earlier is not None:
+            numbers = torch.cat((earlier, numbers), dim=1)
+        if past.order is not None:
+            numbers = take(numbers, past.order)
+        numbers = torch.where(there, take(numbers, place), -2)
+        keys, values, steps = (
+            take(t, past.before + place).masked_fill(~there[..., None, None], 0).transpose(1, 2)
+            for t in (past.keys, past.values, past.steps)
+        )
+        text_first = (numbers != -1).byte().argsort(dim=1, stable=True)[:, :some]
+        between = torch.where(take(numbers, text_first) == -1, text_first, -1)
+        return end, MMATEState(
+            slab_keys=keys, slab_values=values, slab_steps=steps, slab_tokens=numbers, slab_text=between
+        )
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, steps: Tensor, real: Tensor | None, state: MMATEState
@@ -398,6 +506,12 @@ class NearAttention(nn.Module):
         for t, of, begin in zip((keys, values, held), pool, (first + ring, first + ring, ring), strict=True):
             t[:, :, begin:].copy_(take_of(of, chosen.clamp(min=0)).masked_fill(chosen[..., None] < 0, 0))
         return Left(*pool, entered == 0)
+
+
+def _as_one(y: Tensor, lse: Tensor, more_y: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of two attentions, y and lse of one to the keys of both."""
+    apart = more_lse - lse
+    return torch.lerp(y, more_y, apart.sigmoid().to(y.dtype)[..., None]), lse - F.logsigmoid(-apart)
 
 
 def _joined(masks: list[Tensor]) -> Tensor:

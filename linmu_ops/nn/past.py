@@ -71,6 +71,8 @@ class Past(NamedTuple):
         base: (B, L) int64, steps of the call before a place's sequence, less those of the sequence before the call.
         left: (B, U + 1) int64, how many tokens have left after each step of the call, without sinks.
         back: (B, L) int64, the place of each token of the call. None where they are in place.
+        order: (B, h + L) int64, the other way round: which token stands at a place. None where they are in place.
+        held: h, how many tokens the state has of a slab that was cut. They stand at places too, before the call's.
         numbers: (B, L) int64, which tell the sequences of a row apart. None where it is one.
     """
 
@@ -88,6 +90,8 @@ class Past(NamedTuple):
     base: Tensor
     left: Tensor
     back: Tensor | None
+    order: Tensor | None
+    held: int
     numbers: Tensor | None
 
     def known(self, places: Tensor) -> Tensor:
@@ -124,17 +128,28 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
     """
     batch, length, groups, _ = keys.shape
     device, state = keys.device, call.state
-    place = torch.arange(length, device=device)
     text = torch.ones(batch, length, dtype=torch.bool, device=device)
     if call.layout is not None:
         text = ~call.layout.visual_mask(device)
-    back, seq_idx = None, call.seq_idx
+    back, order, held, mask, seq_idx = None, None, 0, call.mask, call.seq_idx
+    if state is not None and state.slab_tokens is not None:
+        # What came since the slab began, once more.
+        assert state.slab_keys is not None and state.slab_values is not None and state.slab_steps is not None
+        held = state.slab_tokens.shape[1]
+        mask = torch.cat((state.slab_tokens > -2, torch.ones_like(text) if mask is None else mask), dim=1)
+        text = torch.cat((state.slab_tokens == -1, text), dim=1)
+        keys, values, steps = (
+            torch.cat((old.transpose(1, 2).to(new.dtype), new), dim=1)
+            for old, new in ((state.slab_keys, keys), (state.slab_values, values), (state.slab_steps, steps))
+        )
+        length += held
+    place = torch.arange(length, device=device)
     real = text.new_full((batch,), length, dtype=torch.int64)
-    if call.mask is not None:
-        order = real_tokens_first(call.mask)
+    if mask is not None:
+        order = real_tokens_first(mask)
         keys, values, steps, text = (take(t, order) for t in (keys, values, steps, text))
         seq_idx = None if seq_idx is None else take(seq_idx, order)
-        back, real = order.argsort(1), call.mask.sum(1)
+        back, real = order.argsort(1)[:, held:], mask.sum(1)
     before = ring = 0
     seen, there = real.new_zeros(batch), None
     kept = torch.full((1, 1, 1), -1, device=device).expand(batch, groups, sizes.kept)
@@ -186,7 +201,10 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
     if there is not None:
         left = left + _left(sizes, done, there)[:, None]
     numbers = None if seq_idx is None else start
-    return Past(keys, values, steps, before, ring, start, real, text, there, kept, entered, base, left, back, numbers)
+    return Past(
+        keys, values, steps, before, ring, start, real, text, there, kept, entered, base, left, back, order, held,
+        numbers,
+    )  # fmt: skip
 
 
 def score(steps: Tensor) -> Tensor:

@@ -21,6 +21,14 @@ class MMATEState(NamedTuple):
             tokens and of those that are kept.
         sinks: (B, s) bool. True at those of the first s tokens that are text and have come.
         seen: (B,) int64. Number of tokens so far. Counted with a `text_window` alone.
+
+    After a call that cuts a video, `ExactMMATE` has two places in mind. The fields above are of the row's tokens before
+    the slab that is cut (see `ExactMMATE`); those below are the n tokens since then. None after any other call.
+
+        slab_keys, slab_values: (B, G, n, P). Keys are rotated.
+        slab_steps: (B, G, n, H / G), as `steps`.
+        slab_tokens: (B, n) int64. Number of a visual token in its image or video; -1: text; -2: no token.
+        slab_text: (B, k) int64. Which of the n are text; -1: none is.
     """
 
     ssm: Tensor | None = None
@@ -29,6 +37,20 @@ class MMATEState(NamedTuple):
     steps: Tensor | None = None
     sinks: Tensor | None = None
     seen: Tensor | None = None
+    slab_keys: Tensor | None = None
+    slab_values: Tensor | None = None
+    slab_steps: Tensor | None = None
+    slab_tokens: Tensor | None = None
+    slab_text: Tensor | None = None
+
+    @property
+    def slab(self) -> dict[str, Tensor | None]:
+        """The fields of the slab that is cut, whose sizes differ from call to call."""
+        return {name: value for name, value in self._asdict().items() if name.startswith("slab_")}
+
+    def without_slab(self) -> MMATEState:
+        """The fields whose sizes do not change."""
+        return self if self.slab_keys is None else self._replace(**dict.fromkeys(self.slab))
 
     def reorder(self, index: Tensor) -> MMATEState:
         """A new state of the rows `index` (int64), as beam search needs it."""
@@ -39,11 +61,12 @@ class MMATEState(NamedTuple):
         return MMATEState(*(None if t is None else t.repeat_interleave(n, dim=0) for t in self))
 
     def copy_(self, other: MMATEState) -> MMATEState:
-        """Overwrite this state in place, keeping the addresses of its tensors."""
-        for mine, new in zip(self, other, strict=True):
+        """Overwrite this state in place, keeping the addresses of its tensors; of a slab that is cut, a new state has
+        the other's."""
+        for mine, new in zip(self.without_slab(), other, strict=True):
             if mine is not None and new is not None and mine is not new:
                 mine.copy_(new)
-        return self
+        return self if self.slab_keys is other.slab_keys else self._replace(**other.slab)
 
 
 def activations(block: nn.Module, projection: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -91,9 +114,13 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
         if tensor is not None and tensor.shape[0] != batch:
             raise ValueError(f"{op}: state.{name} must have B={batch} rows, got {tensor.shape[0]}")
         kind = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-        if name in ("keys", "values") and tensor is not None and not _is_wide(tensor.dtype):
+        if name.removeprefix("slab_") in ("keys", "values") and tensor is not None and not _is_wide(tensor.dtype):
             raise TypeError(f"{op}: state.{name} must be float64, float32, bfloat16 or float16, got {kind}")
-        if name in ("ssm", "steps") and tensor is not None and tensor.dtype not in (torch.float32, torch.float64):
+        if (
+            name.removeprefix("slab_") in ("ssm", "steps")
+            and tensor is not None
+            and tensor.dtype not in (torch.float32, torch.float64)
+        ):
             raise TypeError(
                 f"{op}: state.{name} must be float32 or float64, as it is under FSDP2 with "
                 f"MixedPrecisionPolicy(cast_forward_inputs=False), got {kind}"
