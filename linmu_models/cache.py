@@ -49,7 +49,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.cumulative_length += tokens
             self.state = state
         elif self.state is None:
-            kept = [t for t in state if t is not None]
+            kept = [t for t in state.without_slab() if t is not None]
             self.cumulative_length = self.cumulative_length.to(kept[0].device if kept else "cpu").add_(tokens)
             if not torch.compiler.is_compiling():
                 for tensor in (self.cumulative_length, *kept):
@@ -57,9 +57,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.state = state
         else:
             self.cumulative_length.add_(tokens)
-            for mine, new in zip(self.state, state, strict=True):
-                if mine is not None and new is not None and mine is not new:
-                    mine.copy_(new)
+            self.state = self.state.copy_(state)
         self.is_initialized = True
 
     def writable_state(self) -> MMATEState | None:
@@ -105,6 +103,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.packed = False
         if isinstance(self.cumulative_length, Tensor):
             # Zeros are the state before the first token, and a compiled step keeps its addresses.
+            self.state = None if self.state is None else self.state.without_slab()
             for tensor in (self.cumulative_length, *(self.state or ())):
                 if tensor is not None:
                     tensor.zero_()

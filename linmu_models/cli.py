@@ -143,6 +143,9 @@ def generate(
     weights: Annotated[
         str, typer.Option(help="float (of that dtype), or int8: faster large models on a CPU.")
     ] = "float",
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prompt that are read at a time; all if left out.")
+    ] = None,
 ) -> None:
     """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
     from rich.console import Console
@@ -161,7 +164,7 @@ def generate(
             loaded = load(model, device, dtype, weights)
         answer = generate_text(
             *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
-            stream=lambda text: typer.echo(text, nl=False), **sampling,
+            stream=lambda text: typer.echo(text, nl=False), prefill_chunk_size=prefill_chunk, **sampling,
         )  # fmt: skip
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         stop(error)

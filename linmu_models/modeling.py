@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import inspect
 import os
@@ -22,6 +24,7 @@ from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from .accelerate import accelerate_transformers, families_of
 from .attention import HoldsBlocks, LinmuAttention, linmu_attention
+from .chunks import check_chunk, decoder_in_chunks, tower_in_chunks
 from .config import read_linmu, sees_images
 from .hooks import attention_modules, has_attention
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
@@ -63,6 +66,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     linmu_report: TransferReport | None = None
     layout_source: Callable[[Mapping[str, Any]], TokenLayout | None] | None = None
     _sizes_encoded: Mapping[str, Any] = MappingProxyType({})  # of what `generate` encoded last
+    _chunk: int | None = None  # tokens of a prompt that `generate` takes at a time
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -214,22 +218,30 @@ class LinmuModel(HoldsBlocks, _Whole):
         # take visual tokens for text. They travel with what was encoded.
         before = dict(model_kwargs)
         mixed_in: Any = super()
-        out = mixed_in._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        with contextlib.nullcontext() if self._chunk is None else tower_in_chunks(self, self._chunk):
+            out = mixed_in._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         dropped = {k: v for k, v in before.items() if k not in out and isinstance(v, Tensor) and "pixel" not in k}
         for encoded in (out.get("mm_encoder_outputs") or {}).values():
             encoded.linmu_sizes = self._sizes_encoded = dropped
         return out
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        mixed_in: Any = super()
+        out = mixed_in._prepare_generation_config(*args, **kwargs)
+        self._chunk = None if out[0].prefill_chunk_size is None else check_chunk(out[0].prefill_chunk_size)
+        return out
+
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
                  **kwargs: Any) -> Any:  # fmt: skip
-        # transformers would cut the features of an image, and lose the grids that travel with them.
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("mm_encoder_outputs"):
-            raise ValueError(
-                "linmu: prefill_chunk_size must be None for a prompt with images or videos, which no chunk may split, "
-                f"got {generation_config.prefill_chunk_size}"
-            )
         mixed_in: Any = super()
-        return mixed_in._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        size = generation_config.prefill_chunk_size
+        if size is None or not (self.is_linear or model_kwargs.get("mm_encoder_outputs")):
+            return mixed_in._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        # transformers would cut the features of an image, and lose the grids that travel with them.
+        whole = copy.copy(generation_config)
+        whole.prefill_chunk_size = None
+        with decoder_in_chunks(self, size):
+            return mixed_in._prefill(input_ids, whole, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

@@ -114,15 +114,14 @@ def part_of(blocks: np.ndarray, positions: np.ndarray, spans: Spans, start: int,
     for block, own, (first, count) in zip(blocks.tolist(), split(positions, spans), spans, strict=True):
         size = block[1] * block[2] * block[3]
         inside = (own >= start) & (own < stop)
-        if inside.all() and first == 0 and count == size:
-            begins, many = 0, count  # in any order
-        else:
-            if (own[1:] <= own[:-1]).any():
-                raise ValueError(
-                    "TokenLayout: an image or video must have its tokens in the order of their positions to be cut, "
-                    f"got {tuple(block[1:])} of row {block[0]}"
-                )
-            begins, many = first + int((own < start).sum()), int(inside.sum())
+        before = own < start
+        begins, many = first + int(before.sum()), int(inside.sum())
+        cut = (inside.any() and not inside.all()) or (before.any() and not before.all())
+        if cut and (own[1:] <= own[:-1]).any():
+            raise ValueError(
+                "TokenLayout: an image or video must have its tokens in the order of their positions to be cut, "
+                f"got {tuple(block[1:])} of row {block[0]}"
+            )
         if many or 0 < begins < size:
             found.append(block)
             kept.append((begins, many))

@@ -105,15 +105,13 @@ def test_a_chat_may_bring_a_second_image():
 
 
 def test_prefill_in_chunks():
-    """As transformers offers it; an image may not be split, and would not be seen as one."""
+    """As transformers offers it."""
     model = student("qwen2_5_vl")
     ids = torch.tensor([tiny.text_ids(11)])
     greedy = dict(max_new_tokens=4, do_sample=False)
     whole = model.generate(ids, **greedy)
     for how in ({}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(ids, **greedy, **how, prefill_chunk_size=3), whole)
-    with pytest.raises(ValueError, match="prefill_chunk_size must be None for a prompt with images"):
-        model.generate(**tiny.example("qwen2_5_vl", "image"), **greedy, prefill_chunk_size=3)
 
 
 def test_a_prompt_that_was_read_in_inference_mode():
