@@ -111,7 +111,7 @@ def axis_parts(size: int, window: int, shift: int, mask: bool) -> np.ndarray:
 def part_of(blocks: np.ndarray, positions: np.ndarray, spans: Spans, start: int, stop: int) -> tuple[Any, ...]:
     """Blocks, positions and spans of the places from `start` to `stop`, of a layout of these."""
     found, places, kept = [], [np.zeros(0, np.int64)], []
-    for block, own, (first, count) in zip(blocks.tolist(), split(positions, spans), spans, strict=True):
+    for block, own, (first, _) in zip(blocks.tolist(), split(positions, spans), spans, strict=True):
         size = block[1] * block[2] * block[3]
         inside = (own >= start) & (own < stop)
         before = own < start

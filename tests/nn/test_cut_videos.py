@@ -255,6 +255,6 @@ def test_a_part_out_of_reach_is_refused():
         layout.part(2, 7)
     with pytest.raises(ValueError, match=r"must have its tokens in the order of their positions to be cut, got \(1, 2"):
         layout.part(0, 2)
-    assert not layout.part(0, 4).is_part
+    assert not layout.part(0, 4).is_part and not layout.part(4, 6).has_visual
     with pytest.raises(ValueError, match="TokenLayout: scan_order must be of whole images and videos"):
         TokenLayout.from_grid((2, 2, 2)).part(0, 5).scan_order(1)
