@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+from linmu_models.cli import app
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
@@ -15,7 +19,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def run(page, tmp_path):
     scope: dict = {}
     for block in BLOCK.findall(page.read_text()):
-        exec(compile(block.replace("/tmp/linmu-student", str(tmp_path)), str(page), "exec"), scope)
+        exec(compile(block.replace("/tmp/linmu-", f"{tmp_path}/"), str(page), "exec"), scope)
     return scope
 
 
@@ -32,4 +36,31 @@ def test_readme_shows_all_it_offers(tmp_path, monkeypatch):
     scope = run(ROOT / "README.md", tmp_path)
     assert scope["y"].shape == (2, 1000, 8, 64)
     assert type(scope["student"]).__name__.startswith("Linmu")
-    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+SHELL = re.compile(r"^```(?:sh|bash)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+SHELLED = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "distill/README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def commands(page):
+    """Each command of the page's blocks for a shell, as words."""
+    for block in SHELL.findall(page.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
+                    yield shlex.split(part)
+
+
+@pytest.mark.parametrize("page", SHELLED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_of_a_page_are_understood(page):
+    """`linmu` knows the command and its options, and the Makefile the target. Nothing is run."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    group = typer.main.get_command(app)
+    for words in commands(page):
+        if words[0] == "linmu":
+            command = group.get_command(None, words[1])
+            assert command, words
+            command.make_context(words[1], words[2:])
+        elif words[0] == "make":
+            assert all(word in targets for word in words[1:] if "=" not in word), words

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from linmu_ops import _registry
+from tools.docs import families, pictures
 from tools.docs import messages as read
 from tools.docs.messages import GAP, messages
 
@@ -92,3 +94,18 @@ def slow():
         (True, "… runs in numpy"),
         (False, "the end of it"),
     }
+
+
+def test_the_table_of_families_is_what_the_command_lists():
+    page = families.PAGE.read_text()
+    assert families.parts(page)[1] == families.table(), "python -m tools.docs.families"
+
+
+@pytest.mark.parametrize("name", [*sorted(_registry.OPS), "layouts"])
+def test_each_op_has_a_picture_of_what_it_computes(name):
+    assert f"]({name}.svg)" in (DOCS / "ops" / f"{name}.md").read_text()
+    drawn = pictures.svg(name)
+    assert (DOCS / "ops" / f"{name}.svg").read_text() == drawn, "python -m tools.docs.pictures"
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    colours = set(re.findall(r"\.lm-(ink|dim|line|off|tip)\b", pictures.STYLE))
+    assert all(f'"slate"] .lm-{colour}' in (DOCS / "site.css").read_text() for colour in colours)
