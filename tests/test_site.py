@@ -27,7 +27,7 @@ def test_each_page_has_a_place():
 
 @pytest.mark.parametrize("op", sorted(_registry.OPS))
 def test_each_op_has_a_page(op):
-    assert f"::: linmu_ops.{op}\n" in (DOCS / "ops" / f"{op}.md").read_text()
+    assert f"::: linmu_ops.{op}.{op}\n" in (DOCS / "ops" / f"{op}.md").read_text()
 
 
 def rows_of_messages():

@@ -1,4 +1,4 @@
-"""Writes the table of families in docs/convert.md, from what `linmu families` lists: `python -m tools.docs.families`."""
+"""Writes the table of families into docs/convert.md, as `linmu families` has it: `python -m tools.docs.families`."""
 
 from __future__ import annotations
 

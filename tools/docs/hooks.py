@@ -118,3 +118,17 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         return path.read_text() if path.parent == DOCS / "ops" else found[0]
 
     return re.sub(r'<img [^>]*src="([^"]+\.svg)"[^>]*/?>', inline, html)
+
+
+def searchable(output: str) -> str:
+    """The theme would fetch what lets a page that was opened as a file search; here it is in the page."""
+    shim = (Path(__file__).parent / "search.js").read_text()
+    return output.replace('<script src="https://unpkg.com/iframe-worker/shim"></script>', f"<script>{shim}</script>")
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    return searchable(output)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    return searchable(output_content)
