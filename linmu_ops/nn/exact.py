@@ -22,7 +22,7 @@ from .far import FarAttention
 from .near import Near, NearAttention
 from .past import past_of
 from .scan import Mean, WideLinear
-from .state import MMATEState, written_in_place
+from .state import STEPS, MMATEState, written_in_place
 
 _CLOSED = 8.0  # nats by which what is far counts less at first
 
@@ -117,10 +117,11 @@ class ExactMMATE(Block):
         if not z.shape[1]:
             empty = z.new_zeros(*z.shape[:2], self.shape.num_heads * self.shape.head_dim)
             return self.o_proj(empty), self.init_state(len(z), dtype=z.dtype) if state is None else state
-        in_place = state is not None and z.shape[1] == 1 and call.layout is None and written_in_place()
+        in_place = state is not None and call.layout is None and written_in_place()
         in_place = in_place and state is not None and state.slab_keys is None
-        if in_place and state is not None and _in_one_call(z, state):
-            return self._step_in_one_call(z[:, 0], call, state), state
+        if in_place and state is not None and z.shape[1] <= STEPS and _in_one_call(z, state):
+            return self._steps_in_one_call(z, call, state), state
+        in_place = in_place and z.shape[1] == 1
         q, k, v = self.windows.project(z)
         turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
         steps = self.scan.step_sizes(z, call.mask)
@@ -157,26 +158,31 @@ class ExactMMATE(Block):
         self._leave(state.seen, new, k.dtype)
         return out, new
 
-    def _step_in_one_call(self, z: Tensor, call: Call, state: MMATEState) -> Tensor:
-        """The same between the projections of z (B, D) in one op. Writes all of the state."""
+    def _steps_in_one_call(self, z: Tensor, call: Call, state: MMATEState) -> Tensor:
+        """A few tokens of text, each between its projections in one op. Writes all of the state."""
         assert state.keys is not None and state.values is not None and state.steps is not None
         assert state.seen is not None and state.ssm is not None
-        near, far = self.windows, self.scan
+        near, far, outputs = self.windows, self.scan, []
         q, k, v = near.project(z)
-        cos, sin = (None, None) if call.rotary is None else (t[:, 0] for t in call.rotary)
-        real = None if call.mask is None else call.mask[:, 0]
         dt = far.dt_proj(z)
-        # Of what is not read where nothing is far, dt stands for the share.
-        some = not near.nothing_beyond and near.sizes.may_be_far(state.seen)
-        rest, z_gate = (self.share(z), far.gate(z)) if some else (dt, None)
-        y, due = exact_step(
-            state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm, q, k, v, dt, far.dt_bias, rest,
-            far.c_map, far.scale, cos, sin, z_gate, real, near.sizes.window, self.shape.scale,
-            self.shape.interleaved_rotary, near.nothing_beyond,
-        )  # fmt: skip
-        if due.any():
-            self._leave(state.seen - (1 if real is None else real.long()), state, k.dtype)
-        return self.o_proj(y)[:, None]
+        cos, sin = (None, None) if call.rotary is None else call.rotary
+        share = gate = None
+        for i in range(z.shape[1]):
+            # Of what is not read where nothing is far, dt stands for the share.
+            some = not near.nothing_beyond and near.sizes.may_be_far(state.seen)
+            if some and share is None:
+                share, gate = self.share(z), far.gate(z)
+            rest, z_gate = (dt, None) if share is None else (share, gate)
+            real = _at(call.mask, i)
+            y, due = exact_step(
+                state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm, q[:, i], k[:, i], v[:, i],
+                dt[:, i], far.dt_bias, rest[:, i], far.c_map, far.scale, _at(cos, i), _at(sin, i), _at(z_gate, i), real,
+                near.sizes.window, self.shape.scale, self.shape.interleaved_rotary, near.nothing_beyond,
+            )  # fmt: skip
+            outputs.append(y)
+            if due.any():
+                self._leave(state.seen - (1 if real is None else real.long()), state, k.dtype)
+        return self.o_proj(torch.stack(outputs, dim=1))
 
     def _leave(self, before: Tensor, state: MMATEState, dtype: torch.dtype) -> None:
         """After a step that took rows from `before` tokens to those of `state`."""
@@ -236,6 +242,10 @@ class ExactMMATE(Block):
         past = past_of(self.windows.sizes, keys, v, self.scan.step_sizes(z, call.mask), call)
         near = self.windows(q, k, v, turned, past, call)
         return near, self.scan.read(z, turned, past, near.when, None), self.windows.far_mass(turned, past, near.when)
+
+
+def _at(t: Tensor | None, token: int) -> Tensor | None:
+    return None if t is None else t[:, token]
 
 
 def _may_leave_out() -> bool:

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _transforms
 from .._dims import accumulate_dtype, without_autocast
 from .._directions import Reverse
+from .._registry import serves
 from ..context_parallel import ssd_scan as split_scan
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ._inputs import Call, Rotary, apply_rotary, ridge, split_heads
 from .config import decay_range
 from .shape import AttentionShape
-from .state import MMATEState, written_in_place
+from .state import STEPS, MMATEState, written_in_place
 
 _STEP_RANGE = 5.0  # logs of step sizes are fitted within +- this
 PADDING_DT = -1e4  # softplus of it is exactly 0 in float32: padding neither decays the state nor writes to it
@@ -211,10 +213,10 @@ class Scan(Decaying):
         dt, A = _step_size(self.dt_proj(z), call.mask), -self.A_log.to(acc).exp()
         scan: dict[str, Any] = dict(dt_bias=self.dt_bias, dt_softplus=True)
         ssm = None if call.state is None else call.state.ssm
-        if z.shape[1] == 1 and layout is None and ssm is not None and call.context is None and written_in_place():
-            y = ssd_step(ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **scan)
-            assert isinstance(y, Tensor)
-            return y[:, None], ssm
+        few = layout is None and ssm is not None and call.context is None and _one_by_one(z)
+        if few and ssm is not None and written_in_place():
+            steps = [ssd_step(ssm, x[:, i], dt[:, i], A, B[:, i], C[:, i], **scan) for i in range(z.shape[1])]
+            return torch.stack([y for y in steps if isinstance(y, Tensor)], dim=1), ssm
         if layout is not None and self.reverse:
             gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate
             reverse_B = reverse_C = None
@@ -246,6 +248,12 @@ class Scan(Decaying):
         if self.scale is not None:
             scale = (self.scale.to(accumulate_dtype(dtype)) * self.shape.scale)[:, None]
         return B, (C * scale).to(dtype)
+
+
+def _one_by_one(z: Tensor) -> bool:
+    """Whether tokens that go on from a state are steps: one is, and a few where a step is cheap."""
+    cheap = not torch.compiler.is_compiling() and not _transforms.active() and serves("ssd_step", z) == "cpu"
+    return z.shape[1] == 1 or (1 < z.shape[1] <= STEPS and cheap)
 
 
 def _step_size(raw: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+STEPS = 16  # tokens of a call that go on from a state one by one, bit for bit as in so many calls
+
 
 class MMATEState(NamedTuple):
     """Decode state of one block. A field is None where the option that it serves is off.

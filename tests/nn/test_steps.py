@@ -1,0 +1,100 @@
+"""A call of a few tokens that goes on from a state is so many steps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
+from linmu_ops.nn.state import STEPS
+
+SMALL = dict(text_window=4, sink_tokens=2, kept_tokens=3, window=(2, 2, 2), image_window=(1, 2, 2))
+BLOCKS = {
+    "exact": lambda: ExactMMATE(24, 4, 2, config=ExactConfig(**SMALL)),
+    "exact, gated": lambda: ExactMMATE(24, 4, 2, config=ExactConfig(**{**SMALL, "z_gate": True})),
+    "paper": lambda: MMATE(24, 4, 2, config=MMATEConfig()),
+    "paper, text": lambda: MMATE(24, 4, 2, config=MMATEConfig(text_window=4)),
+}
+
+
+class ByToken(nn.Module):
+    """A map that gives each token the same bits, whatever tokens stand beside it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.cat([self.inner(token) for token in x.split(1, dim=1)], dim=1)
+
+
+def block(kind, dtype):
+    torch.manual_seed(0)
+    made = BLOCKS[kind]().to(dtype)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    for name, module in list(made.named_modules()):
+        if isinstance(module, nn.Linear):
+            owner, _, last = name.rpartition(".")
+            setattr(made.get_submodule(owner), last, ByToken(module))
+    return made
+
+
+def clone(state):
+    return copy.deepcopy(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("before", [3, 23], ids=["nothing far", "some far"])
+@pytest.mark.parametrize("kind", list(BLOCKS))
+@torch.no_grad()
+def test_a_call_of_a_few_tokens_is_so_many_steps_bit_for_bit(kind, before, dtype):
+    """Given the same projections; rows differ in length, and padding stands among the tokens."""
+    made = block(kind, dtype)
+    z = torch.randn(2, before + STEPS, 24).to(dtype)
+    mask = torch.ones(2, before + STEPS, dtype=torch.bool)
+    mask[0, :2] = mask[1, before + 3] = False
+    angles = torch.randn(1, before + STEPS, 3).repeat(1, 1, 2)
+    rotary = (angles.cos().to(dtype), angles.sin().to(dtype))
+
+    def call(first, last, state):
+        part = slice(first, last)
+        turned = tuple(t[:, part] for t in rotary)
+        return made(
+            z[:, part], position_embeddings=turned, attention_mask=mask[:, part], state=state, return_state=True
+        )
+
+    _, start = call(0, before, None)
+    state, outs = clone(start), []
+    for i in range(before, before + STEPS):
+        out, state = call(i, i + 1, state)
+        outs.append(out)
+    out, several = call(before, before + STEPS, clone(start))
+    for name, one, other in zip(state._fields, state, several, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other), name
+    real = mask[:, before:]
+    if kind == "paper, text":  # its windows read all of a call at once
+        tolerance = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=0.05, atol=0.05)
+        torch.testing.assert_close(out[real], torch.cat(outs, dim=1)[real], **tolerance)
+    else:
+        assert torch.equal(out[real], torch.cat(outs, dim=1)[real])
+
+
+@pytest.mark.parametrize("kind", list(BLOCKS))
+@torch.no_grad()
+def test_a_longer_call_is_its_steps_to_rounding(kind):
+    made, z = block(kind, torch.float64), torch.randn(1, 70, 24, dtype=torch.float64)
+    _, start = made(z[:, :9], return_state=True)
+    out, several = made(z[:, 9:], state=clone(start), return_state=True)
+    state, outs = start, []
+    for i in range(9, 70):
+        y, state = made(z[:, i : i + 1], state=state, return_state=True)
+        outs.append(y)
+    torch.testing.assert_close(out, torch.cat(outs, dim=1))
+    for one, other in zip(state, several, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other)
