@@ -4,6 +4,7 @@
     convert_nvila(...)  does the same for NVILA, which is not a part of transformers
     families()          lists the model types that can be converted
     fast_decode()       gives options of `generate` that compile the step of one token
+    load_cache(path, model)    reopens a prompt that was read before
     int8_weights(model) holds a model's weights in 8 bits, to decode faster on a CPU
     accelerate_transformers()  lets transformers' own linear layers run on our kernels
 

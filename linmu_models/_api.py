@@ -15,6 +15,8 @@ from .int8 import int8_weights
 from .layout import LinmuInputs
 from .modeling import FAMILIES, LinmuModel
 from .report import TransferReport
+from .snapshot import CacheSnapshot
+from .states import LinmuDynamicCache, LinmuStaticCache, load_cache
 
 
 def families() -> list[str]:
@@ -27,11 +29,14 @@ __all__ = [
     "LITERAL",
     "PAPER",
     "Accelerated",
+    "CacheSnapshot",
     "ExactConfig",
     "LinmuAttention",
     "LinmuCacheLayer",
+    "LinmuDynamicCache",
     "LinmuInputs",
     "LinmuModel",
+    "LinmuStaticCache",
     "MMATEConfig",
     "TransferReport",
     "accelerate_transformers",
@@ -42,4 +47,5 @@ __all__ = [
     "families",
     "fast_decode",
     "int8_weights",
+    "load_cache",
 ]

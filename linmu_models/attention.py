@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn.near import NearAttention
 from linmu_ops.nn.state import in_checkpoint
 from linmu_ops.nn.transfer import TransferRow
 
-from .cache import linear_layer
+from .cache import LinmuCacheLayer, linear_layer
 from .layout import LinmuInputs
 from .parts import AttentionParts, read_parts
+from .rewind import Inputs, Record
+from .states import adopt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +48,9 @@ def attention_window(attention: Any) -> int | None:
     if kinds and index is not None and kinds[index] != "sliding_attention":
         return None
     return window or None
+
+
+_ROTARY = ("cos", "sin")
 
 
 class LinmuAttention(_Block):
@@ -140,24 +146,67 @@ class LinmuAttention(_Block):
             raise RuntimeError(
                 "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"
             )
+        adopt(cache)
         layer = linear_layer(cache, self.layer_idx, self.beside_attention)
         if layer.packed:
             raise ValueError(
                 "linmu: a cache must not go on after rows of several sequences, whose positions it cannot count; "
                 "got one that was filled by such rows"
             )
-        out, state = super().forward(
-            hidden_states,
-            layout=linmu.layout,
-            position_embeddings=position_embeddings,
-            attention_mask=padding,
-            state=layer.writable_state() if seq_idx is None else None,
-            return_state=True,
-            seq_idx=seq_idx,
-        )
+        rotary = position_embeddings
+        if layer.record is not None and seq_idx is None:
+            out = self._recorded(layer, layer.record, hidden_states, linmu.layout, rotary, padding)
+        else:
+            out = self._read(layer, hidden_states, linmu.layout, rotary, padding, seq_idx)
+            if layer.record is not None:  # of several sequences, after which no cache goes on
+                layer.record.forget()
         layer.packed = seq_idx is not None
-        layer.advance(state, hidden_states.shape[1])
+        layer.count(hidden_states.shape[1])
         return self._gated(hidden_states, out, padding), None
+
+    def _read(
+        self,
+        layer: LinmuCacheLayer,
+        hidden_states: Tensor,
+        layout: TokenLayout | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        padding: Tensor | None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
+        """What the block gives for more tokens. The layer keeps their state, and does not count them yet."""
+        read: Any = super().forward(
+            hidden_states, layout=layout, position_embeddings=rotary, attention_mask=padding,
+            state=layer.writable_state() if seq_idx is None else None, return_state=True, seq_idx=seq_idx,
+        )  # fmt: skip
+        layer.keep(read[1])
+        out: Tensor = read[0]
+        return out
+
+    def _recorded(
+        self,
+        layer: LinmuCacheLayer,
+        record: Record,
+        hidden_states: Tensor,
+        layout: TokenLayout | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """The same, of a layer that keeps what it needs to take tokens back."""
+        given = {"hidden_states": hidden_states}
+        if rotary is not None:
+            given |= {name: t.expand(len(hidden_states), -1, -1) for name, t in zip(_ROTARY, rotary, strict=True)}
+        if padding is not None:
+            given["padding"] = padding
+
+        def run(inputs: Inputs, first: bool) -> Tensor:
+            z = inputs["hidden_states"]
+            visual = layout.part(0, z.shape[1]) if first and layout is not None else None
+            turned = (inputs["cos"], inputs["sin"]) if rotary is not None else None
+            return self._read(layer, z, visual, turned, inputs.get("padding"))
+
+        seen = layout is not None and layout.has_visual
+        rest = record.begin(layer, run, given, int(layout.positions.max()) + 1 if layout is not None and seen else 0)
+        return record.end(run(rest, False) if rest["hidden_states"].shape[1] else None)
 
     def _gated(self, hidden_states: Tensor, heads: Tensor, padding: Tensor | None) -> Tensor:
         """The output, of what the block gives: itself, or the heads' outputs before their gate."""

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from linmu_ops.nn import MMATEState
 
+from .rewind import Record
 
-class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+
+class TakesBack:
+    """Mixed into a cache layer of constant size: how its last tokens are taken back.
+
+    Attributes:
+        record: what that needs. None: nothing is recorded.
+    """
+
+    record: Record | None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens that are read from now on can be taken back."""
+        return self.record is not None
+
+    def activate_past_recording(self) -> None:
+        """Keep the inputs of what is read from now on. transformers has the name."""
+        self.record = self.record or Record()
+
+    def check_crop(self, tokens: int) -> None:
+        """Raise ValueError where so many tokens cannot be taken back."""
+        known = 0 if self.record is None else self.record.tokens
+        if not 0 <= tokens <= known:
+            why = "" if self.record is not None else " before cache.activate_past_recording()"
+            raise ValueError(
+                f"linmu: crop must be from {-known} to 0, as inputs of so many tokens are kept{why}, got {-tokens}; "
+                "cache.restore takes back any number, to a snapshot"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -`tokens_to_remove` tokens."""
+        self.check_crop(-tokens_to_remove)
+        if self.record is not None:
+            self.record.crop(self, -tokens_to_remove)  # type: ignore[arg-type]  # of the class that this is mixed into
+
+
+class LinmuCacheLayer(TakesBack, LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[override]
     """Holds one `MMATEState` of constant size, and counts the tokens that it has seen.
 
     `Cache.get_seq_length` and position ids need the count. It is an int. In the place of a static layer it is a tensor
@@ -25,7 +68,6 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self, static: bool = False, mask_length: int | None = None) -> None:
@@ -35,6 +77,7 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.cumulative_length: Any = torch.tensor(0) if static else 0  # a tensor, as in transformers' static layers
         self.state: MMATEState | None = None
         self.packed = False  # the state is that of the last of a row's sequences
+        self.record: Record | None = None
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # the two bases of transformers declare it apart
@@ -45,20 +88,30 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def advance(self, state: MMATEState, tokens: int) -> None:
         """Keep the state after `tokens` more tokens; a static layer keeps it at its first address."""
+        self.keep(state)
+        self.count(tokens)
+
+    def keep(self, state: MMATEState) -> None:
+        """`advance`, without the tokens being counted."""
         if not isinstance(self.cumulative_length, Tensor):
-            self.cumulative_length += tokens
             self.state = state
         elif self.state is None:
             kept = [t for t in state.without_slab() if t is not None]
-            self.cumulative_length = self.cumulative_length.to(kept[0].device if kept else "cpu").add_(tokens)
+            self.cumulative_length = self.cumulative_length.to(kept[0].device if kept else "cpu")
             if not torch.compiler.is_compiling():
                 for tensor in (self.cumulative_length, *kept):
                     torch._dynamo.mark_static_address(tensor)
             self.state = state
         else:
-            self.cumulative_length.add_(tokens)
             self.state = self.state.copy_(state)
         self.is_initialized = True
+
+    def count(self, tokens: int) -> None:
+        """Count so many tokens more."""
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.add_(tokens)
+        else:
+            self.cumulative_length += tokens
 
     def writable_state(self) -> MMATEState | None:
         """The state, which a step may write to: a copy where it was made in inference mode, which is over."""
@@ -86,12 +139,32 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     update_recurrent_state = update_conv_state
 
+    def activate_past_recording(self) -> None:
+        """As in `TakesBack`. A static layer records nothing: what a compiled step reads keeps its place."""
+        if not self.is_static:
+            super().activate_past_recording()
+
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove != 0:
-            raise RuntimeError(
-                "linmu: a recurrent state cannot be rolled back, so contrastive, assisted and prompt-lookup decoding "
-                "are not possible; use greedy, sampling or beams"
-            )
+        """Take back the last -`tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        self.cumulative_length += tokens_to_remove
+
+    def value(self) -> dict[str, Tensor]:
+        """Copies of the tensors of the state."""
+        held = {} if self.state is None else self.state._asdict()
+        return {name: copied(t) for name, t in held.items() if t is not None}
+
+    def put(self, value: Mapping[str, Tensor]) -> None:
+        """Make that the state, by copying; the count stays. A static layer keeps its addresses."""
+        if not self.is_static:
+            self.state = None
+        elif self.state is not None and not value:
+            self.state = self.state.without_slab()
+            for tensor in self.state:
+                if tensor is not None:
+                    tensor.zero_()
+        if value:
+            self.keep(MMATEState(**{name: copied(t) for name, t in value.items()}))
 
     def offload(self) -> None:
         """Stays where it is: the state is small and of constant size."""
@@ -101,6 +174,8 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def reset(self) -> None:
         self.packed = False
+        if self.record is not None:
+            self.record.forget()
         if isinstance(self.cumulative_length, Tensor):
             # Zeros are the state before the first token, and a compiled step keeps its addresses.
             self.state = None if self.state is None else self.state.without_slab()
@@ -113,16 +188,100 @@ class LinmuCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.state is not None:
-            where = next((t.device for t in self.state if t is not None), beam_idx.device)
-            self.state = self.state.reorder(beam_idx.to(where))
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            self.state = self.state.repeat(repeats)
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows. Where there are as many as before, a static layer keeps its addresses."""
+        if self.record is not None:
+            self.record.map(rows)
+        if self.state is None:
+            return
+        new = MMATEState(*(None if t is None else rows(t) for t in self.state))
+        same = all(t is None or t.shape == old.shape for t, old in zip(new, self.state, strict=True) if old is not None)
+        self.state = self.state.copy_(new) if self.is_static and same else new
+
+
+class LinmuMixerLayer(TakesBack, LinearAttentionLayer):
+    """transformers' cache layer of a mixer that is linear in the teacher already, such as the delta rule's.
+
+    It can take tokens back, and its rows can be chosen and repeated.
+    """
+
+    record: Record | None = None
+
+    @classmethod
+    def of(cls, layer: LinearAttentionLayer) -> LinmuMixerLayer:
+        """The same layer, with what it holds."""
+        new = cls.__new__(cls)
+        new.__dict__.update(layer.__dict__)
+        if new.record_past:
+            # Theirs keeps what it convolved; ours keeps what the whole mixer was given.
+            if any(new.is_conv_states_initialized.values()):
+                LinearAttentionLayer.crop(new, 0)
+            new.record_past, new.record = False, Record()
+        return new
+
+    def crop(self, tokens_to_remove: int) -> None:
+        TakesBack.crop(self, tokens_to_remove)
+
+    def value(self) -> dict[str, Tensor]:
+        """Copies of the tensors of the state; none before the first token, which zeros may stand for."""
+        if any(self.is_conv_states_initialized.values()) and not any(self.has_previous_state.values()):
+            return {}
+        held = {f"conv.{i}": t for i, t in self.conv_states.items() if self.has_previous_state[i]}
+        made = self.is_recurrent_states_initialized
+        held |= {f"recurrent.{i}": t for i, t in self.recurrent_states.items() if made[i]}
+        return {name: copied(t) for name, t in held.items() if t is not None}
+
+    def put(self, value: Mapping[str, Tensor]) -> None:
+        """Make that the state, by copying. Tensors of the same shape keep their addresses."""
+        if not value:
+            super().reset()
+        for name, tensor in value.items():
+            kind, _, number = name.partition(".")
+            i = int(number)
+            held = getattr(self, f"{kind}_states")
+            if held[i] is None or held[i].shape != tensor.shape:
+                made: dict[str, Any] = {f"{kind}_states": tensor}
+                self.lazy_initialization(**made, state_idx=i)
+            held[i].copy_(tensor)
+            if kind == "conv":
+                self.has_previous_state[i] = True
+
+    def reset(self) -> None:
+        if self.record is not None:
+            self.record.forget()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in transformers' other layers: each row stands so many times, one after the other."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As in transformers' other layers: these rows alone."""
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.record is not None:
+            self.record.map(rows)
+        for held in (self.conv_states, self.recurrent_states):
+            for i, t in held.items():
+                held[i] = None if t is None else rows(t)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy without a history, also of a tensor that was made in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -130,6 +289,8 @@ def cache_bytes(cache: Cache) -> int:
 
     def tensors() -> Iterable[Tensor | None]:
         for layer in cache.layers:
+            if isinstance(layer, TakesBack) and layer.record is not None:
+                yield from layer.record.tensors()
             if isinstance(layer, LinmuCacheLayer):
                 yield from layer.state or ()
                 continue

@@ -33,6 +33,8 @@ from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
 from .remote_code import write_remote_code
 from .report import TransferReport
+from .rewind import after_mixer, before_mixer, mixers_of
+from .states import prepare_to_record
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -54,7 +56,7 @@ class LinmuModel(HoldsBlocks, _Whole):
             family's own rule. For a decoder inside another model, which gives it embeddings.
     """
 
-    _is_stateful = True
+    _is_stateful = False  # tokens can be taken back, whatever the teacher's class says
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     # What the block is told of the teacher's attention: see `linmu_ops.nn.Block`.
     facts: ClassVar[Mapping[str, bool]] = {}
@@ -79,6 +81,10 @@ class LinmuModel(HoldsBlocks, _Whole):
         if families_of(self):
             # Its layers that are linear already run on our kernels too, which know where a packed row's sequences are.
             weakref.finalize(self, accelerate_transformers(self).undo)
+        for layer in self.linmu_layers():
+            for mixer in () if has_attention(layer) else mixers_of(layer):
+                mixer.register_forward_pre_hook(before_mixer, with_kwargs=True)
+                mixer.register_forward_hook(after_mixer, with_kwargs=True)
         for module in {self.inner_model, self.get_decoder()}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()
@@ -139,7 +145,7 @@ class LinmuModel(HoldsBlocks, _Whole):
             names = ", ".join(type(cache).__name__ for cache in caches)
             raise TypeError(f"linmu: cache must be a transformers Cache, such as DynamicCache, got {names}")
         # A single token after others is text; its image, if any, is in the cache.
-        decoding = length == 1 and bool(caches)
+        decoding = bool(caches) and (length == 1 or _is_text(given, caches))
         linmu = self.block_inputs(given, length, visual=not decoding and module is self.inner_model)
         kwargs = {k: v for k, v in kwargs.items() if k != "linmu_padding"}
         if linmu.seq_idx is not None:
@@ -243,6 +249,18 @@ class LinmuModel(HoldsBlocks, _Whole):
         with decoder_in_chunks(self, size):
             return mixed_in._prefill(input_ids, whole, model_kwargs, *args, **kwargs)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        mixed_in: Any = super()
+        out = mixed_in._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Before the first call fills them, a decoding that takes tokens back tells all layers to record.
+        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        prepare_to_record(cache, (m for m in attention_modules(self).values() if isinstance(m, LinmuAttention)))
+        if generation_config.is_assistant and isinstance(cache, Cache):
+            cache.activate_past_recording()
+        return out
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -276,6 +294,15 @@ class LinmuModel(HoldsBlocks, _Whole):
 @functools.cache
 def _forward_names(module_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def _is_text(inputs: Mapping[str, Any], caches: Iterable[Cache]) -> bool:
+    """Whether a call has no visual tokens: it goes on after others, and brings no pixels, only ids, some of which may
+    be guessed."""
+    if torch.compiler.is_compiling() or all(int(cache.get_seq_length()) == 0 for cache in caches):
+        return False
+    brought = {name for name, value in inputs.items() if value is not None}
+    return "input_ids" in brought and not any("pixel" in n or "embeds" in n or "encoder" in n for n in brought)
 
 
 def _without_cache(inputs: Mapping[str, Any]) -> bool:

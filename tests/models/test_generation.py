@@ -132,16 +132,6 @@ def test_an_image_in_two_calls_is_an_error():
         student("qwen2_5_vl").build_layout(part)
 
 
-def test_decoding_that_takes_tokens_back_says_so():
-    model, inputs = student("qwen2_5_vl"), tiny.example("qwen2_5_vl", "text")
-    for how in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": tiny.teacher("qwen2")}):
-        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-            model.generate(**inputs, max_new_tokens=4, **how)
-    cache = model(**inputs, use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match="a recurrent state cannot be rolled back"):
-        cache.crop(-1)  # as contrastive search, which lives outside transformers, does
-
-
 def state_bytes(cache):
     states = [layer.state for layer in cache.layers]
     return sum(t.numel() * t.element_size() for s in states for t in s if t is not None)
