@@ -31,7 +31,7 @@ test: setup
 	$(INSTALL) "bitsandbytes; platform_machine == 'x86_64'" torchao
 	touch $@
 
-test-all: setup .venv/quantized
+test-all: setup .venv/quantized docs
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 # Random cases of ops and blocks without a fixed seed, by the kernels of every instruction set.
@@ -69,7 +69,7 @@ demo: setup
 
 docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
-	@echo "The site: build/site/index.html"
+	@echo "The site: build/site/index.html; links to elsewhere: build/external-links.txt"
 
 bench: setup
 	$(BIN)/python -m bench.run --both --quick --seconds 0.2 --save

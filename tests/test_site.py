@@ -25,6 +25,24 @@ def test_each_page_has_a_place():
     assert len(nav) == len(set(nav))
 
 
+def slugs(page):
+    """The anchors of a page's headings, as the site makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    words = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in words}
+
+
+def test_each_anchor_is_a_heading():
+    pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "distill" / "README.md"]
+    found = 0
+    for page in pages:
+        for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text()):
+            there = page.parent / target if target else page
+            found += 1
+            assert anchor in slugs(there), f"{page.relative_to(ROOT)}: {target}#{anchor}"
+    assert found > 10
+
+
 @pytest.mark.parametrize("op", sorted(_registry.OPS))
 def test_each_op_has_a_page(op):
     assert f"::: linmu_ops.{op}.{op}\n" in (DOCS / "ops" / f"{op}.md").read_text()

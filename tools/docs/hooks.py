@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ CODE = {".py": "python", ".toml": "toml", ".sh": "bash", ".json": "json", ".json
 CODE |= dict.fromkeys((".h", ".cpp", ".cu", ".cuh"), "cpp")
 PICTURES = (".svg", ".png", ".jpg")
 LARGE = 200_000  # bytes of source that no page should show
+OUTWARD: dict[str, set[str]] = defaultdict(set)
 
 
 def pieces(text: str) -> list[str]:
@@ -100,6 +102,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def moved(found: re.Match[str]) -> str:
         before, target, after = found.groups()
         if is_outward(target):
+            if target.startswith("http"):
+                OUTWARD[target].add(uri)
             return found[0]
         there = linked(path, target)
         if there is None:
@@ -132,3 +136,9 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
 
 def on_post_template(output_content: str, template_name: str, config: Any) -> str:
     return searchable(output_content)
+
+
+def on_post_build(config: Any) -> None:
+    """Links to elsewhere are not followed: a build needs no network. They are listed, for who wants to try them."""
+    lines = [f"{target}  {' '.join(sorted(pages))}\n" for target, pages in sorted(OUTWARD.items())]
+    (Path(config["site_dir"]).parent / "external-links.txt").write_text("".join(lines))
