@@ -64,9 +64,8 @@ class ConvolvedScan(Scan):
             raise ValueError("ConvolvedScan: rows must be whole and hold one sequence each, got packed or split rows")
         state, kept, before = call.state, None, None
         if state is not None and state.ssm is not None:
-            own, taps = state.ssm[:, :, : self.own_rows], state.ssm[:, :, self.own_rows :]
-            before = taps.flatten(1)[:, : math.prod(self.kept)].unflatten(1, self.kept).to(x.dtype)
-            state = MMATEState(ssm=own.contiguous())
+            own, before = self._parted(state.ssm)
+            before, state = before.to(x.dtype), MMATEState(ssm=own)
         inputs = torch.cat((x, B, C), dim=2).flatten(2)
         visits = None if call.mask is None else real_tokens_first(call.mask)
         if call.keep:
@@ -77,11 +76,20 @@ class ConvolvedScan(Scan):
         x, B, C = y.unflatten(2, (-1, self.shape.head_dim)).split(self.sizes, dim=2)
         *found, ssm = super()._scan(z, x, B, C, call._replace(state=state))
         if ssm is not None and kept is not None:
-            rows, columns = self.state_size
-            taps = ssm.new_zeros(len(ssm), self.shape.num_heads * (rows - self.own_rows) * columns)
-            taps = torch.cat((kept.flatten(1).to(ssm.dtype), taps[:, math.prod(self.kept) :]), dim=1)
-            ssm = torch.cat((ssm, taps.view(len(ssm), self.shape.num_heads, -1, columns)), dim=2)
+            ssm = self._joined(ssm, kept)
         return (*found, ssm)
+
+    def _parted(self, ssm: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a state, the scan's own (B, H, P, N) and the convolution's inputs (B, taps - 1, channels)."""
+        own, more = ssm.split((self.own_rows, self.state_size[0] - self.own_rows), dim=2)
+        return own.contiguous(), more.flatten(1)[:, : math.prod(self.kept)].unflatten(1, self.kept)
+
+    def _joined(self, own: Tensor, kept: Tensor) -> Tensor:
+        """The state of both: what `_parted` parts."""
+        rows, columns = self.state_size
+        more = own.new_zeros(len(own), self.shape.num_heads, rows - self.own_rows, columns)
+        more.flatten(1)[:, : math.prod(self.kept)] = kept.flatten(1)
+        return torch.cat((own, more), dim=2)
 
 
 class RivalRun(Run):
