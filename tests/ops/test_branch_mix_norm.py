@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import linmu_ops
-from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
+from linmu_ops._testing import check_against_reference
 from tests.ops.cases.branch_mix_norm import (
     CASES,
     DTYPES,
@@ -22,6 +22,7 @@ from tests.ops.cases.branch_mix_norm import (
     make_inputs,
     wrt,
 )
+from tests.ops.reruns import assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("norm", NORMS)

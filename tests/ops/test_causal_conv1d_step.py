@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
+from linmu_ops._testing import check_against_reference
 from tests.ops.cases.causal_conv1d_step import CASES, DTYPES, by_reference, make_inputs, stepped
+from tests.ops.reruns import assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])

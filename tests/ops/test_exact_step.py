@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
+from linmu_ops._testing import check_against_reference
 from tests.ops.cases.exact_step import CASES, DTYPES, OPTIONS, by_reference, cloned, make_inputs, stepped
+from tests.ops.reruns import assert_same_bits, rerun_with_isa
 
 DEFAULT = "seven heads to a group, default sizes"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import linmu_ops
 from linmu_ops import DeltaReverse
-from linmu_ops._testing import assert_same_bits, check_against_reference, grouped, rerun_with_isa
+from linmu_ops._testing import check_against_reference, grouped
 from tests.ops.cases.gated_delta_scan import (
     CASES,
     DIRECTIONS,
@@ -21,6 +21,8 @@ from tests.ops.cases.gated_delta_scan import (
     scan,
     used,
 )
+from tests.ops.cases.scans import check_empty, check_strided
+from tests.ops.reruns import assert_same_bits, rerun_with_isa
 
 
 def check(i):
@@ -78,32 +80,13 @@ def test_empty(case, direction):
     narrow = {"q": case[6], "k": case[6], "v": case[7], "reverse_q": case[6], "reverse_k": case[6]}
     i |= {n: i[n][..., :size] for n, size in narrow.items() if n in i}
     i["initial_state"] = i["initial_state"][..., : case[6], : case[7]]
-    leaves = {k: i[k].clone().requires_grad_() for k in used(i)}
-    y, state = scan(**i | leaves)
-    want, want_state = by_reference(**i)
-    assert torch.equal(y, want) and torch.equal(state, want_state)
-    grads = torch.autograd.grad(y.sum() + state.sum(), list(leaves.values()))
-    assert all(g.isfinite().all() for g in grads)
+    check_empty(scan, by_reference, i, used(i))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_strided_inputs(direction):
-    """Slices of one fused projection, transposed and expanded tensors are read where they lie."""
     i = make_inputs(SMALL, torch.float32, direction, ("all",))
-    B, L, H, _, G, _, K, V = SMALL
-    fused = torch.randn(B, L, H * K + G * K + G * V)
-    q, k, v = fused.split([H * K, G * K, G * V], dim=-1)
-    i |= dict(q=q.view(B, L, H, K), k=k.view(B, L, G, K), v=v.view(B, L, G, V))
-    i["g"] = i["g"].transpose(0, 1).contiguous().transpose(0, 1)
-    i["initial_state"] = i["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)
-    i["seq_idx"] = i["seq_idx"][:1].expand(B, L)
-    if direction != "forward":
-        i["reverse_k"] = i["reverse_k"].transpose(2, 3).contiguous().transpose(2, 3)
-        i["reverse_mask"] = i["reverse_mask"].t().contiguous().t()
-    check(i)
-    leaf = i["v"].clone().requires_grad_()
-    scan(**{**i, "v": leaf})[0].sum().backward()  # an expanded gradient
-    assert leaf.grad.isfinite().all()
+    check_strided(check, scan, i, direction, ("v", "q", "k"), "g", "reverse_k")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
+from linmu_ops._testing import check_against_reference
 from tests.ops.cases.gated_delta_step import CASES, DTYPES, by_reference, make_inputs, stepped
+from tests.ops.reruns import assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("options", [{}, dict(use_qk_l2norm_in_kernel=True, scale=0.7)], ids=["plain", "all"])

@@ -9,8 +9,9 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import rerun_with_isa, run_op, small_inputs, to_double, written
+from linmu_ops._testing import run_op, small_inputs, to_double, written
 from tests.ops.isolation import AT, CALLS, PAIRS, check, nothing_is_hidden, scan
+from tests.ops.reruns import rerun_with_isa
 
 VALUES = [math.nan, math.inf, -math.inf, 1e30]
 IMPLEMENTATIONS = ["reference", "cpu"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import linmu_ops
 from linmu_ops import Reverse
-from linmu_ops._testing import grouped, rerun_with_isa
+from linmu_ops._testing import grouped
 from tests.ops.cases.ssd_scan import (
     ALL,
     CASES,
@@ -17,12 +17,13 @@ from tests.ops.cases.ssd_scan import (
     DTYPES,
     SMALL,
     check,
-    check_empty,
     check_strided_inputs,
+    check_without_tokens,
     make_inputs,
     scan,
     used,
 )
+from tests.ops.reruns import rerun_with_isa
 
 
 @pytest.mark.parametrize("options", ALL.values(), ids=ALL)
@@ -77,7 +78,7 @@ def test_any_combination(seed, groups, sizes, direction, options):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("case", [(2, 0, 2, 1, 2, 2, 3, 4), (0, 5, 2, 1, 2, 2, 3, 4)], ids=["L0", "B0"])
 def test_empty(case, direction):
-    check_empty(case, direction)
+    check_without_tokens(case, direction)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -9,8 +9,9 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import assert_same_bits, check_against_reference, rerun_with_isa
+from linmu_ops._testing import check_against_reference
 from tests.ops.cases.ssd_step import CASES, DTYPES, by_reference, make_inputs, stepped
+from tests.ops.reruns import assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])

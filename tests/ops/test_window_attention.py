@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 import linmu_ops
 from linmu_ops import TokenLayout, window_attention
-from linmu_ops._testing import assert_same_bits, check_against_reference, to_double
+from linmu_ops._testing import check_against_reference, to_double
 from tests.ops.cases.window_attention import CASES, DTYPES, LSE_CASES, by_reference, make_inputs, with_lse
+from tests.ops.reruns import assert_same_bits
 
 
 def gradients(f, inputs, wrt, seed=0):

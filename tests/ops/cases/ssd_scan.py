@@ -10,6 +10,7 @@ import torch
 import linmu_ops
 from linmu_ops._testing import check_against_reference, run_op
 from linmu_ops.ssd_scan import DIFFERENTIABLE
+from tests.ops.cases.scans import check_empty, check_strided
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DIRECTIONS = ["forward", "reverse", "both"]
@@ -117,34 +118,12 @@ def check(i):
     check_against_reference(comparable(scan), comparable(by_reference), i, used(i))
 
 
-def check_empty(case, direction):
-    i = make_inputs(case, torch.float32, direction, ("all",))
-    leaves = {k: v.clone().requires_grad_() if k in used(i) else v for k, v in i.items()}
-    y, state = scan(**leaves)
-    mean, log_mass, _ = scan(**make_inputs(case, torch.float32, direction, ("all", "normalize")))
-    assert mean.shape == y.shape and log_mass.shape == y.shape[:3]
-    assert y.shape == (case[0], case[1], 2, 3)
-    torch.testing.assert_close(state, i["initial_state"])
-    grads = torch.autograd.grad(state.sum() + y.sum(), [leaves[k] for k in used(i)])
-    for k, grad in zip(used(i), grads, strict=True):
-        expected = torch.ones_like(i[k]) if k == "initial_state" else torch.zeros_like(i[k])
-        torch.testing.assert_close(grad, expected)
+def check_without_tokens(case, direction):
+    for options in (("all",), ("all", "normalize")):
+        i = make_inputs(case, torch.float32, direction, options)
+        check_empty(scan, by_reference, i, used(i))
 
 
 def check_strided_inputs(direction):
-    """Slices of one fused projection, transposed and expanded tensors are read where they lie."""
     i = make_inputs(SMALL, torch.float32, direction, ("all",))
-    B, L, _, G, _, H, P, N = SMALL
-    fused = torch.randn(B, L, G * P + G * N + H * N)
-    x, b, c = fused.split([G * P, G * N, H * N], dim=-1)
-    i |= dict(x=x.view(B, L, G, P), B=b.view(B, L, G, N), C=c.view(B, L, H, N))
-    i["dt"] = i["dt"].transpose(0, 1).contiguous().transpose(0, 1)
-    i["initial_state"] = i["initial_state"].transpose(2, 3).contiguous().transpose(2, 3)
-    i["seq_idx"] = i["seq_idx"][:1].expand(B, L)
-    if direction != "forward":
-        i["reverse_B"] = i["reverse_B"].transpose(2, 3).contiguous().transpose(2, 3)
-        i["reverse_mask"] = i["reverse_mask"].t().contiguous().t()
-    check(i)
-    leaf = i["x"].clone().requires_grad_()
-    scan(**{**i, "x": leaf})[0].sum().backward()  # an expanded gradient
-    assert leaf.grad.isfinite().all()
+    check_strided(check, scan, i, direction, ("x", "B", "C"), "dt", "reverse_B")
