@@ -1,4 +1,4 @@
-"""Backward ops by differentiating the reference."""
+"""What the gradients of ops share: a call kept for its gradient, and backward ops by differentiating the reference."""
 
 from __future__ import annotations
 
@@ -48,3 +48,25 @@ def fakes(inputs: Sequence[Any], wrt: Sequence[int]) -> list[Tensor]:
         else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
         for i in wrt
     ]
+
+
+def keep(ctx: Any, inputs: Sequence[Any], outputs: Sequence[Tensor] = ()) -> None:
+    """Keep a call's arguments, and some of its outputs, for its gradient; `kept` gives them back."""
+    ctx.save_for_backward(*outputs, *(v for v in inputs if isinstance(v, Tensor)))
+    ctx.consts = [None if isinstance(v, Tensor) else (v,) for v in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def kept(ctx: Any) -> tuple[list[Tensor], list[Any]]:
+    """The outputs and the arguments that `keep` was given."""
+    tensors, num_inputs = list(ctx.saved_tensors), ctx.consts.count(None)
+    outputs, saved = tensors[: len(tensors) - num_inputs], iter(tensors[len(tensors) - num_inputs :])
+    return outputs, [next(saved) if c is None else c[0] for c in ctx.consts]
+
+
+def in_places(grads: Sequence[Tensor], wrt: Sequence[int], inputs: Sequence[Any]) -> list[Tensor | None]:
+    """For each of `inputs` its gradient, given those of `inputs[i] for i in wrt`; None where an input is None."""
+    found: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(wrt, grads, strict=True):
+        found[i] = None if inputs[i] is None else grad
+    return found

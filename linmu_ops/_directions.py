@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+
+from ._dims import FLOATS, Dims
 
 DIRECTIONS = ("forward", "reverse", "both")
 Own = TypeVar("Own", bound=tuple[Any, ...])
@@ -43,11 +46,6 @@ class Direction(NamedTuple):
     mask: Tensor | None
     seq_idx: Tensor | None
 
-    def with_own(self, own: Reverse) -> Direction:
-        """The reverse direction beside this forward one."""
-        chosen = [f if r is None else r for f, r in zip(self, own, strict=True)]
-        return Direction(*chosen)  # type: ignore[arg-type]  # what is None has a forward one
-
 
 class DeltaReverse(NamedTuple):
     """What the reverse direction of `gated_delta_scan` has of its own. What it leaves out (None) is the forward one's.
@@ -79,10 +77,14 @@ class DeltaDirection(NamedTuple):
     mask: Tensor | None
     seq_idx: Tensor | None
 
-    def with_own(self, own: DeltaReverse) -> DeltaDirection:
-        """The reverse direction beside this forward one."""
-        chosen = [f if r is None else r for f, r in zip(self, own, strict=True)]
-        return DeltaDirection(*chosen)  # type: ignore[arg-type]  # what is None has a forward one
+
+Way = TypeVar("Way", Direction, DeltaDirection)
+
+
+def with_own(forward: Way, own: Reverse | DeltaReverse) -> Way:
+    """The reverse direction beside a forward one."""
+    chosen = [f if r is None else r for f, r in zip(forward, own, strict=True)]
+    return type(forward)(*chosen)  # type: ignore[arg-type]  # what is None has a forward one
 
 
 def check_directions(op: str, direction: str, reverse: Own | None, kind: type[Own], gate: Tensor | None) -> Own:
@@ -96,3 +98,19 @@ def check_directions(op: str, direction: str, reverse: Own | None, kind: type[Ow
     if gate is not None and direction != "both":
         raise ValueError(f"{op}: gate needs direction='both', got direction={direction!r}")
     return kind() if reverse is None else reverse
+
+
+def check_visits(
+    d: Dims, own: Reverse | DeltaReverse, gate: Tensor | None, seq_idx: Tensor | None, token_order: Tensor | None
+) -> None:
+    """Raise unless what says how tokens are visited, and how directions are mixed, has the shapes of a scan."""
+    d.optional("reverse.mask", own.mask, "B L", torch.bool)
+    d.optional("reverse.seq_idx", own.seq_idx, "B L", torch.int32)
+    d.optional("gate", gate, "H" if isinstance(gate, Tensor) and gate.dim() == 1 else "B L H", FLOATS)
+    d.optional("seq_idx", seq_idx, "B L", torch.int32)
+    d.optional("token_order", token_order, "B L", torch.int32)
+
+
+def check_chunk_size(op: str, chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{op}: chunk_size must be >= 1, got {chunk_size}")

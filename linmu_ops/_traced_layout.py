@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference.token_layout import MAJOR_AXES
-from .token_layout import SLAB_CHUNK, WindowTable
+from .token_layout import SLAB_CHUNK, Partition, WindowTable
 
 
 class TracedGrid:
@@ -46,7 +46,8 @@ class TracedGrid:
         image_shift: Sequence[int] | None = None,
         device: Any = None,
     ) -> WindowTable:
-        visit, number, windows, inside, largest = self._windows(window, shift, wrap, image_window, image_shift, device)
+        given = Partition(window, shift, wrap, image_window, image_shift)
+        visit, number, windows, inside, largest = self._windows(given, device)
         rows = torch.arange(self.batch_size, device=device)[:, None]
         counts = torch.zeros(windows, dtype=torch.int64, device=device)
         counts = counts.scatter_add(0, number, torch.ones_like(number)).expand(self.batch_size, -1).reshape(-1)
@@ -69,7 +70,7 @@ class TracedGrid:
         """Chunks of frames, of which each lies in one slab."""
         frames, each = self.grid[0], self.grid[1] * self.grid[2]
         many = (each + SLAB_CHUNK - 1) // SLAB_CHUNK
-        part = self._part(0, window, shift, wrap, image_window, image_shift, device)[0].reshape(-1)
+        part = self._part(0, Partition(window, shift, wrap, image_window, image_shift), device)[0].reshape(-1)
         same = part[:, None] == part
         first = torch.where(same, torch.arange(frames, device=device), frames).amin(1)
         place = torch.arange(many * SLAB_CHUNK, device=device)
@@ -82,47 +83,29 @@ class TracedGrid:
         slots = torch.where(at < self.size, slots + rows // self.length * frames * many * SLAB_CHUNK, 0)
         return tokens, begin, slots, begin.new_zeros(begin.shape[0], 0)
 
-    def _windows(
-        self,
-        window: Sequence[int],
-        shift: Sequence[int],
-        wrap: str,
-        image_window: Sequence[int] | None,
-        image_shift: Sequence[int] | None,
-        device: Any,
-    ) -> tuple[Tensor, Tensor, int, Tensor, int]:
+    def _windows(self, windows: Partition, device: Any) -> tuple[Tensor, Tensor, int, Tensor, int]:
         """The tokens of a block in window order, each token's window, how many windows, each token's coordinate in its
         window, tokens of the largest window. As the reference planner, without a branch on what may be a symbol."""
-        full = image_window if self.grid[0] == 1 and image_window is not None else window
+        full, _ = windows.of(image=self.grid[0] == 1)
         number = inside = key = torch.zeros(self.grid, dtype=torch.int64, device=device)
-        windows = largest = 1
+        count_all = largest = 1
         rolled = []
         for axis in range(3):
-            part, count, d, w = self._part(axis, window, shift, wrap, image_window, image_shift, device)
+            part, count, d, w = self._part(axis, windows, device)
             number = number * count + part
             inside = inside * (2 * full[axis] - 1) + d % w
-            windows, largest = windows * count, largest * w
+            count_all, largest = count_all * count, largest * w
             rolled.append(d)
         key = number
         for axis, d in enumerate(rolled):
             key = key * self.grid[axis] + d
-        return key.reshape(-1).argsort(), number.reshape(-1), windows, inside.reshape(-1), largest
+        return key.reshape(-1).argsort(), number.reshape(-1), count_all, inside.reshape(-1), largest
 
-    def _part(
-        self,
-        axis: int,
-        window: Sequence[int],
-        shift: Sequence[int],
-        wrap: str,
-        image_window: Sequence[int] | None,
-        image_shift: Sequence[int] | None,
-        device: Any,
-    ) -> tuple[Tensor, int, Tensor, int]:
+    def _part(self, axis: int, windows: Partition, device: Any) -> tuple[Tensor, int, Tensor, int]:
         """Along one axis, shaped to be broadcast: each token's window, how many windows, its place after the shift, the
         size of a window."""
-        image, s = self.grid[0] == 1, self.grid[axis]
-        full = (image_window if image and image_window is not None else window)[axis]
-        moved = (image_shift if image and image_shift is not None else shift)[axis]
+        s = self.grid[axis]
+        full, moved = (given[axis] for given in windows.of(image=self.grid[0] == 1))
         shape = [1, 1, 1]
         shape[axis] = s
         c = torch.arange(s, device=device).view(shape)
@@ -130,7 +113,7 @@ class TracedGrid:
         h = moved % s * torch.sym_min(torch.sym_max(s - full, 0), 1)
         d = (c - h) % s
         count, part = (s + full - 1) // full, d // w
-        if wrap == "mask":
+        if windows.wrap == "mask":
             cut = torch.sym_min((s - h) % w, 1)
             part = part + (c < h) * cut
             count = count + cut * torch.sym_min(h, 1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
-from ._directions import DeltaReverse, check_directions
+from ._directions import DeltaReverse, check_chunk_size, check_directions, check_visits
 from .reference.gated_delta_scan import gated_delta_scan as reference
 
 # The fields of `DeltaReverse` lie flat in the schema, each after `reverse_`, as those of `Reverse` do in `ssd_scan`.
@@ -25,6 +24,7 @@ ARGUMENTS = tuple(a.split()[1] for a in INPUTS.strip(", ").split(", "))
 DIFFERENTIABLE = (
     "q", "k", "v", "g", "beta", "reverse_q", "reverse_k", "reverse_g", "reverse_beta", "gate", "initial_state",
 )  # fmt: skip
+WRT = tuple(ARGUMENTS.index(name) for name in DIFFERENTIABLE)
 
 
 def gated_delta_scan(
@@ -102,11 +102,7 @@ def gated_delta_scan(
     d.optional("reverse.k", r.k, "B L Gk K", q.dtype)
     d.optional("reverse.g", r.g, "B L H", FLOATS)
     d.optional("reverse.beta", r.beta, "B L H", FLOATS)
-    d.optional("reverse.mask", r.mask, "B L", torch.bool)
-    d.optional("reverse.seq_idx", r.seq_idx, "B L", torch.int32)
-    d.optional("gate", gate, "H" if isinstance(gate, Tensor) and gate.dim() == 1 else "B L H", FLOATS)
-    d.optional("seq_idx", seq_idx, "B L", torch.int32)
-    d.optional("token_order", token_order, "B L", torch.int32)
+    check_visits(d, r, gate, seq_idx, token_order)
     acc = accumulate_dtype(q.dtype)
     d.optional("initial_state", initial_state, "B H K V", acc)
     for name, part in (("q", "Gq"), ("k", "Gk"), ("v", "Gv")):
@@ -115,8 +111,7 @@ def gated_delta_scan(
         q, k=k, v=v, g=g, beta=beta, gate=gate, seq_idx=seq_idx, token_order=token_order, initial_state=initial_state,
         **{f"reverse.{name}": t for name, t in zip(DeltaReverse._fields, r, strict=True)},
     )  # fmt: skip
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"gated_delta_scan: chunk_size must be >= 1, got {chunk_size}")
+    check_chunk_size("gated_delta_scan", chunk_size)
 
     def small(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(acc)
@@ -141,31 +136,25 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *args: Any) -> tuple[Tenso
 
 
 def _bwd_fake(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
-    return _autograd.fakes(args[:-1], [ARGUMENTS.index(name) for name in DIFFERENTIABLE])
+    return _autograd.fakes(args[:-1], WRT)
 
 
 def _bwd_reference(grad_y: Tensor, grad_final_state: Tensor | None, *args: Any) -> list[Tensor]:
     inputs = (*args[:-1], grad_final_state is not None, args[-1])
-    wrt = [ARGUMENTS.index(name) for name in DIFFERENTIABLE]
-    return _autograd.gradients(reference, inputs, wrt, (grad_y, grad_final_state))
+    return _autograd.gradients(reference, inputs, WRT, (grad_y, grad_final_state))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
-    ctx.consts = [None if isinstance(v, Tensor) else (v,) for v in inputs]
-    ctx.set_materialize_grads(False)
+    _autograd.keep(ctx, inputs)
 
 
 def _backward(ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    inputs = [next(saved) if c is None else c[0] for c in ctx.consts]
-    *inputs, return_final_state, chunk_size = inputs
+    *inputs, return_final_state, chunk_size = _autograd.kept(ctx)[1]
     given = dict(zip(ARGUMENTS, inputs, strict=True))
     if grad_y is None:
         grad_y = given["q"].new_zeros(*given["g"].shape, given["v"].shape[3])
     grads = bwd_op(grad_y, grad_state if return_final_state else None, *inputs, chunk_size)
-    by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
-    return (*(by_name.get(n) if given[n] is not None else None for n in ARGUMENTS), None, None)
+    return (*_autograd.in_places(grads, WRT, inputs), None, None)
 
 
 _registry.define_op(

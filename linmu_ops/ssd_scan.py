@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
-from ._directions import Reverse, check_directions
+from ._directions import Reverse, check_chunk_size, check_directions, check_visits
 from .reference._visits import normalized
 from .reference.ssd_scan import ssd_scan as reference
 
@@ -36,6 +36,7 @@ DIFFERENTIABLE = (
     "x", "dt", "A", "B", "C", "dt_bias", "reverse_dt", "reverse_A", "reverse_B", "reverse_C", "reverse_dt_bias",
     "D", "gate", "initial_state",
 )  # fmt: skip
+WRT = tuple(ARGUMENTS.index(name) for name in DIFFERENTIABLE)
 
 
 def ssd_scan(
@@ -168,11 +169,7 @@ def check(
     d.optional("reverse.B", r.B, "B L Gb N", x.dtype)
     d.optional("reverse.C", r.C, "B L Gc N", x.dtype)
     d.optional("reverse.dt_bias", r.dt_bias, "H", FLOATS)
-    d.optional("reverse.mask", r.mask, "B L", torch.bool)
-    d.optional("reverse.seq_idx", r.seq_idx, "B L", torch.int32)
-    d.optional("gate", gate, "H" if isinstance(gate, Tensor) and gate.dim() == 1 else "B L H", FLOATS)
-    d.optional("seq_idx", seq_idx, "B L", torch.int32)
-    d.optional("token_order", token_order, "B L", torch.int32)
+    check_visits(d, r, gate, seq_idx, token_order)
     acc = accumulate_dtype(x.dtype)
     d.optional("initial_state", initial_state, state_axes(d, normalize), acc)
     for name, part in (("x", "Gx"), ("B", "Gb"), ("C", "Gc")):
@@ -181,8 +178,7 @@ def check(
         x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, gate=gate, seq_idx=seq_idx, token_order=token_order,
         initial_state=initial_state, **{f"reverse.{name}": t for name, t in zip(Reverse._fields, r, strict=True)},
     )  # fmt: skip
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"ssd_scan: chunk_size must be >= 1, got {chunk_size}")
+    check_chunk_size("ssd_scan", chunk_size)
     return r
 
 
@@ -250,7 +246,7 @@ def _bwd_fake(
     grad_y: Tensor, grad_mass: Tensor | None, grad_final_state: Tensor | None, y: Tensor | None,
     mass: Tensor | None, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
-    return _autograd.fakes(args[:-1], [ARGUMENTS.index(name) for name in DIFFERENTIABLE])
+    return _autograd.fakes(args[:-1], WRT)
 
 
 def _bwd_reference(
@@ -258,25 +254,19 @@ def _bwd_reference(
     mass: Tensor | None, *args: Any,
 ) -> list[Tensor]:  # fmt: skip
     inputs = (*args[:-1], grad_final_state is not None, True, args[-1])
-    wrt = [ARGUMENTS.index(name) for name in DIFFERENTIABLE]
-    return _autograd.gradients(reference, inputs, wrt, (grad_y, grad_mass, grad_final_state))
+    return _autograd.gradients(reference, inputs, WRT, (grad_y, grad_mass, grad_final_state))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.normalize = inputs[ARGUMENTS.index("normalize")]
-    means = output[:2] if ctx.normalize else ()
-    ctx.save_for_backward(*means, *(v for v in inputs if isinstance(v, Tensor)))
-    ctx.consts = [None if isinstance(v, Tensor) else (v,) for v in inputs]
-    ctx.set_materialize_grads(False)
+    _autograd.keep(ctx, inputs, output[:2] if ctx.normalize else ())
 
 
 def _backward(
     ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_mass: Tensor | None, grad_state: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    saved = iter(ctx.saved_tensors)
-    y, mass = (next(saved), next(saved)) if ctx.normalize else (None, None)
-    inputs = [next(saved) if c is None else c[0] for c in ctx.consts]
-    *inputs, return_final_state, _, chunk_size = inputs
+    means, (*inputs, return_final_state, _, chunk_size) = _autograd.kept(ctx)
+    y, mass = means if ctx.normalize else (None, None)
     given = dict(zip(ARGUMENTS, inputs, strict=True))
     if grad_y is None:
         x, dt = given["x"], given["dt"]
@@ -286,8 +276,7 @@ def _backward(
     else:
         grad_mass = None
     grads = bwd_op(grad_y, grad_mass, grad_state if return_final_state else None, y, mass, *inputs, chunk_size)
-    by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
-    return (*(by_name.get(n) if given[n] is not None else None for n in ARGUMENTS), None, None, None)
+    return (*_autograd.in_places(grads, WRT, inputs), None, None, None)
 
 
 def _cuda_limit(asked: _registry.Asked) -> str | None:

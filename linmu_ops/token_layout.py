@@ -57,6 +57,22 @@ class Cut(NamedTuple):
     inverse: Tensor
 
 
+class Partition(NamedTuple):
+    """How blocks are partitioned: the arguments of `TokenLayout.window_table`, in their order."""
+
+    window: Sequence[int]
+    shift: Sequence[int] = (0, 0, 0)
+    wrap: str = "join"
+    image_window: Sequence[int] | None = None
+    image_shift: Sequence[int] | None = None
+
+    def of(self, image: bool) -> tuple[Sequence[int], Sequence[int]]:
+        """Window and shift of a block: of an image (T = 1) or of a video."""
+        window = self.image_window if image and self.image_window is not None else self.window
+        shift = self.image_shift if image and self.image_shift is not None else self.shift
+        return window, shift
+
+
 class TokenLayout:
     """Where the visual tokens of a batch are.
 
@@ -229,7 +245,7 @@ class TokenLayout:
             image_shift: shift of blocks with T = 1; `shift` if None.
             device: where the tensors go; the CPU if None.
         """
-        given = self._window_key(window, shift, wrap, image_window, image_shift)
+        given = _window_key(Partition(window, shift, wrap, image_window, image_shift))
 
         def table(plan: Any) -> tuple[Any, ...]:
             whole = plan.window_table(*given)
@@ -258,7 +274,7 @@ class TokenLayout:
             between: (n, k) int64. Flat positions of the text between the first and the last token of a chunk's slab; -1
                 fills up.
         """
-        given = self._window_key(window, shift, wrap, image_window, image_shift)
+        given = _window_key(Partition(window, shift, wrap, image_window, image_shift))
         return self._cached(("slab_chunks", *given), device, lambda plan: self._slabs(*given))
 
     def _slabs(self, window: Any, shift: Any, image_window: Any, image_shift: Any, mask: bool) -> tuple[Any, ...]:
@@ -302,7 +318,7 @@ class TokenLayout:
     ) -> Cut:
         """Of a part: the slabs that lie in several calls. The arguments are those of `window_table`, with wrap="mask":
         a window that wraps around in time would be in two slabs."""
-        given = self._window_key(window, shift, wrap, image_window, image_shift)
+        given = _window_key(Partition(window, shift, wrap, image_window, image_shift))
         if wrap != "mask":
             raise ValueError(f"TokenLayout: wrap must be 'mask' for a part of an image or video, got {wrap!r}")
         shape = self.batch_size, self.length
@@ -333,29 +349,6 @@ class TokenLayout:
             return (np.flatnonzero(text.reshape(-1, size).any(1)),)
 
         return self._cached(("text_chunks", size), device, chunks)[0]
-
-    @staticmethod
-    def _window_key(
-        window: Sequence[int],
-        shift: Sequence[int],
-        wrap: str,
-        image_window: Sequence[int] | None,
-        image_shift: Sequence[int] | None,
-    ) -> tuple[Any, ...]:
-        """The arguments of `window_table`, checked, as its planner takes them."""
-        given = (
-            _triple("window", window, 1),
-            _triple("shift", shift, 0),
-            _triple("image_window", window if image_window is None else image_window, 1),
-            _triple("image_shift", shift if image_shift is None else image_shift, 0),
-            wrap == "mask",
-        )
-        if wrap not in WRAPS:
-            raise ValueError(f"TokenLayout: wrap must be one of {', '.join(WRAPS)}, got {wrap!r}")
-        for name, w in (("window", given[0]), ("image_window", given[2])):
-            if (2 * w[0] - 1) * (2 * w[1] - 1) * (2 * w[2] - 1) >= 2**31:
-                raise ValueError(f"TokenLayout: {name} must have (2T-1)(2H-1)(2W-1) < 2**31, got {w}")
-        return given
 
     def _segments(self, device: torch.device | str | None) -> Any:
         return self._cached(("segments",), device, self._planned_segments)
@@ -444,6 +437,24 @@ def _planner() -> Any:
         return compiled
     _registry.warn_once("TokenLayout", f"linmu_ops.TokenLayout plans in numpy, slowly: {_native.planner_error}", 4)
     return reference
+
+
+def _window_key(windows: Partition) -> tuple[Any, ...]:
+    """How blocks are partitioned, checked, as a planner takes it."""
+    (window, shift), (image_window, image_shift) = windows.of(image=False), windows.of(image=True)
+    given = (
+        _triple("window", window, 1),
+        _triple("shift", shift, 0),
+        _triple("image_window", image_window, 1),
+        _triple("image_shift", image_shift, 0),
+        windows.wrap == "mask",
+    )
+    if windows.wrap not in WRAPS:
+        raise ValueError(f"TokenLayout: wrap must be one of {', '.join(WRAPS)}, got {windows.wrap!r}")
+    for name, w in (("window", given[0]), ("image_window", given[2])):
+        if (2 * w[0] - 1) * (2 * w[1] - 1) * (2 * w[2] - 1) >= 2**31:
+            raise ValueError(f"TokenLayout: {name} must have (2T-1)(2H-1)(2W-1) < 2**31, got {w}")
+    return given
 
 
 def _integer(name: str, value: Any, least: int | None = None) -> int:

@@ -14,7 +14,7 @@ from . import _autograd, _registry
 from ._dims import FLOATS, Dims, accumulate_dtype
 from ._traced_layout import TracedGrid
 from .reference.window_attention import window_attention as reference
-from .token_layout import WRAPS, TokenLayout
+from .token_layout import WRAPS, Partition, TokenLayout
 
 INPUTS = (
     "Tensor tokens, Tensor offsets, Tensor? coords, int[] window, float scale, Tensor? bias, Tensor? cos, "
@@ -94,22 +94,13 @@ def window_attention(
     Source: Liu et al. 2021, arXiv:2103.14030; LinMU, arXiv:2601.01322. Reference:
     linmu_ops/reference/window_attention.py.
     """
-    d = Dims("window_attention")
-    d("q", q, "B L H P", FLOATS)
-    d("k", k, "B L G P", q.dtype)
-    d("v", v, "B L G P", q.dtype)
-    d.divides("k", "G", "H")
-    if wrap not in WRAPS:
-        raise ValueError(f"window_attention: wrap must be one of {', '.join(WRAPS)}, got {wrap!r}")
-    sizes = padded("window", window, 1)
-    shifts = padded("shift", shift, 0)
-    image_sizes = None if image_window is None else padded("image_window", image_window, 1)
-    image_shifts = None if image_shift is None else padded("image_shift", image_shift, 0)
+    d = check_rows(q, k, v)
+    windows = read_windows(window, shift, wrap, image_window, image_shift)
     if (layout is None) == (grid is None):
         raise ValueError("window_attention: exactly one of layout and grid must be given")
     if layout is None:
         assert grid is not None
-        block = padded("grid", grid, 1)
+        block = _padded("grid", grid, 1)
         if math.prod(block) != d["L"]:
             raise ValueError(f"window_attention: grid must hold L={d['L']} tokens, got {tuple(grid)}")
         if torch.compiler.is_exporting():
@@ -122,7 +113,6 @@ def window_attention(
             f"window_attention: layout must be of B={d['B']}, L={d['L']}, "
             f"got batch_size={layout.batch_size}, length={layout.length}"
         )
-    acc = accumulate_dtype(q.dtype)
     if bias is not None:
         if image_window is not None:
             raise ValueError("window_attention: bias must be None with image_window: it belongs to one window")
@@ -130,27 +120,19 @@ def window_attention(
         d("bias", bias, "H " + " ".join(f"2{w}-1" for w in "THW"[max(4 - rank, 0) :]), FLOATS)
         if bias.dim() < 4:
             bias = bias.view(d["H"], *[1] * (4 - bias.dim()), *bias.shape[1:])
-        if tuple(bias.shape[1:]) != tuple(2 * w - 1 for w in sizes):
+        if tuple(bias.shape[1:]) != tuple(2 * w - 1 for w in windows.window):
             raise ValueError(
-                f"window_attention: bias must be (H, 2T-1, 2H-1, 2W-1) with window {sizes}, "
+                f"window_attention: bias must be (H, 2T-1, 2H-1, 2W-1) with window {windows.window}, "
                 f"got shape {tuple(bias.shape)}"
             )
-        bias = bias.to(acc)
-    if (cos is None) != (sin is None):
-        raise ValueError("window_attention: cos and sin must be given together")
-    if cos is not None and sin is not None:
-        rows = "1" if isinstance(cos, Tensor) and cos.dim() == 3 and cos.shape[0] == 1 else "B"
-        d("cos", cos, f"{rows} L R", FLOATS)
-        d("sin", sin, f"{rows} L R", FLOATS)
-        if d["R"] % 2 or d["R"] > d["P"]:
-            raise ValueError(f"window_attention: cos must have an even R of at most P={d['P']}, got R={d['R']}")
-        cos, sin = cos.detach().to(acc), sin.detach().to(acc)
+        bias = bias.to(accumulate_dtype(q.dtype))
+    cos, sin = read_rotary(d, q, cos, sin)
     d.same_device(q, k=k, v=v, bias=bias, cos=cos, sin=sin)
-    table = layout.window_table(sizes, shifts, wrap, image_sizes, image_shifts, q.device)
+    table = layout.window_table(*windows, q.device)
     factor = d["P"] ** -0.5 if scale is None else float(scale)
     out, lse = _registry.call(
         "window_attention", q, q, k, v, table.tokens, table.offsets, None if bias is None else table.coords,
-        list(sizes), factor, bias, cos, sin, interleaved, causal,
+        list(windows.window), factor, bias, cos, sin, interleaved, causal,
     )  # fmt: skip
     if not return_lse:
         return out
@@ -158,7 +140,51 @@ def window_attention(
     return out, everywhere.index_copy(0, table.tokens.long(), lse).view(q.shape[:3])
 
 
-def padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
+def check_rows(q: Tensor, k: Tensor, v: Tensor) -> Dims:
+    """Raise unless these are queries, keys and values; their axes."""
+    d = Dims("window_attention")
+    d("q", q, "B L H P", FLOATS)
+    d("k", k, "B L G P", q.dtype)
+    d("v", v, "B L G P", q.dtype)
+    d.divides("k", "G", "H")
+    return d
+
+
+def read_windows(
+    window: Sequence[int],
+    shift: Sequence[int],
+    wrap: str,
+    image_window: Sequence[int] | None,
+    image_shift: Sequence[int] | None,
+) -> Partition:
+    """The windows, checked, with three sizes each."""
+    if wrap not in WRAPS:
+        raise ValueError(f"window_attention: wrap must be one of {', '.join(WRAPS)}, got {wrap!r}")
+    return Partition(
+        _padded("window", window, 1),
+        _padded("shift", shift, 0),
+        wrap,
+        None if image_window is None else _padded("image_window", image_window, 1),
+        None if image_shift is None else _padded("image_shift", image_shift, 0),
+    )
+
+
+def read_rotary(d: Dims, q: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin, checked, as constants of q's accumulate type."""
+    if cos is None and sin is None:
+        return None, None
+    if cos is None or sin is None:
+        raise ValueError("window_attention: cos and sin must be given together")
+    rows = "1" if isinstance(cos, Tensor) and cos.dim() == 3 and cos.shape[0] == 1 else "B"
+    d("cos", cos, f"{rows} L R", FLOATS)
+    d("sin", sin, f"{rows} L R", FLOATS)
+    if d["R"] % 2 or d["R"] > d["P"]:
+        raise ValueError(f"window_attention: cos must have an even R of at most P={d['P']}, got R={d['R']}")
+    acc = accumulate_dtype(q.dtype)
+    return cos.detach().to(acc), sin.detach().to(acc)
+
+
+def _padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
     """Three sizes, missing leading ones filled in; `fill` is also the least allowed value."""
     try:
         sizes = [operator.index(v) for v in values]

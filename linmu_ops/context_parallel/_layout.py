@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..token_layout import TokenLayout, WindowTable
+from ..token_layout import Partition, TokenLayout, WindowTable
 from ._context import ContextParallel, MovedOrder
 
 
@@ -89,26 +88,17 @@ class SlabLayout:
         return self._cached(("text_chunks", size, device), chunks)
 
     def neighbourhood(
-        self,
-        window: Sequence[int],
-        shift: Sequence[int],
-        wrap: str,
-        image_window: Sequence[int] | None,
-        image_shift: Sequence[int] | None,
-        causal: bool,
-        device: torch.device | str | None = None,
+        self, windows: Partition, causal: bool, device: torch.device | str | None = None
     ) -> Neighbourhood:
-        """The arguments are those of `TokenLayout.window_table`. causal: no token needs a later one."""
-        image = (None if t is None else tuple(t) for t in (image_window, image_shift))
-        given = (tuple(window), tuple(shift), wrap, *image)
-        return self._cached((given, causal, device), lambda: self._neighbourhood(given, causal, device))
+        """causal: no token needs a later one."""
+        return self._cached((windows, causal, device), lambda: self._neighbourhood(windows, causal, device))
 
     def _cached(self, key: Any, make: Any) -> Any:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
-    def _neighbourhood(self, windows: Any, causal: bool, device: Any) -> Neighbourhood:
+    def _neighbourhood(self, windows: Partition, causal: bool, device: Any) -> Neighbourhood:
         context, me, n = self.context, self.context.rank, self.length
         table = self.layout.window_table(*windows)
         tokens, offsets = (np.asarray(t, dtype=np.int64) for t in (table.tokens, table.offsets))

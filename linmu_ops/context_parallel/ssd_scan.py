@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dims import accumulate_dtype, without_autocast
-from .._directions import Direction, Reverse
+from .._directions import Direction, Reverse, with_own
 from ..reference._visits import restarts, visited
 from ..ssd_scan import check
 from ..ssd_scan import ssd_scan as op
@@ -87,7 +87,7 @@ def ssd_scan(
         r = r._replace(**dict(zip(("dt", "B", "C", "mask", "seq_idx"), own, strict=True)))
     acc = accumulate_dtype(x.dtype)
     forward = Direction(dt, A, B, C, dt_bias, None, seq_idx)
-    backward = forward.with_own(r)
+    backward = with_own(forward, r)
     visits = None if order is None else order.long()
     with without_autocast(x.device):
         slabs = [

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dims import FLOATS, Dims, accumulate_dtype
 from ..reference.window_attention import rotate
 from ..token_layout import TokenLayout
-from ..window_attention import padded
+from ..window_attention import check_rows, read_rotary, read_windows
 from ..window_attention import window_attention as op
 from ._context import ContextParallel
 from ._layout import ExtendedRows, SlabLayout
@@ -58,27 +57,16 @@ def window_attention(
         of windows that lie across borders, however long the row is. With wrap="join" a block's last windows hold tokens
         of its beginning too.
     """
-    d = Dims("window_attention")
-    d("q", q, "B L H P", FLOATS)
-    d("k", k, "B L G P", q.dtype)
-    d("v", v, "B L G P", q.dtype)
-    d.divides("k", "G", "H")
+    d = check_rows(q, k, v)
+    windows = read_windows(window, shift, wrap, image_window, image_shift)
     context.check("window_attention", "q", q)
     slab = layout if isinstance(layout, SlabLayout) else SlabLayout(context, layout)
     if slab.batch_size != d["B"]:
         raise ValueError(f"window_attention: layout must be of B={d['B']}, got batch_size={slab.batch_size}")
-    if (cos is None) != (sin is None):
-        raise ValueError("window_attention: cos and sin must be given together")
+    cos, sin = read_rotary(d, q, cos, sin)
     if cos is not None and sin is not None:
-        d("cos", cos, f"{'1' if cos.shape[0] == 1 else 'B'} L R", FLOATS)
-        d("sin", sin, f"{'1' if sin.shape[0] == 1 else 'B'} L R", FLOATS)
-        acc = accumulate_dtype(q.dtype)
-        turn = (cos.detach().to(acc), sin.detach().to(acc), interleaved)
-        q, k = (rotate(t.to(acc), *turn).to(t.dtype) for t in (q, k))
-    sizes, shifts = padded("window", window, 1), padded("shift", shift, 0)
-    image_sizes = None if image_window is None else padded("image_window", image_window, 1)
-    image_shifts = None if image_shift is None else padded("image_shift", image_shift, 0)
-    near = slab.neighbourhood(sizes, shifts, wrap, image_sizes, image_shifts, causal, q.device)
+        q, k = (rotate(t.to(cos.dtype), cos, sin, interleaved).to(t.dtype) for t in (q, k))
+    near = slab.neighbourhood(windows, causal, q.device)
     both = torch.cat((k, v), dim=2)
     came = context.exchange(both.flatten(0, 1)[near.send], near.to, near.of)
     around = (0, 0, 0, 0, near.before, near.after)

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from .._traced_layout import TracedGrid
 from ..context_parallel import ContextParallel, SlabLayout
-from ..token_layout import TokenLayout
+from ..token_layout import Partition, TokenLayout
 from .state import MMATEState
 
 Rotary = tuple[Tensor, Tensor]
 Triple = tuple[int, int, int]
-# window, shift, wrap, image_window, image_shift, as TokenLayout.window_table takes them
-Windows = tuple[Triple, Triple, str, Triple | None, Triple | None]
 
 _RIDGE = 1e-3
 _LOGITS = 8.0  # outside of this range a sigmoid is all but constant
@@ -72,7 +70,7 @@ def check_inputs(
     grid: Sequence[int] | None,
     attention_mask: Tensor | None,
     layer_idx: int,
-    windows: Windows | None,
+    windows: Partition | None,
 ) -> TokenLayout | None:
     """Check the tensors every module takes, and return the layout; None where no token is visual."""
     if hidden_states.dim() != 3 or hidden_states.shape[2] != dim:
@@ -100,7 +98,7 @@ def check_inputs(
     return layout if layout.has_visual or layout.is_part else None
 
 
-def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: int, windows: Windows | None) -> None:
+def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: int, windows: Partition | None) -> None:
     """Compute everything a layer reads from the layout; the layout keeps it."""
     if layout.is_part:
         layout.visual_mask(device)
@@ -117,7 +115,7 @@ def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: i
 
 
 def grid_layout(
-    grid: Sequence[int], num_text: int, batch_size: int, device: torch.device, layer_idx: int, windows: Windows | None
+    grid: Sequence[int], num_text: int, batch_size: int, device: torch.device, layer_idx: int, windows: Partition | None
 ) -> TokenLayout:
     """Layout of rows that are one (T, H, W) grid and then `num_text` tokens of text."""
     if torch.compiler.is_exporting():
@@ -140,7 +138,7 @@ def _prepare_while_tracing(
     batch_size: int,
     device: torch.device,
     layer_idx: int,
-    windows: Windows | None,
+    windows: Partition | None,
 ) -> None:
     layout = _traced.setdefault((grid, num_text, batch_size), _grid_layout(grid, num_text, batch_size))
     prepare_layout(layout, device, layer_idx, windows)

@@ -14,7 +14,6 @@ from .._layout_part import whole_frames
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
 from ._inputs import Call, Rotary, Triple, apply_rotary, split_heads, take
-from ._inputs import Windows as LayerWindows
 from .past import Past, Sizes, kept_of, running_top, score
 from .shape import AttentionShape
 from .state import MMATEState
@@ -88,8 +87,7 @@ class NearAttention(nn.Module):
         super().__init__()
         self.shape, self.text_window, self.sink_tokens = shape, text_window, sink_tokens
         self.sizes = Sizes(text_window, sink_tokens, kept_tokens)
-        video, shift, _, image, image_shift = layer_windows(window, image_window, shape.layer_idx)
-        self.layer_windows: LayerWindows = (video, shift, "mask", image, image_shift)
+        self.layer_windows = layer_windows(window, image_window, shape.layer_idx)._replace(wrap="mask")
         self.q_proj, self.k_proj, self.v_proj = shape.projections()
         self.q_norm, self.k_norm = shape.norm(), shape.norm()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..context_parallel import window_attention as split_window_attention
-from ..token_layout import TokenLayout
+from ..token_layout import Partition, TokenLayout
 from ..window_attention import window_attention
 from ._inputs import (
     Call,
@@ -22,7 +22,6 @@ from ._inputs import (
     split_heads,
     take,
 )
-from ._inputs import Windows as LayerWindows
 from .shape import AttentionShape
 from .state import MMATEState, written_in_place
 from .text_window import as_ring, attend, causal_window_attention, chunk_size, from_ring
@@ -190,11 +189,12 @@ def chunks_with_text(layout: TokenLayout | None, size: int, moved: Tensor | None
     return F.pad(text, (0, -text.shape[1] % size)).view(-1, size).any(1).nonzero()[:, 0]
 
 
-def layer_windows(window: Triple, image_window: Triple | None, layer_idx: int) -> LayerWindows:
+def layer_windows(window: Triple, image_window: Triple | None, layer_idx: int) -> Partition:
     """The windows of a layer, shifted by half their size where it is odd."""
 
     def shift(size: Triple) -> Triple:
         t, h, w = size
         return (t // 2, h // 2, w // 2) if layer_idx % 2 else (0, 0, 0)
 
-    return window, shift(window), "join", image_window, None if image_window is None else shift(image_window)
+    image_shift = None if image_window is None else shift(image_window)
+    return Partition(window, shift(window), "join", image_window, image_shift)

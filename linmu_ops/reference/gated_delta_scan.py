@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._dims import accumulate_dtype
-from .._directions import DeltaDirection, DeltaReverse
+from .._directions import DeltaDirection, DeltaReverse, with_own
 from ._visits import both_directions, by_head, restarts, visited, visiting_order
 
 NORM_EPS = 1e-6
@@ -53,9 +53,8 @@ def gated_delta_scan(
     chunk_size: int, walk: Callable[..., tuple[Tensor, Tensor]] = recurrence,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     forward = DeltaDirection(q, k, g, beta, None, seq_idx)
-    reverse = forward.with_own(
-        DeltaReverse(reverse_q, reverse_k, reverse_g, reverse_beta, reverse_mask, reverse_seq_idx)
-    )
+    own = DeltaReverse(reverse_q, reverse_k, reverse_g, reverse_beta, reverse_mask, reverse_seq_idx)
+    reverse = with_own(forward, own)
     batch, length, heads = g.shape
     acc = accumulate_dtype(q.dtype)
     order, inverse = visiting_order("gated_delta_scan", token_order, q)

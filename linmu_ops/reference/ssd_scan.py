@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dims import accumulate_dtype
-from .._directions import Direction, Reverse
+from .._directions import Direction, Reverse, with_own
 from ._visits import both_directions, by_head, normalized, restarts, visited, visiting_order
 
 
@@ -40,9 +40,8 @@ def ssd_scan(
     if normalize:
         x = torch.cat([x, x.new_ones(*x.shape[:3], 1)], dim=3)
     forward = Direction(dt, A, B, C, dt_bias, None, seq_idx)
-    reverse = forward.with_own(
-        Reverse(reverse_dt, reverse_A, reverse_B, reverse_C, reverse_dt_bias, reverse_mask, reverse_seq_idx)
-    )
+    own = Reverse(reverse_dt, reverse_A, reverse_B, reverse_C, reverse_dt_bias, reverse_mask, reverse_seq_idx)
+    reverse = with_own(forward, own)
     batch, length, heads = dt.shape
     acc = accumulate_dtype(x.dtype)
     order, inverse = visiting_order("ssd_scan", token_order, x)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._directions import Direction, Reverse
+from .._directions import Direction, Reverse, with_own
 from ..reference._visits import LEAST_MASS
 from ..ssd_scan import ARGUMENTS, DIFFERENTIABLE
 from ._ssd_tiles import _exp, _log_decays, _mass, _over_visits, _pair_decays, _rounded, _segments, _state, _tile
@@ -223,7 +223,7 @@ def _visit(t: Tensor, order: Tensor | None) -> Tensor:
 
 def _directions(i: dict[str, Any]) -> tuple[Direction, Direction]:
     forward = Direction(i["dt"], i["A"], i["B"], i["C"], i["dt_bias"], None, i["seq_idx"])
-    return forward, forward.with_own(Reverse(*(i[f"reverse_{name}"] for name in Reverse._fields)))
+    return forward, with_own(forward, Reverse(*(i[f"reverse_{name}"] for name in Reverse._fields)))
 
 
 def _prepare(

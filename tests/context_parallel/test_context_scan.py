@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from linmu_ops import Reverse
+from linmu_ops import Reverse, TokenLayout
 from linmu_ops._testing import grouped, run_op, small_inputs
 from linmu_ops.context_parallel import ContextParallel
 from linmu_ops.context_parallel import ssd_scan as split_scan
+from linmu_ops.context_parallel import window_attention as split_windows
 from tests.context_parallel.gang import Gang, assert_whole, bytes_sent, joined, results, slabs
 
 OWN = [f"reverse_{name}" for name in Reverse._fields]
@@ -161,7 +162,8 @@ def test_what_is_sent_does_not_grow_with_the_row(gang):
 def refusals(group):
     context = ContextParallel(group, 10)
     order = torch.arange(10).flip(0)[None].int()
-    x = torch.zeros(1, 3, 1, 2)
+    x, mine, angles = torch.zeros(1, 3, 1, 2), torch.zeros(1, 5, 1, 2), torch.zeros(1, 5, 3)
+    layout = TokenLayout.from_grid((1, 1, 10))
     calls = (
         lambda: context.order(order),
         lambda: context.order(order[:, 1:]),
@@ -170,6 +172,9 @@ def refusals(group):
         lambda: context.shard(torch.zeros(1, 9)),
         lambda: split_scan(x, x[..., 0], torch.zeros(1), x, x, context=context),
         lambda: split_scan(x, x[..., 0], torch.zeros(1), x, x, context=context, normalize=True),
+        lambda: split_windows(
+            mine, mine, mine, layout=layout, context=context, window=(1, 1, 2), cos=angles, sin=angles
+        ),
     )
     texts = []
     for call in calls:
@@ -191,6 +196,7 @@ def test_errors_say_what_is_wrong(gang):
     assert texts[0][4] == "ContextParallel: t must have 10 tokens in dim 1, got shape (1, 9)"
     assert texts[1][5] == "ssd_scan: x must have the 5 tokens of rank 1 in dim 1, got shape (1, 3, 1, 2)"
     assert texts[0][6] == "ssd_scan: normalize must be False for rows that are split over ranks, got True"
+    assert texts[0][7] == "window_attention: cos must have an even R of at most P=2, got R=3"
     assert texts[0][:4] == texts[1][:4]
 
 
