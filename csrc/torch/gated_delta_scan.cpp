@@ -1,7 +1,7 @@
 #include "../linmu/gated_delta_scan.h"
 
-#include "checks.h"
 #include "ops.h"
+#include "scan.h"
 
 namespace linmu {
 namespace {
@@ -16,24 +16,12 @@ struct Direction {
 };
 
 // The arguments the two ops share, checked and kept alive for as long as the Params point into them.
-struct Inputs {
+struct Inputs : Kept {
   GatedDeltaScanParams p{};
   ScalarType type, acc;
   Tensor v;
   Direction forward, reverse;
   OptTensor gate, initial_state;
-  std::vector<Tensor> kept;
-
-  const void* small(const OptTensor& t) {
-    if (!t.has_value()) return nullptr;
-    kept.push_back(torch::stable::contiguous(*t));
-    return kept.back().const_data_ptr();
-  }
-  SsdScanTensor strided(const Tensor& t) {
-    kept.push_back(t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t);
-    const Tensor& k = kept.back();
-    return {k.const_data_ptr(), k.stride(0), k.stride(1), k.stride(2)};
-  }
 
   void check(Dims& d, const Direction& of, const std::string& prefix) const {
     const auto each = [&](const char* name, const OptTensor& t, const char* axes, ScalarType dtype) {
@@ -82,8 +70,6 @@ Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   d.divides("q", "Gq", "H");
   d.divides("k", "Gk", "H");
   d.divides("v", "Gv", "H");
-  const bool known = direction == "forward" || direction == "reverse" || direction == "both";
-  LINMU_CHECK(known, kOp, ": direction must be one of forward, reverse, both, got '", direction, "'");
 
   p.batch = d["B"], p.length = d["L"], p.heads = d["H"], p.key_dim = d["K"], p.value_dim = d["V"];
   p.groups_q = d["Gq"], p.groups_k = d["Gk"], p.groups_v = d["Gv"];
@@ -95,7 +81,7 @@ Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   in.point(p.forward, in.forward);
   p.reverse = p.forward;
   in.point(p.reverse, in.reverse);
-  p.forward.on = direction != "reverse", p.reverse.on = direction != "forward";
+  turn_on(p, kOp, direction);
   p.threads = torch_threads();
   return in;
 }
@@ -112,7 +98,7 @@ std::tuple<Tensor, Tensor> forward(Inputs in, bool return_final_state) {
 }
 
 // In the order of DIFFERENTIABLE in linmu_ops/gated_delta_scan.py.
-std::vector<Tensor> backward(const Tensor& grad_y, const OptTensor& grad_final_state, Inputs in) {
+std::vector<Tensor> backward(Inputs in, const Tensor& grad_y, const OptTensor& grad_final_state) {
   GatedDeltaScanBwdParams p{};
   p.scan = in.p;
   Dims d(kOp);
@@ -149,30 +135,14 @@ std::vector<Tensor> backward(const Tensor& grad_y, const OptTensor& grad_final_s
   return grads;
 }
 
-// The functions of the schemas, given the arguments that both take.
-template <class Checked>
-struct Ops;
-
-template <class... T>
-struct Ops<Inputs(T...)> {
-  static std::tuple<Tensor, Tensor> gated_delta_scan(T... inputs, bool return_final_state, int64_t chunk_size) {
-    Inputs in = checked(inputs...);
-    in.p.chunk = chunk_size;
-    return forward(std::move(in), return_final_state);
-  }
-  static std::vector<Tensor> gated_delta_scan_bwd(const Tensor& grad_y, const OptTensor& grad_final_state, T... inputs,
-                                                  int64_t chunk_size) {
-    Inputs in = checked(inputs...);
-    in.p.chunk = chunk_size;
-    return backward(grad_y, grad_final_state, std::move(in));
-  }
-};
+using Forward = ForwardOp<checked, forward>;
+using Backward = BackwardOp<checked, backward>;
 
 }  // namespace
 
 void register_gated_delta_scan(StableLibrary& lib) {
-  lib.impl("gated_delta_scan", TORCH_BOX(&Ops<decltype(checked)>::gated_delta_scan));
-  lib.impl("gated_delta_scan_bwd", TORCH_BOX(&Ops<decltype(checked)>::gated_delta_scan_bwd));
+  lib.impl("gated_delta_scan", TORCH_BOX(&Forward::call));
+  lib.impl("gated_delta_scan_bwd", TORCH_BOX(&Backward::call));
 }
 
 }  // namespace linmu

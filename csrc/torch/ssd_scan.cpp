@@ -1,7 +1,7 @@
 #include "../linmu/ssd_scan.h"
 
-#include "checks.h"
 #include "ops.h"
+#include "scan.h"
 
 namespace linmu {
 namespace {
@@ -9,53 +9,18 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
-// A dimension of size 1 may have any stride, even one that TMA refuses: it is as if packed.
-int64_t stride(const Tensor& t, int64_t dim) {
-  if (t.size(dim) != 1) return t.stride(dim);
-  int64_t packed = 1;
-  for (int64_t i = dim + 1; i < t.dim(); ++i) packed *= t.size(i);
-  return packed > 0 ? packed : 1;
-}
-
-// Whether rows of whole 16 bytes lie where pieces of 16 bytes and TMA can read them. Of other rows it is true:
-// packing would not help them.
-bool in_pieces(const Tensor& t) {
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
-  if (t.size(3) * size % 16) return true;
-  for (int64_t i = 0; i < 3; ++i)
-    if (stride(t, i) <= 0 || stride(t, i) * size % 16) return false;
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
 // One direction's arguments, as the caller gives them.
 struct Direction {
   OptTensor dt, A, B, C, dt_bias, mask, seq_idx;
 };
 
 // The arguments the two ops share, checked and kept alive for as long as the Params point into them.
-struct Inputs {
+struct Inputs : Kept {
   SsdScanParams p{};
   ScalarType type, acc;
   Tensor x;
   Direction forward, reverse;
   OptTensor D, gate, initial_state;
-  std::vector<Tensor> kept;
-
-  const void* small(const OptTensor& t) {
-    if (!t.has_value()) return nullptr;
-    kept.push_back(torch::stable::contiguous(*t));
-    return kept.back().const_data_ptr();
-  }
-  SsdScanTensor strided(const Tensor& t) {
-    if (t.size(3) > 1 && t.stride(3) != 1)
-      kept.push_back(torch::stable::contiguous(t));
-    else
-      kept.push_back(in_pieces(t) || !kPacksRows ? t
-                     : t.is_contiguous()         ? torch::stable::clone(t)
-                                                 : torch::stable::contiguous(t));
-    const Tensor& k = kept.back();
-    return {k.const_data_ptr(), stride(k, 0), stride(k, 1), stride(k, 2)};
-  }
 
   void check(Dims& d, const Direction& of, const std::string& prefix) const {
     const auto each = [&](const char* name, const OptTensor& t, const char* axes, ScalarType dtype) {
@@ -110,8 +75,6 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   d.divides("x", "Gx", "H");
   d.divides("B", "Gb", "H");
   d.divides("C", "Gc", "H");
-  const bool known = direction == "forward" || direction == "reverse" || direction == "both";
-  LINMU_CHECK(known, "ssd_scan: direction must be one of forward, reverse, both, got '", direction, "'");
 
   p.batch = d["B"], p.length = d["L"], p.heads = d["H"], p.head_dim = d["P"], p.state_dim = d["N"];
   p.groups_x = d["Gx"], p.groups_b = d["Gb"], p.groups_c = d["Gc"];
@@ -124,7 +87,7 @@ Inputs checked(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor&
   in.point(p.forward, in.forward);
   p.reverse = p.forward;
   in.point(p.reverse, in.reverse);
-  p.forward.on = direction != "reverse", p.reverse.on = direction != "forward";
+  turn_on(p, "ssd_scan", direction);
   p.shared_projections = !reverse_B.has_value() && !reverse_C.has_value();
   p.threads = torch_threads();
   return in;
@@ -146,8 +109,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Inputs in, bool return_final_state, b
 }
 
 // In the order of DIFFERENTIABLE in linmu_ops/ssd_scan.py.
-std::vector<Tensor> backward(const Tensor& grad_y, const OptTensor& grad_mass, const OptTensor& grad_final_state,
-                             const OptTensor& y, const OptTensor& mass, Inputs in) {
+std::vector<Tensor> backward(Inputs in, const Tensor& grad_y, const OptTensor& grad_mass,
+                             const OptTensor& grad_final_state, const OptTensor& y, const OptTensor& mass) {
   SsdScanBwdParams p{};
   p.scan = in.p;
   Dims d("ssd_scan");
@@ -194,32 +157,14 @@ std::vector<Tensor> backward(const Tensor& grad_y, const OptTensor& grad_mass, c
   return grads;
 }
 
-// The functions of the schemas, given the arguments that both take.
-template <class Checked>
-struct Ops;
-
-template <class... T>
-struct Ops<Inputs(T...)> {
-  static std::tuple<Tensor, Tensor, Tensor> ssd_scan(T... inputs, bool return_final_state, bool for_gradient,
-                                                     int64_t chunk_size) {
-    Inputs in = checked(inputs...);
-    in.p.chunk = chunk_size;
-    return forward(std::move(in), return_final_state, for_gradient);
-  }
-  static std::vector<Tensor> ssd_scan_bwd(const Tensor& grad_y, const OptTensor& grad_mass,
-                                          const OptTensor& grad_final_state, const OptTensor& y, const OptTensor& mass,
-                                          T... inputs, int64_t chunk_size) {
-    Inputs in = checked(inputs...);
-    in.p.chunk = chunk_size;
-    return backward(grad_y, grad_mass, grad_final_state, y, mass, std::move(in));
-  }
-};
+using Forward = ForwardOp<checked, forward>;
+using Backward = BackwardOp<checked, backward>;
 
 }  // namespace
 
 void register_ssd_scan(StableLibrary& lib) {
-  lib.impl("ssd_scan", TORCH_BOX(&Ops<decltype(checked)>::ssd_scan));
-  lib.impl("ssd_scan_bwd", TORCH_BOX(&Ops<decltype(checked)>::ssd_scan_bwd));
+  lib.impl("ssd_scan", TORCH_BOX(&Forward::call));
+  lib.impl("ssd_scan_bwd", TORCH_BOX(&Backward::call));
 }
 
 }  // namespace linmu
