@@ -1,4 +1,5 @@
-"""The only place that loads compiled code: `liblinmu_cpu.so` (ops) and `_C` (the layout planner).
+"""The only place that loads compiled code: `liblinmu_cpu.so` (ops, and the layout planner) and `_C` (the planner
+for pybind11, where it was built from source).
 
 Nothing here raises: a missing or refused binary leaves its reason in `Binary.error`, the references keep serving,
 and the first op that would have used it warns once.
@@ -7,16 +8,19 @@ and the first op that would have used it warns once.
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .reference import token_layout
 
 HERE = Path(__file__).parent
-HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (see README)"
+HOW_TO_BUILD = (
+    "install the wheel of this platform, or build it with `pip install --no-build-isolation -e .` (see README)"
+)
 
 
 @dataclass
@@ -36,11 +40,11 @@ class Binary:
 def load_library(device: str, schema_hash: str) -> Binary:
     """Load liblinmu_<device>.so and let it register its kernels; it refuses when built for other schemas."""
     binary = Binary(file=f"liblinmu_{device}.so")
-    path = HERE / binary.file
-    if os.environ.get("LINMU_NO_BINARY"):
+    if _none_wanted():
         binary.error = "LINMU_NO_BINARY is set"
         return binary
-    if not path.exists():
+    path = find_library(device)
+    if path is None:
         binary.error = f"not built: {HOW_TO_BUILD}"
         return binary
     binary.path = path
@@ -57,24 +61,65 @@ def load_library(device: str, schema_hash: str) -> Binary:
     return binary
 
 
-_planner: ModuleType | None = None
-planner_error: str | None = None
+def find_library(device: str) -> Path | None:
+    """Beside this file, where a build or the wheel of a platform put it; else in the package linmu_<device>, if any."""
+    folders = [HERE]
+    if not (HERE / f"liblinmu_{device}.so").exists() and (spec := importlib.util.find_spec(f"linmu_{device}")):
+        folders += map(Path, spec.submodule_search_locations or ())
+    return next((f for folder in folders if (f := folder / f"liblinmu_{device}.so").exists()), None)
 
 
-def planner() -> ModuleType | None:
-    """The compiled layout planner, or None with the reason in `planner_error`."""
-    global _planner, planner_error
-    if _planner is None and planner_error is None:
-        if os.environ.get("LINMU_NO_BINARY"):
-            planner_error = "LINMU_NO_BINARY is set"
-            return None
-        try:
-            module = importlib.import_module("linmu_ops._C")
-        except ImportError as e:
-            planner_error = f"{e}; {HOW_TO_BUILD}"
-            return None
-        if module.VERSION != token_layout.VERSION:
-            planner_error = f"_C is of version {module.VERSION}, not {token_layout.VERSION}; {HOW_TO_BUILD}"
-            return None
-        _planner = module
-    return _planner
+_planners: dict[str, Any] | None = None
+_planner_errors: dict[str, str] = {}
+
+
+def planners() -> dict[str, Any]:
+    """The compiled layout planners that can serve, the quickest to call first; why others cannot: `planner_errors`."""
+    global _planners
+    if _planners is None:
+        _planners = {}
+        for name, load in (("_C", _load_module), ("liblinmu_cpu.so", _load_interface)):
+            try:
+                if _none_wanted():
+                    raise ImportError("LINMU_NO_BINARY is set")
+                found = load()
+                if found.VERSION != token_layout.VERSION:
+                    raise ImportError(f"it is of version {found.VERSION}, not {token_layout.VERSION}")
+                _planners[name] = found
+            except (ImportError, OSError, AttributeError) as e:
+                _planner_errors[name] = str(e)
+    return _planners
+
+
+def planner() -> Any:
+    """The compiled layout planner that serves, or None with the reason in `planner_error()`."""
+    return next(iter(planners().values()), None)
+
+
+def planner_errors() -> dict[str, str]:
+    """Why a compiled planner cannot serve, by the file's name."""
+    planners()
+    return dict(_planner_errors)
+
+
+def planner_error() -> str:
+    if _none_wanted():
+        return "LINMU_NO_BINARY is set"
+    return f"{'; '.join(f'{name}: {why}' for name, why in planner_errors().items())}; {HOW_TO_BUILD}"
+
+
+def _none_wanted() -> bool:
+    return bool(os.environ.get("LINMU_NO_BINARY"))
+
+
+def _load_module() -> ModuleType:
+    return importlib.import_module("linmu_ops._C")
+
+
+def _load_interface() -> Any:
+    path = find_library("cpu")
+    if path is None:
+        raise ImportError("not built")
+    from ._planner import Library
+
+    return Library(path)

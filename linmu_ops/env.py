@@ -112,17 +112,19 @@ def _binaries(failures: list[str]) -> dict[str, dict[str, str]]:
     found = {}
     for binary in _registry.binaries().values():
         found[binary.file] = {"state": "loaded" if binary.loaded else binary.error or "", **binary.info}
+        if binary.path is not None and binary.path.parent != _native.HERE:
+            found[binary.file]["folder"] = str(binary.path.parent)
         if binary.file == "liblinmu_cuda.so":
             found[binary.file]["evidence"] = _registry.EVIDENCE
         if binary.path is not None and binary.error:
             failures.append(f"{binary.file}: {binary.error}")
-    planner = _native.planner()
-    built = any(_native.HERE.glob("_C.*"))
-    found["_C"] = {"state": "loaded" if planner else _native.planner_error or ""}
-    if planner is not None:
-        found["_C"]["compiler"] = planner.COMPILER
-    elif built and not os.environ.get("LINMU_NO_BINARY"):
-        failures.append(f"_C: {_native.planner_error}")
+    serving, errors = _native.planners(), _native.planner_errors()
+    found["layout planner"] = {"state": f"loaded: {next(iter(serving))}" if serving else _native.planner_error()}
+    if serving:
+        found["layout planner"]["compiler"] = next(iter(serving.values())).COMPILER
+    for name, why in errors.items():
+        if any(_native.HERE.glob(f"{name}*")) and not os.environ.get("LINMU_NO_BINARY"):
+            failures.append(f"layout planner in {name}: {why}")
     return found
 
 

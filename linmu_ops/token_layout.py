@@ -103,7 +103,7 @@ class TokenLayout:
         In a `torch.compile`d function a kept result is an ordinary input, and the next layout needs no recompilation. A
         first use there breaks the graph. So call once, outside, what the graph will use.
 
-        `linmu_ops._C` plans on the host. Where it is not built numpy does, with one warning. Two rows of 32k tokens, a
+        Compiled code plans on the host. Where none is built numpy does, with one warning. Two rows of 32k tokens, a
         16 x 32 x 64 video each, with four scan orders, mask, segments and a shifted (16, 4, 4) table took 1 ms compiled
         and 26 ms in numpy, on one core of a shared x86-64 server.
 
@@ -435,7 +435,7 @@ def _planner() -> Any:
     compiled = _native.planner()
     if compiled is not None:
         return compiled
-    _registry.warn_once("TokenLayout", f"linmu_ops.TokenLayout plans in numpy, slowly: {_native.planner_error}", 4)
+    _registry.warn_once("TokenLayout", f"linmu_ops.TokenLayout plans in numpy, slowly: {_native.planner_error()}", 4)
     return reference
 
 

@@ -26,7 +26,7 @@ def test_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["failures"] == [] and code == 0
     assert found["versions"]["torch"] == torch.__version__ and found["versions"]["python"] == sys.version.split()[0]
-    assert set(found["binaries"]) == {"liblinmu_cpu.so", "liblinmu_cuda.so", "_C"}
+    assert set(found["binaries"]) == {"liblinmu_cpu.so", "liblinmu_cuda.so", "layout planner"}
     evidence = found["binaries"]["liblinmu_cuda.so"]["evidence"]
     assert "for sm_80 and sm_100 they have not run on a GPU" in evidence
     assert "no GPU has run the scans by slices" in evidence

@@ -3,6 +3,9 @@
 #include <cstdint>
 #include <functional>
 
+// What ctypes calls.
+#define LINMU_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace linmu {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };

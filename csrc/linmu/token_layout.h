@@ -28,7 +28,9 @@ template <class... Parts>
 }
 
 inline std::string text(const Triple& t) {
-  return "(" + std::to_string(t[0]) + ", " + std::to_string(t[1]) + ", " + std::to_string(t[2]) + ")";
+  std::ostringstream out;
+  out << '(' << t[0] << ", " << t[1] << ", " << t[2] << ')';
+  return out.str();
 }
 
 // Calls f(canonical index) for each token of a (T, H, W) block in the major scan's order.
@@ -139,7 +141,7 @@ class Plan {
     int64_t begin, tokens;  // its part of positions_ and slots_
   };
 
-  static std::string name(int64_t i) { return "blocks[" + std::to_string(i) + "]"; }
+  static std::string name(int64_t i) { return std::string("blocks[").append(std::to_string(i)).append("]"); }
 
   // T*H*W, or -1 where it exceeds the length (compared by division: the product may not fit in 64 bits).
   static int64_t fitting(const int64_t* sizes, int64_t length) {

@@ -1,4 +1,5 @@
-// linmu_ops._C: the layout planner of csrc/linmu/token_layout.h for Python, with numpy arrays in and out.
+// linmu_ops._C: the layout planner of csrc/linmu/token_layout.h for Python, with numpy arrays in and out. It is built
+// from source alone: csrc/cpu/token_layout.cpp offers the same class to every Python.
 #include "../linmu/token_layout.h"
 
 #include <pybind11/numpy.h>

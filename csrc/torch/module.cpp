@@ -38,8 +38,6 @@ bool runs_here() { return cpu_isa() != Isa::none; }
 }  // namespace
 }  // namespace linmu
 
-#define LINMU_EXPORT extern "C" __attribute__((visibility("default")))
-
 LINMU_EXPORT const char* linmu_build_info() {
   static const std::string info =
       std::string("schema_hash=" LINMU_SCHEMA_HASH "\ntorch=" LINMU_TORCH_VERSION "\ncompiler=" LINMU_COMPILER "\n") +

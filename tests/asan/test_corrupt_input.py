@@ -147,10 +147,11 @@ def test_small_cases_stay_inside(op, dtype):
         assert all(v.isfinite().all() for v in values), sizes
 
 
-def test_planner_refuses_corrupt_tables():
-    planner = _native.planner()
-    if planner is None:
-        pytest.skip(f"no compiled planner: {_native.planner_error}")
+@pytest.mark.parametrize("name", ["_C", "liblinmu_cpu.so"])
+def test_planner_refuses_corrupt_tables(name):
+    if name not in _native.planners():
+        pytest.skip(f"no compiled planner: {_native.planner_errors()[name]}")
+    planner = _native.planners()[name]
     random = np.random.default_rng(0)
     blocks, positions = np.array([[0, 2, 3, 4], [1, 1, 3, 3]]), np.r_[np.arange(24) + 2, np.arange(9)]
     extremes = [-(2**63), -(2**31), -1, 0, 1, 3, 30, 2**31, 2**32 + 1, 2**62, 2**63 - 1]

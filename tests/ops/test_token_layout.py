@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import _ctypes
 import copy
 import itertools
 import pickle
 import re
+import resource
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +23,18 @@ import linmu_ops
 from linmu_ops import TokenLayout, _native, _registry, major_scan_order, token_layout
 from linmu_ops.reference import token_layout as reference
 
-PLANNERS = ["numpy", "compiled"]
+COMPILED = ["_C", "liblinmu_cpu.so"]
 
 
-@pytest.fixture(params=PLANNERS)
+def compiled_planner(name):
+    if name not in _native.planners():
+        pytest.skip(f"no compiled planner: {_native.planner_errors()[name]}")
+    return _native.planners()[name]
+
+
+@pytest.fixture(params=["numpy", *COMPILED])
 def planner(request, monkeypatch):
-    module = reference if request.param == "numpy" else _native.planner()
-    if module is None:
-        pytest.skip(f"no compiled planner: {_native.planner_error}")
+    module = reference if request.param == "numpy" else compiled_planner(request.param)
     monkeypatch.setattr(token_layout, "_planner", lambda: module)
     token_layout._from_grid.cache_clear()
     yield module
@@ -91,10 +99,9 @@ def windows_by_formula(layout, window, shift, mask, image_window, image_shift):
 
 @settings(max_examples=150, deadline=None)
 @given(layouts(), TRIPLES, SHIFTS, TRIPLES, SHIFTS, st.booleans())
-def test_compiled_is_the_reference(table, window, shift, image_window, image_shift, mask):
-    compiled = _native.planner()
-    if compiled is None:
-        pytest.skip(f"no compiled planner: {_native.planner_error}")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_is_the_reference(name, table, window, shift, image_window, image_shift, mask):
+    compiled = compiled_planner(name)
     arguments = (np.array(table[0], np.int64).reshape(-1, 4), np.array(table[1], np.int64), *table[2:])
     got, want = compiled.Plan(*arguments), reference.Plan(*arguments)
     for mode in range(4):
@@ -376,28 +383,71 @@ def test_first_use_inside_a_graph_breaks_it():
 
 
 def test_numpy_planner_warns_once(monkeypatch):
-    monkeypatch.setattr(_native, "_planner", None)
-    monkeypatch.setattr(_native, "planner_error", "not built")
+    monkeypatch.setattr(_native, "_planners", {})
+    monkeypatch.setattr(_native, "planner_error", lambda: "not built")
     monkeypatch.setattr(_registry, "_warned", set())
     with pytest.warns(linmu_ops.LinmuWarning) as caught:
         [TokenLayout([(0, 1, 1, 1)], [0], 1, 1) for _ in range(3)]
     assert [str(w.message) for w in caught] == ["linmu_ops.TokenLayout plans in numpy, slowly: not built"]
 
 
-def test_stale_planner_is_refused(monkeypatch):
-    if _native.planner() is None:
-        pytest.skip(f"no compiled planner: {_native.planner_error}")
-    monkeypatch.setattr(_native, "_planner", None)
-    monkeypatch.setattr(_native, "planner_error", None)
-    monkeypatch.setattr(reference, "VERSION", -1)
+@pytest.fixture
+def unread(monkeypatch):
+    """As if no planner had been looked for yet."""
+    monkeypatch.setattr(_native, "_planners", None)
+    monkeypatch.setattr(_native, "_planner_errors", {})
+    return monkeypatch
+
+
+def test_stale_planners_are_refused(unread):
+    for name in COMPILED:
+        compiled_planner(name)
+    unread.setattr(_native, "_planners", None)
+    unread.setattr(reference, "VERSION", -1)
     assert _native.planner() is None
-    assert "version 1, not -1" in _native.planner_error
+    assert _native.planner_error().count("version 1, not -1") == 2
 
 
-def test_compiled_planner_refuses_corrupt_arguments():
-    compiled = _native.planner()
-    if compiled is None:
-        pytest.skip(f"no compiled planner: {_native.planner_error}")
+def test_where_no_module_is_built_the_library_plans(unread):
+    compiled_planner("liblinmu_cpu.so")
+    unread.setattr(_native, "_planners", None)
+    unread.setitem(sys.modules, "linmu_ops._C", None)
+    assert list(_native.planners()) == ["liblinmu_cpu.so"] and set(_native.planner_errors()) == {"_C"}
+    assert TokenLayout([(0, 1, 2, 2)], range(4), 1, 4).scan_order(3).tolist() == [[0, 2, 1, 3]]
+
+
+def test_a_library_without_a_planner_is_refused(unread, tmp_path):
+    """An older build of ours, say, or what is no library."""
+    compiled_planner("liblinmu_cpu.so")
+    for name, data in (("other", Path(_ctypes.__file__).read_bytes()), ("none", b"no library")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "liblinmu_cpu.so").write_bytes(data)
+        unread.setattr(_native, "HERE", tmp_path / name)
+        unread.setattr(_native, "_planners", None)
+        assert "liblinmu_cpu.so" not in _native.planners() and _native.planner_errors()["liblinmu_cpu.so"]
+
+
+def test_a_plan_is_freed_whether_it_was_made_or_not():
+    library = compiled_planner("liblinmu_cpu.so")
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def use():
+        for _ in range(60):
+            library.Plan(np.array([[0, 1, 512, 512]]), np.arange(2**18), 1, 2**18)
+            with pytest.raises(ValueError, match="must name each position once"):
+                library.Plan(np.array([[0, 1, 512, 512]]), np.zeros(2**18, int), 1, 2**18)
+
+    use()
+    before = resident()
+    use()
+    assert resident() - before < 60 * 2**20  # what is kept would be 4 MiB of each
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_planner_refuses_corrupt_arguments(name):
+    compiled = compiled_planner(name)
     plan = compiled.Plan(np.array([[0, 1, 2, 2]]), np.arange(4), 1, 4)
     ones, zeros = (1, 1, 1), (0, 0, 0)
     for bad in (
@@ -411,3 +461,9 @@ def test_compiled_planner_refuses_corrupt_arguments():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"^TokenLayout: "):
             bad()
+    for beyond in (
+        lambda: plan.window_table(ones, (2**64, 0, 0), ones, zeros, True),
+        lambda: compiled.Plan(np.zeros((0, 4), int), np.arange(0), 0, 2**64),
+    ):
+        with pytest.raises((ValueError, TypeError)):  # pybind11's own words
+            beyond()
