@@ -7,19 +7,31 @@ TORCH ?= torch==2.13.0
 INSTALL := $(BIN)/pip install -q --no-compile
 TORCH_ASKED := $(filter-out file,$(origin TORCH))
 
-.PHONY: setup build test test-all fuzz asan arm64 env demo docs lint clean FORCE
+.PHONY: setup build test test-all test-transformers fuzz asan arm64 wheels wheel-cuda env demo docs lint clean FORCE
 
-.venv/ready: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
+# PyTorch, and what a build needs.
+.venv/tools: pyproject.toml $(if $(TORCH_ASKED),$(if $(filter $(TORCH),$(shell cat .venv/torch 2>/dev/null)),,FORCE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH_ASKED),,$(BIN)/python -c "import torch" 2>/dev/null ||) $(INSTALL) "$(TORCH)"
 	echo "$(TORCH)" > .venv/torch
-	$(INSTALL) setuptools wheel "cmake>=3.24" ninja "pybind11>=2.13" numpy
+	$(INSTALL) "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" numpy
+	touch $@
+
+# What tests, training and the demo need.
+.venv/ready: .venv/tools
+	LINMU_BUILD=none $(INSTALL) --no-build-isolation -e ".[test]"
+	touch $@
+
+# What checks and publishes.
+.venv/dev: .venv/ready
 	LINMU_BUILD=none $(INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@
 
-setup: .venv/ready build
+# The compiler and pip work side by side.
+setup:
+	$(MAKE) --no-print-directory -j2 .venv/ready build
 
-build: .venv/ready
+build: .venv/tools
 	$(BIN)/python setup.py -q build_ext --inplace
 
 # One draw of each sweep, and one GPU architecture; all of them with test-all.
@@ -33,6 +45,16 @@ test: setup
 
 test-all: setup .venv/quantized docs
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
+
+# The models' tests, with the oldest and the newest transformers that pyproject.toml allows, each in a folder of its own.
+TRANSFORMERS ?= 5.17 5.24
+test-transformers: setup
+	for version in $(TRANSFORMERS); do \
+	  folder=$(CURDIR)/build/transformers/$$version; \
+	  test -d $$folder || $(INSTALL) --target $$folder "transformers==$$version.*" || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/python -c "import transformers; print('transformers', transformers.__version__)"; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not sweep" tests/models || exit 1; \
+	done
 
 # Random cases of ops and blocks without a fixed seed, by the kernels of every instruction set.
 SECONDS ?= 600
@@ -52,6 +74,14 @@ asan: .venv/ready
 # The kernels compiled for arm64, and run under qemu-user: emulated, not timed.
 arm64: setup
 	$(BIN)/python -m tests.arm64
+
+# What is published, in dist/: for any platform, the teacher, x86-64 and arm64 (Debian: g++-aarch64-linux-gnu).
+wheels: setup .venv/dev
+	$(BIN)/python -m wheels
+
+# The kernels for NVIDIA GPUs, data alone; it needs nvcc.
+wheel-cuda: setup .venv/dev
+	$(BIN)/python -m wheels cuda
 
 env: setup
 	$(BIN)/linmu env
@@ -75,7 +105,7 @@ bench: setup
 	$(BIN)/python -m bench.run --both --quick --seconds 0.2 --save
 	$(BIN)/python -m bench.models.run --layers 4 --prefill 1k 4k 16k --decode 1k 16k --batch 1 8 --seconds 2 --report
 
-lint: setup
+lint: setup .venv/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cuda/*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
