@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -77,17 +78,14 @@ def planners() -> dict[str, Any]:
     """The compiled layout planners that can serve, the quickest to call first; why others cannot: `planner_errors`."""
     global _planners
     if _planners is None:
-        _planners = {}
+        serving = {}
         for name, load in (("_C", _load_module), ("liblinmu_cpu.so", _load_interface)):
-            try:
-                if _none_wanted():
-                    raise ImportError("LINMU_NO_BINARY is set")
-                found = load()
-                if found.VERSION != token_layout.VERSION:
-                    raise ImportError(f"it is of version {found.VERSION}, not {token_layout.VERSION}")
-                _planners[name] = found
-            except (ImportError, OSError, AttributeError) as e:
-                _planner_errors[name] = str(e)
+            found, why = _try(load)
+            if why is None:
+                serving[name] = found
+            else:
+                _planner_errors[name] = why
+        _planners = serving  # at once, for other threads
     return _planners
 
 
@@ -112,6 +110,20 @@ def _none_wanted() -> bool:
     return bool(os.environ.get("LINMU_NO_BINARY"))
 
 
+def _try(load: Callable[[], Any]) -> tuple[Any, str | None]:
+    """A planner, and why it cannot serve."""
+    if _none_wanted():
+        return None, "LINMU_NO_BINARY is set"
+    try:
+        found = load()
+    except (ImportError, OSError, AttributeError) as e:
+        return None, str(e)
+    if found is None:
+        return None, "not built"
+    stale = found.VERSION != token_layout.VERSION
+    return found, f"it is of version {found.VERSION}, not {token_layout.VERSION}" if stale else None
+
+
 def _load_module() -> ModuleType:
     return importlib.import_module("linmu_ops._C")
 
@@ -119,7 +131,7 @@ def _load_module() -> ModuleType:
 def _load_interface() -> Any:
     path = find_library("cpu")
     if path is None:
-        raise ImportError("not built")
+        return None
     from ._planner import Library
 
     return Library(path)
