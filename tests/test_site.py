@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from linmu_ops import _registry
-from tools.docs import families, pictures
+from tools.docs import families, pictures, speed
 from tools.docs import messages as read
 from tools.docs.messages import GAP, messages
 
@@ -119,6 +122,15 @@ def test_the_table_of_families_is_what_the_command_lists():
     assert families.parts(page)[1] == families.table(), "python -m tools.docs.families"
 
 
+def test_the_table_of_speed_is_that_of_the_report():
+    inside = speed.parts(speed.PAGE.read_text())[1]
+    assert inside == speed.table(speed.REPORT.read_text()), "python -m tools.docs.speed"
+    case = "**ssd_step · batch 1 · float32**  (commit 1)\n\n| implementation | times best peer |\n|---|---|\n"
+    slow = case + "| linmu cpu | 40.1 | 0.50 |\n| eager | 20.1 | 1.00 |\n| slow | 30.1 | 0.70 |\n"
+    assert speed.cases(slow) == {"ssd_step": [(0.5, "batch 1 · float32", "eager")]}
+    assert "| 0.50 to 0.50 | eager | batch 1 · float32: 0.5 |" in speed.table(slow)
+
+
 @pytest.mark.parametrize("name", [*sorted(_registry.OPS), "layouts"])
 def test_each_op_has_a_picture_of_what_it_computes(name):
     assert f"]({name}.svg)" in (DOCS / "ops" / f"{name}.md").read_text()
@@ -127,3 +139,70 @@ def test_each_op_has_a_picture_of_what_it_computes(name):
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     colours = set(re.findall(r"\.lm-(ink|dim|line|off|tip)\b", pictures.STYLE))
     assert all(f'"slate"] .lm-{colour}' in (DOCS / "site.css").read_text() for colour in colours)
+
+
+def module_of_the_site(monkeypatch, name, **needed):
+    """A module that runs where mkdocs is: what it imports from there is not in this environment."""
+    for path, names in needed.items():
+        monkeypatch.setitem(sys.modules, path.replace("__", "."), SimpleNamespace(**names))
+    monkeypatch.delitem(sys.modules, f"tools.docs.{name}", raising=False)
+    return importlib.import_module(f"tools.docs.{name}")
+
+
+def test_docstrings_become_what_the_site_understands(monkeypatch):
+    readable = module_of_the_site(monkeypatch, "docstrings", griffe={"Extension": object}).readable
+    given = """Scan T*H*W tokens, from P ** -0.5 on; *near* stays, and `a*b`.
+
+Args:
+    x: (B, L) float.
+
+Flex-MA, the scan
+    reverse: run it
+        backwards. None: not.
+    gate, mix: numbers.
+
+Returns:
+    y: (B, L), or
+    (y, state).
+    due: (B,) bool.
+
+Raises:
+    ValueError: a shape. TypeError: a dtype.
+
+Example:
+    >>> scan(x)
+"""
+    made = readable(given)
+    assert "T\\*H\\*W" in made and "P \\*\\* -0.5" in made and "*near*" in made and "`a*b`" in made
+    assert "**Flex-MA, the scan:**\n\n- `reverse`: run it\n  backwards. None: not.\n- `gate, mix`: numbers.\n" in made
+    assert "**Returns:**\n\n- `y`: (B, L), or\n(y, state).\n- `due`: (B,) bool.\n" in made
+    assert "    ValueError: a shape.\n    TypeError: a dtype." in made
+    assert "Args:\n    x: (B, L) float.\n" in made and "\nExamples:\n" in made
+
+
+def test_links_out_of_docs_lead_to_pages_of_the_site(monkeypatch):
+    hooks = module_of_the_site(
+        monkeypatch, "hooks", mkdocs={}, mkdocs__structure={}, mkdocs__structure__files={"File": object}
+    )
+
+    def shown(text, uri="kernels/ssd_scan.md"):
+        return hooks.on_page_markdown(text, SimpleNamespace(file=SimpleNamespace(src_uri=uri)), None, None)
+
+    assert shown("[a](../ops.md#the-scan)") == "[a](../ops.md#the-scan)"
+    assert shown("[a\nb](../../distill/README.md#memory)") == "[a\nb](../repo/distill/README.md#memory)"
+    assert shown("[c](../../csrc/cpu/ssd_scan.h)") == "[c](../repo/csrc/cpu/ssd_scan.h.md)"
+    assert shown("[d](../../distill)") == "[d](../repo/distill/README.md)"
+    assert shown("[e](../../Makefile), [f](https://x.y)") == "e, [f](https://x.y)"
+    assert shown("```\n[c](../../Makefile)\n```") == "```\n[c](../../Makefile)\n```"
+    assert shown("[o](../docs/ops.md)", "repo/distill/README.md") == "[o](../../ops.md)"
+    assert hooks.source("repo/csrc/cpu/ssd_scan.h.md") == ROOT / "csrc/cpu/ssd_scan.h"
+    assert hooks.text_of(ROOT / "setup.py").startswith("# `setup.py`\n\n````python")
+
+
+def test_a_page_opened_as_a_file_can_be_searched(monkeypatch):
+    hooks = module_of_the_site(
+        monkeypatch, "hooks", mkdocs={}, mkdocs__structure={}, mkdocs__structure__files={"File": object}
+    )
+    tag = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
+    assert "unpkg" not in hooks.on_post_page(f"<head>{tag}</head>", None, None)
+    assert "IFrameWorker" in hooks.on_post_template(tag, "404.html", None)
