@@ -41,6 +41,7 @@ def test_the_7b_config_trains_as_long_as_the_paper():
     [
         ({"steps": 3}, "f: steps: unknown key"),
         ({"stage1": {"stepz": 3}}, "f: stage1.stepz: unknown key"),
+        ({"stage1": {"temperature": 2.0}}, "f: stage1.temperature: unknown key"),
         ({"teacher": {"path": "t"}}, "f: teacher: must be a folder or a name, as in teacher = "),
         ({"stage2": {"learning_rate": -1.0}}, "f: stage2.learning_rate: Input should be greater than 0"),
         ({"stage2": {"losses": {"hiden": 1.0}}}, "f: stage2.losses.hiden"),
