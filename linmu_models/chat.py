@@ -355,6 +355,28 @@ class ChatProcessor:
             raise ValueError("chat template: it must make tokens of the words, got none")
         return {name: value for name, value in batch.items() if name != "labels"}
 
+    def following(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
+        """The tokens between the last answer of a conversation of text and the answer to the next question. Without a
+        chat template they are the question's.
+
+        Raises:
+            ValueError: the template does not show where an answer ends.
+        """
+        text = question.replace(SLOT, "").replace(_MARK, "")
+        if self._speaker is not None:
+            before = [(asked.replace(SLOT, ""), said) for asked, said in turns]
+            text, marks = self._render(Conversation((*before, (text, None)))), 2 * len(before)
+            if text.count(_MARK) != marks:
+                raise ValueError("chat template: it must write answers as they are, to go on after them, got others")
+            text = text.split(_MARK)[-1]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return frozenset(i for i in (*self.ends, self.tokenizer.eos_token_id) if i is not None)
+
     def _options(self, text: str, conversation: Conversation) -> dict[str, bool]:
         """How a conversation's text becomes tokens: arguments of `_Segments.encode_row`."""
         begin, text = self.tokenizer.bos_token, text.replace(_MARK, "")

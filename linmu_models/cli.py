@@ -146,6 +146,12 @@ def generate(
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the prompt that are read at a time; all if left out.")
     ] = None,
+    load_state: Annotated[
+        Path | None, typer.Option(help="A file of --save-state: go on with its conversation, which is not read again.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Keep the conversation, and the state after it, in this file.")
+    ] = None,
 ) -> None:
     """Answer a prompt about images and videos, word by word; how fast, and what is remembered, go to stderr."""
     from rich.console import Console
@@ -164,7 +170,8 @@ def generate(
             loaded = load(model, device, dtype, weights)
         answer = generate_text(
             *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
-            stream=lambda text: typer.echo(text, nl=False), prefill_chunk_size=prefill_chunk, **sampling,
+            stream=lambda text: typer.echo(text, nl=False), prefill_chunk_size=prefill_chunk,
+            load_state=load_state, save_state=save_state, **sampling,
         )  # fmt: skip
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         stop(error)

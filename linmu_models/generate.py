@@ -30,6 +30,7 @@ from .loading import check_weights, told, without_report
 from .media import UnreadableError, read_image, read_video
 from .modeling import FAMILIES, LinmuModel
 from .report import TransferReport
+from .resume import keep_conversation, reopen_conversation
 
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.
 PROCESSOR_FILES = (
@@ -227,6 +228,8 @@ def generate_text(
     frames: int = 64,
     fps: float = 2.0,
     stream: Callable[[str], None] | None = None,
+    load_state: str | os.PathLike[str] | None = None,
+    save_state: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Answer:
     """Answer one prompt about images and videos.
@@ -237,10 +240,14 @@ def generate_text(
         images, videos: paths. They come before the words.
         frames, fps: a video is seen as `fps` frames a second, and as `frames` frames at most.
         stream: called with each piece of the answer as soon as it is there.
+        load_state: a file of `save_state`, whose conversation the prompt goes on with. What it holds is not read again.
+        save_state: a file to keep the conversation in, and the state after it. For LinMU models.
         options: of transformers' `generate`. There is one answer, so no beams.
 
     Raises:
-        ValueError: beams are asked for; a picture or video cannot be read, or the model takes none.
+        ValueError: beams are asked for; a picture or video cannot be read, or the model takes none; the file is not of
+            this model, or damaged; there are pictures for a conversation that goes on.
+        OSError: a file cannot be read or written.
     """
     for name, paths in (("images", images), ("videos", videos)):
         if isinstance(paths, (str, bytes, os.PathLike, Mapping)) or not isinstance(paths, Iterable):
@@ -263,13 +270,24 @@ def generate_text(
             media.append(read(path))
         except UnreadableError as error:
             raise ValueError(f"generate: {os.fspath(path)}: {error}") from error
-    inputs = to_model(processor.ask(prompt, media), model)
+    turns: list[tuple[str, str]] = []
+    if save_state is not None and not isinstance(model, LinmuModel):
+        raise ValueError(f"generate: save_state must be left out for other models than LinMU's, got {save_state}")
+    if load_state is None:
+        inputs = to_model(processor.ask(prompt, media), model)
+    elif media:
+        raise ValueError("generate: images and videos must be left out with load_state, whose conversation has its own")
+    else:
+        inputs, turns = reopen_conversation(load_state, model, processor, prompt)
     clock, prompt_tokens = _Clock(processor.tokenizer, stream), inputs["input_ids"].shape[1]
     out = model.generate(**inputs, **options, streamer=clock, return_dict_in_generate=True)
     began, first, last = clock.times
     new = out.sequences[0, prompt_tokens:]
+    text = processor.tokenizer.decode(new, skip_special_tokens=True)
+    if save_state is not None:
+        keep_conversation(save_state, model, out, inputs, [*turns, (prompt, text)])
     return Answer(
-        processor.tokenizer.decode(new, skip_special_tokens=True),
+        text,
         prompt_tokens,
         len(new),
         first - began,

@@ -71,9 +71,13 @@ class CacheSnapshot:
 
     Attributes:
         layers: one `LayerValue` for each decoder layer.
+        more: tensors that a user adds with `dataclasses.replace`, such as the ids; a file keeps them.
+        notes: what a user adds that JSON can hold; a file keeps it.
     """
 
     layers: tuple[LayerValue, ...]
+    more: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    notes: Any = None
 
     @property
     def tokens(self) -> int:
@@ -101,7 +105,10 @@ class CacheSnapshot:
             sums = {name.partition(".")[2]: _checksum(t) for name, t in mine.items()}
             layers.append({"kind": layer.kind, "tokens": layer.tokens, "tensors": sums})
             tensors |= mine
-        header = json.dumps({"version": VERSION, "model": _identity(model), "layers": layers}, sort_keys=True)
+        more = {f"more.{name}": t.contiguous().cpu() for name, t in self.more.items()}
+        added = {"more": {name: _checksum(t) for name, t in more.items()}, "notes": self.notes}
+        tensors |= more
+        header = json.dumps({"version": VERSION, "model": _identity(model), "layers": layers, **added}, sort_keys=True)
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         temporary.touch(exist_ok=False)
@@ -152,9 +159,15 @@ class CacheSnapshot:
                     raise ValueError(f"{where} is damaged: {name} of layer {index} is not what was saved")
                 mine[name] = tensor
             layers.append(LayerValue(layer["kind"], layer["tokens"], mine))
+        more: dict[str, Tensor] = {}
+        for name, checksum in header["more"].items():
+            tensor = tensors.pop(name, None)
+            if tensor is None or _checksum(tensor) != checksum:
+                raise ValueError(f"{where} is damaged: {name} is not what was saved")
+            more[name.removeprefix("more.")] = tensor
         if tensors:
             raise ValueError(f"{where} is damaged: its header does not name {next(iter(tensors))}")
-        return cls(tuple(_placed(where, layers, model)))
+        return cls(tuple(_placed(where, layers, model)), more, header["notes"])
 
 
 def snapshot_of(cache: Cache) -> CacheSnapshot:

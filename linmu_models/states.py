@@ -128,7 +128,13 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> LinmuDynamicCache:
     Raises:
         ValueError, OSError: as `CacheSnapshot.load`.
     """
+    cache = new_cache(model)
+    cache.load(path, model)
+    return cache
+
+
+def new_cache(model: Any) -> LinmuDynamicCache:
+    """An empty dynamic cache of a LinMU model."""
     cache = LinmuDynamicCache(config=model.config)
     _adopt_layers(cache)
-    cache.load(path, model)
     return cache
