@@ -23,10 +23,21 @@ def run(page, tmp_path):
     return scope
 
 
+@pytest.fixture
+def teacher_package(tmp_path_factory, monkeypatch):
+    """The wheel of the teacher, as `make wheels` fills it."""
+    folder = tmp_path_factory.mktemp("wheel") / "linmu_teacher"
+    folder.mkdir()
+    for source in ("wheels/linmu_teacher/linmu_teacher", "distill/teachers/tiny"):
+        for file in (ROOT / source).glob("*.*"):
+            (folder / file.name).symlink_to(file)
+    monkeypatch.syspath_prepend(folder.parent)
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: str(p.relative_to(ROOT))
 )
-def test_page_runs(page, tmp_path, monkeypatch):
+def test_page_runs(page, tmp_path, monkeypatch, teacher_package):
     monkeypatch.chdir(ROOT)  # README loads the teacher of the checkout
     run(page, tmp_path)
 
