@@ -25,6 +25,12 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def differentiates() -> bool:
+    """Whether one of these takes derivatives: `vmap` alone does not."""
+    kinds = {i.key() for i in retrieve_all_functorch_interpreters()}
+    return forward_ad._current_level >= 0 or bool(kinds & {TransformType.Grad, TransformType.Jvp})
+
+
 class Transformed:
     """One op of one namespace.
 

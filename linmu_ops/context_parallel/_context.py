@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _transforms
 from ..reference._visits import visited
 
 
@@ -98,7 +99,10 @@ class ContextParallel:
         return torch.cat([every[r, :n] for r, n in enumerate(self.lengths)]).movedim(0, dim)
 
     def check(self, op: str, name: str, t: Tensor, dim: int = 1) -> None:
-        """Raise ValueError unless t has this rank's tokens in `dim`."""
+        """Raise ValueError unless t has this rank's tokens in `dim`; RuntimeError where PyTorch's transforms, which
+        know of one process, would take derivatives."""
+        if not torch.compiler.is_compiling() and _transforms.differentiates():
+            raise RuntimeError(f"{op}: context must be None under torch.func.grad, jvp and forward-mode AD, got one")
         if t.dim() <= dim or t.shape[dim] != self.lengths[self.rank]:
             raise ValueError(
                 f"{op}: {name} must have the {self.lengths[self.rank]} tokens of rank {self.rank} in dim {dim}, "

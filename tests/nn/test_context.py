@@ -117,12 +117,23 @@ def refusals(group):
         with pytest.raises(ValueError) as caught:
             block(z, context=context, **options)
         texts.append(str(caught.value))
+    block, z = build(SPLIT["default"], dtype=torch.float32), z.clone()
+
+    def total(z):
+        return block(z, context=context).sum()
+
+    for transformed in (torch.func.grad(total), lambda z: torch.func.jvp(total, (z,), (z,))):
+        with pytest.raises(RuntimeError) as caught:
+            transformed(z)
+        texts.append(str(caught.value))
     return texts
 
 
 def test_what_is_not_split_says_so(gang):
+    derivatives = "MMATE: context must be None under torch.func.grad, jvp and forward-mode AD, got one"
     for texts in gang(2, refusals):
-        assert texts == [
+        assert texts[4:] == [derivatives] * 2
+        assert texts[:4] == [
             "ExactMMATE: context must be None, got one",
             "MMATE: state must be None, and not asked for, with a context and a text_window, got one",
             "ContextParallel: layout must be of L=24 tokens, got 12",
