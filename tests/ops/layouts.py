@@ -26,9 +26,10 @@ def every_other(t):
     return wide[..., 0]
 
 
-def turned(t):
-    """The same values, the last dimension outermost."""
-    return t.movedim(-1, 0).contiguous().movedim(0, -1)
+def turned_and_negative(t):
+    """The same values, the last dimension outermost, and kept with the other sign."""
+    turned = t.movedim(-1, 0).contiguous().movedim(0, -1)
+    return torch._neg_view(-turned) if t.is_floating_point() else turned
 
 
 def expanded(t):
@@ -41,7 +42,7 @@ def offset(t):
     return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
 
 
-LAYOUTS = [every_other, turned, offset]
+LAYOUTS = [every_other, turned_and_negative, offset]
 
 
 def laid_out(op, layout, dtype=torch.float32):
