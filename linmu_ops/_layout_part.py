@@ -131,12 +131,13 @@ def part_of(blocks: np.ndarray, positions: np.ndarray, spans: Spans, start: int,
 
 def cut_tables(
     blocks: np.ndarray, positions: np.ndarray, spans: Spans, shape: tuple[int, int], windows: Any, chunk: int
-) -> tuple[np.ndarray, ...]:
+) -> tuple[Any, ...]:
     """What `TokenLayout.cut` returns; windows as its planner takes them."""
     window, shift, image_window, image_shift, mask = windows
     batch, length = shape
     begin, first, before = np.full(batch, length), np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-    inverse = np.full(batch * length, -1)
+    inverse, text = np.full(batch * length, -1), np.ones(shape, dtype=bool)
+    text[np.repeat(blocks[:, 0], [count for _, count in spans]), positions] = False
     queries, keys = [np.zeros((0, chunk), np.int64)], []
     for (row, *sizes), own, (came, count) in zip(blocks.tolist(), split(positions, spans), spans, strict=True):
         if count == sizes[0] * sizes[1] * sizes[2]:
@@ -163,7 +164,9 @@ def cut_tables(
     filled = np.full((len(keys), max(map(len, keys), default=0)), -1, np.int64)
     for at, mine in zip(filled, keys, strict=True):
         at[: len(mine)] = mine
-    return begin, first, before, np.concatenate(queries), filled, inverse.reshape(batch, length)
+    counts = [int(row[max(at, 0) :].sum()) for row, at in zip(text, begin.tolist(), strict=True)]
+    rows = tuple(zip(begin.tolist(), before.tolist(), counts, strict=True))
+    return begin, first, before, np.concatenate(queries), filled, inverse.reshape(batch, length), rows
 
 
 def whole_frames(frames: int, window: int, shifts: Sequence[int], mask: bool) -> list[int]:

@@ -47,6 +47,7 @@ class Cut(NamedTuple):
     queries: (n, SLAB_CHUNK) int64. Flat positions of its tokens in this call, by windows; a window's last one fills up.
     keys: (n, k) int64. Numbers, counted from `first`, of earlier tokens of the same window; -1 fills up.
     inverse: (B, L) int64. Where a token stands in the flattened `queries`; -1 where it does not.
+    rows: on the host, for each row its begin, its before, and how many tokens of text come from its begin on.
     """
 
     begin: Tensor
@@ -55,6 +56,7 @@ class Cut(NamedTuple):
     queries: Tensor
     keys: Tensor
     inverse: Tensor
+    rows: tuple[tuple[int, int, int], ...]
 
 
 class Partition(NamedTuple):

@@ -184,14 +184,14 @@ class Block(nn.Module):
         if state is not None:
             check_state(self._name, state, hidden_states.shape[0], self._kept_tokens)
         if layout is not None and layout.is_part:
-            self._check_part(layout, state)
+            self._check_part(layout, state, hidden_states.device)
         numbers = number_sequences(self._name, seq_idx, hidden_states, attention_mask, layout, state)
         if context is not None and seq_idx is not None:
             numbers = context.number(seq_idx, attention_mask)
         keep = return_state or state is not None
         return Call(layout, position_embeddings, attention_mask, state, keep, numbers, context)
 
-    def _check_part(self, layout: TokenLayout, state: MMATEState | None) -> None:
+    def _check_part(self, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         """Raise ValueError where this block cannot go on within, or stop within, an image or video."""
         raise ValueError(f"{self._name}: layout must be of whole images and videos, got a part of one")
 

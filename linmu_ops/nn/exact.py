@@ -106,8 +106,8 @@ class ExactMMATE(Block):
             return state
         return state._replace(sinks=torch.zeros(batch_size, sizes.sinks, dtype=torch.bool, device=ssm.device))
 
-    def _check_part(self, layout: TokenLayout, state: MMATEState | None) -> None:
-        self.windows.check_part(self._name, layout, state)
+    def _check_part(self, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
+        self.windows.check_part(self._name, layout, state, device)
 
     def _mix(self, hidden_states: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
         return self.scan(lambda: self._attend(hidden_states, call))

@@ -85,7 +85,7 @@ class MMATE(Block):
     def _output_projection(self) -> nn.Module:
         return self.get_submodule("windows_o_proj" if self.scan_o_proj is None else "scan_o_proj")
 
-    def _check_part(self, layout: TokenLayout, state: MMATEState | None) -> None:
+    def _check_part(self, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         config = self.config
         if config.swin or config.reverse or config.major_scan:
             raise ValueError(

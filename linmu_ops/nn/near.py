@@ -251,7 +251,7 @@ class NearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Adds to the attention within windows, y and lse, what came in earlier calls of a slab that was cut: visual
         tokens of the same window, and text that stands between."""
-        _, first, _, queries, keys, inverse = layout.cut(*self.layer_windows, q.device)
+        _, first, _, queries, keys, inverse, _ = layout.cut(*self.layer_windows, q.device)
         if call.state is None or call.state.slab_tokens is None or call.state.slab_text is None:
             return y, lse
         if not len(queries) or not keys.shape[1] + call.state.slab_text.shape[1]:
@@ -349,19 +349,19 @@ class NearAttention(nn.Module):
         state = slab._replace(keys=keys, values=values, steps=steps, seen=seen)
         return state._replace(sinks=there) if sizes.sinks else state, entered
 
-    def check_part(self, op: str, layout: TokenLayout, state: MMATEState | None) -> None:
+    def check_part(self, op: str, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         """Raise ValueError where a part of an image or video can't go on from a state, or may not end where it does."""
-        cut = layout.cut(*self.layer_windows)
+        known = layout.cut(*self.layer_windows, device).rows
         if state is None and any(first for first, _ in layout.spans):
             raise ValueError(f"{op}: state must be of the calls before, where a layout is a part of a video, got None")
         held = None if state is None else state.slab_tokens
         for i, ((row, *sizes), (first, count)) in enumerate(zip(layout.blocks.tolist(), layout.spans, strict=True)):
-            wanted = int(cut.before[row]) if first else 0
-            goes_on = first + count < math.prod(sizes) and int(cut.begin[row]) < layout.length
+            wanted = known[row][1] if first else 0
+            goes_on = first + count < math.prod(sizes) and known[row][0] < layout.length
             if (wanted or goes_on) and not self.shape.causal_windows:
                 self._refuse_cut(op, layout, i)
             # Elsewhere to ask would be to wait.
-            if not wanted or (held is not None and held.device.type != "cpu"):
+            if not wanted or torch.compiler.is_compiling() or (held is not None and held.device.type != "cpu"):
                 continue
             here = 0 if held is None else int((held[row] >= 0).sum())
             if here != wanted:
@@ -388,20 +388,17 @@ class NearAttention(nn.Module):
         """Where the slab begins that a call cuts, (B,) places, past all where it cuts none; and what a state has of
         the tokens since then."""
         device = past.keys.device
-        begin = layout.cut(*self.layer_windows, device).begin
-        whole = layout.cut(*self.layer_windows).begin.tolist()  # on the host
-        if min(whole) == layout.length:
+        begin, *_, known = layout.cut(*self.layer_windows, device)
+        if all(at == layout.length for at, *_ in known):
             return past.real, MMATEState()
         place = begin.clamp(0, layout.length - 1)[:, None]
         place = (place if past.back is None else past.back.gather(1, place))[:, 0]
         end = torch.where(begin < 0, 0, torch.where(begin < layout.length, place, past.real))
-        # At most so many, and so many of text, whatever padding there is.
-        text = ~layout.visual_mask()
         earlier = None if state is None else state.slab_tokens
         before = 0 if state is None or state.slab_text is None else state.slab_text.shape[1]
-        spans = [(slice(max(at, 0), None), past.held if at < 0 else 0) for at in whole]
-        many = max(len(text[row, span]) + more for row, (span, more) in enumerate(spans))
-        some = max(int(text[row, span].sum()) + (before if more else 0) for row, (span, more) in enumerate(spans))
+        # At most so many, and so many of text, whatever padding there is.
+        many = max(layout.length - max(at, 0) + past.held * (at < 0) for at, *_ in known)
+        some = max(text + before * (at < 0) for at, _, text in known)
         place = end[:, None] + torch.arange(many, device=device)
         there, place = place < past.real[:, None], place.clamp(max=past.start.shape[1] - 1)
         numbers = layout.numbers(device)

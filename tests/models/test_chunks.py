@@ -14,7 +14,7 @@ from . import tiny
 
 FAMILIES = [
     "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3", "llava_onevision", "internvl", "smolvlm", "gemma3", "paligemma",
-    "mistral3", "qwen3_5",
+    "mistral3", "qwen3_5", "lfm2_vl",
 ]  # fmt: skip
 
 
