@@ -351,6 +351,12 @@ class NearAttention(nn.Module):
 
     def check_part(self, op: str, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         """Raise ValueError where a part of an image or video can't go on from a state, or may not end where it does."""
+        if torch.compiler.is_dynamo_compiling():
+            if not self.shape.causal_windows:
+                raise ValueError(
+                    f"{op}: layout must be of whole videos where tokens see later ones, in a compiled graph"
+                )
+            return  # what follows reads the layout on the host
         known = layout.cut(*self.layer_windows, device).rows
         if state is None and any(first for first, _ in layout.spans):
             raise ValueError(f"{op}: state must be of the calls before, where a layout is a part of a video, got None")
@@ -361,7 +367,7 @@ class NearAttention(nn.Module):
             if (wanted or goes_on) and not self.shape.causal_windows:
                 self._refuse_cut(op, layout, i)
             # Elsewhere to ask would be to wait.
-            if not wanted or torch.compiler.is_compiling() or (held is not None and held.device.type != "cpu"):
+            if not wanted or (held is not None and held.device.type != "cpu"):
                 continue
             here = 0 if held is None else int((held[row] >= 0).sum())
             if here != wanted:
