@@ -109,6 +109,25 @@ def test_gradients_flow_from_piece_to_piece():
         torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.sweep
+def test_a_part_in_a_compiled_graph():
+    torch.manual_seed(0)
+    block, (z, rotary, blocks, mask) = build(SMALL), every_kind()
+    layout, state, out = layout_of(blocks, L), None, []
+    compiled = torch.compile(block, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        whole = block(z, layout=layout, position_embeddings=rotary, attention_mask=mask)[:, :50]
+        for start, stop in ((0, 17), (17, 50)):
+            part = layout.part(start, stop)
+            block.prepare_layout(part, "cpu")
+            y, state = compiled(
+                z[:, start:stop], layout=part, position_embeddings=tuple(t[:, start:stop] for t in rotary),
+                attention_mask=mask[:, start:stop], state=state, return_state=True,
+            )  # fmt: skip
+            out.append(y)
+    torch.testing.assert_close(torch.cat(out, dim=1)[mask[:, :50]], whole[mask[:, :50]], rtol=1e-12, atol=1e-12)
+
+
 def test_a_state_holds_the_slab_that_is_cut_and_no_more():
     """Its fixed tensors keep their addresses; it moves with beams; and once a video is over, its tokens are gone."""
     torch.manual_seed(0)
