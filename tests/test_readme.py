@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 
+from linmu_distill.config import parse_config
 from linmu_models.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +77,13 @@ def test_commands_of_a_page_are_understood(page):
             command.make_context(words[1], words[2:])
         elif words[0] == "make":
             assert all(word in targets for word in words[1:] if "=" not in word), words
+
+
+TOML = re.compile(r"^```toml\n(output =.*?)^```", flags=re.DOTALL | re.MULTILINE)
+
+
+def test_configurations_of_pages_are_read():
+    found = [block for page in SHELLED for block in TOML.findall(page.read_text())]
+    assert found
+    for block in found:
+        parse_config(tomllib.loads(block))

@@ -44,7 +44,7 @@ def test_an_op_is_one_word_in_every_folder(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_docs_have_a_row_and_a_page_for_the_op(op):
-    assert f"| `{op}` |" in (ROOT / "docs" / "ops.md").read_text()
+    assert f"| [`{op}`](ops/{op}.md) |" in (ROOT / "docs" / "ops.md").read_text()
     titles = [page.read_text().splitlines()[0] for page in (ROOT / "docs" / "kernels").glob("*.md")]
     assert any(op in re.split("[# ,]+", title) for title in titles), "docs/kernels/ needs a page of it"
     assert f"`{op}`" in linmu_ops.__doc__
