@@ -1,7 +1,7 @@
 """Linear-attention ops for PyTorch, and the blocks made of them.
 
 Ops         `ssd_scan`, `ssd_step`, `exact_step`, `gated_delta_scan`, `gated_delta_step`, `window_attention`,
-            `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
+            `near_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
 Blocks      `MMATE`, `ExactMMATE`: they take the place of an attention layer
 Layouts     `TokenLayout` says where the visual tokens of a batch are
 Kernels     `explain` says which implementation serves an op; `use_impl` forces one
@@ -21,6 +21,7 @@ from .causal_conv1d_step import causal_conv1d_step
 from .exact_step import exact_step
 from .gated_delta_scan import gated_delta_scan
 from .gated_delta_step import gated_delta_step
+from .near_attention import near_attention
 from .nn import MMATE, ExactConfig, ExactMMATE, GridAttention, MMATEConfig, MMATEState
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
@@ -50,6 +51,7 @@ __all__ = [
     "gated_delta_scan",
     "gated_delta_step",
     "major_scan_order",
+    "near_attention",
     "ssd_scan",
     "ssd_step",
     "use_impl",

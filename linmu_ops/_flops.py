@@ -14,6 +14,7 @@ chunked or tiled kernel may do more, and is not charged for it:
     causal_conv1d_step    the same, one token
     window_attention      q k^T and weights v: 4 H P n^2 for each window of n tokens, causal or not; the gradient makes
                           the scores again and has four products more: 10 H P n^2
+    near_attention        the same of what each token sees: 4 H P for each pair; the gradient 2.5 times that
     branch_mix_norm       0
 """
 
@@ -72,6 +73,23 @@ def _window_attention(given: Mapping[str, Any]) -> int:
     return 4 * heads * size * _pairs(given["offsets"], given["tokens"].shape[0])
 
 
+def _near_attention(given: Mapping[str, Any]) -> int:
+    heads, size = given["q"].shape[2:]
+    return 4 * heads // given["k"].shape[2] * size * _seen(given)
+
+
+def _seen(given: Mapping[str, Any]) -> int:
+    """Pairs of a token and what it sees, over the groups; as if it saw all of its list where a tracer hides values."""
+    low, high, which, listed = (given[name] for name in ("low", "high", "which", "listed"))
+    if type(low) is not Tensor or low.device.type == "meta":
+        return int(which.numel() * listed.shape[1])
+    with _disable_current_modes():
+        own = torch.arange(given["k"].shape[1] - low.shape[1], given["k"].shape[1], device=low.device)
+        ranges = int((torch.minimum(high, own + 1) - low).clamp(min=0).sum()) * which.shape[1]
+        lists = torch.cat((listed, listed.new_full((1, listed.shape[1]), -1)))[which.long()]
+        return ranges + int(((lists >= 0) & (lists <= own[:, None])).sum())
+
+
 def _nothing(given: Mapping[str, Any]) -> int:
     return 0
 
@@ -86,6 +104,8 @@ COUNTS: dict[str, Count] = {
     "gated_delta_scan": _gated_delta,
     "gated_delta_scan_bwd": lambda given: 2 * _gated_delta(given),
     "gated_delta_step": _gated_delta,
+    "near_attention": _near_attention,
+    "near_attention_bwd": lambda given: 5 * _near_attention(given) // 2,
     "ssd_scan": _ssd_scan,
     "ssd_scan_bwd": lambda given: 2 * _ssd_scan(given),
     "ssd_step": _ssd_scan,

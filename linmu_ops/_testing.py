@@ -366,6 +366,18 @@ def _window_attention(
     )  # fmt: skip
 
 
+def _near_attention(r: _Draw, B: int = 2, L: int = 21, before: int = 5, P: int = 16) -> dict[str, Any]:
+    H, G, m, T = 4, 2, 3, before + L
+    own = torch.arange(before, T, device=r.device)
+    listed = torch.randint(-1, max(T // 2, 1), (B * G * 2, m), generator=r.generator)
+    which = torch.arange(B * G, device=r.device).view(B, G, 1) * 2 + (own > before + 2 * L // 3)
+    return dict(
+        q=r.normal(B, L, H, P), k=r.normal(B, T, G, P), v=r.normal(B, T, G, P),
+        low=(own - 4).clamp(min=0).int().repeat(B, 1), high=(own + 1).int().repeat(B, 1),
+        which=which.masked_fill(own < before + L // 3, -1).int(), listed=listed.to(r.device, torch.int32),
+    )  # fmt: skip
+
+
 # Per op, one small call that gives every tensor argument.
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "branch_mix_norm": _branch_mix_norm,
@@ -374,6 +386,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "exact_step": _exact_step,
     "gated_delta_scan": _gated_delta_scan,
     "gated_delta_step": _gated_delta_step,
+    "near_attention": _near_attention,
     "ssd_scan": _ssd_scan,
     "ssd_step": _ssd_step,
     "window_attention": _window_attention,

@@ -191,20 +191,54 @@ inline void interleave(uint32_t* dst, const bf16* a, const bf16* b, int64_t n) {
 // Half of a common second-level cache; the rest is for packed operands and scores.
 constexpr int64_t kCacheBytes = 512 << 10;
 
-// Sizes and packed forms for one element type. Rows are padded with zeros to `ld` elements, `units` of them hold P.
-template <class T>
-struct Packing {
-  using C = compute_t<T>;
-  using A = acc_t<T>;
+// Packed forms of rows of `size` elements: padded with zeros to `ld` elements, of which `units` hold them.
+template <class Element>
+struct Panels {
+  using C = Element;
+  using A = typename Compute<C>::Acc;
   using U = typename Compute<C>::Unit;
   static constexpr int pack = Compute<C>::pack, W = Simd<A>::width, N = kTileN<A>;
   static constexpr bool coarse = pack > 1;
 
-  const WindowAttentionParams& p;
   const int64_t ld, units;
 
-  explicit Packing(const WindowAttentionParams& params)
-      : p(params), ld(round_up(p.head_dim, N)), units((p.head_dim + pack - 1) / pack) {}
+  explicit Panels(int64_t size) : ld(round_up(size, N)), units((size + pack - 1) / pack) {}
+
+  // Rows as the B operand of a product that sums over them: row pairs interleaved where a unit holds two.
+  const U* summed_over(U* buffer, const C* src, int64_t count) const {
+    if constexpr (pack == 1) {
+      return reinterpret_cast<const U*>(src);
+    } else {
+      for (int64_t i = 0; i < count; i += 2, buffer += ld) {
+        if (i + 1 < count) {
+          interleave(buffer, src + i * ld, src + (i + 1) * ld, ld);
+        } else {
+          for (int64_t j = 0; j < ld; ++j) buffer[j] = src[i * ld + j].bits;
+        }
+      }
+      return buffer - (count + 1) / 2 * ld;
+    }
+  }
+
+  int64_t panel() const { return units * N; }
+
+  // Rows as the B operand of a product that sums over their elements: panels of N columns.
+  void transposed(U* dst, const C* src, int64_t count) const {
+    for (int64_t i = 0; i < count; i += N, dst += panel(), src += N * ld)
+      transpose(dst, N, reinterpret_cast<const U*>(src), ld / pack, std::min<int64_t>(N, count - i), units, N);
+  }
+};
+
+// Those of one element type, of the rows of windows.
+template <class T>
+struct Packing : Panels<compute_t<T>> {
+  using Base = Panels<compute_t<T>>;
+  using Base::coarse, Base::ld, Base::N, Base::pack, Base::units, Base::W;
+  using typename Base::A, typename Base::C, typename Base::U;
+
+  const WindowAttentionParams& p;
+
+  explicit Packing(const WindowAttentionParams& params) : Base(params.head_dim), p(params) {}
 
   // `count` rows of each of `heads` heads from `head`; a head's rows one after another, the heads `apart` elements.
   // All heads of a token are read before the next: its row is one stretch of memory, tokens lie far apart.
@@ -243,30 +277,6 @@ struct Packing {
   void prefetch_output(const void* data, int64_t token, int64_t head, int64_t heads) const {
     const T* at = static_cast<const T*>(data) + (token * heads + head) * p.head_dim;
     for (int64_t i = 0; i < p.head_dim; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + i, 1, 2);
-  }
-
-  // Rows as the B operand of a product that sums over them: row pairs interleaved where a unit holds two.
-  const U* summed_over(U* buffer, const C* src, int64_t count) const {
-    if constexpr (pack == 1) {
-      return reinterpret_cast<const U*>(src);
-    } else {
-      for (int64_t i = 0; i < count; i += 2, buffer += ld) {
-        if (i + 1 < count) {
-          interleave(buffer, src + i * ld, src + (i + 1) * ld, ld);
-        } else {
-          for (int64_t j = 0; j < ld; ++j) buffer[j] = src[i * ld + j].bits;
-        }
-      }
-      return buffer - (count + 1) / 2 * ld;
-    }
-  }
-
-  int64_t panel() const { return units * N; }
-
-  // Rows as the B operand of a product that sums over P: panels of N columns.
-  void transposed(U* dst, const C* src, int64_t count) const {
-    for (int64_t i = 0; i < count; i += N, dst += panel(), src += N * ld)
-      transpose(dst, N, reinterpret_cast<const U*>(src), ld / pack, std::min<int64_t>(N, count - i), units, N);
   }
 };
 

@@ -12,6 +12,7 @@ void register_causal_conv1d_step(StableLibrary& lib);
 void register_exact_step(StableLibrary& lib);
 void register_gated_delta_scan(StableLibrary& lib);
 void register_gated_delta_step(StableLibrary& lib);
+void register_near_attention(StableLibrary& lib);
 void register_ssd_scan(StableLibrary& lib);
 void register_ssd_step(StableLibrary& lib);
 void register_window_attention(StableLibrary& lib);

@@ -9,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _transforms
 from .._dims import accumulate_dtype
 from .._layout_part import whole_frames
+from .._registry import serves
+from ..near_attention import near_attention
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
 from ._inputs import Call, Rotary, Triple, apply_rotary, split_heads, take
 from .past import Past, Sizes, kept_of, running_top, score
+from .seen import seen_before
 from .shape import AttentionShape
 from .state import MMATEState
 from .text_window import attend_with_lse, finite
@@ -107,10 +111,10 @@ class NearAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, turned: Tensor, past: Past, call: Call) -> Near:
         """What is near or kept, of each token. q, k, v: as of `project`; turned: q, rotated."""
-        layout, own = call.layout, turned
+        layout, own, together = call.layout, turned, _in_one_call(turned)
         if past.order is not None:
             own = take(F.pad(turned, (0, 0, 0, 0, past.held, 0)), past.order)
-        y, lse, when = self._text(own, past, layout)
+        y, lse, when = self._before(own, past, layout) if together else self._text(own, past, layout)
         if past.back is not None:
             y, lse, when = (take(t, past.back) for t in (y, lse, when))
         if layout is not None and layout.has_visual:
@@ -120,10 +124,13 @@ class NearAttention(nn.Module):
             inside_y, inside_lse = inside[0], inside[1].masked_fill(~visual[..., None], 0)
             if layout.is_part:
                 inside_y, inside_lse = self._in_cut_slabs(turned, inside_y, inside_lse, past, call, layout)
-            inside_y, inside_lse, read = self._before_slabs(turned, inside_y, inside_lse, past, layout)
+            if together:
+                inside_y, inside_lse = _as_one(inside_y, inside_lse, y, lse)
+            else:
+                inside_y, inside_lse, read = self._before_slabs(turned, inside_y, inside_lse, past, layout)
+                when = torch.where(visual, read, when)
             y = torch.where(visual[..., None, None], inside_y, y)
             lse = torch.where(visual[..., None], inside_lse, lse)
-            when = torch.where(visual, read, when)
         far = past.far(when, self.sizes.kept)
         if self.nothing_beyond:
             far = torch.zeros_like(far) if layout is None else far.masked_fill(~layout.visual_mask(q.device), 0)
@@ -138,6 +145,16 @@ class NearAttention(nn.Module):
             image_shift=image_shift, scale=self.shape.scale, cos=cos, sin=sin,
             interleaved=self.shape.interleaved_rotary, causal=self.shape.causal_windows, return_lse=True,
         )  # fmt: skip
+
+    def _before(self, q: Tensor, past: Past, layout: TokenLayout | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_text` gives of text, and `_before_slabs` of visual tokens, in one call: y, lse and when, of places. q
+        (B, L, H, P), of places."""
+        everything_near = self._all_near(past, q.shape[1])
+        seen = seen_before(self.sizes, past, layout, self.layer_windows, self.nothing_beyond, everything_near)
+        y, lse = near_attention(
+            q, past.keys, past.values, seen.low, seen.high, seen.which, seen.listed, scale=self.shape.scale
+        )
+        return y, lse, seen.when
 
     def _text(self, q: Tensor, past: Past, layout: TokenLayout | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of each place, as if it were text: y, lse and after how many steps it reads. q (B, L, H, P), of places.
@@ -513,6 +530,18 @@ def _as_one(y: Tensor, lse: Tensor, more_y: Tensor, more_lse: Tensor) -> tuple[T
     """Of two attentions, y and lse of one to the keys of both."""
     apart = more_lse - lse
     return torch.lerp(y, more_y, apart.sigmoid().to(y.dtype)[..., None]), lse - F.logsigmoid(-apart)
+
+
+def _in_one_call(q: Tensor) -> bool:
+    """Whether the op serves what is near: where a kernel does. Elsewhere PyTorch's own calls are faster than its
+    reference, and a compiler fuses them."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is Tensor
+        and serves("near_attention", q) == "cpu"
+        and not _transforms.active()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _joined(masks: list[Tensor]) -> Tensor:

@@ -34,6 +34,9 @@ branch_mix_norm_unseen_cases = st.tuples(ops.branch_mix_norm_cases, hidden).map(
 window_attention_unseen_cases = st.tuples(ops.window_attention_cases, hidden).map(
     lambda c: c[0] | dict(hidden=c[1], manners={})
 )
+near_attention_unseen_cases = st.tuples(ops.near_attention_cases, hidden).map(
+    lambda c: c[0] | dict(hidden=c[1], manners={})
+)
 
 
 def outputs(op: str, inputs: dict[str, Tensor], options: dict[str, Any], impl: str = "cpu") -> Tensor:
@@ -168,6 +171,25 @@ def window_attention_unseen(case: dict[str, Any]) -> None:
     if options["causal"]:
         later = torch.arange(L).expand(B, L) >= case["hidden"]["at"] % L
         unseen(case, "window_attention", inputs, options, names, later, ~later)
+
+
+@with_threads
+def near_attention_unseen(case: dict[str, Any]) -> None:
+    """A token sees neither what comes after it, nor what is in its range or list at no other."""
+    t, options = ops.near_inputs(case)
+    inputs = t.tensors
+    B, L = inputs["q"].shape[:2]
+    T = inputs["k"].shape[1]
+    if B * L == 0:
+        reject()
+    at = case["hidden"]["at"] % T
+    lists = torch.cat((inputs["listed"], torch.full_like(inputs["listed"][:1], -1))) if len(inputs["listed"]) else None
+    sees = (inputs["low"] <= at) & (at < inputs["high"])
+    if lists is not None:
+        sees = sees | (lists[inputs["which"].long()] == at).any(-1).any(1)
+    sees = sees & (torch.arange(T - L, T) >= at)
+    hidden_at = (torch.arange(T) == at).expand(B, -1)
+    unseen(case, "near_attention", inputs, options, ("k", "v"), hidden_at, ~sees)
 
 
 pieces_cases = st.tuples(ops.ssd_scan_cases, st.lists(st.integers(0, 130), max_size=4)).map(

@@ -337,6 +337,41 @@ def branch_mix_norm(case: dict[str, Any]) -> None:
     judge("branch_mix_norm", t, options, [k for k in ("a", "b", "mix", "weight", "bias") if k in t.bases])
 
 
+near_attention_cases = case(
+    B=batches, heads=st.sampled_from((1, 2, 3, 4, 6)).flatmap(
+        lambda h: st.tuples(st.just(h), st.sampled_from([g for g in range(1, h + 1) if h % g == 0]))
+    ).map(list),
+    P=sizes(130, 1), L=sizes(140), before=sizes(70), lists=st.integers(0, 4), m=sizes(70), window=sizes(70, 1),
+    kind=st.sampled_from(("windows", "anything")), scale=st.none() | st.sampled_from((1.0, -0.3, 0.0, 1e-3)),
+    manners=manners("q", "k", "v"),
+)  # fmt: skip
+
+
+def near_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, L, P, n, m, (H, G), t = case["B"], case["L"], case["P"], case["lists"], case["m"], case["heads"], Tensors(case)
+    T = L + case["before"]
+    if B * H * L * (T + m) > 2 * MOST:
+        reject()
+    for name, length, heads in (("q", L, H), ("k", T, G), ("v", T, G)):
+        t.draw(name, (B, length, heads, P))
+    low, high = (t.integers((B, L), 0, T + 1) for _ in range(2))
+    which = t.integers((B, G, L), -1, n)
+    if case["kind"] == "windows":
+        own = torch.arange(T - L, T)
+        low, high = ((own - case["window"] + 1).clamp(min=0).expand(B, L), (own + 1).expand(B, L))
+        which = (own // case["window"]).clamp(max=n).expand(B, G, L) - 1
+    places = dict(low=low, high=high, which=which, listed=t.integers((n, m), -1, max(T, 1)))
+    for name, values in places.items():
+        t.add(name, values.int())
+    return t, dict(scale=case["scale"])
+
+
+@with_threads
+def near_attention(case: dict[str, Any]) -> None:
+    t, options = near_inputs(case)
+    judge("near_attention", t, options, ["q", "k", "v"], without_infinite_logs)
+
+
 TRIPLES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)).map(list)
 SHIFTS = st.tuples(*[st.integers(0, 6)] * 3).map(list)
 window_attention_cases = case(

@@ -14,6 +14,7 @@ from tests.ops.cases import causal_conv1d_step as conv_step
 from tests.ops.cases import exact_step as exact
 from tests.ops.cases import gated_delta_scan as delta
 from tests.ops.cases import gated_delta_step as delta_step
+from tests.ops.cases import near_attention as near
 from tests.ops.cases import ssd_scan as scan
 from tests.ops.cases import ssd_step as step
 from tests.ops.cases import window_attention as window
@@ -54,6 +55,8 @@ def _cases():
 
                 name = f"gated_delta_scan-{case}-{direction}-{'all' if options else 'plain'}"
                 yield name, "gated_delta_scan", make_delta
+    for case in near.CASES:
+        yield f"near_attention-{case}", "near_attention", lambda t, c=case: (near.make_inputs(c, t), list("qkv"))
     for name, case in window.CASES.items():
 
         def make_window(dtype, case=case):

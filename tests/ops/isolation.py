@@ -98,6 +98,18 @@ def one_window(**options):
     return inputs | dict(causal=True, return_lse=True) | options
 
 
+def near(**options):
+    """Tokens of two tiles, each of which sees a window and a list; token 12 stands in some lists."""
+    g = torch.Generator().manual_seed(1)
+    own = torch.arange(3, 33)
+    q, k, v = (torch.randn(2, t, n, 5, generator=g) for t, n in ((30, 4), (33, 2), (33, 2)))
+    which = torch.where(own < 15, -1, own % 8 // 4).expand(2, 2, -1)
+    low = (own - 6).clamp(min=0)
+    listed = torch.tensor([[0, 1, -1], [12, 2, 12]])
+    inputs = dict(q=q, k=k, v=v, low=low.expand(2, -1).int(), high=(own + 1).expand(2, -1).int())
+    return inputs | dict(which=which.int(), listed=listed.int()) | options
+
+
 def other_calls():
     g = torch.Generator().manual_seed(1)
 
@@ -123,6 +135,8 @@ def other_calls():
         "windows of blocks": ("window_attention", windows(layout=blocks)),
         "windows, causal": ("window_attention", windows(grid=(5, 6), shift=(1, 1), causal=True)),
         "windows of blocks, causal": ("window_attention", windows(layout=blocks, causal=True)),
+        "near": ("near_attention", near()),
+        "near, of a negative scale": ("near_attention", near(scale=-0.3)),
         "one window, causal": ("window_attention", one_window(scale=-0.3)),
     }  # fmt: skip
 
@@ -163,7 +177,7 @@ def call(op, impl, inputs, wrt, weights):
         with linmu_ops.use_impl(f"{op}:{impl}"):
             out = run_op(op, **values)
         # A log-sum-exp of -inf says that a token is in no window.
-        if op == "window_attention" and isinstance(out, tuple):
+        if op in ("window_attention", "near_attention") and isinstance(out, tuple):
             return tuple(o.masked_fill(o == -math.inf, 0.0) if i else o for i, o in enumerate(out))
         return out
 

@@ -153,6 +153,7 @@ ANY_DTYPE = {
     "exact_step": ["dt", "dt_bias", "rest", "c_map", "scale", "cos", "sin"],
     "gated_delta_scan": ["g", "beta", "reverse_g", "reverse_beta", "gate"],
     "gated_delta_step": ["g", "beta"],
+    "near_attention": [],
     "ssd_scan": ["dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate"],
     "ssd_step": ["dt", "A", "D", "dt_bias"],
     "window_attention": ["bias", "cos", "sin"],

@@ -14,6 +14,10 @@ import linmu_ops
 from linmu_ops import _registry
 from linmu_ops._testing import run_op, small_inputs
 
+# Rows, groups, and of 21 tokens each 5 in its range; 8 read the first of two lists, and 6 the other.
+NEAR_PAIRS = 2 * 2 * 21 * 5 + int(
+    (small_inputs("near_attention")["listed"] >= 0).view(4, 2, 3).sum((0, 2)) @ torch.tensor([8, 6])
+)
 # Of the small cases, by hand: forward; the backward's follow.
 COUNTS = {
     "branch_mix_norm": (0, 0),
@@ -22,6 +26,7 @@ COUNTS = {
     "exact_step": (4 * (2 * 6) * 8 * (3 + 10 + 4) + 2 * (2 * 6) * (8 + 9) * 12, None),
     "gated_delta_scan": (2 * 6 * (2 * 37 * 8) * 12 * 8, 2),  # both directions
     "gated_delta_step": (6 * (2 * 8) * 12 * 8, None),
+    "near_attention": (4 * 2 * 16 * NEAR_PAIRS, 2.5),
     "ssd_scan": (2 * 4 * (2 * 37 * 8) * 8 * 12, 2),  # both directions
     "ssd_step": (4 * (2 * 8) * 8 * 12, None),
     # Grid (3, 5, 6), windows of (2, 3, 4): 2 + 1 by 3 + 2 by 4 + 2 tokens, in two rows.

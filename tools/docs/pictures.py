@@ -121,6 +121,24 @@ def gated_delta_scan() -> tuple[str, int, list[str]]:
 
 
 @drawing
+def near_attention() -> tuple[str, int, list[str]]:
+    kinds = ["a", "off", "off", "a", "off", "off", "off", "off", *["a"] * 5, "b"]
+    made = [
+        text(40, 24, "listed", "dim", "start"),
+        text(356, 24, "range: low to high \u2212 1", "dim"),
+        row(18, 34, kinds, size=28, step=32),
+        text(448, 86, "this token", "dim", size=13),
+    ]
+    made += [arrow((32, 68), (32, 104), (160, 104)), arrow((128, 68), (128, 94), (160, 94))]
+    made += [arrow((356, 68), (356, 99), (322, 99)), box(162, 84, 158, 34, "a", "one softmax")]
+    made += [arrow((241, 118), (241, 142)), text(241, 160, "y, lse")]
+    made.append(
+        text(240, 186, "Each key/value head has lists of its own. Neighbours that share one are fast.", "dim", size=13)
+    )
+    return "A token attends to the last tokens, and to a list of earlier ones", 200, made
+
+
+@drawing
 def exact_step() -> tuple[str, int, list[str]]:
     made = [text(43, 24, "sinks", "dim"), row(20, 34, ["a"] * 2, size=22, step=25)]
     made += [
