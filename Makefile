@@ -47,7 +47,7 @@ test-all: setup .venv/quantized docs
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
 # The models' tests, with the oldest and the newest transformers that pyproject.toml allows, each in a folder of its own.
-TRANSFORMERS ?= 5.17 5.24
+TRANSFORMERS ?= 5.23 5.24
 test-transformers: setup
 	for version in $(TRANSFORMERS); do \
 	  folder=$(CURDIR)/build/transformers/$$version; \
