@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _transforms
 from .._traced_layout import TracedGrid
 from ..context_parallel import ContextParallel, SlabLayout
 from ..token_layout import Partition, TokenLayout
@@ -218,6 +219,15 @@ def apply_rotary(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
     cos, sin = (t.to(x.dtype).unsqueeze(2) for t in rotary)
     size = cos.shape[-1]
     head, rest = x[..., :size], x[..., size:]
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not _transforms.active():
+        # The same sums without a copy of what is turned.
+        first, second = slice(size // 2), slice(size // 2, None)
+        if interleaved:
+            first, second = slice(0, None, 2), slice(1, None, 2)
+        out = head * cos
+        out[..., first].addcmul_(head[..., second], sin[..., first], value=-1)
+        out[..., second].addcmul_(head[..., first], sin[..., second])
+        return out if rest.shape[-1] == 0 else torch.cat((out, rest), dim=-1)
     if interleaved:
         turned = torch.stack((-head[..., 1::2], head[..., ::2]), dim=-1).flatten(-2)
     else:
