@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import linmu_ops
-from bench.peers import Bench, Case, Inputs, Peer, Sizes, case
+from bench.peers import Bench, Case, Inputs, Peer, Sizes, case, compiled
 
 LEAVE = 64  # tokens that leave at a time, as in ExactMMATE
 DEFAULT: Sizes = dict(window=256, listed=132)  # sinks and kept ones, as ExactConfig has them
@@ -91,6 +91,7 @@ def _values(**inputs: Any) -> Tensor:
 
 
 BENCH = Bench(
-    "near_attention", CASES, make, flops, num_bytes, {"gathered chunks, SDPA": _gathered},
+    "near_attention", CASES, make, flops, num_bytes,
+    {"gathered chunks, SDPA": _gathered, "gathered chunks, SDPA, compiled": compiled(_gathered)},
     differentiable=("q", "k", "v"), call=_values,
 )  # fmt: skip
