@@ -273,7 +273,7 @@ class Run:
             handoff.stage_folder(self.folder, number),
             self.accelerator,
             transcripts,
-            self.objective,
+            objective=self.objective,
         )
         with shared_vision_features(self.teacher, student.model):
             means = trainer.run()

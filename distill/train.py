@@ -110,9 +110,9 @@ class StageTrainer:
     folder: Path
     accelerator: Accelerator
     transcripts: Transcripts | None = None
-    objective: type[Objective] = Objective
     on_step: Callable[[int], None] | None = None
     """Called with the number of finished steps after each; for tests."""
+    objective: type[Objective] = Objective
     store: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:
