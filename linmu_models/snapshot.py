@@ -110,6 +110,8 @@ class CacheSnapshot:
         tensors |= more
         header = json.dumps({"version": VERSION, "model": _identity(model), "layers": layers, **added}, sort_keys=True)
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"save: path must be in a folder that exists, got {target}")
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         temporary.touch(exist_ok=False)
         try:

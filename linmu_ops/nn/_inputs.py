@@ -76,6 +76,8 @@ def check_inputs(
     """Check the tensors every module takes, and return the layout; None where no token is visual."""
     if hidden_states.dim() != 3 or hidden_states.shape[2] != dim:
         raise ValueError(f"{op}: hidden_states must be (B, L, D) with D={dim}, got shape {tuple(hidden_states.shape)}")
+    if not hidden_states.is_floating_point():
+        raise TypeError(f"{op}: hidden_states must be of a float dtype, got {hidden_states.dtype}")
     batch, length, _ = hidden_states.shape
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool:
@@ -97,6 +99,17 @@ def check_inputs(
             f"{op}: layout must be for (B, L) = ({batch}, {length}), got ({layout.batch_size}, {layout.length})"
         )
     return layout if layout.has_visual or layout.is_part else None
+
+
+def check_rotary(op: str, rotary: Rotary, hidden_states: Tensor, head_dim: int) -> None:
+    """Check cos and sin of position embeddings."""
+    batch, length, _ = hidden_states.shape
+    wanted = f"cos and sin (B or 1, L, R), B={batch}, L={length}, R <= {head_dim}"
+    if not (isinstance(rotary, (tuple, list)) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)):
+        raise TypeError(f"{op}: position_embeddings must be a pair, {wanted}, got a {type(rotary).__name__}")
+    for t in rotary:
+        if t.dim() != 3 or t.shape[0] not in (1, batch) or t.shape[1] != length or t.shape[2] > head_dim:
+            raise ValueError(f"{op}: position_embeddings must be {wanted}, got shape {tuple(t.shape)}")
 
 
 def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: int, windows: Partition | None) -> None:

@@ -13,7 +13,16 @@ from .._dims import accumulate_dtype
 from ..context_parallel import ContextParallel
 from ..token_layout import TokenLayout
 from . import transfer
-from ._inputs import Call, Rotary, check_inputs, number_sequences, prepare_layout, slab_layout, without_padding
+from ._inputs import (
+    Call,
+    Rotary,
+    check_inputs,
+    check_rotary,
+    number_sequences,
+    prepare_layout,
+    slab_layout,
+    without_padding,
+)
 from .config import ExactConfig, MMATEConfig
 from .far import FarAttention
 from .near import NearAttention
@@ -181,6 +190,8 @@ class Block(nn.Module):
         layout = check_inputs(
             self._name, hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.layer_windows
         )
+        if position_embeddings is not None:
+            check_rotary(self._name, position_embeddings, hidden_states, self.shape.head_dim)
         if state is not None:
             check_state(self._name, state, hidden_states.shape[0], self._kept_tokens)
         if layout is not None and layout.is_part:

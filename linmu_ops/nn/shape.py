@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import nn
 
@@ -54,8 +55,12 @@ class AttentionShape:
         Raises:
             ValueError: a size does not divide another; `block` names the block in the message.
         """
+        sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, given in sizes.items():
+            if given is not None and (not isinstance(given, Integral) or given < 1):
+                raise ValueError(f"{block}: {name} must be a positive integer, got {given!r}")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or kv_heads < 1 or num_heads % kv_heads:
+        if num_heads % kv_heads:
             raise ValueError(f"{block}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         if head_dim is None and dim % num_heads:
             raise ValueError(f"{block}: num_heads must divide dim={dim} where head_dim is not given, got {num_heads}")
