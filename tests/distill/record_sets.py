@@ -75,8 +75,8 @@ def config(folder, output, **changes):
 def stop_at(monkeypatch, number, step):
     """Ctrl-C after a step of a stage."""
 
-    def trainer(config, stage, *rest):
+    def trainer(config, stage, *rest, **named):
         on_step = lambda now: stage.number == number and now == step and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
-        return StageTrainer(config, stage, *rest, on_step=on_step)
+        return StageTrainer(config, stage, *rest, **named, on_step=on_step)
 
     monkeypatch.setattr(run, "StageTrainer", trainer)
