@@ -360,7 +360,7 @@ def near_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         own = torch.arange(T - L, T)
         low, high = ((own - case["window"] + 1).clamp(min=0).expand(B, L), (own + 1).expand(B, L))
         which = (own // case["window"]).clamp(max=n).expand(B, G, L) - 1
-    places = dict(low=low, high=high, which=which, listed=t.integers((n, m), -1, max(T, 1)))
+    places = dict(low=low, high=high, which=which, listed=t.integers((n, m), -1, max(T, 0)))
     for name, values in places.items():
         t.add(name, values.int())
     return t, dict(scale=case["scale"])
