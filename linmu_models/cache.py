@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -21,7 +22,7 @@ from .rewind import Record
 
 
 class TakesBack:
-    """Mixed into a cache layer of constant size: how its last tokens are taken back.
+    """Mixed into a cache layer of constant size: how its last tokens are taken back, and its rows chosen.
 
     Attributes:
         record: what that needs. None: nothing is recorded.
@@ -53,6 +54,27 @@ class TakesBack:
         self.check_crop(-tokens_to_remove)
         if self.record is not None:
             self.record.crop(self, -tokens_to_remove)  # type: ignore[arg-type]  # of the class that this is mixed into
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows `beam_idx` in the place of those that are there."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As in transformers' other layers: each row stands so many times, one after the other."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """As in transformers' other layers: these rows alone."""
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.record is not None:
+            self.record.map(rows)
+        self._map_state(rows)
+
+    def _map_state(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of the state."""
+        raise NotImplementedError
 
 
 class LinmuCacheLayer(TakesBack, LinearAttentionCacheLayerMixin, CacheLayerMixin):  # type: ignore[override]
@@ -158,13 +180,17 @@ class LinmuCacheLayer(TakesBack, LinearAttentionCacheLayerMixin, CacheLayerMixin
         """Make that the state, by copying; the count stays. A static layer keeps its addresses."""
         if not self.is_static:
             self.state = None
-        elif self.state is not None and not value:
-            self.state = self.state.without_slab()
-            for tensor in self.state:
-                if tensor is not None:
-                    tensor.zero_()
+        elif not value:
+            self._clear()
         if value:
             self.keep(MMATEState(**{name: copied(t) for name, t in value.items()}))
+
+    def _clear(self) -> None:
+        """Zeros are the state before the first token, and a compiled step keeps its addresses."""
+        self.state = None if self.state is None else self.state.without_slab()
+        for tensor in self.state or ():
+            if tensor is not None:
+                tensor.zero_()
 
     def offload(self) -> None:
         """Stays where it is: the state is small and of constant size."""
@@ -177,32 +203,18 @@ class LinmuCacheLayer(TakesBack, LinearAttentionCacheLayerMixin, CacheLayerMixin
         if self.record is not None:
             self.record.forget()
         if isinstance(self.cumulative_length, Tensor):
-            # Zeros are the state before the first token, and a compiled step keeps its addresses.
-            self.state = None if self.state is None else self.state.without_slab()
-            for tensor in (self.cumulative_length, *(self.state or ())):
-                if tensor is not None:
-                    tensor.zero_()
+            self.cumulative_length.zero_()
+            self._clear()
         else:
             self.cumulative_length = 0
             self.state = None
             self.is_initialized = False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device)])
-
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows. Where there are as many as before, a static layer keeps its addresses."""
-        if self.record is not None:
-            self.record.map(rows)
+    def _map_state(self, rows: Callable[[Tensor], Tensor]) -> None:
+        """Where there are as many rows as before, a static layer keeps its addresses."""
         if self.state is None:
             return
-        new = MMATEState(*(None if t is None else rows(t) for t in self.state))
+        new = self.state.map(rows)
         same = all(t is None or t.shape == old.shape for t, old in zip(new, self.state, strict=True) if old is not None)
         self.state = self.state.copy_(new) if self.is_static and same else new
 
@@ -259,23 +271,15 @@ class LinmuMixerLayer(TakesBack, LinearAttentionLayer):
             self.record.forget()
         super().reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """As in transformers' other layers: each row stands so many times, one after the other."""
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """As in transformers' other layers: these rows alone."""
-        self._map(lambda t: t[indices.to(t.device)])
-
-    def _map(self, rows: Callable[[Tensor], Tensor]) -> None:
-        if self.record is not None:
-            self.record.map(rows)
+    def _map_state(self, rows: Callable[[Tensor], Tensor]) -> None:
         for held in (self.conv_states, self.recurrent_states):
             for i, t in held.items():
                 held[i] = None if t is None else rows(t)
+
+
+def cache_argument(module: Any) -> str:
+    """What a module's forward calls its cache; transformers renamed it in version 5.24."""
+    return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from linmu_ops import TokenLayout
-from linmu_ops._layout_part import split, whole_frames
+from linmu_ops._layout_part import split
 from linmu_ops.nn import ExactMMATE
 
 from .attention import LinmuAttention
@@ -53,9 +53,7 @@ def _may_be_cut(block: LinmuAttention, sizes: list[int], places: np.ndarray, len
     in_order = bool((places[1:] > places[:-1]).all())
     found = np.full(length + 1, in_order and isinstance(block, ExactMMATE) and block.shape.causal_windows)
     if in_order and isinstance(block, ExactMMATE) and not found.any():
-        window, _, wrap, image, _ = block.layer_windows
-        frames = image[0] if image and sizes[0] == 1 else window[0]
-        borders = whole_frames(sizes[0], frames, (0, frames // 2), wrap == "mask")
+        borders = block.windows.whole_frames(sizes[0])
         found[places[[t * math.prod(sizes[1:]) for t in borders]]] = True
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import cache_argument
 from .chat import ChatProcessor
 from .snapshot import CacheSnapshot
 from .states import CacheValue, new_cache
@@ -59,8 +59,7 @@ def reopen_conversation(
     inputs = _longer(read.more, torch.cat((ids, ids.new_tensor([following])), dim=1))
     cache = new_cache(model)
     cache.restore(read)
-    named = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    return {**{name: t.to(model.device) for name, t in inputs.items()}, named: cache}, turns
+    return {**{name: t.to(model.device) for name, t in inputs.items()}, cache_argument(model): cache}, turns
 
 
 def _longer(inputs: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:

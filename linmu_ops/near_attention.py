@@ -17,7 +17,6 @@ BWD_SCHEMA = (
     f"(Tensor grad_y, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor lse, {INPUTS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
-PLACES = ("low", "high", "which", "listed")
 
 
 def near_attention(
@@ -99,17 +98,16 @@ def _bwd_reference(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, low, high, which, listed, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, output[1], low, high, which, listed)
-    ctx.set_materialize_grads(False)
+    _autograd.keep(ctx, inputs, output[1:])
 
 
 def _backward(ctx: Any, bwd_op: Any, grad_y: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_y is None and grad_lse is None:
         return (None,) * 8
+    (lse,), (q, k, v, *places) = _autograd.kept(ctx)
     if grad_y is None:
-        grad_y = torch.zeros_like(ctx.saved_tensors[0])
-    return (*bwd_op(grad_y, grad_lse, *ctx.saved_tensors, ctx.scale), *(None,) * 5)
+        grad_y = torch.zeros_like(q)
+    return (*bwd_op(grad_y, grad_lse, q, k, v, lse, *places), *(None,) * 5)
 
 
 _registry.define_op(

@@ -119,13 +119,13 @@ class TokenLayout:
             raise ValueError(f"TokenLayout: batch_size * length must be < 2**31, got {batch_size} * {length}")
         self.blocks = _integers("blocks", blocks, "(num_blocks, 4)", (-1, 4))
         self.positions = _integers("positions", positions, "(num_visual,)", (-1,))
-        self.spans = _layout_part.whole_spans(self.blocks)
+        self.spans = whole = _layout_part.whole_spans(self.blocks)
         places, self._margins = self.positions, None
         planned_length = self.length
         if spans is not None:
             given = _integers("spans", spans, "(num_blocks, 2)", (-1, 2))
             self.spans = _layout_part.checked_spans(self.blocks, self.positions, given)
-        self.is_part = self.spans != _layout_part.whole_spans(self.blocks)
+        self.is_part = self.spans != whole
         if self.is_part:
             outside = (self.positions < 0) | (self.positions >= self.length)
             if outside.any():
@@ -309,20 +309,12 @@ class TokenLayout:
             row[: len(mine)] = mine
         return np.concatenate(tokens), np.concatenate(begin), inverse.reshape(self.batch_size, self.length), filled
 
-    def cut(
-        self,
-        window: Sequence[int],
-        shift: Sequence[int] = (0, 0, 0),
-        wrap: str = "join",
-        image_window: Sequence[int] | None = None,
-        image_shift: Sequence[int] | None = None,
-        device: torch.device | str | None = None,
-    ) -> Cut:
-        """Of a part: the slabs that lie in several calls. The arguments are those of `window_table`, with wrap="mask":
-        a window that wraps around in time would be in two slabs."""
-        given = _window_key(Partition(window, shift, wrap, image_window, image_shift))
-        if wrap != "mask":
-            raise ValueError(f"TokenLayout: wrap must be 'mask' for a part of an image or video, got {wrap!r}")
+    def cut(self, windows: Partition, device: torch.device | str | None = None) -> Cut:
+        """Of a part: the slabs that lie in several calls. Windows have wrap="mask": one that wraps around in time would
+        be in two slabs."""
+        given = _window_key(windows)
+        if windows.wrap != "mask":
+            raise ValueError(f"TokenLayout: wrap must be 'mask' for a part of an image or video, got {windows.wrap!r}")
         shape = self.batch_size, self.length
 
         def tables(plan: Any) -> tuple[Any, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
 
 from linmu_models import LinmuInputs, LinmuModel
-from linmu_models.cache import LinmuCacheLayer, linear_layer
+from linmu_models.cache import LinmuCacheLayer, cache_argument, linear_layer
 from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATEState
 
@@ -53,11 +52,6 @@ def variants(teacher: Any, student: Any, device: str) -> list[Variant]:
     return [*found, Variant(STUDENT + COMPILED, student, True)]
 
 
-def _cache_name(module: Any) -> str:
-    """transformers renamed its argument in version 5.24."""
-    return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
-
-
 @contextlib.contextmanager
 def _attention(backend: SDPBackend | None) -> Iterator[None]:
     if backend is None:
@@ -76,7 +70,7 @@ class Prefill:
     def __init__(self, variant: Variant) -> None:
         self.variant, self.model = variant, variant.model
         decoder = self.model.get_decoder()
-        self.cache_name = _cache_name(decoder)
+        self.cache_name = cache_argument(decoder)
         plain, attention = decoder.forward, variant.attention
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +117,7 @@ class Decode:
         self.first = torch.full((batch, 1), 7, device=device)
         decoder, head, cache = self.model.get_decoder(), self.model.lm_head, self.cache
         attention = variant.attention
-        rest: dict[str, Any] = {_cache_name(decoder): cache}
+        rest: dict[str, Any] = {cache_argument(decoder): cache}
         if variant.is_student:
             rest["linmu"] = LinmuInputs()
 
@@ -209,7 +203,7 @@ def counted_on(model: Any, tokens: int, batch: int) -> list[MMATEState]:
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     decoder(
         inputs_embeds=embeddings, position_ids=positions, use_cache=True, linmu=LinmuInputs(),
-        **{_cache_name(decoder): cache},
+        **{cache_argument(decoder): cache},
     )  # fmt: skip
     states = []
     for layer in cache.layers:

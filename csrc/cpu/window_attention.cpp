@@ -119,8 +119,7 @@ class Forward : Packing<T> {
     }
   }
 
-  // Row i of the scores becomes exp(score - maximum), in place and in the compute type; query is its index in the
-  // window. Earlier blocks' sums are rescaled when the maximum moves.
+  // Row i of the scores becomes weights, in place and in the compute type; query is its index in the window.
   void softmax(int64_t i, int64_t query, int64_t k0, int64_t nk, int64_t h) {
     constexpr A infinity = std::numeric_limits<A>::infinity();
     A* s = scores_ + i * lds_;
@@ -139,32 +138,7 @@ class Forward : Packing<T> {
       A* tail = s + padded - W;
       store(tail, first_lanes<A>(load(tail), nk - (padded - W), -infinity));
     }
-    vec<A> top = splat(-infinity);
-    for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> t = load(s + j);
-      top = t > top ? t : top;
-    }
-    const A before = k0 ? max_[i] : -infinity, most = largest<A>(top), now = most > before ? most : before;
-    max_[i] = now;
-    // All scores -inf so far (a bias, or a block of later keys): their weights are 0, not NaN; if it stays so, 0 / 0
-    // at the end.
-    const A from = now == -infinity ? A(0) : now;
-    vec<A> sums{};
-    for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> e = power<Base::coarse>((load(s + j) - from) * per_score);
-      sums += e;
-      store(weights + j, e);
-    }
-    const A sum = linmu::LINMU_ISA::sum<A>(sums);
-    if (k0 == 0) {
-      sum_[i] = sum;
-    } else if (before == now) {
-      sum_[i] += sum;
-    } else {
-      const A shrink = power<false>(splat((before - now) * per_score))[0];
-      sum_[i] = sum_[i] * shrink + sum;
-      for (int64_t j = 0; j < ld; j += W) store(o_ + i * ld + j, load(o_ + i * ld + j) * shrink);
-    }
+    Base::weigh(s, weights, padded, per_score, k0 == 0, max_[i], sum_[i], o_ + i * ld);
   }
 
   const int64_t shared_, span_, parts_;

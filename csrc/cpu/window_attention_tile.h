@@ -227,6 +227,38 @@ struct Panels {
     for (int64_t i = 0; i < count; i += N, dst += panel(), src += N * ld)
       transpose(dst, N, reinterpret_cast<const U*>(src), ld / pack, std::min<int64_t>(N, count - i), units, N);
   }
+
+  // A query's scores against a block of keys become weights, exp(score - maximum), which may lie in the same memory.
+  // `max` and `sum` are of all blocks so far; earlier blocks' sums, and `out`, are rescaled when the maximum moves.
+  void weigh(const A* scores, C* weights, int64_t padded, A per_score, bool first, A& max, A& sum, A* out) const {
+    constexpr A infinity = std::numeric_limits<A>::infinity();
+    vec<A> top = splat(-infinity);
+    for (int64_t j = 0; j < padded; j += W) {
+      const vec<A> t = load(scores + j);
+      top = t > top ? t : top;
+    }
+    const A before = first ? -infinity : max, most = largest<A>(top), now = most > before ? most : before;
+    max = now;
+    // All scores -inf so far (a bias, or a block of later keys): their weights are 0, not NaN; if it stays so, 0 / 0
+    // at the end.
+    const A from = now == -infinity ? A(0) : now;
+    vec<A> sums{};
+    for (int64_t j = 0; j < padded; j += W) {
+      const vec<A> e = power<coarse>((load(scores + j) - from) * per_score);
+      sums += e;
+      store(weights + j, e);
+    }
+    const A total = linmu::LINMU_ISA::sum<A>(sums);
+    if (first) {
+      sum = total;
+    } else if (before == now) {
+      sum += total;
+    } else {
+      const A shrink = power<false>(splat((before - now) * per_score))[0];
+      sum = sum * shrink + total;
+      for (int64_t j = 0; j < ld; j += W) store(out + j, load(out + j) * shrink);
+    }
+  }
 };
 
 // Those of one element type, of the rows of windows.

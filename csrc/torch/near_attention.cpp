@@ -2,8 +2,8 @@
 
 #include <tuple>
 
-#include "checks.h"
 #include "ops.h"
+#include "token_rows.h"
 
 namespace linmu {
 namespace {
@@ -11,12 +11,6 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 constexpr const char* kOp = "near_attention";
-
-// Rows of P adjacent elements can be read where they lie; anything else is copied first.
-TokenRows<const void*> rows(Tensor& t) {
-  if (t.size(3) > 1 && t.stride(3) != 1) t = contiguous(t);
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
 
 const int32_t* within(const Tensor& t, const char* name, int64_t least, int64_t most) {
   const int32_t* at = static_cast<const int32_t*>(t.const_data_ptr());

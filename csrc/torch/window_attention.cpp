@@ -2,20 +2,14 @@
 
 #include <tuple>
 
-#include "checks.h"
 #include "ops.h"
+#include "token_rows.h"
 
 namespace linmu {
 namespace {
 
 using torch::stable::contiguous;
 constexpr const char* kOp = "window_attention";
-
-// Rows of P adjacent elements can be read where they lie; anything else is copied first.
-TokenRows<const void*> rows(Tensor& t) {
-  if (t.size(3) > 1 && t.stride(3) != 1) t = contiguous(t);
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
 
 // Everything the kernels read through or write through is checked here, before they run.
 struct Table {

@@ -104,12 +104,19 @@ def check_inputs(
 def check_rotary(op: str, rotary: Rotary, hidden_states: Tensor, head_dim: int) -> None:
     """Check cos and sin of position embeddings."""
     batch, length, _ = hidden_states.shape
-    wanted = f"cos and sin (B or 1, L, R), B={batch}, L={length}, R <= {head_dim}"
-    if not (isinstance(rotary, (tuple, list)) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)):
-        raise TypeError(f"{op}: position_embeddings must be a pair, {wanted}, got a {type(rotary).__name__}")
-    for t in rotary:
-        if t.dim() != 3 or t.shape[0] not in (1, batch) or t.shape[1] != length or t.shape[2] > head_dim:
+    pair = isinstance(rotary, (tuple, list)) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)
+    for t in rotary if pair else (None,):
+        if t is None or t.dim() != 3 or t.shape[0] not in (1, batch) or t.shape[1] != length or t.shape[2] > head_dim:
+            wanted = f"cos and sin (B or 1, L, R), B={batch}, L={length}, R <= {head_dim}"
+            if t is None:
+                raise TypeError(f"{op}: position_embeddings must be a pair, {wanted}, got a {type(rotary).__name__}")
             raise ValueError(f"{op}: position_embeddings must be {wanted}, got shape {tuple(t.shape)}")
+
+
+def check_began(op: str, layout: TokenLayout, state: MMATEState | None) -> None:
+    """Raise ValueError where a part of a video goes on from nothing."""
+    if state is None and any(first for first, _ in layout.spans):
+        raise ValueError(f"{op}: state must be of the calls before, where a layout is a part of a video, got None")
 
 
 def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: int, windows: Partition | None) -> None:
@@ -117,7 +124,7 @@ def prepare_layout(layout: TokenLayout, device: torch.device | str, layer_idx: i
     if layout.is_part:
         layout.visual_mask(device)
         if windows is not None:
-            layout.cut(*windows, device)
+            layout.cut(windows, device)
             layout.numbers(device)
     elif layout.has_visual:
         layout.scan_order(layer_idx, device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._dims import accumulate_dtype
 from ..branch_mix_norm import branch_mix_norm
 from ..token_layout import TokenLayout
-from ._inputs import Call
+from ._inputs import Call, check_began
 from .block import Block, root_mean_square
 from .config import PAPER, MMATEConfig
 from .scan import NarrowLinear, Scan
@@ -92,8 +92,7 @@ class MMATE(Block):
                 "MMATE: layout must be of whole images and videos, as windows, reverse and major scan need all of one, "
                 "got a part of one"
             )
-        if state is None and any(first for first, _ in layout.spans):
-            raise ValueError("MMATE: state must be of the calls before, where a layout is a part of a video, got None")
+        check_began(self._name, layout, state)
 
     def _check_context(self, has_state: bool) -> None:
         if has_state and self.config.text_window:

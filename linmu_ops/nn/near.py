@@ -16,7 +16,7 @@ from .._registry import serves
 from ..near_attention import near_attention
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
-from ._inputs import Call, Rotary, Triple, apply_rotary, split_heads, take
+from ._inputs import Call, Rotary, Triple, apply_rotary, check_began, split_heads, take
 from .past import Past, Sizes, kept_of, running_top, score
 from .seen import seen_before
 from .shape import AttentionShape
@@ -229,12 +229,7 @@ class NearAttention(nn.Module):
         size = sizes.leave
         tokens, begin, inverse, between = layout.slab_chunks(*self.layer_windows, device)
 
-        def places(flat: Tensor) -> Tensor:
-            return flat % length if past.back is None else past.back.flatten()[flat]
-
-        rows, place = tokens[:, 0] // length, places(begin.clamp(min=0))
-        if layout.is_part:
-            place = torch.where(begin < 0, 0, place)  # the state's slab comes before all else
+        rows, place = tokens[:, 0] // length, past.places(begin, length)
         at = rows * past.start.shape[1] + place
         start = past.start.flatten()[at]
         read = (place - start) // size
@@ -245,7 +240,7 @@ class NearAttention(nn.Module):
         seen = [keys_at < place[:, None], there & (torch.arange(sizes.sinks, device=device) < (read * size)[:, None])]
         seen = [part[:, None].expand(-1, tokens.shape[1], -1) for part in seen]
         if between.shape[1]:
-            text = places(between.clamp(min=0))
+            text = past.places(between, length)
             found.append(past.known(text))
             there = (between >= 0) & (text < past.real[rows][:, None])
             seen.append(there[:, None] & (between[:, None] < tokens[..., None]))
@@ -268,7 +263,7 @@ class NearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Adds to the attention within windows, y and lse, what came in earlier calls of a slab that was cut: visual
         tokens of the same window, and text that stands between."""
-        _, first, _, queries, keys, inverse, _ = layout.cut(*self.layer_windows, q.device)
+        _, first, _, queries, keys, inverse, _ = layout.cut(self.layer_windows, q.device)
         if call.state is None or call.state.slab_tokens is None or call.state.slab_text is None:
             return y, lse
         if not len(queries) or not keys.shape[1] + call.state.slab_text.shape[1]:
@@ -374,9 +369,8 @@ class NearAttention(nn.Module):
                     f"{op}: layout must be of whole videos where tokens see later ones, in a compiled graph"
                 )
             return  # what follows reads the layout on the host
-        known = layout.cut(*self.layer_windows, device).rows
-        if state is None and any(first for first, _ in layout.spans):
-            raise ValueError(f"{op}: state must be of the calls before, where a layout is a part of a video, got None")
+        known = layout.cut(self.layer_windows, device).rows
+        check_began(op, layout, state)
         held = None if state is None else state.slab_tokens
         for i, ((row, *sizes), (first, count)) in enumerate(zip(layout.blocks.tolist(), layout.spans, strict=True)):
             wanted = known[row][1] if first else 0
@@ -393,12 +387,15 @@ class NearAttention(nn.Module):
                     f"slab, got one that goes on after {wanted}"
                 )
 
+    def whole_frames(self, frames: int) -> list[int]:
+        """Before which frames of an image or video the windows of every layer end."""
+        (size, *_), _ = self.layer_windows.of(image=frames == 1)
+        return whole_frames(frames, size, (0, size // 2), self.layer_windows.wrap == "mask")
+
     def _refuse_cut(self, op: str, layout: TokenLayout, block: int) -> None:
         """A cut within a slab whose tokens see later ones of it."""
         (row, frames, height, width), (first, count) = layout.blocks[block].tolist(), layout.spans[block]
-        window, _, wrap, image, _ = self.layer_windows
-        size = image[0] if image and frames == 1 else window[0]
-        borders = whole_frames(frames, size, (0, size // 2), wrap == "mask")
+        borders = self.whole_frames(frames)
         at = (first or count) / (height * width)
         near = [*[b for b in borders if b <= at][-1:], *[b for b in borders if b > at][:1]]
         where = f"nearest before frame {' or '.join(map(str, near))}" if near else "which this one does nowhere"
@@ -411,7 +408,7 @@ class NearAttention(nn.Module):
         """Where the slab begins that a call cuts, (B,) places, past all where it cuts none; and what a state has of
         the tokens since then."""
         device = past.keys.device
-        begin, *_, known = layout.cut(*self.layer_windows, device)
+        begin, *_, known = layout.cut(self.layer_windows, device)
         if all(at == layout.length for at, *_ in known):
             return past.real, MMATEState()
         place = begin.clamp(0, layout.length - 1)[:, None]

@@ -94,6 +94,13 @@ class Past(NamedTuple):
     held: int
     numbers: Tensor | None
 
+    def places(self, flat: Tensor, length: int) -> Tensor:
+        """Of flat positions of tokens in rows of `length`: their places in their rows. 0 of -1: the state's slab comes
+        before all else."""
+        there = flat.clamp(min=0)
+        found = there % length if self.back is None else self.back.flatten()[there]
+        return torch.where(flat < 0, 0, found)
+
     def known(self, places: Tensor) -> Tensor:
         """Which of the T stand at these places; the first one where none does."""
         at = places + self.before

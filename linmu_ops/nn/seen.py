@@ -50,8 +50,7 @@ def seen_before(
     if layout is not None and layout.has_visual:
         slabs = layout.slab_chunks(*windows, device)
         chunk = slabs[2] // SLAB_CHUNK
-        begins = _place(slabs[1].clamp(min=0), past, layout)
-        begins = torch.where(slabs[1] < 0, 0, begins)  # the state's slab comes before all else
+        begins = past.places(slabs[1], layout.length)
         if past.order is not None:
             chunk = take(F.pad(chunk, (past.held, 0)), past.order)
             real = real & (past.order >= past.held)
@@ -69,7 +68,7 @@ def seen_before(
         rows = torch.arange(batch * groups, device=device).view(batch, groups, 1) * past.kept.shape[2]
         which = torch.where(beyond[:, None], rows + when[:, None], which)
     if slabs is not None and layout is not None and between:
-        rows, text = slabs[0][:, 0] // layout.length, _place(slabs[3].clamp(min=0), past, layout)
+        rows, text = slabs[0][:, 0] // layout.length, past.places(slabs[3], layout.length)
         there = (slabs[3] >= 0) & (text < past.real[rows][:, None])
         # Of each chunk, what its tokens read, and the text between them.
         first = torch.arange(batch, device=device)[:, None] * length + place
@@ -100,8 +99,3 @@ def _listed(sizes: Sizes, past: Past, read: Tensor, when: Tensor, beyond: Tensor
     there = there & (torch.arange(sizes.sinks, device=device) < gone)
     sinks = torch.where(there, ids, -1).view(batch, 1, steps, ids.shape[1]).expand(-1, groups, -1, -1)
     return torch.cat((sinks, past.kept), dim=3).flatten(0, 2)
-
-
-def _place(flat: Tensor, past: Past, layout: TokenLayout) -> Tensor:
-    """Of flat positions of tokens: their places in their rows."""
-    return flat % layout.length if past.back is None else past.back.flatten()[flat]

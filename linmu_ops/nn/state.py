@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,13 +55,17 @@ class MMATEState(NamedTuple):
         """The fields whose sizes do not change."""
         return self if self.slab_keys is None else self._replace(**dict.fromkeys(self.slab))
 
+    def map(self, rows: Callable[[Tensor], Tensor]) -> MMATEState:
+        """A new state, of `rows` of each tensor."""
+        return MMATEState(*(None if t is None else rows(t) for t in self))
+
     def reorder(self, index: Tensor) -> MMATEState:
         """A new state of the rows `index` (int64), as beam search needs it."""
-        return MMATEState(*(None if t is None else t.index_select(0, index) for t in self))
+        return self.map(lambda t: t.index_select(0, index))
 
     def repeat(self, n: int) -> MMATEState:
         """A new state in which each row stands n times, one after the other."""
-        return MMATEState(*(None if t is None else t.repeat_interleave(n, dim=0) for t in self))
+        return self.map(lambda t: t.repeat_interleave(n, dim=0))
 
     def copy_(self, other: MMATEState) -> MMATEState:
         """Overwrite this state in place, keeping the addresses of its tensors; of a slab that is cut, a new state has

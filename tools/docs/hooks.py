@@ -69,7 +69,7 @@ def text_of(path: Path) -> str:
 
 def on_files(files: Any, config: Any) -> Any:
     ahead = [file.src_uri for file in files if file.src_uri.endswith(".md")]
-    ahead += [uri for uri in re.findall(r"repo/\S+\.md", str(config["nav"]).replace("'", " ").replace("}", " "))]
+    ahead += re.findall(r"repo/\S+\.md", str(config["nav"]).replace("'", " ").replace("}", " "))
     have = {file.src_uri for file in files}
     done: set[str] = set()
     while ahead:
