@@ -9,16 +9,26 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{9})")
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # One process needs no group.
 
 
 class CheckpointError(RuntimeError):
@@ -37,6 +47,13 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _first_reason(error: BaseException) -> str:
+    """One line of what went wrong, on the first process on which it did."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = error.failures[min(error.failures)][0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -94,15 +111,8 @@ def load_data(path: Path) -> Any:
     Raises:
         CheckpointError: the file holds anything else, or is no such file.
     """
-    # Random states were once saved with an array of 32-bit numbers.
-    array = np.zeros(0, np.uint32)
-    made_by = cast(Callable[..., Any], array.__reduce__()[0])
-    known: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        made_by, np.ndarray, np.dtype, type(array.dtype)
-    ]  # fmt: skip
     try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
         what = f"holds {found[1] or found[2]}" if found else "is not what torch.save writes"
@@ -115,12 +125,25 @@ def load_data(path: Path) -> Any:
 class CheckpointStore:
     """The checkpoints of one stage: folders `step-000000200`, the newest `keep` of them.
 
+    Tensors are written by all processes, each what it holds, as safetensors files (`torch.distributed.checkpoint`).
+    They can be read by another number of processes. What is small is written by the first. Training goes on meanwhile.
+
     A folder gets its final name only when every byte of it has reached the disk. Its manifest holds the size and the
     hash of every file. A folder that is not whole is passed over when reading.
     """
 
     folder: Path
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup | None:
+        """Of its own: it is used beside training. Over gloo, as what is sent is on the CPU. None for one process."""
+        joined = dist.is_initialized() and dist.get_world_size() > 1
+        return dist.new_group(backend="gloo") if joined else None
 
     def steps(self) -> list[int]:
         """The steps that have a folder, oldest first."""
@@ -129,48 +152,95 @@ class CheckpointStore:
         found = (_NAME.fullmatch(child.name) for child in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, files: dict[str, Any]) -> Path:
-        """Write a checkpoint and delete those that are too old.
+    def save(self, step: int, files: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Begin to write a checkpoint, once the one before is written, and delete those that are too old.
+
+        All processes call this. It returns when all tensors are copied to the CPU's memory; `wait` says whether they
+        have reached the disk.
 
         Args:
             step: number of finished steps.
-            files: file name -> tensors, numbers, text, and lists and dicts of these.
+            files: file name -> tensors, numbers, text, and lists and dicts of these. Those of the first process count.
+            tensors: name -> tensor. A DTensor is written in its parts.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        group = self._group
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        staged = cast(dict[str, Tensor], stager.stage({name: t.contiguous() for name, t in tensors.items()}))
+        stager.close()
+        self._pending = self._writer.submit(self._write, step, files, staged, group)
+
+    def wait(self) -> None:
+        """Return when what `save` began is on the disk.
 
         Raises:
             CheckpointError: the disk is full or failing; earlier checkpoints are untouched.
         """
-        target = self.folder / f"step-{step:09d}"
-        if target.exists() and self.check(step) is None:
-            # A folder cannot be replaced in one instant, and the same step of the same run has the same content.
-            return target
-        partial = self.folder / f".partial-{step:09d}"
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """At its end, what `save` began is on the disk. Raises CheckpointError where nothing else went wrong."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(".partial-*"):
-                shutil.rmtree(stale)
-            partial.mkdir()
-            manifest = {}
-            for name, content in files.items():
-                path = partial / name
-                torch.save(content, path)
-                _flush(path)
-                manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            write_atomically(partial / _MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
-            _flush(partial)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(partial, target)
-            _flush(self.folder)
-        except (OSError, RuntimeError) as error:
+            yield
+        except BaseException:
+            with contextlib.suppress(CheckpointError):
+                self.wait()
+            raise
+        self.wait()
+
+    def _write(
+        self, step: int, files: dict[str, Any], tensors: dict[str, Tensor], group: dist.ProcessGroup | None
+    ) -> None:
+        partial = self.folder / f".partial-{step:09d}"
+        first = dist.get_rank(group) == 0 if group else True
+        try:
+            if first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in self.folder.glob(".partial-*"):
+                    shutil.rmtree(stale)
+                partial.mkdir()
+                for name, content in files.items():
+                    torch.save(content, partial / name)
+            if group:
+                dist.barrier(group)
+            checkpoint.save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                process_group=group,
+                no_dist=group is None,
+            )
+            if first:
+                self._publish(step, partial)
+        except (OSError, RuntimeError, CheckpointException) as error:
             # torch.save reports a failed write as a RuntimeError.
             with contextlib.suppress(OSError):
                 shutil.rmtree(partial, ignore_errors=True)
             last = self.steps()
             kept = f"the last good one is at step {last[-1]}" if last else "there is none before it"
-            raise CheckpointError(f"the checkpoint at step {step} could not be written ({error}); {kept}") from error
+            why = _first_reason(error)
+            raise CheckpointError(f"the checkpoint at step {step} could not be written ({why}); {kept}") from error
+
+    def _publish(self, step: int, partial: Path) -> None:
+        """Give a folder whose files are written its manifest and its name."""
+        target = self.folder / f"step-{step:09d}"
+        manifest = {}
+        for path in sorted(partial.iterdir()):
+            _flush(path)
+            manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        write_atomically(partial / _MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1))
+        _flush(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(partial, target)
+        _flush(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"step-{old:09d}", ignore_errors=True)
-        return target
 
     def check(self, step: int) -> str | None:
         """Why the checkpoint at `step` cannot be used; None when it is whole."""
@@ -188,7 +258,7 @@ class CheckpointStore:
         return None
 
     def load(self) -> tuple[int, dict[str, Any], list[str]]:
-        """The newest checkpoint that is whole.
+        """The newest checkpoint that is whole, without its tensors.
 
         Returns:
             step (0 when there is none), file name -> content, and a line for each newer one that had to be passed over.
@@ -203,8 +273,30 @@ class CheckpointStore:
                 continue
             folder = self.folder / f"step-{step:09d}"
             names = json.loads((folder / _MANIFEST).read_text())["files"]
-            return step, {name: load_data(folder / Path(name).name) for name in names}, passed_over
+            small = [Path(name).name for name in names if not name.endswith(".safetensors")]
+            return step, {name: load_data(folder / name) for name in small}, passed_over
         return 0, {}, passed_over
+
+    def fill(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a checkpoint's tensors into these, in place. All processes call this.
+
+        Args:
+            step: of a checkpoint that is whole.
+            tensors: name -> tensor, as `save` was given it, whole or in other parts than then.
+
+        Raises:
+            CheckpointError: it lacks one of these, or one has another shape there.
+        """
+        folder = self.folder / f"step-{step:09d}"
+        try:
+            checkpoint.load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(str(folder)),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except (OSError, ValueError, SafetensorError, CheckpointException) as error:
+            raise CheckpointError(f"{folder} cannot be read: {_first_reason(error)}") from error
 
     def clear(self) -> None:
         """Delete all checkpoints; called when the stage is finished and its result is on disk."""

@@ -1,6 +1,6 @@
 """One process, DDP, or FSDP2: what differs between them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -80,23 +80,21 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def assign(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter that may be sharded."""
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(whole)
+def checkpoint_tensors(trainable: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a training by name: weights, and AdamW's moments and steps, which are 0 before its first step.
 
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` of a gathered state, whose moments are sharded as their parameters are."""
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = optimizer.state.get(parameter, {})
-            for name, value in moments.items():
-                if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-                    moments[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    They share the memory of what they name. Where a weight is sharded, so are its moments.
+    """
+    tensors = {}
+    for name, parameter in trainable.items():
+        state = optimizer.state[parameter]
+        if not state:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["step"] = torch.zeros(())
+        tensors[f"weight.{name}"] = parameter.detach()
+        tensors |= {f"{moment}.{name}": value for moment, value in state.items()}
+    return tensors
 
 
 def total_norm(parameters: list[nn.Parameter]) -> Tensor:

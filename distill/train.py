@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,14 @@ from linmu_models.hooks import attention_modules
 from linmu_models.modeling import LinmuModel
 from linmu_ops import LinmuWarning
 
-from .checkpoint import CheckpointStore, random_states, set_random_states, write_atomically
+from .checkpoint import CheckpointError, CheckpointStore, random_states, set_random_states, write_atomically
 from .config import Config
 from .files import read_lines
 from .objective import MicroBatch, Objective, Teacher, TrainingError, assemble, learns_by_block, read_batch
 from .parallel import (
-    assign,
-    gathered,
+    checkpoint_tensors,
     gradients_stay_local,
     is_sharded,
-    load_optimizer,
     local_part,
     shard,
     total_norm,
@@ -149,7 +147,7 @@ class StageTrainer:
         before = checksums(frozen)
         step = self._restore(optimizer)
         progress = Progress(self.stage, step, self.folder, self.accelerator.is_main_process)
-        with caught_signals() as signals, progress, self._log(step) as log:
+        with caught_signals() as signals, progress, self._log(step) as log, self.store.settled():
             recent = self._last_records()
             while step < self.stage.steps:
                 record = self._step(objective, optimizer, step)
@@ -164,6 +162,7 @@ class StageTrainer:
                     self._check_frozen(frozen, before, step)
                     self._save(step, optimizer)
                 if stop:
+                    self.store.wait()
                     raise Interrupted(
                         f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume"
                     )
@@ -288,6 +287,8 @@ class StageTrainer:
                     parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
 
     def _where(self, step: int, what: str) -> str:
+        with suppress(CheckpointError):
+            self.store.wait()
         steps = self.store.steps()
         good = f"the last good checkpoint is at step {steps[-1]}" if steps else "there is no checkpoint yet"
         return f"stage {self.stage.number}, step {step + 1}: {what}; {good}"
@@ -375,31 +376,19 @@ class StageTrainer:
         return 0 if self.transcripts is None else sum(self._of_all(self.transcripts.unfinished))
 
     def _save(self, step: int, optimizer: Any) -> None:
-        weights = gathered(self.trainable)
-        moments = gathered(getattr(optimizer, "optimizer", optimizer).state_dict())
-        data = self._lanes()
-        unfinished = self.unfinished()
-        if self.accelerator.is_main_process:
-            self.store.save(
-                step,
-                {
-                    "weights.pt": weights,
-                    "optimizer.pt": moments,
-                    "progress.pt": {
-                        "step": step,
-                        "seconds": self._seconds,
-                        "moved": sorted(self._moved),
-                        "live_steps": self._live_steps,
-                        "unfinished": unfinished,
-                        "fingerprint": self.config.fingerprint(self.stage.number),
-                        "random": random_states(),
-                        "batches": self._batches,
-                        "data": data,
-                        "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                    },
-                },
-            )
-        self.accelerator.wait_for_everyone()
+        progress = {
+            "step": step,
+            "seconds": self._seconds,
+            "moved": sorted(self._moved),
+            "live_steps": self._live_steps,
+            "unfinished": self.unfinished(),
+            "fingerprint": self.config.fingerprint(self.stage.number),
+            "random": random_states(),
+            "batches": self._batches,
+            "data": self._lanes(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        self.store.save(step, {"progress.pt": progress}, checkpoint_tensors(self.trainable, optimizer))
 
     def _lanes(self) -> list[Any] | None:
         """Where the data sets are, for each process that began the training. None for the built-in tasks."""
@@ -416,15 +405,18 @@ class StageTrainer:
         if not step:
             return 0
         progress = files["progress.pt"]
+        if "weights.pt" in files:
+            raise TrainingError(
+                f"stage {self.stage.number} has a checkpoint of an older release, in {self.store.folder}; finish the "
+                "stage with that release, or delete the folder"
+            )
         if progress["fingerprint"] != self.config.fingerprint(self.stage.number):
             raise TrainingError(
                 f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
                 "restore the configuration, or choose another output"
             )
         self._restore_place(progress)
-        for name, parameter in self.trainable.items():
-            assign(parameter, files["weights.pt"][name])
-        load_optimizer(getattr(optimizer, "optimizer", optimizer), files["optimizer.pt"])
+        self.store.fill(step, checkpoint_tensors(self.trainable, optimizer))
         set_random_states(progress["random"])
         if progress["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(progress["scaler"])

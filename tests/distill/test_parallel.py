@@ -2,11 +2,13 @@
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 import stand_ins
 import torch
+from safetensors.torch import load_file
 from training import curve, in_two
 
 from linmu_distill.checkpoint import CheckpointStore
@@ -19,6 +21,9 @@ def run_two(config, number, kill_at=0):
 
     def die(step):
         if step == kill_at and int(os.environ["RANK"]):
+            last = step // config.checkpoint_every * config.checkpoint_every
+            while not (config.folder / f"stage{number}/checkpoints/step-{last:09d}").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work(rank):
@@ -71,6 +76,21 @@ def test_a_run_of_two_goes_on_from_its_checkpoint(tmp_path, parallel):
     assert curve(config.folder / "stage2") == curve(whole.folder / "stage2")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_each_process_writes_what_it_holds(tmp_path, parallel):
+    """Together they write every tensor once."""
+    config = stand_ins.config_of(tmp_path, parallel=parallel, stage2={"steps": 2, "learning_rate": 1e-2})
+    assert run_two(config, 2) == [0, 0]
+    files = sorted((config.folder / "stage2/checkpoints/step-000000002").glob("*.safetensors"))
+    assert len(files) == 2
+    parts = [load_file(file) for file in files]
+    sizes = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
+    trainer = stand_ins.stage_trainer(config, 2)
+    weights = sum(parameter.nbytes for parameter in trainer.trainable.values())
+    assert sum(sizes) == 3 * weights + 4 * len(trainer.trainable)
+    assert min(sizes) > sum(sizes) // 3
+
+
 @pytest.mark.parametrize("parallel, number, more", [("fsdp", 3, {}), ("ddp", 2, ALONE)])
 def test_a_run_of_two_goes_on_in_one(tmp_path, parallel, number, more):
     """One of them was killed: what is left has the data, the steps and so the losses of both."""
@@ -84,6 +104,23 @@ def test_a_run_of_two_goes_on_in_one(tmp_path, parallel, number, more):
     ours = curve(config.folder / f"stage{number}")
     assert len(ours) == 6
     for one, other in zip(ours, curve(whole.folder), strict=True):
+        assert one == pytest.approx(other, rel=2e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_of_one_goes_on_in_two(tmp_path, parallel):
+    """Which divide its batches, and its weights."""
+    config = stand_ins.config_of(
+        tmp_path, parallel=parallel, gradient_accumulation=2, stage2={"steps": 6, "learning_rate": 1e-2}
+    )
+    trainer = stand_ins.stage_trainer(config, 2)
+    trainer.run()
+    whole = curve(trainer.folder)
+    (trainer.store.folder / "step-000000006/manifest.json").unlink()
+    assert run_two(config, 2) == [0, 0]
+    ours = curve(trainer.folder)
+    assert len(ours) == 6 and ours[:4] == whole[:4]
+    for one, other in zip(ours, whole, strict=True):
         assert one == pytest.approx(other, rel=2e-4)
 
 

@@ -9,6 +9,7 @@ import signal
 import pytest
 import stand_ins
 import torch
+from safetensors.torch import load_file
 from training import curve
 
 from linmu_distill.checkpoint import CheckpointStore
@@ -92,12 +93,25 @@ def run_apart(folder, number, kill_at=0):
         status = 1
         try:
             trainer = stand_ins.stage_trainer(stand_ins.config_of(folder), number)
-            trainer.on_step = lambda step: step == kill_at and os.kill(os.getpid(), signal.SIGKILL)
+
+            def die(step):
+                if step == kill_at:
+                    trainer.store.wait()
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            trainer.on_step = die
             trainer.run()
             status = 0
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def last_tensors(stage):
+    """Those of a stage's newest checkpoint."""
+    step = CheckpointStore(stage / "checkpoints").load()[0]
+    (path,) = stage.glob(f"checkpoints/step-{step:09d}/*.safetensors")
+    return load_file(path)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -108,14 +122,15 @@ def test_a_killed_run_ends_with_the_same_curve(tmp_path, number):
     stage = broken / "tiny" / f"stage{number}"
     assert run_apart(broken, number, kill_at=9) == -signal.SIGKILL
     assert CheckpointStore(stage / "checkpoints").steps() == [4, 8]
-    os.truncate(stage / "checkpoints/step-000000008/optimizer.pt", 100)
+    (tensors,) = stage.glob("checkpoints/step-000000008/*.safetensors")
+    os.truncate(tensors, 100)
     assert run_apart(broken, number, kill_at=6) == -signal.SIGKILL
     assert run_apart(broken, number) == 0
     assert curve(stage) == curve(whole / "tiny" / f"stage{number}")
-    states = [CheckpointStore(f / "tiny" / f"stage{number}" / "checkpoints").load() for f in (whole, broken)]
-    assert states[0][0] == states[1][0] == 10
-    for name, tensor in states[0][1]["weights.pt"].items():
-        assert torch.equal(tensor, states[1][1]["weights.pt"][name])
+    states = [last_tensors(folder / "tiny" / f"stage{number}") for folder in (whole, broken)]
+    assert states[0] and states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_resuming_keeps_the_schedule_and_the_optimiser(tmp_path):
@@ -177,7 +192,7 @@ def test_nan_stops_the_run_and_says_where(tmp_path):
     with pytest.raises(TrainingError, match=r"stage 1, step 7: the loss is not finite: hidden = nan.* is at step 4"):
         trainer.run()
     assert trainer.store.load()[0] == 4
-    assert all(bool(torch.isfinite(w).all()) for w in trainer.store.load()[1]["weights.pt"].values())
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in last_tensors(trainer.folder).values())
     assert len(curve(trainer.folder)) == 6
 
 
@@ -457,3 +472,12 @@ def test_lora_leaves_the_vision_tower_and_the_teacher_alone(tmp_path):
     assert checksums(dict(teacher.named_parameters())) == before
     with pytest.raises(ValueError, match="matches no linear layer"):
         add_lora(merged, config.lora_rank, 0, "nothing")
+
+
+def test_a_checkpoint_of_an_older_release_is_refused(tmp_path):
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1)
+    progress = {"fingerprint": trainer.config.fingerprint(1)}
+    trainer.store.save(3, {"progress.pt": progress, "weights.pt": {}}, {})
+    trainer.store.wait()
+    with pytest.raises(TrainingError, match=r"stage 1 has a checkpoint of an older release, in .*checkpoints; finish"):
+        trainer.run()
