@@ -105,7 +105,9 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="A model beside it; for a run: its own teacher.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task group.")] = 200,
     group: Annotated[list[str] | None, typer.Option(help="Only this task group; may be repeated.")] = None,
-    split: Annotated[str, typer.Option(help="test, or test_font: a font that training never showed.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="val; test, on which no option was chosen; val_font, test_font: in an unseen font.")
+    ] = "val",
     seed: Annotated[int, typer.Option(min=0)] = 2024,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:

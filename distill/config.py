@@ -24,7 +24,7 @@ from pydantic import (
 from linmu_models.config import parse_options
 from linmu_ops.nn import ExactConfig, MMATEConfig
 
-from .data.tasks import GROUPS, NEEDLE_FRAMES
+from .data.tasks import GROUPS, NEEDLE_FRAMES, TASKS
 from .stages import PRESETS, Stage, alone
 
 Positive = Annotated[int, Field(gt=0, strict=True)]
@@ -46,8 +46,8 @@ class _Table(BaseModel):
 
 
 def _check_groups(name: str, groups: Iterable[str]) -> None:
-    if unknown := [group for group in groups if group not in GROUPS]:
-        raise ValueError(f"{name} must be of the groups {', '.join(GROUPS)}, got {unknown[0]}")
+    if unknown := [group for group in groups if group not in TASKS]:
+        raise ValueError(f"{name} must be of the groups {', '.join(TASKS)}, got {unknown[0]}")
 
 
 class TaskData(_Table):
@@ -59,7 +59,8 @@ class TaskData(_Table):
     """Samples of a batch: one number for all groups, or one for each group. A batch of needles has fewer where their
     videos are long."""
     needle_frames: tuple[Positive, Positive] = NEEDLE_FRAMES
-    """The least and the most frames of a needle's video. All videos of a batch are equally long."""
+    """The least and the most frames of a long video: of `needle`, `needles`, `tracking`. All videos of a batch are
+    equally long."""
 
     @model_validator(mode="before")
     @classmethod
@@ -155,8 +156,8 @@ class EvaluationConfig(_Table):
 
     samples: Count | dict[str, Count] = 200
     """Questions of each task group that the teacher and the finished student are asked. A table gives a number for each
-    group that it names, and leaves out the others. 0 turns this off. Before training and between stages about a quarter
-    of them is asked."""
+    group that it names, and leaves out the others; a number alone is of the five groups that the shipped teacher knows.
+    0 turns this off. Before training and between stages about a quarter of them is asked."""
     speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
     """Numbers of visual tokens at which time to first token, decode speed and cache size are measured at the end. An
     empty list turns this off."""
@@ -176,7 +177,7 @@ class EvaluationConfig(_Table):
     def counts(self, *, final: bool) -> dict[str, int]:
         """Samples of each group that is evaluated: of the teacher and the finished student, or in between."""
         given = self.samples if isinstance(self.samples, dict) else dict.fromkeys(GROUPS, self.samples)
-        every = {group: given.get(group, 0) for group in GROUPS}
+        every = {group: given.get(group, 0) for group in TASKS}
         return {group: count if final else _fewer(count) for group, count in every.items() if count}
 
     @property

@@ -84,7 +84,7 @@ def evaluate(
     n: int = 200,
     seed: int = 0,
     *,
-    split: str = "test",
+    split: str = "val",
     batch_size: int = 64,
     use_cache: bool = True,
     **options: Any,
@@ -125,12 +125,16 @@ def evaluate(
     return Result(group, split, n, right.total(), time.perf_counter() - start, tuple(hits), by_question)
 
 
-def blind_baseline(group: str, n: int = 200, seed: int = 0, *, split: str = "test") -> float:
-    """Accuracy of the best answer that looks at the question only: for each question, its commonest training answer."""
+def blind_baseline(group: str, n: int = 200, seed: int = 0, *, split: str = "val", **options: Any) -> float:
+    """Accuracy of the best answer that looks at the question only: for each question, its commonest training answer.
+
+    Args:
+        options: passed to the group's generator.
+    """
     answers: dict[str, Counter[str]] = {}
-    for sample in generate(group, 4000, seed, "train"):
+    for sample in generate(group, 4000, seed, "train", **options):
         question, expected = sample.turns[0]
         answers.setdefault(question, Counter())[expected] += 1
     guesses = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
-    test = [sample.turns[0] for sample in generate(group, n, seed, split)]
-    return sum(guesses.get(question) == expected for question, expected in test) / n
+    asked = [sample.turns[0] for sample in generate(group, n, seed, split, **options)]
+    return sum(guesses.get(question) == expected for question, expected in asked) / n

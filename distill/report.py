@@ -212,7 +212,7 @@ def _examples(folder: Path, config: Config, teacher: PreTrainedModel, student: P
 
     processor, lines = Processor.from_config(teacher.config, tokenizer), []
     for i, group in enumerate([g for g in ("where", "line", "video", "read") if g in config.evaluation.groups][:3]):
-        (sample,) = generate(group, 1, 5, "test")
+        (sample,) = generate(group, 1, 5, "val")
         path = folder / "figures" / f"sample_{i + 1}.png"
         save_picture(sample.frames, path)
         question, truth = sample.turns[0]
@@ -248,7 +248,7 @@ def _shell(folder: Path, config: Config, student: PreTrainedModel) -> list[str]:
     except (OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         return ["", f"From the shell it cannot be asked about pictures, as its teacher came without the files: {why}"]
-    (sample,) = generate(group, 1, 5, "test")
+    (sample,) = generate(group, 1, 5, "val")
     page, question = folder / "figures" / "page.png", sample.turns[0][0]
     Image.fromarray(sample.frames[0]).save(page)
     said = generate_text(student, processor, question, [page], max_new_tokens=ANSWER_TOKENS, do_sample=False).text

@@ -62,7 +62,8 @@ def build_source(
     from .data import Processor, TaskStream
 
     processor = Processor.from_config(teacher.config, tokenizer)
-    options = {"needle": {"frames": data.needle_frames, "batch_frames": NEEDLE_BATCH}}
+    long_video = {"frames": data.needle_frames, "batch_frames": NEEDLE_BATCH}
+    options = {group: long_video for group in ("needle", "needles", "tracking")}
     return TaskStream(processor, data.mixture, data.batch_size, _TURNS, seed, options=options)
 
 

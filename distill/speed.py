@@ -26,7 +26,7 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, to
     rows, columns = generate("needle", 1, 0, frames=(4, 4))[0].cells.shape[1:]
     frames = max(2, length // (rows * columns))
     batch = Processor.from_config(model.config, tokenizer)(
-        generate("needle", 1, 0, "test", frames=(frames, frames)), answers=False
+        generate("needle", 1, 0, "val", frames=(frames, frames)), answers=False
     )
     return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from linmu_distill.data.assets import CLASSES, LETTERS, is_letter
-from linmu_distill.data.tasks import MAX_COUNT, NEEDLE_SIZE, VIDEO_FRAMES, Sample
+from linmu_distill.data.drawing import Sample
+from linmu_distill.data.long_tasks import NEEDLE_SIZE
+from linmu_distill.data.tasks import MAX_COUNT, VIDEO_FRAMES
 
 UNKNOWN = -100
 # Facts and how many values each has; those of an answer token are the facts of the cells it is read off.

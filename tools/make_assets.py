@@ -1,6 +1,6 @@
 r"""Render the glyph bitmaps and pick the words that the task generators use.
 
-Run once, on a machine with Debian's font and word packages, to rebuild `glyphs.npz` and `words.txt`:
+Run once, on a machine with Debian's font and word packages, to rebuild `glyphs.npz` and the lists of words:
 
     apt-get install wamerican-small fonts-dejavu-core fonts-liberation2 fonts-freefont-ttf fonts-hack \
         fonts-anonymous-pro fonts-courier-prime fonts-fantasque-sans fonts-firacode fonts-inconsolata \
@@ -51,9 +51,10 @@ def main(
     dictionary: Path = Path("/usr/share/dict/american-english-small"),
     out: Path = Path(__file__).parents[1] / "distill" / "data",
     words: int = 6000,
+    test_words: int = 1200,
     seed: int = 0,
 ) -> None:
-    """Write `glyphs.npz` (bitmaps, faces, families, characters) and `words.txt`."""
+    """Write `glyphs.npz` (bitmaps, faces, families, characters), `words.txt` and `test_words.txt`."""
     faces = [(family, face) for family, paths in FACES.items() for face in paths]
     bitmaps = np.stack(
         [
@@ -70,11 +71,19 @@ def main(
         faces=np.array([Path(face).stem for _, face in faces]),
         characters=np.array(CHARACTERS),
     )
+    write_words(dictionary, out, words, test_words, seed)
+
+
+def write_words(dictionary: Path, out: Path, words: int, test_words: int, seed: int) -> None:
+    """Write `words.txt`, and `test_words.txt` of words that are not in it."""
     candidates = sorted(
         {w for w in dictionary.read_text().split() if re.fullmatch("[a-z]{3,8}", w) and not UNWANTED.search(w)}
     )
     chosen = np.random.default_rng(seed).choice(len(candidates), size=words, replace=False)
-    (out / "words.txt").write_text("\n".join(candidates[i] for i in sorted(chosen)) + "\n")
+    rest = np.setdiff1d(np.arange(len(candidates)), chosen)
+    tested = np.random.default_rng([seed, 1]).choice(rest, size=test_words, replace=False)
+    for name, numbers in (("words.txt", chosen), ("test_words.txt", tested)):
+        (out / name).write_text("\n".join(candidates[i] for i in sorted(numbers)) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 
 from linmu_distill.checkpoint import load_data
 from linmu_distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
-from linmu_distill.data.tasks import PAGE_SIZES, Sizes
+from linmu_distill.data.drawing import Sizes
+from linmu_distill.data.tasks import PAGE_SIZES
 from linmu_distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
 from linmu_distill.evaluation import blind_baseline, evaluate
 
@@ -416,7 +417,7 @@ def export(work: Path = Path("runs/teacher"), out: Path = TEACHER, n: int = 400,
     rows = []
     for group in GROUPS:
         blind = blind_baseline(group, n, seed)
-        for split in ("test", "test_font"):
+        for split in ("val", "val_font"):
             result = evaluate(model, tokenizer, group, n, seed, split=split)
             low, high = result.interval
             kinds = ", ".join(f"{kind} {right}/{asked}" for kind, (right, asked) in sorted(result.by_question.items()))

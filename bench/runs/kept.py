@@ -19,7 +19,7 @@ import typer
 from torch import nn
 
 import linmu_models
-from linmu_distill.config import Config, load_config
+from linmu_distill.config import EVALUATION_SEED, Config, load_config
 from linmu_distill.data import Processor, generate
 from linmu_distill.evaluation import wilson_interval
 from linmu_distill.sources import build_source
@@ -57,7 +57,7 @@ ROWS = {
 def right(model: Any, processor: Processor, frames: int, samples: int) -> list[bool]:
     """Which needles the model finds in videos of so many frames."""
     found: list[bool] = []
-    needles = generate("needle", samples, 2024, "test", frames=[frames, frames])
+    needles = generate("needle", samples, EVALUATION_SEED, "val", frames=[frames, frames])
     step = max(1, 128 // frames)
     for start in range(0, samples, step):
         batch = dict(processor(needles[start : start + step]))

@@ -58,7 +58,7 @@ def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> 
         scores[group] = told(group, samples, more)
         if table.config.held_out:
             processor = Processor.from_config(run.teacher.config, run.tokenizer)
-            chosen = generate(group, table.config.held_out, EVALUATION_SEED, "test", **more)
+            chosen = generate(group, table.config.held_out, EVALUATION_SEED, "val", **more)
             size = 2 if group == "needle" else 16
             batches = [processor(chosen[i : i + size]) for i in range(0, len(chosen), size)]
             with run.accelerator.autocast():

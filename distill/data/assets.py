@@ -15,11 +15,10 @@ BLANK = "-"
 # The class of a cell is the index of its character here; a letter is always printed, a digit always handwritten.
 CLASSES = BLANK + LETTERS + DIGITS
 
-SPLITS = ("train", "test", "test_font")
+SPLITS = ("train", "val", "val_font", "test", "test_font")
 HELD_OUT_FAMILY = "liberation"
 
-_DIGIT_VARIANTS = {"train": 24, "test": 8}
-_TEST_DIGITS = 360
+_HELD_OUT_DIGITS = 360
 _GLYPH_SHIFTS_Y = (-1, 0, 1)
 _GLYPH_SHIFTS_X = (-3, -2, -1, 0, 1, 2, 3)
 _CLUTTER = 96
@@ -46,8 +45,8 @@ def glyph_faces() -> tuple[tuple[str, str], ...]:
 
 @cache
 def face_indices(split: str) -> tuple[int, ...]:
-    """Fonts that `split` draws with: the held-out family in `"test_font"`, all others elsewhere."""
-    held_out = check_split(split) == "test_font"
+    """Fonts that `split` draws with: the held-out family in `"val_font"` and `"test_font"`, all others elsewhere."""
+    held_out = check_split(split).endswith("_font")
     return tuple(i for i, (family, _) in enumerate(glyph_faces()) if (family == HELD_OUT_FAMILY) == held_out)
 
 
@@ -64,10 +63,21 @@ def glyph_table() -> np.ndarray:
 
 @cache
 def words(split: str) -> tuple[str, ...]:
-    """The words of `split`; a word's checksum decides, so the splits stay disjoint when the list changes."""
-    test = check_split(split) != "train"
-    listed = (Path(__file__).parent / "words.txt").read_text().split()
-    return tuple(word for word in listed if (crc32(word.encode()) % 5 == 0) == test)
+    """The words of `split`: a list of its own for test; of the other list a word's checksum decides."""
+    if check_split(split).startswith("test"):
+        return _listed("test_words.txt")
+    val = split != "train"
+    return tuple(word for word in _listed("words.txt") if (crc32(word.encode()) % 5 == 0) == val)
+
+
+def _listed(name: str) -> tuple[str, ...]:
+    return tuple((Path(__file__).parent / name).read_text().split())
+
+
+@cache
+def held_out_words() -> frozenset[str]:
+    """The words that no picture of training may show."""
+    return frozenset((*words("val"), *words("test")))
 
 
 @cache
@@ -80,22 +90,24 @@ def words_up_to(split: str, length: int) -> tuple[str, ...]:
 def digit_ids(split: str) -> np.ndarray:
     """Indices into scikit-learn's `load_digits` that `split` draws from: `(n,)` int64."""
     order = np.random.default_rng(0).permutation(len(load_digits().target))
-    return order[_TEST_DIGITS:] if check_split(split) == "train" else order[:_TEST_DIGITS]
+    return order[_HELD_OUT_DIGITS:] if check_split(split) == "train" else order[:_HELD_OUT_DIGITS]
 
 
 @cache
 def digit_table(split: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """Handwritten digits, each in several random placements (rotated and sheared too, for training).
 
+    Validation and test draw the same images, but no placement of one is one of the other.
+
     Returns:
         coverage `(images * variants, CELL, CELL)` uint8, and for each of the ten digits the rows that show it.
     """
     train = check_split(split) == "train"
     ids = digit_ids(split)
-    variants = _DIGIT_VARIANTS["train" if train else "test"]
+    variants = 24 if train else 8
     data = load_digits()
     images = torch.tensor(data.images[ids] / 16.0, dtype=torch.float32).repeat_interleave(variants, 0)
-    rng = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(2 if split.startswith("test") else 1)
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.empty(len(images)).uniform_(low, high, generator=rng)

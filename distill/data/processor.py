@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from linmu_models.chat import IGNORE
 
-from .tasks import Sample, generate
+from .drawing import Sample
+from .tasks import generate
 
 Batch = dict[str, torch.Tensor]
 

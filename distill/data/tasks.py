@@ -1,95 +1,40 @@
-"""Generators of the five task groups: read, line, where, video, needle.
+"""Generators of the five task groups that the shipped teacher knows, and samples of all groups by name.
 
 A sample is one image or one video and one or more question-answer turns about it. Everything is drawn from a seed:
 the same arguments give the same samples, byte for byte.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from inspect import signature
-from numbers import Integral
+from numbers import Integral, Real
 from zlib import crc32
 
 import numpy as np
 
 from . import assets
-from .assets import BLANK, CELL, CLASSES, DIGITS, LETTERS
+from .assets import BLANK, DIGITS, LETTERS
+from .drawing import (
+    RANDOM_LINES,
+    Sample,
+    Sizes,
+    add_clutter,
+    class_indices,
+    draw_cells,
+    line_turns,
+    page_sample,
+    paint,
+    text_page,
+    unlike_held_out,
+)
+from .long_tasks import DEPTHS, NEEDLE_FRAMES, NEEDLE_SIZE, needles, page, tracking
 
-Sizes = tuple[tuple[int, int], ...]
 PAGE_SIZES: Sizes = ((4, 8), (3, 8), (2, 8))
 VIDEO_SIZE = (4, 4)
 VIDEO_FRAMES = (4, 8)
-NEEDLE_SIZE = (4, 8)
-NEEDLE_FRAMES = (64, 64)
 MAX_COUNT = 5
 
 _DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-_RANDOM_LINES = 0.6
-_NEEDLE_CLUTTER = 0.15
 _THIN_PAGES = 0.5
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image (`frames` holds a single frame) or video, with questions and answers about it."""
-
-    group: str
-    frames: np.ndarray
-    """Grey pixels, `(T, H, W)` uint8."""
-    turns: tuple[tuple[str, str], ...]
-    """(question, answer) pairs, in the order they are asked."""
-    cells: np.ndarray
-    """What each visual token shows, `(T, H / CELL, W / CELL)` int64 index into `CLASSES`."""
-    is_video: bool
-
-
-def paint(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
-    """Turn coverage `(T, R, C, CELL, CELL)` uint8 into frames `(T, R * CELL, C * CELL)` uint8: tones and noise."""
-    frames, rows, columns = coverage.shape[:3]
-    ink, paper = rng.integers(0, 90), rng.integers(170, 240)
-    if rng.random() < 0.3:
-        ink, paper = paper, ink
-    plane = coverage.transpose(0, 1, 3, 2, 4).reshape(frames, rows * CELL, columns * CELL)
-    tones = (np.arange(256) * (int(ink) - int(paper)) // 255 + int(paper)).astype(np.uint8)[plane]
-    # Tones stay below 240, so uint8 cannot wrap.
-    return tones + rng.integers(0, rng.integers(2, 16), size=tones.shape, dtype=np.uint8)
-
-
-def draw_cells(rng: np.random.Generator, cells: np.ndarray, split: str, keep_image: bool = False) -> np.ndarray:
-    """Coverage `(T, R, C, CELL, CELL)` uint8 of `cells` `(T, R, C)`; each line of letters has a shift of its own.
-
-    `keep_image` draws a digit with the same handwritten image wherever it occurs.
-    """
-    coverage = np.zeros((*cells.shape, CELL, CELL), dtype=np.uint8)
-    glyphs = assets.glyph_table()
-    face = rng.choice(assets.face_indices(split))
-    size = rng.integers(glyphs.shape[1])
-    shifts = np.broadcast_to(rng.integers(glyphs.shape[2], size=(*cells.shape[:2], 1)), cells.shape)
-    letters = assets.is_letter(cells)
-    coverage[letters] = glyphs[face, size, shifts[letters], cells[letters] - 1]
-    images, rows = assets.digit_table(split)
-    for digit in np.unique(cells[cells > len(LETTERS)]):
-        shown = cells == digit
-        coverage[shown] = images[rng.choice(rows[digit - len(LETTERS) - 1], size=1 if keep_image else shown.sum())]
-    return coverage
-
-
-def _classes(text: str) -> np.ndarray:
-    return np.array([CLASSES.index(c) for c in text], dtype=np.int64)
-
-
-def _text_line(rng: np.random.Generator, split: str, columns: int) -> str:
-    if split == "train" and rng.random() < _RANDOM_LINES:
-        blanks = rng.random(columns) < rng.uniform(0.0, 0.5)
-        return "".join(BLANK if blank else LETTERS[rng.integers(26)] for blank in blanks)
-    listed = assets.words_up_to(split, columns)
-    word = listed[rng.integers(len(listed))]
-    return word.rjust(len(word) + rng.integers(columns - len(word) + 1), BLANK).ljust(columns, BLANK)
-
-
-def _text_page(rng: np.random.Generator, split: str, sizes: Sizes) -> list[str]:
-    rows, columns = sizes[rng.integers(len(sizes))]
-    return [_text_line(rng, split, columns) for _ in range(rows)]
 
 
 def _digit_page(rng: np.random.Generator, sizes: Sizes) -> list[str]:
@@ -104,26 +49,18 @@ def _digit_page(rng: np.random.Generator, sizes: Sizes) -> list[str]:
     ]
 
 
-def _page_sample(
-    rng: np.random.Generator, group: str, split: str, page: list[str], turns: list[tuple[str, str]]
-) -> Sample:
-    cells = np.stack([_classes(line) for line in page])[None]
-    return Sample(group, paint(rng, draw_cells(rng, cells, split)), tuple(turns), cells, is_video=False)
-
-
 def read(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Transcribe a page: every line with its number, blanks as `-`. There is only one question to ask."""
-    page = _text_page(rng, split, sizes)
-    return _page_sample(
+    page = text_page(rng, split, sizes)
+    return page_sample(
         rng, "read", split, page, [("read", "\n".join(f"{k + 1} {text}" for k, text in enumerate(page)))]
     )
 
 
 def line(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Transcribe line k of a page."""
-    page = _text_page(rng, split, sizes)
-    asked = [(f"line {k + 1}", page[k]) for k in rng.permutation(len(page))[:turns]]
-    return _page_sample(rng, "line", split, page, asked)
+    page = text_page(rng, split, sizes)
+    return page_sample(rng, "line", split, page, *line_turns(rng, page, turns))
 
 
 def _where_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tuple[str, str] | None:
@@ -149,17 +86,19 @@ def _count_turn(rng: np.random.Generator, page: list[str], symbols: str) -> tupl
 def where(rng: np.random.Generator, split: str, turns: int, sizes: Sizes = PAGE_SIZES) -> Sample:
     """Where is a symbol that occurs once (row and column), and how many there are of a symbol; letters or digits."""
     digits = rng.random() < 0.5
-    page, symbols = (_digit_page(rng, sizes), DIGITS) if digits else (_text_page(rng, split, sizes), LETTERS)
+    page, symbols = (_digit_page(rng, sizes), DIGITS) if digits else (text_page(rng, split, sizes), LETTERS)
     if split == "train" and rng.random() < _THIN_PAGES:
         # A page with little on it teaches where cells are before symbols have to be told apart as well.
         kept = rng.uniform(0.05, 0.6)
-        page = ["".join(c if rng.random() < kept else BLANK for c in text) for text in page]
+        page = [unlike_held_out("".join(c if rng.random() < kept else BLANK for c in text)) for text in page]
+    if split != "train" and digits and not any(c in DIGITS for c in "".join(page)):
+        page[0] = DIGITS[0] + page[0][1:]  # a blank page could be one of training
     asked: dict[str, str] = {}
     for _ in range(turns):
         turn = _where_turn(rng, page, symbols) if rng.random() < 0.5 else None
         question, answer = turn or _count_turn(rng, page, symbols)
         asked[question] = answer
-    return _page_sample(rng, "where", split, page, list(asked.items()))
+    return page_sample(rng, "where", split, page, list(asked.items()))
 
 
 def _cell_names(path: list[tuple[int, int]]) -> str:
@@ -208,18 +147,17 @@ def needle(rng: np.random.Generator, split: str, turns: int, frames: tuple[int, 
     digit = int(rng.integers(10))
     listed = assets.words_up_to(split, 6)
     word = listed[rng.integers(len(listed))]
-    if split == "train" and rng.random() < _RANDOM_LINES:
-        word = "".join(LETTERS[i] for i in rng.integers(26, size=len(word)))
+    if split == "train" and rng.random() < RANDOM_LINES:
+        word = unlike_held_out("".join(LETTERS[i] for i in rng.integers(26, size=len(word))))
     start = rng.integers(columns - len(word) + 1)
     cells[digit_frame, rng.integers(rows), rng.integers(columns)] = 1 + len(LETTERS) + digit
-    cells[word_frame, rng.integers(rows), start : start + len(word)] = _classes(word)
+    cells[word_frame, rng.integers(rows), start : start + len(word)] = class_indices(word)
     coverage = draw_cells(rng, cells, split)
-    cluttered = (rng.random(cells.shape) < _NEEDLE_CLUTTER) & (cells == 0)
-    tiles = assets.clutter_table()
-    coverage[cluttered] = tiles[rng.integers(len(tiles), size=cluttered.sum())]
+    add_clutter(rng, cells, coverage)
     asked = [("digit", str(digit)), ("word", word)]
     chosen = rng.permutation(2)[:turns]
-    return Sample("needle", paint(rng, coverage), tuple(asked[i] for i in chosen), cells, is_video=True)
+    depth = float((digit_frame, word_frame)[chosen[0]]) / (length - 1)
+    return Sample("needle", paint(rng, coverage), tuple(asked[i] for i in chosen), cells, is_video=True, depth=depth)
 
 
 GROUPS: dict[str, Callable[..., Sample]] = {
@@ -229,6 +167,10 @@ GROUPS: dict[str, Callable[..., Sample]] = {
     "video": video,
     "needle": needle,
 }
+LONG_GROUPS: dict[str, Callable[..., Sample]] = {"needles": needles, "tracking": tracking, "page": page}
+TASKS = GROUPS | LONG_GROUPS
+# Validation draws what was called "test" before there was a test that no option was chosen on.
+_STREAMS = {"val": "test", "val_font": "test_font", "test": "unseen", "test_font": "unseen_font"}
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
@@ -239,7 +181,7 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 
 def _check_options(group: str, options: Mapping[str, object]) -> None:
-    known = list(signature(GROUPS[group]).parameters)[3:]
+    known = task_options(group)
     if unknown := [name for name in options if name not in known]:
         told = f"must be of {', '.join(known)}" if known else "must be left out"
         raise ValueError(f"options of {group} {told}, got {unknown[0]}")
@@ -249,6 +191,24 @@ def _check_options(group: str, options: Mapping[str, object]) -> None:
         sizes = options["sizes"]
         if not isinstance(sizes, tuple | list) or not sizes or not all(_is_pair(size, 1) for size in sizes):
             raise ValueError(f"sizes must be a list of (rows, columns), each at least 1, got {sizes!r}")
+    for name in ("keys", "chains", "hops"):
+        if name in options:
+            _check_whole(name, options[name], 1)
+    if "depth" in options and not _is_band(options["depth"]):
+        raise ValueError(f"depth must be (least, most) with 0 <= least <= most <= 1, got {options['depth']!r}")
+
+
+def task_options(group: str) -> list[str]:
+    """The options that a group takes."""
+    return list(signature(TASKS[group]).parameters)[3:]
+
+
+def _is_band(value: object) -> bool:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    if not all(isinstance(one, Real) and not isinstance(one, bool) for one in value):
+        return False
+    return DEPTHS[0] <= value[0] <= value[1] <= DEPTHS[1]
 
 
 def _is_pair(value: object, least: int, rising: bool = False) -> bool:
@@ -265,19 +225,22 @@ def generate(
     """`n` samples of a task group, a function of the arguments alone.
 
     Args:
-        group: a key of `GROUPS`.
+        group: a key of `TASKS`.
         seed: an int, or several, such as (run, step).
-        split: `"train"`; `"test"`, words and digit images never seen in training; or `"test_font"`, the same in a
-            font family never seen in training.
+        split: `"train"`; `"val"`, words and digit images never seen in training, on which options are chosen;
+            `"test"`, others, on which none is; or `"val_font"` and `"test_font"`, the same two in a font family never
+            seen in training.
         turns: the most questions to ask about one image or video; evaluation asks one.
-        options: passed to the generator: `sizes`, (rows, columns) of pages; `frames`, (least, most) of a needle.
+        options: passed to the generator: `sizes`, (rows, columns) of pages; `frames`, (least, most) of long videos;
+            `keys`, `chains`, `hops` and `depth`: see `long_tasks`.
 
     Raises:
-        ValueError: the group or the split is unknown, or a number or an option is not what the group takes.
+        ValueError: the group or the split is unknown, a number or an option is not what the group takes, or a video has
+            no room for what it should show.
         TypeError: a number is none.
     """
-    if not isinstance(group, str) or group not in GROUPS:
-        raise ValueError(f"group must be one of {tuple(GROUPS)}, got {group!r}")
+    if not isinstance(group, str) or group not in TASKS:
+        raise ValueError(f"group must be one of {tuple(TASKS)}, got {group!r}")
     _check_whole("n", n, 0)
     _check_whole("turns", turns, 1)
     seeds = (seed,) if isinstance(seed, Integral) else seed
@@ -286,5 +249,6 @@ def generate(
     for one in seeds:
         _check_whole("seed", one, 0)
     _check_options(group, options)
-    rng = np.random.default_rng([crc32(f"{group}/{assets.check_split(split)}".encode()), *seeds])
-    return [GROUPS[group](rng, split, turns, **options) for _ in range(n)]
+    stream = _STREAMS.get(assets.check_split(split), split)
+    rng = np.random.default_rng([crc32(f"{group}/{stream}".encode()), *seeds])
+    return [TASKS[group](rng, split, turns, **options) for _ in range(n)]

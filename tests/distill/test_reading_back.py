@@ -96,7 +96,7 @@ def test_a_damaged_manifest_is_one_line_and_that_of_the_start_made_anew(again, h
                 distill(again, resume=True)
         if number == 3:
             with pytest.raises(EvaluationError, match=r"--teacher must be given: .*manifest\.json is damaged"):
-                evaluate_folder(again.folder, None, 1, ["where"], "test", 0, "cpu")
+                evaluate_folder(again.folder, None, 1, ["where"], "val", 0, "cpu")
         path.write_bytes(content)
     path = handoff.stage_folder(again.folder, 0) / "manifest.json"
     for number in (1, 2, 3):

@@ -32,7 +32,7 @@ def models(tmp_path_factory):
 
 
 def asked(group, seed):
-    (sample,) = generate(group, 1, seed, "test")
+    (sample,) = generate(group, 1, seed, "val")
     return sample, sample.turns[0][0]
 
 
