@@ -187,7 +187,8 @@ def read_rotary(d: Dims, q: Tensor, cos: Tensor | None, sin: Tensor | None) -> t
 def _padded(name: str, values: Sequence[int], fill: int) -> tuple[int, ...]:
     """Three sizes, missing leading ones filled in; `fill` is also the least allowed value."""
     try:
-        sizes = [operator.index(v) for v in values]
+        # `index` would fix a size that `torch.export` keeps open, which is an int or a SymInt there.
+        sizes = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]
     except TypeError:
         sizes = []
     if not 1 <= len(sizes) <= 3 or min(sizes) < fill:

@@ -7,14 +7,11 @@ import torch
 
 import linmu_ops
 from linmu_ops import _registry
-from linmu_ops._testing import CASES, run_op, small_inputs, written
+from linmu_ops._testing import CASES, run_op, written
+from tests.ops.dtypes import ANY_DTYPE, DTYPES, assert_casts, call_of, results
 
 IMPLEMENTATIONS = ["reference", "cpu"]
 OPS = sorted(CASES)
-# Small enough for the references.
-SIZES = dict(
-    window_attention=dict(P=8, R=4, grid=(2, 2, 3), window=(2, 2, 3)), ssd_scan=dict(L=9), gated_delta_scan=dict(L=9)
-)
 
 
 def expanded(t):
@@ -59,29 +56,8 @@ def imaginary(t):
 LAYOUTS = [expanded, every_other, turned, offset, sliced, negative, imaginary]
 
 
-def call_of(op, dtype=torch.float32):
-    return small_inputs(op, "cpu", dtype, **SIZES.get(op, {}))
-
-
 def tensors_of(op):
     return [k for k, v in call_of(op).items() if isinstance(v, torch.Tensor)]
-
-
-def results(op, impl, inputs):
-    """Outputs, what is written to, and gradients."""
-    leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    differentiates = _registry.OPS[op].backward is not None
-    if differentiates:
-        leaves = {k: v.detach().requires_grad_() for k, v in leaves.items() if k not in ("cos", "sin")}
-    with linmu_ops.use_impl(f"{op}:{impl}"):
-        out = run_op(op, **inputs | leaves)
-    out = list(out) if isinstance(out, tuple) else [out]
-    if not differentiates:
-        return [*out, *(inputs[name].resolve_neg() for name in written(op))]
-    g = torch.Generator().manual_seed(0)
-    weights = [torch.randn(o.shape, generator=g).to(o.dtype) for o in out]
-    grads = torch.autograd.grad(out, list(leaves.values()), weights, allow_unused=True)
-    return [*out, *(grad for grad in grads if grad is not None)]
 
 
 def assert_same(impl, got, want):
@@ -145,31 +121,21 @@ def test_a_tensor_elsewhere_is_refused(op, name):
         run_op(op, **inputs)
 
 
-# Per op, the arguments that may be of any float dtype whatever x is of.
-ANY_DTYPE = {
-    "branch_mix_norm": ["mix", "weight", "bias"],
-    "causal_conv1d": ["weight", "bias"],
-    "causal_conv1d_step": ["weight", "bias"],
-    "exact_step": ["dt", "dt_bias", "rest", "c_map", "scale", "cos", "sin"],
-    "gated_delta_scan": ["g", "beta", "reverse_g", "reverse_beta", "gate"],
-    "gated_delta_step": ["g", "beta"],
-    "near_attention": [],
-    "ssd_scan": ["dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate"],
-    "ssd_step": ["dt", "A", "D", "dt_bias"],
-    "window_attention": ["bias", "cos", "sin"],
-}
-
-
-@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("other", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_each_mix_of_dtypes(op, dtype, other):
-    """As with those arguments cast to the type that the op counts in; gradients come in the argument's own."""
-    narrow, wide = call_of(op, dtype), call_of(op, dtype)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    for name in ANY_DTYPE[op]:
-        narrow[name] = narrow[name].to(other)
-        wide[name] = narrow[name].to(acc)
-    got, want = results(op, "cpu", narrow), results(op, "cpu", wide)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b.to(a.dtype))
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("reference", marks=pytest.mark.sweep)])
+def test_each_mix_of_dtypes(impl, op, dtype, other):
+    assert_casts(op, impl, dtype, other)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_other_mix_is_refused(op):
+    """The dtype of the rows is the rule for what is of their kind."""
+    names = {n for n, v in call_of(op).items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    for name in names - {"x", "a", "q"} - set(ANY_DTYPE[op]):
+        inputs = call_of(op, torch.bfloat16)
+        inputs[name] = inputs[name].to(torch.float16)
+        named = name.replace("reverse_", "reverse.")
+        with pytest.raises(TypeError, match=f"^{op}: {named} must be (bfloat16|float32), got float16$"):
+            run_op(op, **inputs)
