@@ -116,7 +116,7 @@ class ExactMMATE(Block):
         state = call.state
         if not z.shape[1]:
             empty = z.new_zeros(*z.shape[:2], self.shape.num_heads * self.shape.head_dim)
-            return self.o_proj(empty), self.init_state(len(z), dtype=z.dtype) if state is None else state
+            return self.o_proj(empty), self.init_state(z.shape[0], dtype=z.dtype) if state is None else state
         in_place = state is not None and call.layout is None and written_in_place()
         in_place = in_place and state is not None and state.slab_keys is None
         if in_place and state is not None and z.shape[1] <= STEPS and _in_one_call(z, state):
@@ -136,7 +136,7 @@ class ExactMMATE(Block):
         if call.keep:
             new, entered = self.windows.keep(past, call)
             if few or _none(entered):
-                empty = steps.new_zeros(len(z), self.shape.num_heads, *self.scan.state_size)
+                empty = steps.new_zeros(z.shape[0], self.shape.num_heads, *self.scan.state_size)
                 ssm = empty if ssm is None else ssm
             else:
                 ssm = self.scan.enter(ssm, past.keys, past.values, past.steps, entered, past.entered)

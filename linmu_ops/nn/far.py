@@ -95,8 +95,8 @@ class FarAttention(Decaying):
     def step(self, hidden_states: Tensor, q: Tensor, ssm: Tensor) -> Mean:
         """What is far from one token, which is not written."""
         groups, P, N = self.shape.num_kv_heads, self.shape.head_dim, self.state_size[1]
-        nothing, zero = q.new_zeros(len(q), groups, P), q.new_zeros(len(q), groups, N)
-        dt = ssm.new_zeros(len(q), self.shape.num_heads)
+        nothing, zero = q.new_zeros(q.shape[0], groups, P), q.new_zeros(q.shape[0], groups, N)
+        dt = ssm.new_zeros(q.shape[0], self.shape.num_heads)
         y, log_total = ssd_step(
             ssm, nothing, dt, ssm.new_zeros(dt.shape[1]), zero, self._queries(q)[:, 0], normalize=True
         )

@@ -266,7 +266,7 @@ class NearAttention(nn.Module):
         _, first, _, queries, keys, inverse, _ = layout.cut(self.layer_windows, q.device)
         if call.state is None or call.state.slab_tokens is None or call.state.slab_text is None:
             return y, lse
-        if not len(queries) or not keys.shape[1] + call.state.slab_text.shape[1]:
+        if not queries.shape[0] or not keys.shape[1] + call.state.slab_text.shape[1]:
             return y, lse
         tokens, between = call.state.slab_tokens, call.state.slab_text
         # The state's tokens stand at places 0, 1, ... as they do in it.
@@ -507,7 +507,7 @@ class NearAttention(nn.Module):
         if state.sinks is not None:
             stays = stays | ((index < first) & state.sinks.gather(1, index.clamp(max=first - 1)))
         place = torch.arange(room, device=device)
-        places = torch.cat(((ring + place).expand(len(done), -1), index % ring), dim=1)
+        places = torch.cat(((ring + place).expand(done.shape[0], -1), index % ring), dim=1)
 
         def take_of(t: Tensor, at: Tensor) -> Tensor:
             return t.gather(2, at[..., None].expand(*at.shape, t.shape[3]))

@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 
     def may_be_far(self, seen: Tensor) -> bool:
         """Whether something may be far from text before which so many tokens (B,) of its row have come, on a CPU."""
-        most = int(seen.max()) if len(seen) else 0
+        most = int(seen.max()) if seen.shape[0] else 0
         return max(most + 1 - self.window, 0) // self.leave * self.leave > self.kept
 
 

@@ -72,11 +72,11 @@ def seen_before(
         there = (slabs[3] >= 0) & (text < past.real[rows][:, None])
         # Of each chunk, what its tokens read, and the text between them.
         first = torch.arange(batch, device=device)[:, None] * length + place
-        first = chunk.new_zeros(len(rows)).scatter(0, chunk[visual & real], first[visual & real])
+        first = chunk.new_zeros(rows.shape[0]).scatter(0, chunk[visual & real], first[visual & real])
         old = which.transpose(1, 2).flatten(0, 1)[first].flatten()
         more = torch.where(there, past.before + text, -1)[:, None].expand(-1, groups, -1).flatten(0, 1)
         old = torch.where((old >= 0)[:, None], listed[old.clamp(min=0)], -1)
-        numbers = torch.arange(groups, device=device)[:, None] + (len(listed) + chunk * groups)[:, None]
+        numbers = torch.arange(groups, device=device)[:, None] + (listed.shape[0] + chunk * groups)[:, None]
         which = torch.where((visual & real)[:, None], numbers, which)
         listed = torch.cat((F.pad(listed, (0, between), value=-1), torch.cat((old, more), dim=1)))
     low, end = ((t + past.before).clamp(0, past.keys.shape[1]) for t in (low, end))

@@ -1,0 +1,105 @@
+"""A prompt that returns its state, and the steps after it, exported, are the block's; of any batch and length too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import block_class
+from torch.utils._pytree import tree_leaves
+
+from linmu_ops import MMATEConfig
+from linmu_ops.nn import EXACT, LITERAL
+
+DIM, HEADS = 24, 4
+CONFIGS = {"paper": MMATEConfig(), "exact": EXACT, "window": MMATEConfig(text_window=3), "literal": LITERAL}
+
+
+class Prompt(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, h):
+        return self.block(h, return_state=True)
+
+
+class Step(torch.nn.Module):
+    """One token; the state, whose tensors it is given, is written in place."""
+
+    def __init__(self, block, kind):
+        super().__init__()
+        self.block, self.kind = block, kind
+
+    def forward(self, h, *state):
+        return self.block(h, state=self.kind(*state))
+
+
+def block_of(name):
+    torch.manual_seed(0)
+    block = block_class(CONFIGS[name])(DIM, HEADS, config=CONFIGS[name]).eval().requires_grad_(False)
+    for p in block.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    return block
+
+
+def cases(*quick):
+    for name in CONFIGS:
+        for dynamic in (True, False):
+            for strict in (True, False):
+                marks = () if (name, dynamic, strict) in quick else pytest.mark.sweep
+                yield pytest.param(name, dynamic, strict, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dynamic", "strict"), list(cases(("paper", True, True), ("literal", False, False))))
+def test_a_prompt(name, dynamic, strict):
+    module, h = Prompt(block_of(name)), torch.randn(3, 6, DIM)
+    shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},) if dynamic else None
+    program = torch.export.export(module, (h,), dynamic_shapes=shapes, strict=strict)
+    for other in (h, torch.randn(4, 9, DIM) if dynamic else h + 1):
+        got, want = tree_leaves(program.module()(other)), tree_leaves(module(other))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic", "strict"),
+    list(cases(("paper", True, False), ("literal", True, False), ("window", True, False))),
+)
+def test_steps(name, dynamic, strict):
+    block = block_of(name)
+    _, state = block(torch.randn(3, 6, DIM), return_state=True)
+    module = Step(block, type(state))
+    rows = {0: torch.export.Dim.DYNAMIC}
+    shapes = (rows, tuple(None if t is None else rows for t in state)) if dynamic else None
+    given = (torch.randn(3, 1, DIM), *(None if t is None else t.clone() for t in state))
+    program = torch.export.export(module, given, dynamic_shapes=shapes, strict=strict)
+    _, state = block(torch.randn(5 if dynamic else 3, 6, DIM), return_state=True)
+    mine, theirs = ([None if t is None else t.clone() for t in state] for _ in range(2))
+    for _ in range(3):
+        h = torch.randn(5 if dynamic else 3, 1, DIM)
+        torch.testing.assert_close(program.module()(h, *mine), module(h, *theirs))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a is b is None or torch.testing.assert_close(a, b) is None
+
+
+class Far(torch.nn.Module):
+    def __init__(self, scan):
+        super().__init__()
+        self.scan = scan
+
+    def forward(self, h, q, ssm):
+        return tuple(self.scan.step(h, q, ssm))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_far_from_one_token(strict):
+    """The scan of ExactMMATE alone: its whole step takes long to trace."""
+    module = Far(block_of("exact").scan)
+    features = module.scan.state_size
+
+    def inputs(rows):
+        return torch.randn(rows, 1, DIM), torch.randn(rows, 1, HEADS, 6), torch.rand(rows, HEADS, *features)
+
+    shapes = ({0: torch.export.Dim.DYNAMIC},) * 3
+    program = torch.export.export(module, inputs(3), dynamic_shapes=shapes, strict=strict)
+    other = inputs(5)
+    torch.testing.assert_close(program.module()(*other), module(*other))
