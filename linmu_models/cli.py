@@ -184,6 +184,45 @@ def generate(
     )
 
 
+@app.command()
+def demo(
+    student: Annotated[
+        str | None, typer.Argument(help="Folder of a LinMU model; what `make demo` left if left out.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder of its teacher, or its name on the hub.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; at any but this one others can use the page.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    max_upload: Annotated[float, typer.Option(min=0.001, max=1e6, help="MB of a file, at most.")] = 64.0,
+    max_pixels: Annotated[
+        int, typer.Option(min=1024, help="Read of a picture, or of all frames of a clip together, at most.")
+    ] = 2**22,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep uploads here; in a temporary folder if left out, deleted at the end.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Try a student beside its teacher, on a page in the browser: words as they come, speed, memory."""
+    from safetensors import SafetensorError
+
+    warnings.filterwarnings("ignore", module="PIL")
+    try:
+        from .demo.command import run
+    except ModuleNotFoundError as error:
+        stop(f"{error}: pip install 'linmu[demo]'")
+    try:
+        run(
+            student, teacher, host=host, port=port, max_bytes=int(max_upload * 2**20), max_pixels=max_pixels,
+            folder=folder, max_new_tokens=max_new_tokens, device=device, dtype=dtype, open_page=open_page,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        stop(error)
+
+
 def stop(error: Exception | str, status: int = 1) -> NoReturn:
     """Say in one line what is wrong, and end the command."""
     # Other libraries explain at length, and over many lines, what we say in one.

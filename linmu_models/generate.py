@@ -27,7 +27,7 @@ from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  
 from .families import nvila as _nvila  # noqa: F401  registers, with all families
 from .int8 import int8_weights
 from .loading import check_weights, told, without_report
-from .media import UnreadableError, read_image, read_video
+from .media import Clip, UnreadableError, read_image, read_video
 from .modeling import FAMILIES, LinmuModel
 from .report import TransferReport
 from .resume import keep_conversation, reopen_conversation
@@ -222,8 +222,8 @@ def generate_text(
     model: Any,
     processor: ChatProcessor,
     prompt: str,
-    images: Sequence[str | os.PathLike[str]] = (),
-    videos: Sequence[str | os.PathLike[str]] = (),
+    images: Sequence[str | os.PathLike[str] | Clip] = (),
+    videos: Sequence[str | os.PathLike[str] | Clip] = (),
     *,
     frames: int = 64,
     fps: float = 2.0,
@@ -237,7 +237,7 @@ def generate_text(
     Args:
         model, processor: from `load`.
         prompt: the user's words. The processor's chat template takes them, where it has one.
-        images, videos: paths. They come before the words.
+        images, videos: paths, or what was read of them. They come before the words.
         frames, fps: a video is seen as `fps` frames a second, and as `frames` frames at most.
         stream: called with each piece of the answer as soon as it is there.
         load_state: a file of `save_state`, whose conversation the prompt goes on with. What it holds is not read again.
@@ -267,7 +267,7 @@ def generate_text(
     ]
     for path, read in given:
         try:
-            media.append(read(path))
+            media.append(path if isinstance(path, Clip) else read(path))
         except UnreadableError as error:
             raise ValueError(f"generate: {os.fspath(path)}: {error}") from error
     turns: list[tuple[str, str]] = []

@@ -1,0 +1,113 @@
+"""What `linmu demo` does: finds the two models, loads them, and serves the page until it is stopped."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+from .pair import Pair
+from .server import listen, only_here, serve
+from .shelf import Example, Shelf
+
+# Of `make demo`, in a checkout.
+STUDENT, TEACHER = Path("runs/demo/student"), Path("distill/teachers/tiny")
+
+
+def run(
+    student: str | None,
+    teacher: str | None,
+    *,
+    host: str,
+    port: int,
+    max_bytes: int,
+    max_pixels: int,
+    folder: Path | None,
+    max_new_tokens: int,
+    open_page: bool,
+    **how: Any,
+) -> None:
+    """Serve the page until the process is interrupted.
+
+    Raises:
+        ValueError, OSError: a model is missing or no model, the port is taken, the folder cannot be written to.
+    """
+    from rich.console import Console
+
+    say = Console(stderr=True, highlight=False)
+    student, teacher = find(student, teacher)
+    with _ended_by_exit(), listen(host, port) as listening, _uploads(folder) as kept:
+        with say.status(f"loading {teacher} and {student}"):
+            pair = Pair.load(teacher, student, max_new_tokens, **how)
+            shelf = Shelf(kept, max_bytes, max_pixels, examples() if pair.takes_media else ())
+        address = f"http://{_written(host)}:{listening.getsockname()[1]}"
+        say.print(f"The page: {address} (Ctrl-C ends it)", soft_wrap=True)
+        if not only_here(host):
+            say.print("Whoever reaches this address can use the page, and this machine's processor.", soft_wrap=True)
+        if open_page:
+            timer = Timer(0.5, webbrowser.open, [address])
+            timer.daemon = True
+            timer.start()
+        with suppress(KeyboardInterrupt):  # the server has ended, and hands it on
+            serve(pair, shelf, host, listening)
+
+
+def find(student: str | None, teacher: str | None) -> tuple[str, str]:
+    """The folders of student and teacher; those of `make demo` where none is named.
+
+    Raises:
+        ValueError: one of them is not named, and not there.
+    """
+    if student is None and teacher is None:
+        if not (STUDENT / "config.json").exists():
+            raise ValueError(
+                f"demo: STUDENT must be given where {STUDENT} is not there: run `make demo` in a checkout, or make a "
+                "student of a teacher with `linmu convert`"
+            )
+        return str(STUDENT), str(TEACHER)
+    if student is None or teacher is None:
+        lacking = "STUDENT" if student is None else "--teacher"
+        raise ValueError(f"demo: {lacking} must be given too, as the page shows both")
+    return student, teacher
+
+
+def examples() -> list[Example]:
+    """The pictures and clips of this installation: those of entry points of the group `linmu.examples`."""
+    found: list[Example] = []
+    for point in entry_points(group="linmu.examples"):
+        made: Callable[[], Iterable[tuple[str, str, Any]]] = point.load()
+        found += [Example(*one) for one in made()]
+    return found
+
+
+@contextmanager
+def _ended_by_exit() -> Iterator[None]:
+    """While the context is open, the signal to terminate is an exit, so that what is temporary is deleted."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _uploads(folder: Path | None) -> Iterator[Path]:
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="linmu-demo-", ignore_cleanup_errors=True) as made:
+            yield Path(made)
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"demo: --folder must be a folder, or the name of a new one, got {str(folder)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+
+def _written(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,100 @@
+"""`linmu demo`: what it finds, what it refuses in one line, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from client import call, png, upload
+from served import EXAMPLES, TEACHER
+
+from linmu_models.demo import command
+from tests.models.folders import run
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(*words):
+    lines = run("demo", *words, status=1).stderr.splitlines()
+    assert lines[-1].startswith("linmu: demo: ") and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_without_a_student_one_line_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused()
+    assert "STUDENT must be given where runs/demo/student is not there" in line
+    assert "`make demo`" in line and "`linmu convert`" in line
+
+
+def test_the_student_of_make_demo_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / command.STUDENT).mkdir(parents=True)
+    (tmp_path / command.STUDENT / "config.json").write_text("{}")
+    assert command.find(None, None) == ("runs/demo/student", "distill/teachers/tiny")
+    assert command.find("a", "b") == ("a", "b")
+
+
+def test_what_is_wrong_is_one_line(tmp_path):
+    assert refused("x").endswith("--teacher must be given too, as the page shows both")
+    assert refused("--teacher", "x").endswith("STUDENT must be given too, as the page shows both")
+    (tmp_path / "file").write_text("")
+    assert "--folder must be a folder" in refused("x", "--teacher", "y", "--folder", tmp_path / "file", "--port", 0)
+    assert "--host must be an address or a name of this machine" in refused("x", "--teacher", "y", "--host", "no such")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused("x", "--teacher", "y", "--port", port)
+    assert f"--host and --port must be free to listen on, got 127.0.0.1:{port}: " in line
+    gone = run("demo", tmp_path / "no", "--teacher", TEACHER, "--port", 0, "--device", "cpu", status=1).stderr
+    assert gone.splitlines()[-1].startswith("linmu: ")
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "linmu_models.demo.command")
+    monkeypatch.delitem(sys.modules, "linmu_models.demo.server")
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    line = run("demo", status=1).stderr.splitlines()[-1]
+    assert line.endswith("pip install 'linmu[demo]'") and "starlette" in line
+
+
+def test_other_packages_add_examples(monkeypatch):
+    found = [EntryPoint("tasks", "linmu_distill.data.examples:examples", "linmu.examples")]
+    monkeypatch.setattr(command, "entry_points", lambda group: [p for p in found if p.group == group])
+    assert [example.title for example in command.examples()] == [example.title for example in EXAMPLES]
+
+
+@pytest.mark.parametrize("ended", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
+def test_the_page_is_served_until_it_is_ended_and_leaves_nothing(pair, tmp_path, ended):
+    student, scratch, kept = tmp_path / "student", tmp_path / "scratch", tmp_path / "kept"
+    pair.student.model.save_pretrained(student)
+    for file in TEACHER.glob("*"):
+        if not (student / file.name).exists() and file.suffix in (".json", ".jinja"):
+            (student / file.name).write_bytes(file.read_bytes())
+    scratch.mkdir()
+    options = ["--folder", kept] if ended == signal.SIGINT else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "linmu_models.cli", "demo", student, "--teacher", TEACHER, "--port", "0", *options],
+        env={**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"},
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        port = next(int(m[1]) for line in process.stderr if (m := re.search(r"http://127\.0\.0\.1:(\d+)", line)))
+        assert call(port, "GET", "/")[0] == 200
+        assert upload(port, png(EXAMPLES[0].clip.frames[0]), "image/png")[0] == 200
+        folder = kept if options else next(scratch.glob("linmu-demo-*"))
+        assert len(list(folder.iterdir())) == 1
+        process.send_signal(ended)
+        _, rest = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "Traceback" not in rest
+    assert process.returncode == (0 if ended == signal.SIGINT else 128 + signal.SIGTERM)
+    assert not list(scratch.glob("linmu-demo-*")) and kept.exists() == bool(options)
+    assert {path.name for path in tmp_path.iterdir()} == {"student", "scratch", *(["kept"] if options else [])}
