@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 import record_sets
 from small_run import run_values, save_teacher
-from training import in_two
+from training import in_processes
 from typer.testing import CliRunner
 
 from linmu_distill import answers as ahead
@@ -169,7 +169,7 @@ def test_shares_cover_each_batch_once():
 
 def test_processes_that_decode_are_those_that_train(folder, tmp_path, monkeypatch):
     two, one = tasks(folder, tmp_path / "two"), tasks(folder, tmp_path / "one")
-    assert in_two(lambda rank: decode_ahead(two)) == [0, 0]
+    assert in_processes(2, lambda rank: decode_ahead(two)) == [0, 0]
     decode(one, processes=2)
     assert table(two) == table(one)
 

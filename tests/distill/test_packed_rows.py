@@ -10,7 +10,7 @@ import pytest
 import record_sets
 import torch
 from record_sets import answers, config, reader, stop_at, stream
-from training import curve, in_two
+from training import curve, in_processes
 
 import linmu_models
 from linmu_distill.config import ConfigError, parse_config
@@ -269,7 +269,7 @@ def test_two_processes_pack(folder, tmp_path):
     """Rows of other lengths in each, and text in one where the other has pictures."""
     two = packed_config(folder, tmp_path, parallel="ddp", stage1={"steps": 0}, stage3={"steps": 4})
 
-    assert in_two(lambda rank: train(two)) == [0, 0]
+    assert in_processes(2, lambda rank: train(two)) == [0, 0]
     steps = curve(stage_folder(two.folder, 3))
     assert len(steps) == 4 and all(step["padding"] == 0 for step in steps)
 

@@ -9,7 +9,7 @@ import pytest
 import stand_ins
 import torch
 from safetensors.torch import load_file
-from training import curve, in_two
+from training import curve, in_processes
 
 from linmu_distill.checkpoint import CheckpointStore
 from linmu_distill.objective import TrainingError
@@ -37,7 +37,7 @@ def run_two(config, number, kill_at=0):
         blocks = {i: layer.self_attn for i, layer in enumerate(trainer.student.get_decoder().layers)}
         torch.save(own_state(trainer.student, blocks), config.folder / f"state{rank}.pt")
 
-    return in_two(work)
+    return in_processes(2, work)
 
 
 ALONE = {"losses": {"block": 1.0}}

@@ -10,7 +10,7 @@ import pytest
 import record_sets
 import torch
 from record_sets import answers, config, reader, stop_at, stream
-from training import curve, in_two
+from training import curve, in_processes
 from typer.testing import CliRunner
 
 from linmu_distill.data.lanes import Lanes
@@ -213,7 +213,7 @@ def test_a_process_may_have_text_where_the_other_has_pictures(folder, tmp_path, 
         for number in (1, 2, 3):
             run.train(number)
 
-    assert in_two(work) == [0, 0]
+    assert in_processes(2, work) == [0, 0]
     assert len(curve(stage_folder(two.folder, 3))) == 8
 
 

@@ -1,8 +1,9 @@
-"""What a training run leaves behind, and runs of two processes."""
+"""What a training run leaves behind, and runs of several processes."""
 
 import json
 import os
 import socket
+import traceback
 
 
 def curve(folder):
@@ -12,23 +13,25 @@ def curve(folder):
     return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in lines]
 
 
-def in_two(work):
-    """`work(rank)` in two processes, joined as `accelerate launch` joins them; their exit statuses."""
+def in_processes(count, work):
+    """`work(rank)` in so many processes, joined as `accelerate launch` joins them; their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
-    for rank in range(2):
+    for rank in range(count):
         child = os.fork()
         if not child:
             status = 1
             try:
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
                     MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
                 )  # fmt: skip
                 work(rank)
                 status = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(status)
         children.append(child)
