@@ -54,7 +54,7 @@ except SystemExit:
 """
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["convert", "--help"], ["distill", "--help"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["convert", "--help"], ["demo", "--help"], ["distill", "--help"]])
 def test_help_loads_neither_torch_nor_transformers(words):
     heavy = {"torch", "transformers", "numpy", "linmu_ops"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/names")])

@@ -35,6 +35,8 @@ def test_packages_are_ours_by_name(installed):
     assert not [path for name in ("names", "results", "*.jsonl", "*.md") for path in installed.rglob(name)]
     assert not (installed / "linmu_distill" / "teachers").exists()  # a package of its own: linmu-teacher
     assert {p.name for p in (installed / "linmu_distill" / "data").glob("*.[nt]*")} >= {"glyphs.npz", "words.txt"}
+    page = Path("linmu_models") / "demo" / "page"
+    assert {p.name for p in (installed / page).iterdir()} == {p.name for p in (ROOT / page).iterdir()}
 
 
 def test_a_package_finds_its_own_files(installed):
@@ -98,3 +100,4 @@ def test_the_package_offers_its_commands(installed):
     assert "linmu = linmu_models.cli:main" in text and "linmu = linmu_distill.lmms:manifest" in text
     for command in ("distill", "answers", "plan", "evaluate"):
         assert f"{command} = linmu_distill.cli:{command}\n" in text
+    assert "[linmu.examples]\ntasks = linmu_distill.data.examples:examples\n" in text

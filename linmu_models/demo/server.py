@@ -324,6 +324,8 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: the host is not of this machine, or the port is taken.
     """
     try:
+        if not host:
+            raise OSError("it is empty")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def test_what_is_wrong_is_one_line(tmp_path):
     assert refused("--teacher", "x").endswith("STUDENT must be given too, as the page shows both")
     (tmp_path / "file").write_text("")
     assert "--folder must be a folder" in refused("x", "--teacher", "y", "--folder", tmp_path / "file", "--port", 0)
-    assert "--host must be an address or a name of this machine" in refused("x", "--teacher", "y", "--host", "no such")
+    for host in ("no such", ""):
+        line = refused("x", "--teacher", "y", "--host", host)
+        assert f"--host must be an address or a name of this machine, got {host!r}" in line
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused("x", "--teacher", "y", "--port", port)
@@ -68,6 +71,23 @@ def test_other_packages_add_examples(monkeypatch):
     found = [EntryPoint("tasks", "linmu_distill.data.examples:examples", "linmu.examples")]
     monkeypatch.setattr(command, "entry_points", lambda group: [p for p in found if p.group == group])
     assert [example.title for example in command.examples()] == [example.title for example in EXAMPLES]
+
+
+@pytest.mark.parametrize(
+    ("host", "shown", "warned"),
+    [("127.0.0.1", "127.0.0.1", False), ("localhost", "localhost", False), ("0.0.0.0", "0.0.0.0", True)],
+)
+def test_the_address_is_shown_and_opened(pair, monkeypatch, host, shown, warned):
+    served, opened = [], threading.Event()
+    monkeypatch.setattr(command.Pair, "load", lambda *_, **how: served.append(how) or pair)
+    monkeypatch.setattr(command.webbrowser, "open", lambda address: served.append(address) or opened.set())
+    monkeypatch.setattr(command, "serve", lambda *_: opened.wait(20))
+    said = run(
+        "demo", "a", "--teacher", "b", "--host", host, "--port", 0, "--open", "--dtype", "bfloat16", "--device", "cpu"
+    ).stderr
+    how, address = served
+    assert how == {"device": "cpu", "dtype": "bfloat16"} and re.fullmatch(rf"http://{shown}:\d+", address)
+    assert f"The page: {address} (Ctrl-C ends it)" in said and ("can use the page" in said) == warned
 
 
 @pytest.mark.parametrize("ended", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])

@@ -21,7 +21,9 @@ from PIL import Image
 from served import EXAMPLES, Served
 
 from linmu_models.demo import server, shelf
-from linmu_models.generate import generate_text
+from linmu_models.demo.pair import Pair
+from linmu_models.generate import convert_folder, generate_text
+from tests.models import folders, tiny
 
 PAGE = EXAMPLES[0]
 CLIP = EXAMPLES[2]
@@ -82,6 +84,23 @@ def test_no_more_pixels_are_read_than_the_page_takes(pair, tmp_path, most):
 def test_words_alone_are_answered(page):
     events = ask(page.port, "read")
     assert [event["side"] for event in events if event["what"] == "end"] == ["teacher", "student"]
+
+
+def test_models_of_words_alone_take_no_files(tmp_path):
+    tiny.teacher("qwen2").save_pretrained(tmp_path / "teacher")
+    folders.tokenizer().save_pretrained(tmp_path / "teacher")
+    convert_folder(tmp_path / "teacher", tmp_path / "student")
+    (tmp_path / "uploads").mkdir()
+    models = Pair.load(str(tmp_path / "teacher"), str(tmp_path / "student"), 3, device="cpu")
+    served = Served(models, tmp_path / "uploads")
+    try:
+        assert not json.loads(call(served.port, "GET", "/facts")[2])["takes_media"]
+        ends = [event["side"] for event in ask(served.port, "abc") if event["what"] == "end"]
+        assert ends == ["teacher", "student"]
+        refused = ask(served.port, "abc", "example-0")[-1]
+        assert refused == {"what": "error", "text": "a qwen2 takes text only, got 1 images or videos"}
+    finally:
+        served.close()
 
 
 def test_examples_are_there_and_answered(page, pair):

@@ -9,7 +9,8 @@ import warnings
 import pytest
 from PIL import Image
 
-from linmu_models.generate import generate_text
+from linmu_models.generate import generate_text, load
+from linmu_models.media import Clip, read_image
 
 from .folders import run
 
@@ -21,6 +22,17 @@ def _jpeg(entries: bytes, count: int) -> bytes:
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, count) + entries
     data = out.getvalue()
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
+
+
+def test_pictures_that_are_read_already_need_no_file(folders):
+    model, processor = load(folders / "teacher", "cpu")
+    picture, options = folders / "picture.png", {"max_new_tokens": 3, "do_sample": False}
+    clip = read_image(picture)
+    assert generate_text(model, processor, "why?", [clip], **options).text == (
+        generate_text(model, processor, "why?", [picture], **options).text
+    )
+    film = Clip(clip.frames.repeat(2, axis=0), 1.0)
+    assert generate_text(model, processor, "why?", videos=[film], **options).prompt_tokens > 8
 
 
 ORIENTATION = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
