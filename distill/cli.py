@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,6 +109,15 @@ def evaluate(
         str, typer.Option(help="val; test, on which no option was chosen; val_font, test_font: in an unseen font.")
     ] = "val",
     seed: Annotated[int, typer.Option(min=0)] = 2024,
+    frames: Annotated[list[int] | None, typer.Option(min=2, help="Of long videos; may be repeated.")] = None,
+    keys: Annotated[list[int] | None, typer.Option(min=1, help="Of `needles`; may be repeated.")] = None,
+    hops: Annotated[list[int] | None, typer.Option(min=1, help="Of `tracking`; may be repeated.")] = None,
+    chains: Annotated[list[int] | None, typer.Option(min=1, help="Of `tracking`; may be repeated.")] = None,
+    lines: Annotated[list[int] | None, typer.Option(min=1, help="Of a page; may be repeated.")] = None,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Also a teacher of equal memory, windows alone, near + kept, zero steps.")
+    ] = False,
+    depths: Annotated[int, typer.Option(min=0, help="Also by where the answer lies, in so many parts.")] = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Exact match on the built-in tasks with 95 % intervals, beside the teacher's."""
@@ -117,10 +126,20 @@ def evaluate(
 
         from .evaluate import EvaluationError, evaluate_folder
 
+    options: dict[str, list[Any]] = {
+        "frames": [(count, count) for count in frames or ()],
+        "keys": keys or [],
+        "hops": hops or [],
+        "chains": chains or [],
+        "sizes": [((count, 8),) for count in lines or ()],
+    }
     try:
-        typer.echo(evaluate_folder(folder, teacher, samples, group, split, seed, device))
+        table = evaluate_folder(
+            folder, teacher, samples, group, split, seed, device, options=options, rows=rows, depths=depths
+        )
     except (EvaluationError, OSError, ValueError, SafetensorError) as error:
         stop(error)
+    typer.echo(table)
 
 
 @contextmanager

@@ -9,10 +9,14 @@ from typing import Any, cast
 import torch
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
+from linmu_models.modeling import LinmuModel
+
 from .data import Processor, Sample, generate
 
 # Largest batch for which the longest inputs still fit a small machine, by visual tokens in all.
 _VISUAL_TOKENS_A_BATCH = 8192
+# A student takes a longer prompt in parts, so that its memory is that of a part.
+_PROMPT_TOKENS = 4096
 
 
 def wilson_interval(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
@@ -38,6 +42,8 @@ class Result:
     """Which samples were answered right, in their order, so that models can be compared sample by sample."""
     by_question: dict[str, tuple[int, int]] = field(default_factory=dict)
     """For each kind of question (its first word), how many answers were right and how many there were."""
+    depths: tuple[float | None, ...] = ()
+    """Where what was asked lies in each sample, as `Sample.depth`."""
 
     @property
     def accuracy(self) -> float:
@@ -48,6 +54,16 @@ class Result:
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of `accuracy`."""
         return wilson_interval(self.correct, self.n)
+
+    def by_depth(self, parts: int) -> list[tuple[int, int]]:
+        """For each of so many equal parts of the input, how many answers about it were right and how many there
+        were."""
+        found = [(0, 0)] * parts
+        for hit, depth in zip(self.hits, self.depths, strict=True):
+            if depth is not None:
+                at = min(int(depth * parts), parts - 1)
+                found[at] = (found[at][0] + hit, found[at][1] + 1)
+        return found
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -64,12 +80,14 @@ def answer(
     del batch["labels"]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     eos = processor.tokenizer.eos_token_id
+    long = use_cache and isinstance(model, LinmuModel) and batch["input_ids"].shape[1] > _PROMPT_TOKENS
     out = cast(GenerationMixin, model).generate(
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         use_cache=use_cache,
+        prefill_chunk_size=_PROMPT_TOKENS if long else None,
         eos_token_id=eos,
         pad_token_id=processor.tokenizer.pad_token_id,
     )
@@ -122,7 +140,8 @@ def evaluate(
             right[kind] += hits[-1]
     model.train(was_training)
     by_question = {kind: (right[kind], asked[kind]) for kind in asked}
-    return Result(group, split, n, right.total(), time.perf_counter() - start, tuple(hits), by_question)
+    return Result(group, split, n, right.total(), time.perf_counter() - start, tuple(hits), by_question,
+                  tuple(sample.depth for sample in samples))  # fmt: skip
 
 
 def blind_baseline(group: str, n: int = 200, seed: int = 0, *, split: str = "val", **options: Any) -> float:

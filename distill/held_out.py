@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from .limited import limited
 from .losses import kept_positions
 from .teacher import Batch, model_inputs
 
@@ -33,9 +35,16 @@ def some(source: "RecordStream") -> list[Batch]:
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch], chunk_size: int = 1024
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    chunk_size: int = 1024,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
     """Means over the answer tokens of batches, in nats.
+
+    Args:
+        tokens: of so many the model's attention keeps keys and values, as `limited` has it; None: of all.
 
     Returns:
         `tokens`; `nll` and `perplexity`, exp of it; `agreement`: the share of tokens where model and teacher find the
@@ -46,9 +55,9 @@ def measure(
     for batch in batches:
         batch = {name: value.to(model.device) for name, value in batch.items()}
         kept = kept_positions(batch["labels"])
-        ours, theirs = (
-            kept.select(m.model(**model_inputs(batch), use_cache=False).last_hidden_state) for m in (model, teacher)
-        )
+        with limited(model, tokens) if tokens else nullcontext():
+            ours = kept.select(model.model(**model_inputs(batch), use_cache=False).last_hidden_state)
+        theirs = kept.select(teacher.model(**model_inputs(batch), use_cache=False).last_hidden_state)
         for start in range(0, len(kept), chunk_size):
             part = slice(start, start + chunk_size)
             log_p = functional.log_softmax(model.lm_head(ours[part]).float(), -1)

@@ -13,6 +13,7 @@ from .config import Config
 from .figures import accuracy_bars, loss_curves, speed_curves
 from .files import read_json, read_lines
 from .handoff import read_facts, stage_folder
+from .limited import EQUAL_MEMORY, SINKS
 from .sources import fits_tasks
 from .stages import STAGES, Stage
 from .student import ALONE
@@ -79,6 +80,12 @@ _LOSSES = """\
 - **L_sup**: surprise of the student at the true answers, nats a token. (Trained on in stage 3, shown elsewhere where
   it is known.)
 """
+
+
+_EQUAL = (
+    " *{name}* keeps keys and values of {tokens:,} tokens, the first {sinks} and the most recent ones: as many "
+    "bytes as the student keeps."
+)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -290,13 +297,15 @@ def write_report(
     if groups:
         accuracy_bars(folder / "figures/accuracy.png", results, groups)
         alone = _ALONE if any(label in results for label in ALONE) else ""
+        kept = {row["tokens"] for row in results.get(EQUAL_MEMORY, {}).values() if "tokens" in row}
+        alone += "".join(_EQUAL.format(name=EQUAL_MEMORY, tokens=tokens, sinks=SINKS) for tokens in kept)
         counts = [row["n"] for rows in results.values() for row in rows.values()]
         span = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
         parts += [
             "## How well it answers",
             "",
-            "Share of held-out questions answered exactly, to the last character, and its 95 % interval (Wilson), "
-            f"{span} questions a cell. *initial* is the student before any training.{alone}",
+            "Share of questions of the split `val` answered exactly, to the last character, and its 95 % interval "
+            f"(Wilson), {span} questions a cell. *initial* is the student after zero steps of training.{alone}",
             "",
             _accuracy(results, groups),
             "",

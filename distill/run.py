@@ -27,6 +27,7 @@ from . import handoff, held_out
 from .checkpoint import CheckpointStore, locked, write_atomically
 from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, hash_of
 from .files import read_json
+from .limited import EQUAL_MEMORY, equal_tokens, limited
 from .objective import Objective, Teacher
 from .packing import check_packable
 from .parallel import is_sharded
@@ -317,10 +318,15 @@ class Run:
         return hash_of([self.teacher_hash, weights, options, *([alone] if alone else [])])[:16]
 
     def evaluate(
-        self, after: int | None, model: PreTrainedModel, counts: dict[str, int], alone: str | None = None
+        self,
+        after: int | None,
+        model: PreTrainedModel,
+        counts: dict[str, int],
+        alone: str | None = None,
+        tokens: int | None = None,
     ) -> None:
-        """Measure exact match on held-out samples: of the teacher (None), or of what stage `after` left, or of a part
-        of it, as `ALONE` calls it.
+        """Measure exact match on samples of `val`: of the teacher (None), or of what stage `after` left, or of a part
+        of it, as `ALONE` calls it, or with keys and values of so many `tokens` alone.
 
         The results are kept in `evaluation.json`.
         """
@@ -330,25 +336,25 @@ class Run:
         table = _measurements(path)
         known = table.setdefault(label, {})
         for group, samples in counts.items():
-            of = self._measured(after, alone, n=samples, seed=EVALUATION_SEED)
+            of = self._measured(after, alone, n=samples, seed=EVALUATION_SEED, **({"tokens": tokens} if tokens else {}))
             row = known.get(group)
             if isinstance(row, dict) and row.get("of") == of:
                 continue
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), limited(model, tokens) if tokens else nullcontext():
                 result = evaluate(model, self.tokenizer, group, samples, EVALUATION_SEED)
             known[group] = {
                 "of": of, "n": result.n, "correct": result.correct, "accuracy": result.accuracy,
                 "interval": result.interval, "right": "".join(str(int(hit)) for hit in result.hits),
-                "seconds": result.seconds, "by_question": result.by_question,
+                "seconds": result.seconds, "by_question": result.by_question, **({"tokens": tokens} if tokens else {}),
             }  # fmt: skip
             write_atomically(path, json.dumps(_in_order(table), indent=1))
-            self.accelerator.print(f"{label:<13} {result}")
+            self.accelerator.print(f"{label:<21} {result}")
 
     def measure_held_out(
-        self, after: int | None, model: PreTrainedModel, alone: str | None = None
+        self, after: int | None, model: PreTrainedModel, alone: str | None = None, tokens: int | None = None
     ) -> dict[str, Any] | None:
         """Measure perplexity and agreement on held-out data: of the teacher (None), or of what stage `after` left, or
-        of a part of it.
+        of a part of it, or with keys and values of so many `tokens` alone.
 
         The results are kept in `held_out.json`. None where the run has no held-out data.
         """
@@ -363,17 +369,17 @@ class Run:
         for batch in self._held_out:
             for value in batch.values():
                 digest.update(value.contiguous().numpy().tobytes())
-        of = self._measured(after, alone, data=digest.hexdigest())
+        of = self._measured(after, alone, data=digest.hexdigest(), **({"tokens": tokens} if tokens else {}))
         known = dict(table.get(label, {}))
         if known.pop("of", None) == of:
             return known
         with self.accelerator.autocast():
-            found = held_out.measure(model, self.teacher, self._held_out)
+            found = held_out.measure(model, self.teacher, self._held_out, tokens=tokens)
         table[label] = {"of": of, **found}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(_in_order(table), indent=1))
         self.accelerator.print(
-            f"{label:<13} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
+            f"{label:<21} perplexity {found['perplexity']:.2f}  KL to the teacher {found['kl']:.4f}  "
             f"same next token {found['agreement']:.1%}  n={found['tokens']}"
         )
         return found
@@ -383,26 +389,32 @@ class Run:
         options = self.config.evaluation
         if 0 < number < len(STAGES) and not self.config.stage(number).steps:
             return
-        counts = options.counts(final=number == len(STAGES))
+        counts = options.counts(final=number in (0, len(STAGES)))
         if self.accelerator.is_main_process:
             if not number and (of_teacher := options.counts(final=True)):
                 self.evaluate(None, self.teacher, of_teacher)
             if not number:
                 self.measure_held_out(None, self.teacher)
-                self._evaluate_alone()
+                self._evaluate_untrained()
             if counts or options.held_out is not None:
                 student = self.student_after(number).model
                 self.evaluate(number, student, counts)
                 self.measure_held_out(number, student)
         self.accelerator.wait_for_everyone()
 
-    def _evaluate_alone(self) -> None:
-        """Measure what a student answers that neither is trained nor has a scan: what needs no linear attention."""
+    def _evaluate_untrained(self) -> None:
+        """Measure what takes no training: a teacher that forgets until its memory is the student's, and a student
+        without its scan."""
         options, block = self.config.evaluation, self.config.block
         counts = options.counts(final=True)
-        if not isinstance(block, ExactConfig) or not (counts or options.held_out is not None):
+        if not (counts or options.held_out is not None):
             return
         student = self.student_after(0)
+        tokens = equal_tokens(self.teacher, student.model, self.tokenizer)
+        self.evaluate(None, self.teacher, counts, EQUAL_MEMORY, tokens)
+        self.measure_held_out(None, self.teacher, EQUAL_MEMORY, tokens)
+        if not isinstance(block, ExactConfig):
+            return
         for label, kept in ALONE.items():
             if not kept or block.kept_tokens:
                 with exact_alone(student.blocks.values(), kept):
@@ -469,7 +481,7 @@ def _measurements(path: Path) -> dict[str, Any]:
 
 def _in_order(table: dict[str, Any]) -> dict[str, Any]:
     """Measurements in the order of a run's stages."""
-    labels = [TEACHER, *ALONE, *(_label(after) for after in range(len(STAGES) + 1))]
+    labels = [TEACHER, EQUAL_MEMORY, *ALONE, *(_label(after) for after in range(len(STAGES) + 1))]
     return {label: table[label] for label in labels if label in table}
 
 

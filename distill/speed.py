@@ -18,9 +18,7 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, to
     """A video of about `length` visual tokens and a question; for a model that cannot be shown one of the built-in
     tasks' videos, so many tokens of text of no meaning."""
     if not fits_tasks(model, tokenizer):
-        words = torch.tensor(tokenizer.encode("of no meaning ", add_special_tokens=False))
-        ids = words.repeat(-(-length // len(words)))[None, :length]
-        return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
+        return text_prompt(model, tokenizer, length)
     from .data import Processor, generate
 
     rows, columns = generate("needle", 1, 0, frames=(4, 4))[0].cells.shape[1:]
@@ -29,6 +27,13 @@ def _inputs(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, to
         generate("needle", 1, 0, "val", frames=(frames, frames)), answers=False
     )
     return {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+
+
+def text_prompt(model: PreTrainedModel, tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
+    """`length` tokens of text of no meaning."""
+    words = torch.tensor(tokenizer.encode("of no meaning ", add_special_tokens=False))
+    ids = words.repeat(-(-length // len(words)))[None, :length]
+    return {"input_ids": ids.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
 
 
 @torch.no_grad()

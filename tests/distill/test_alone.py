@@ -7,6 +7,7 @@ import torch
 from small_run import run_values, save_teacher
 
 from linmu_distill.config import parse_config
+from linmu_distill.limited import EQUAL_MEMORY
 from linmu_distill.run import Run
 from linmu_distill.student import ALONE, exact_alone
 from linmu_ops import ExactConfig, ExactMMATE
@@ -48,6 +49,7 @@ def test_rows(tmp_path, kept, rows):
     run.prepare()
     run.evaluate_stage(0)
     table = json.loads((run.folder / "evaluation.json").read_text())
-    assert list(table) == ["teacher", *rows, "initial"]
-    assert all(table[label]["where"]["n"] == 2 for label in rows)
+    assert list(table) == ["teacher", EQUAL_MEMORY, *rows, "initial"]
+    assert all(table[label]["where"]["n"] == 2 for label in table)
+    assert table[EQUAL_MEMORY]["where"]["tokens"] > 0
     assert len({table[label]["where"]["of"] for label in table}) == len(table)

@@ -276,5 +276,6 @@ def test_the_demo_is_what_its_results_are_of():
     options = config.evaluation
     alone = asked["windows alone"], asked["near + kept"]
     assert asked["teacher"] == asked["stage 3"] == alone[0] == alone[1] == options.counts(final=True)
-    assert asked["initial"] == asked["stage 1"] == asked["stage 2"] == options.counts(final=False)
+    assert asked["stage 1"] == asked["stage 2"] == options.counts(final=False)
+    assert asked["initial"] in (options.counts(final=False), options.counts(final=True))
     assert config.max_new_tokens == 46 and config.lora_rank == 8 and config.precision == "float32"

@@ -233,7 +233,7 @@ def test_it_is_distilled(made):
     })  # fmt: skip
     distill(config)
     assert set(json.loads((config.folder / "held_out.json").read_text())) == {
-        "teacher", "initial", "stage 1", "stage 2", "stage 3",
+        "teacher", "teacher, equal memory", "initial", "stage 1", "stage 2", "stage 3",
     }  # fmt: skip
     student, _ = load_teacher(str(config.folder / "student"), "float32")
     assert isinstance(student, linmu_models.LinmuModel) and student.is_linear

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from linmu_distill.config import parse_config
 from linmu_distill.examples.smollm2 import HELD_OUT_EVERY, page_text, split
 from linmu_distill.held_out import measure
+from linmu_distill.limited import EQUAL_MEMORY
 from linmu_distill.run import Run, RunError, distill
 from linmu_distill.student import ALONE
 from linmu_models.chat import ChatProcessor, Conversation
@@ -124,7 +125,7 @@ def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     report = distill(config).read_text()
     results = json.loads((config.folder / "held_out.json").read_text())
     alone = list(ALONE) if preset == "exact" else []
-    assert list(results) == ["teacher", *alone, "initial", "stage 1", "stage 2", "stage 3"]
+    assert list(results) == ["teacher", EQUAL_MEMORY, *alone, "initial", "stage 1", "stage 2", "stage 3"]
     assert results["teacher"]["kl"] == pytest.approx(0, abs=1e-6) and results["initial"]["kl"] > 0
     assert results["stage 1"] != results["stage 2"] != results["stage 3"]
     assert "| stage 3 | " in report and report.index("## How well it predicts") < report.index("## Use it")

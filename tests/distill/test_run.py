@@ -20,6 +20,7 @@ from linmu_distill import handoff
 from linmu_distill.checkpoint import locked
 from linmu_distill.config import EVALUATION_SEED, parse_config
 from linmu_distill.handoff import HandoffError
+from linmu_distill.limited import EQUAL_MEMORY
 from linmu_distill.losses import kept_positions
 from linmu_distill.objective import Objective, Teacher, assemble, read_batch
 from linmu_distill.report import read_metrics, write_report
@@ -53,13 +54,15 @@ def test_report_tells_the_whole_story(finished):
     pictures = re.findall(r"!\[\w+\]\((figures/[\w.]+)\)", text)
     assert len(pictures) == 5
     assert all((finished.folder / picture).stat().st_size > 500 for picture in pictures)
-    assert "| task | teacher | initial | stage 1 | stage 2 | stage 3 | student / teacher |" in text
+    assert (
+        "| task | teacher | teacher, equal memory | initial | stage 1 | stage 2 | stage 3 | student / teacher |" in text
+    )
     assert "2 of 2 attention layers" in text
     assert re.findall(r"^\| (\d \| [^|]*) \|", text, re.MULTILINE) == [
         "1 | Flex-MA", "2 | Flex-MA + Local-Swin", "3 | Flex-MA + Local-Swin + LoRA"
     ]  # fmt: skip
     results = json.loads((finished.folder / "evaluation.json").read_text())
-    assert list(results) == ["teacher", "initial", "stage 1", "stage 2", "stage 3"]
+    assert list(results) == ["teacher", EQUAL_MEMORY, "initial", "stage 1", "stage 2", "stage 3"]
     speed = json.loads((finished.folder / "speed.json").read_text())
     sizes = {m: [r["cache_bytes"] for r in speed if r["model"] == m] for m in ("teacher", "student")}
     assert sizes["student"][0] == sizes["student"][1] < sizes["teacher"][1]
@@ -187,7 +190,7 @@ def test_the_report_is_of_the_finished_student(finished, tmp_path):
     assert "| **0.0%** |" in text and "How well it predicts" not in text
     run.evaluate_stage(3)
     assert list(json.loads((finished.folder / "evaluation.json").read_text())) == [
-        "teacher", "initial", "stage 1", "stage 2", "stage 3"
+        "teacher", EQUAL_MEMORY, "initial", "stage 1", "stage 2", "stage 3"
     ]  # fmt: skip
 
 
@@ -330,6 +333,17 @@ def test_command_line(finished, teacher, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert "| where | " in done.output and "model / teacher" in done.output
+    long = ["--group", "needles", "--frames", "2", "--frames", "3", "--keys", "4", "--depths", "2"]
+    done = runner.invoke(app, ["evaluate", str(finished.folder), "--samples", "2", "--rows", *long, "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    columns = r"teacher \| teacher, equal memory \(\d+ tokens\) \| zero steps \| model \| model / teacher"
+    assert re.search(rf"\| task \(val, n=2\) \| {columns} \|", done.output)
+    assert all(f"| needles, {count} frames, 4 keys | " in done.output for count in (2, 3))
+    assert "% to 100% | " in done.output
+    done = runner.invoke(app, ["evaluate", str(finished.folder), "--group", "line", "--keys", "4"])
+    assert done.exit_code == 1 and "--keys must be left out but for needles, got line" in done.output
+    done = runner.invoke(app, ["evaluate", str(finished.folder / "student"), "--rows"])
+    assert done.exit_code == 1 and "--teacher must be given with --rows" in done.output
     done = runner.invoke(app, ["evaluate", str(tmp_path)])
     assert done.exit_code == 1 and "holds no model" in done.output
     for wrong, line in (
