@@ -46,6 +46,7 @@ def run(
     with _ended_by_exit(), listen(host, port) as listening, _uploads(folder) as kept:
         with say.status(f"loading {teacher} and {student}"):
             pair = Pair.load(teacher, student, max_new_tokens, **how)
+            pair.warm_up()
             shelf = Shelf(kept, max_bytes, max_pixels, examples() if pair.takes_media else ())
         address = f"http://{_written(host)}:{listening.getsockname()[1]}"
         say.print(f"The page: {address} (Ctrl-C ends it)", soft_wrap=True)

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,6 +73,11 @@ class Pair:
     def takes_media(self) -> bool:
         """Whether they see images and videos."""
         return self.student.processor.takes_media
+
+    def warm_up(self) -> None:
+        """Answer once, as whatever is set up by a first answer would count as the teacher's time."""
+        clip = Clip(np.full((1, 112, 112, 3), 255, np.uint8)) if self.takes_media else None
+        replace(self, max_new_tokens=2).answer("?", clip, threading.Event(), lambda _: None)
 
     def answer(self, question: str, clip: Clip | None, stop: threading.Event, tell: Tell) -> None:
         """Both answer, the teacher first, so that neither slows the other.

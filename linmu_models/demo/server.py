@@ -324,9 +324,8 @@ def listen(host: str, port: int) -> socket.socket:
         ValueError: the host is not of this machine, or the port is taken.
     """
     try:
-        if not host:
-            raise OSError("it is empty")
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        named = host or " "  # an empty name would be every address
+        family, kind, protocol, _, address = socket.getaddrinfo(named, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:
         raise ValueError(f"demo: --host must be an address or a name of this machine, got {host!r}") from error

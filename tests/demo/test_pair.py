@@ -82,6 +82,15 @@ def test_the_page_is_stopped_between_two_layers(pair):
     assert reached == [0, 1]
 
 
+def test_the_first_answer_is_none_of_a_persons(pair, monkeypatch):
+    asked = []
+    ask = pairs.generate_text
+    monkeypatch.setattr(pairs, "generate_text", lambda *args, **options: asked.append(args) or ask(*args, **options))
+    pair.warm_up()
+    assert [model for model, *_ in asked] == [pair.teacher.model, pair.student.model]
+    assert all(len(images) == 1 for _, _, _, images, _ in asked)
+
+
 def test_a_label_is_the_end_of_a_path():
     assert pairs._label("/home/me/runs/demo/student") == "demo/student" and pairs._label("a/b") == "a/b"
 
