@@ -41,7 +41,7 @@ class Result:
     hits: tuple[bool, ...] = ()
     """Which samples were answered right, in their order, so that models can be compared sample by sample."""
     by_question: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """For each kind of question (its first word), how many answers were right and how many there were."""
+    """For each kind of question (its first word of three letters), right answers and how many there were."""
     depths: tuple[float | None, ...] = ()
     """Where what was asked lies in each sample, as `Sample.depth`."""
 
@@ -134,7 +134,8 @@ def evaluate(
         part = samples[i : i + step]
         for sample, said in zip(part, answer(model, processor, part, limit, use_cache), strict=True):
             question, expected = sample.turns[0]
-            kind = question.split()[0].rstrip("?")
+            words = question.rstrip("?").split()
+            kind = next((word for word in words if len(word) > 2), words[0])  # a key is no kind
             asked[kind] += 1
             hits.append(said == expected)
             right[kind] += hits[-1]

@@ -24,6 +24,8 @@ def needles(
 ) -> Sample:
     """A long cluttered video with `keys` handwritten digits, each after its key: which digit is by one of the keys.
 
+    The question, `q digit`, ends as that after a needle does, so that who knows needles can answer where there is one.
+
     A key is a letter, or two where there are more keys than letters. No key occurs twice, digits do. Keys are spread
     over rows of frames.
 
@@ -43,7 +45,7 @@ def needles(
     names = [LETTERS[i] if single else LETTERS[i // len(LETTERS)] + LETTERS[i % len(LETTERS)] for i in drawn]
     digits = rng.integers(10, size=keys)
     cells = _written(rng, length, slots, [f"{name}{digit}" for name, digit in zip(names, digits, strict=True)])
-    asked_about = [(f"digit by {name}", str(digit)) for name, digit in zip(names, digits, strict=True)][:turns]
+    asked_about = [(f"{name} digit", str(digit)) for name, digit in zip(names, digits, strict=True)][:turns]
     return _video(rng, "needles", split, cells, asked_about, asked)
 
 
