@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .accelerate import accelerate_transformers
 from .attention import attention_window
-from .hooks import attention_modules
+from .hooks import attention_modules, decoder_of
 
 RECORDED = "linmu_recorded"
 QUERIES_AT_ONCE = 256
@@ -99,10 +99,10 @@ def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
     if len(seq_idx) != 1:
         raise ValueError(f"each_alone: seq_idx must be (1, L), got shape {tuple(seq_idx.shape)}")
     lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
-    config, modules = teacher.get_decoder().config, attention_modules(teacher).values()
+    config, modules = decoder_of(teacher).config, attention_modules(teacher).values()
     before = config._attn_implementation
     _lengths.update(dict.fromkeys(modules, lengths))
-    linear = [layer.linear_attn for layer in teacher.get_decoder().layers if hasattr(layer, "linear_attn")]
+    linear = [layer.linear_attn for layer in decoder_of(teacher).layers if hasattr(layer, "linear_attn")]
     numbers = seq_idx.int()
     told = [
         module.register_forward_pre_hook(lambda _, args, given: (args, {**given, "seq_idx": numbers}), with_kwargs=True)
@@ -135,7 +135,7 @@ def record_attention(teacher: Any, attentions: Sequence[nn.Module], asking: Tens
         A list that holds afterwards, for each of `attentions`, (B, H, L) float32: the sum over the row's queries of
         the attention that each token gets.
     """
-    config = teacher.get_decoder().config
+    config = decoder_of(teacher).config
     before = config._attn_implementation
     found: list[Tensor] = []
     _asking.update(dict.fromkeys(attentions, asking))

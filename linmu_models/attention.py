@@ -20,6 +20,7 @@ from linmu_ops.nn.state import in_checkpoint
 from linmu_ops.nn.transfer import TransferRow
 
 from .cache import LinmuCacheLayer, linear_layer
+from .hooks import rotary_pair
 from .layout import LinmuInputs
 from .parts import AttentionParts, read_parts
 from .rewind import Inputs, Record
@@ -61,6 +62,7 @@ class LinmuAttention(_Block):
         config: options of the block.
         layer_idx: index of the decoder layer.
         text_only: the model has no visual tokens, which see text by the first tokens of their row and by the scan.
+        rotates: queries and keys are rotated by the position embeddings that the layer is given.
         facts: of the teacher's family, `interleaved_rotary` and `causal_windows` of the block.
 
     Attributes:
@@ -81,12 +83,14 @@ class LinmuAttention(_Block):
         config: MMATEConfig | ExactConfig,
         layer_idx: int,
         text_only: bool = False,
+        rotates: bool = True,
         **facts: bool,
     ) -> None:
         parts = read_parts(attention)
         norm = parts.norms["q_norm"]
-        if parts.gated and not isinstance(config, ExactConfig):
-            raise ValueError("linmu: options must be of the preset exact for a teacher with output gates, got another")
+        for there, what in ((parts.gated, "output gates"), (parts.norms["v_norm"] is not None, "norms of values")):
+            if there and not isinstance(config, ExactConfig):
+                raise ValueError(f"linmu: options must be of the preset exact for a teacher with {what}, got another")
         window = attention_window(attention)
         # All that text sees in such an attention is near: there is no first token, and nothing far, to look at. Visual
         # tokens see text by both.
@@ -110,6 +114,9 @@ class LinmuAttention(_Block):
             config=config,
             **facts,
         )
+        self.rotates = rotates
+        if parts.norms["v_norm"] is not None and isinstance(self.windows, NearAttention):
+            self.windows.v_norm = copy.deepcopy(parts.norms["v_norm"])
         self.gate_proj = None
         if parts.gated:
             # The block gives the heads' outputs, and the gate comes before the output projection.
@@ -133,6 +140,7 @@ class LinmuAttention(_Block):
         transformers passes its cache as `past_key_values` before version 5.24, as `cache` from then on.
         """
         cache = past_key_values if cache is None else cache
+        position_embeddings = rotary_pair(position_embeddings) if self.rotates else None
         linmu = linmu or LinmuInputs()
         padding = None if linmu.padding is None else linmu.padding.to(hidden_states.device)
         seq_idx = None if linmu.seq_idx is None else linmu.seq_idx.to(hidden_states.device)
@@ -223,7 +231,8 @@ class LinmuAttention(_Block):
     @torch.no_grad()
     def load_parts(self, parts: AttentionParts) -> list[TransferRow]:
         """Take the weights of the attention module. One row for each parameter: where it comes from."""
-        given: dict[str, Any] = {**parts.norms, "names": parts.names}
+        given: dict[str, Any] = {norm: parts.norms[norm] for norm in ("q_norm", "k_norm")}
+        given["names"] = {part: name for part, name in parts.names.items() if part != "v_norm"}
         given |= {f"{part}_weight": parts.weights[part] for part in "qkvo"}
         given |= {f"{part}_bias": parts.biases[part] for part in "qkvo"}
         if self.gate_proj is None:

@@ -96,7 +96,7 @@ def _student_of(teacher: type[Any], family: type[Any], auto: type[Any]) -> type[
     if name not in vars(module):
         values: dict[str, Any] = {"config_class": family.config_class, "__module__": family.__module__}
         if auto is modeling_auto.AutoModel:
-            values |= {"placeholders": family.placeholders, "facts": family.facts}
+            values |= {"placeholders": family.placeholders, "facts": family.facts, "layer_facts": family.layer_facts}
             made = type(name, (_Inner, teacher), values)
         else:
             # Its body is what AutoModel makes of the configuration.

@@ -83,8 +83,10 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
         seen: list[list[tuple[dict[str, Any], Any]]] = [[] for _ in blocks]
         for inputs, common in zip(batches, shared, strict=True):
             with record_inputs(attentions) as given, record_outputs(attentions) as made:
-                teacher.model(**inputs, use_cache=False)
-            for kept, arguments, output in zip(seen, given, made, strict=True):
+                getattr(teacher, "model", teacher)(**inputs, use_cache=False)
+            for block, kept, arguments, output in zip(blocks, seen, given, made, strict=True):
+                if not block.rotates:
+                    arguments.pop("position_embeddings", None)
                 padding, sequences = (
                     None if t is None else t.to(output.device) for t in (common.padding, common.seq_idx)
                 )
@@ -123,6 +125,6 @@ def _looks_of_text(teacher: Any, inputs: Mapping[str, Any], layout: TokenLayout 
     text = real if layout is None else real & ~layout.visual_mask(ids.device)
     attentions = attention_modules(teacher)
     with record_attention(teacher, list(attentions.values()), text) as received:
-        teacher.model(**inputs, use_cache=False)
+        getattr(teacher, "model", teacher)(**inputs, use_cache=False)
     later = read_later(received, text)
     return _Looks(real, dict(zip(attentions, received, strict=True)), dict(zip(attentions, later, strict=True)))

@@ -18,7 +18,7 @@ from linmu_ops._layout_part import split
 from linmu_ops.nn import ExactMMATE
 
 from .attention import LinmuAttention
-from .hooks import attention_modules
+from .hooks import attention_modules, decoder_of
 from .layout import LinmuInputs
 
 
@@ -76,7 +76,7 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def decoder_in_chunks(model: Any, size: int) -> Iterator[None]:
     """While the context is open, the decoder takes what it is given in chunks of about `size` tokens, one after the
     other, and returns what the last of them gives."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     forward, names = decoder.forward, tuple(inspect.signature(type(decoder).forward).parameters)[1:]
 
     @functools.wraps(forward)

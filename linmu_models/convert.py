@@ -67,7 +67,8 @@ def convert(
     options = family.fit_options(options, teacher.config)
     layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
     keep_attention = linmu_field(options, keep_attention, layers)["keep_attention"]
-    check_teacher(teacher, keep_attention, options, family.facts, family.prompt_sees_itself)
+    facts = [family.layer_facts(teacher.config, index) for index in range(layers)]
+    check_teacher(teacher, keep_attention, options, facts, family.prompt_sees_itself)
     with torch.device("meta"):
         student: Any = family(_student_config(teacher, family, options, keep_attention))
     memo: dict[int, nn.Parameter] = {}
@@ -81,7 +82,8 @@ def convert(
     linear_names = [f"{layer_names[id(student.linmu_layers()[i])]}.self_attn" for i in report.linear_layers]
     report.rows += _take(student, teacher, linear_names, share_frozen, memo)
     for name in linear_names:
-        block, rows = _block(student.get_submodule(name), teacher.get_submodule(name), options, family.facts, name)
+        blueprint: Any = student.get_submodule(name)
+        block, rows = _block(blueprint, teacher.get_submodule(name), options, facts[blueprint.layer_idx], name)
         student.set_submodule(name, block)
         report.rows += rows
     student.linmu_report = report

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -16,9 +17,24 @@ def has_attention(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "self_attn", None), nn.Module)
 
 
+def decoder_of(model: Any) -> Any:
+    """The part of a model that has the decoder's layers. In some families `get_decoder` gives it with its head."""
+    decoder = model.get_decoder()
+    while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
+        decoder = decoder.model
+    return decoder
+
+
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Decoder layer -> its attention (or M-MATE) module, in order. Hybrids have layers without."""
-    return {i: layer.self_attn for i, layer in enumerate(model.get_decoder().layers) if has_attention(layer)}
+    return {i: layer.self_attn for i, layer in enumerate(decoder_of(model).layers) if has_attention(layer)}
+
+
+def rotary_pair(rotary: Any) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin) of rotary embeddings; some families give them as complex numbers, of pairs of channels."""
+    if isinstance(rotary, Tensor) and torch.is_complex(rotary):
+        return rotary.real.repeat_interleave(2, dim=-1), rotary.imag.repeat_interleave(2, dim=-1)
+    return rotary  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -61,6 +77,8 @@ def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, kwargs: Any) -> None:
             inputs[index] = {name: kwargs[name] for name in ("hidden_states", "position_embeddings") if name in kwargs}
+            if "position_embeddings" in kwargs:
+                inputs[index]["position_embeddings"] = rotary_pair(kwargs["position_embeddings"])
 
         return hook
 

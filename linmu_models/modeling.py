@@ -26,7 +26,7 @@ from .accelerate import accelerate_transformers, families_of
 from .attention import HoldsBlocks, LinmuAttention, linmu_attention
 from .chunks import check_chunk, decoder_in_chunks, tower_in_chunks
 from .config import read_linmu, sees_images
-from .hooks import attention_modules, has_attention
+from .hooks import attention_modules, decoder_of, has_attention
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
 from .masks import LINEAR, is_padding, last_of_mask, padding_mask, read_padding
 from .packing import NAMES as PACKED
@@ -75,9 +75,8 @@ class LinmuModel(HoldsBlocks, _Whole):
         options, kept = read_linmu(config)
         for index, layer in enumerate(self.linmu_layers()):
             if index not in kept and has_attention(layer):
-                layer.self_attn = linmu_attention(
-                    layer.self_attn, options, index, not sees_images(config), **self.facts
-                )
+                facts = self.layer_facts(config, index)
+                layer.self_attn = linmu_attention(layer.self_attn, options, index, not sees_images(config), **facts)
         if families_of(self):
             # Its layers that are linear already run on our kernels too, which know where a packed row's sequences are.
             weakref.finalize(self, accelerate_transformers(self).undo)
@@ -85,7 +84,7 @@ class LinmuModel(HoldsBlocks, _Whole):
             for mixer in () if has_attention(layer) else mixers_of(layer):
                 mixer.register_forward_pre_hook(before_mixer, with_kwargs=True)
                 mixer.register_forward_hook(after_mixer, with_kwargs=True)
-        for module in {self.inner_model, self.get_decoder()}:
+        for module in {self.inner_model, decoder_of(self)}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         self._name_attention()
         self.post_init()
@@ -95,6 +94,11 @@ class LinmuModel(HoldsBlocks, _Whole):
         """The options of blocks in the place of such attention; `config` is the teacher's."""
         return options
 
+    @classmethod
+    def layer_facts(cls, config: Any, index: int) -> Mapping[str, bool]:
+        """What the block of one decoder layer is told; `config` is the student's or the teacher's."""
+        return cls.facts
+
     @property
     def inner_model(self) -> nn.Module:
         """The part that is given ids and pixels, and whose keywords `placeholders` reads."""
@@ -103,7 +107,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     def linmu_layers(self) -> Iterable[nn.Module]:
         """The decoder layers. As `self_attn` each has its attention, or the M-MATE block in its place; a layer that is
         linear in the teacher already has none."""
-        return self.get_decoder().layers
+        return decoder_of(self).layers
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         """Where the images and videos of one call are; `inputs` are the keywords of the inner model's forward."""
@@ -136,7 +140,7 @@ class LinmuModel(HoldsBlocks, _Whole):
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if tokens is None:
             return None  # the model's own error says it better
-        asked = (getattr(m.config, "output_attentions", False) for m in (module, self.get_decoder()))
+        asked = (getattr(m.config, "output_attentions", False) for m in (module, decoder_of(self)))
         if given.get("output_attentions") or any(asked):
             raise ValueError("linmu: output_attentions must be False: a block has no weights to show, got True")
         length = tokens.shape[1]
@@ -203,7 +207,7 @@ class LinmuModel(HoldsBlocks, _Whole):
             if isinstance(attention, LinmuAttention):
                 attention.beside_attention = not self.is_linear
         if self.is_linear:
-            self.get_decoder().config._attn_implementation_internal = LINEAR
+            decoder_of(self).config._attn_implementation_internal = LINEAR
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; speaks of the vision tower and of the layers that keep attention."""

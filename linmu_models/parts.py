@@ -10,7 +10,8 @@ from torch import Tensor, nn
 NAMES = {
     "q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",), "o": ("o_proj", "out_proj", "dense"),
     "qkv": ("qkv_proj", "query_key_value"),
-    "q_norm": ("q_norm", "q_layernorm", "query_layernorm"), "k_norm": ("k_norm", "k_layernorm", "key_layernorm"),
+    "q_norm": ("q_norm", "q_layernorm", "query_layernorm", "qk_norm"),
+    "k_norm": ("k_norm", "k_layernorm", "key_layernorm", "qk_norm"), "v_norm": ("v_norm",),
 }  # fmt: skip
 SCALES = ("scaling", "scale")
 
@@ -24,7 +25,7 @@ class AttentionParts:
         scale: of the scores.
         weights: q (H P, D), k and v (G P, D), o (D, H P); gate (H P, D), of the heads' outputs, where there is one.
         biases: of these, where they have one.
-        norms: q_norm and k_norm, of queries and keys per head; None where there is none.
+        norms: q_norm, k_norm, v_norm, of queries, keys and values per head; None where there is none.
         names: what the module calls each.
     """
 
@@ -51,7 +52,8 @@ def read_parts(attention: Any) -> AttentionParts:
     """Find the parts of an attention module.
 
     A projection to queries that is twice as wide as the output projection's input holds, for each head, its queries and
-    then its gate. One projection may hold queries, keys and values, in this order.
+    then its gate. One projection may hold queries, keys and values, in this order. A `v_proj` that is None means that
+    values are the keys before their norm.
 
     Raises:
         ValueError: it has not the linear maps of attention, or they do not fit.
@@ -63,6 +65,10 @@ def read_parts(attention: Any) -> AttentionParts:
     size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
     output = found["o"][1]
     whole = found["qkv"][1]
+    if getattr(attention, "is_kv_shared_layer", False):
+        raise ValueError(f"{kind} must have keys and values of its own, got those of an earlier layer")
+    if getattr(attention, "v_proj", attention) is None:
+        found["v"], names["v"] = found["k"], names.get("k", "")
     for part in "qkvo":
         projection = output if part == "o" else found[part][1] or whole
         if not isinstance(projection, nn.Linear):
@@ -95,7 +101,7 @@ def read_parts(attention: Any) -> AttentionParts:
     scale = next((s for n in SCALES if isinstance(s := getattr(attention, n, None), (int, float))), size**-0.5)
     return AttentionParts(
         width // size, len(weights["k"]) // size, size, float(scale), weights, biases,
-        {part: found[part][1] for part in ("q_norm", "k_norm")}, names,
+        {part: found[part][1] for part in ("q_norm", "k_norm", "v_norm")}, names,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from linmu_ops.nn._inputs import apply_rotary
 
 from .attention import attention_window
 from .config import sees_images
-from .hooks import attention_modules, has_attention, record_inputs, record_outputs
+from .hooks import attention_modules, decoder_of, has_attention, record_inputs, record_outputs
 from .parts import read_parts
 
 # Of a decoder's configuration: what must not be set, as attention modules name it too, and what it would do.
@@ -25,11 +25,10 @@ REFUSED = {
     "attn_logit_softcapping": "scores are capped",
     "clip_qkv": "queries, keys and values are clipped",
     "attn_output_gate": "outputs are gated",
-    "attn_temperature_tuning": "queries grow with their position",
     "use_alibi": "scores fall with distance",
     "alibi": "scores fall with distance",
 }
-KNOWN_LAYERS = ("full_attention", "sliding_attention", "attention")
+KNOWN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 LINEAR_LAYERS = ("linear_attention", "conv")  # in the teacher already; they stay
 TOKENS = 12  # of the probe
 
@@ -38,7 +37,7 @@ def check_teacher(
     teacher: PreTrainedModel,
     keep: Iterable[int],
     options: MMATEConfig | ExactConfig,
-    facts: Mapping[str, bool],
+    facts: Sequence[Mapping[str, bool]],
     prompt_sees_itself: bool = False,
 ) -> None:
     """Refuse a teacher if a block cannot take the place of one of its layers.
@@ -46,7 +45,7 @@ def check_teacher(
     Args:
         keep: layers that keep their attention; they are not checked.
         options: of the blocks.
-        facts: what the blocks are told of the attention of this family.
+        facts: what the block of each layer is told of the attention of this family.
         prompt_sees_itself: as `LinmuModel.prompt_sees_itself` of this family.
 
     Raises:
@@ -54,7 +53,7 @@ def check_teacher(
             tokens in its window, gives another output.
     """
     config: Any = teacher.config.get_text_config(decoder=True)
-    layers: Any = teacher.get_decoder().layers
+    layers: Any = decoder_of(teacher).layers
     kinds = getattr(config, "layer_types", None) or []
     there = {i for i, kind in enumerate(kinds) if kind in LINEAR_LAYERS and not has_attention(layers[i])}
     kept = {i % len(layers) for i in keep}
@@ -83,27 +82,30 @@ def check_teacher(
         warnings.warn(
             f"convert: attention_dropout={config.attention_dropout} is left out of the blocks", LinmuWarning, 3
         )
+    _check_shared(layers, linear)
+    _check_temperature(layers, linear)
+    _check_chunks(config, kinds, linear, options)
     for index, layer in enumerate(layers):
         if index in there:
             continue
         kind = kinds[index] if index < len(kinds) else "attention"
         attention = getattr(layer, "self_attn", None)
         if not isinstance(attention, nn.Module) or (kind not in KNOWN_LAYERS and index in linear):
-            raise ValueError(f"convert: layer {index} must have full or sliding attention, got {kind}")
+            raise ValueError(f"convert: layer {index} must have full, sliding or chunked attention, got {kind}")
         if index in linear:
             _check_parts(attention, index)
-    windows = [attention_window(getattr(layers[i], "self_attn", None)) for i in linear]
-    shortest = min((w for w in windows if w), default=None)
+    windows_of = {i: attention_window(getattr(layers[i], "self_attn", None)) for i in linear}
+    shortest = min((w for w in windows_of.values() if w), default=None)
     largest = max(math.prod(w) for w in (options.window, options.image_window) if w)
     # Where tokens of an image see each other, a sliding window does not part them.
-    within = facts.get("causal_windows", isinstance(options, ExactConfig))
+    within = any(facts[i].get("causal_windows", isinstance(options, ExactConfig)) for i in linear if windows_of[i])
     if shortest is not None and shortest < largest and within and sees_images(teacher.config):
         raise ValueError(
             f"convert: window and image_window must hold at most as many tokens as the teacher's sliding window, "
             f"{shortest}, got {largest}"
         )
     if next(teacher.parameters()).device.type != "meta":
-        _check_values(teacher, linear, facts.get("interleaved_rotary", False))
+        _check_values(teacher, {i: facts[i] for i in linear})
 
 
 def _check_parts(attention: Any, index: int) -> None:
@@ -124,21 +126,62 @@ def _check_parts(attention: Any, index: int) -> None:
         weight = getattr(found.norms[norm], "weight", None)
         if weight is not None and tuple(weight.shape) != (size,):
             raise ValueError(f"convert: {name}.{norm} must be of one head, ({size},), got {tuple(weight.shape)}")
+    if any(True for _ in getattr(found.norms["v_norm"], "parameters", tuple)()):
+        raise ValueError(f"convert: {name}.v_norm must have no weights, as a block's has none, got some")
     for option, what in REFUSED.items():
         if getattr(attention, option, None) and not (option == "attn_output_gate" and found.gated):
             raise ValueError(f"convert: {name}.{option} must be off, as a block has none ({what})")
+
+
+def _check_shared(layers: Any, linear: list[int]) -> None:
+    """Layers that read the keys and values of an earlier one stay attention, and so does that one."""
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    readers = [i for i, a in enumerate(attentions) if getattr(a, "is_kv_shared_layer", False)]
+    kinds = {getattr(attentions[i], "layer_type", None) for i in readers}
+    read = [i for i, a in enumerate(attentions) if getattr(a, "store_full_length_kv", False) and a.layer_type in kinds]
+    left = sorted({*readers, *read} & set(linear))
+    if left:
+        raise ValueError(
+            f"convert: keep_attention must hold the layers that share keys and values, {sorted({*readers, *read})}, "
+            f"got none of {left}"
+        )
+
+
+def _check_temperature(layers: Any, linear: list[int]) -> None:
+    def tuned(attention: Any) -> bool:
+        # Where queries are rotated, Llama 4 leaves them as they are.
+        return bool(getattr(attention, "attn_temperature_tuning", False)) and not getattr(attention, "use_rope", False)
+
+    found = [i for i, layer in enumerate(layers) if tuned(getattr(layer, "self_attn", None))]
+    left = sorted(set(found) & set(linear))
+    if left:
+        raise ValueError(
+            f"convert: the teacher's attn_temperature_tuning must be off in layer {left[0]}, as a block has none "
+            f"(queries grow with their position); keep_attention={found} keeps the layers that have it"
+        )
+
+
+def _check_chunks(config: Any, kinds: Sequence[str], linear: list[int], options: MMATEConfig | ExactConfig) -> None:
+    size = getattr(config, "attention_chunk_size", None)
+    windows = (options.window, options.image_window or options.window, (options.text_window,))
+    largest = max(math.prod(w) for w in windows)
+    if size and size < largest and any(kinds[i] == "chunked_attention" for i in linear if i < len(kinds)):
+        raise ValueError(
+            f"convert: window, image_window and text_window must hold at most as many tokens as the teacher's "
+            f"attention_chunk_size, {size}, got {largest}"
+        )
 
 
 def block_attention(attention: Any, x: Tensor, rotary: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
     """What a block makes of an attention module's weights: softmax attention of `x` (1, L, D), scores in float32."""
     parts = read_parts(attention)
     heads = [parts.apply(part, x).unflatten(-1, (-1, parts.head_dim)) for part in "qkv"]
-    for i, norm in enumerate((parts.norms["q_norm"], parts.norms["k_norm"])):
+    for i, name in enumerate(("q_norm", "k_norm", "v_norm")):
+        norm = parts.norms[name]
         if norm is not None:
             heads[i] = norm(heads[i])
-        heads[i] = apply_rotary(
-            heads[i].float(), None if rotary is None else (rotary[0].float(), rotary[1].float()), interleaved
-        )
+    turn = None if rotary is None else (rotary[0].float(), rotary[1].float())
+    heads[:2] = (apply_rotary(head.float(), turn, interleaved) for head in heads[:2])
     q, k, v = (t.float().transpose(1, 2) for t in heads)
     y = nn.functional.scaled_dot_product_attention(
         q,
@@ -160,12 +203,14 @@ def _gated(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def _check_values(teacher: Any, linear: list[int], interleaved: bool) -> None:
-    decoder = teacher.get_decoder()
-    modules = [attention_modules(teacher)[i] for i in linear]
-    for index, (module, given, out) in zip(linear, _probe(decoder, modules), strict=True):
+def _check_values(teacher: Any, facts: Mapping[int, Mapping[str, bool]]) -> None:
+    decoder = decoder_of(teacher)
+    modules = [attention_modules(teacher)[i] for i in facts]
+    for index, (module, given, out) in zip(facts, _probe(decoder, modules), strict=True):
+        interleaved = facts[index].get("interleaved_rotary", False)
         limit = min(attention_window(module) or TOKENS, TOKENS)
-        x, rotary = given["hidden_states"], given.get("position_embeddings")
+        x = given["hidden_states"]
+        rotary = given.get("position_embeddings") if facts[index].get("rotates", True) else None
         expected = block_attention(module, x, rotary, interleaved).double()[:, :limit]
         error = float((out.double()[:, :limit] - expected).norm() / expected.norm().clamp(min=1e-30))
         if not error < (1e-3 if out.dtype in (torch.float32, torch.float64) else 0.1):

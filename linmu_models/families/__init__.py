@@ -2,9 +2,11 @@
 
 from . import (
     gemma3,
+    gemma4,
     glm4v,
     internvl,
     lfm2_vl,
+    llama4,
     llava,
     llava_next,
     llava_onevision,
@@ -21,9 +23,11 @@ from . import (
 
 __all__ = [
     "gemma3",
+    "gemma4",
     "glm4v",
     "internvl",
     "lfm2_vl",
+    "llama4",
     "llava",
     "llava_next",
     "llava_onevision",

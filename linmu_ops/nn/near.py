@@ -72,6 +72,7 @@ class NearAttention(nn.Module):
         window, image_window, text_window, sink_tokens, kept_tokens: as in `ExactConfig`.
 
     Attributes:
+        v_norm: of the values per head, where the replaced attention has one; it has no weights.
         nothing_beyond: True where the replaced attention has no longer window than this one. Text then sees the last
             `text_window` tokens and nothing else.
     """
@@ -94,6 +95,7 @@ class NearAttention(nn.Module):
         self.layer_windows = layer_windows(window, image_window, shape.layer_idx)._replace(wrap="mask")
         self.q_proj, self.k_proj, self.v_proj = shape.projections()
         self.q_norm, self.k_norm = shape.norm(), shape.norm()
+        self.v_norm: nn.Module = nn.Identity()
 
     @property
     def state_tokens(self) -> int:
@@ -103,7 +105,7 @@ class NearAttention(nn.Module):
     def project(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, L, H, P), k and v (B, L, G, P), not rotated."""
         q, k, v = (split_heads(p(z), self.shape.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), self.v_norm(v).to(v.dtype)
 
     def rotate(self, t: Tensor, rotary: Rotary | None) -> Tensor:
         """Queries or keys as at their positions."""

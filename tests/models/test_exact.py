@@ -11,7 +11,7 @@ import linmu_models
 
 from . import tiny
 
-WIDE = dict(text_window=64, sink_tokens=64, window=(64, 64, 64), image_window=None)
+WIDE = dict(text_window=64, sink_tokens=64, window=(4, 8, 8), image_window=None)
 
 # An image is several blocks, which do not see each other; the teacher has narrow windows of its own.
 OTHERWISE = {"llava_next", "llava_onevision", "gemma3"}

@@ -81,7 +81,8 @@ REFUSED = [
     ("helium", {"head_dim": 12}, "plain rotary embeddings, got outputs that differ"),
     ("gpt_oss", SMALL, "GptOssAttention must have no part beside its projections and norms, got sinks"),
     ("smollm3", {"no_rope_layers": [1, 0, 1]}, "layer 1's SmolLM3Attention must be softmax attention"),
-    ("llama4_text", {"head_dim": 12, "intermediate_size_mlp": 64}, "attn_temperature_tuning must be off"),
+    ("llama4_text", {"head_dim": 12, "intermediate_size_mlp": 64, "no_rope_layers": [1, 0, 1]},
+     r"attn_temperature_tuning must be off in layer 1, .*keep_attention=\[1\]"),
     ("ministral3", {"head_dim": 12}, "llama_4_scaling_beta must be off"),
     ("deepseek_v3", {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                      "v_head_dim": 8, "n_routed_experts": 4}, "DeepseekV3Attention must have linear maps"),
@@ -248,7 +249,7 @@ def test_the_probe_leaves_no_trace():
     teacher = copy.deepcopy(tiny.teacher("qwen2")).train()
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    check_teacher(teacher, [], linmu_models.EXACT, {})
+    check_teacher(teacher, [], linmu_models.EXACT, [{}] * 3)
     assert teacher.training and torch.equal(torch.random.get_rng_state(), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
     with torch.device("meta"):

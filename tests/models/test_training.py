@@ -14,7 +14,10 @@ import linmu_models
 
 from . import tiny
 
-MLPS = r".*\.layers\.\d+\.(mlp\.(gate_proj|up_proj|gate_up_proj|down_proj)|feed_forward\.w[123])"
+MLPS = (
+    r"(?!.*vision).*\.layers\.\d+\.(mlp\.|feed_forward\.|feed_forward\.shared_expert\.)"
+    r"(gate_proj|up_proj|gate_up_proj|down_proj|w[123])"
+)
 
 
 def grads(model, inputs):

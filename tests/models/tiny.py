@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from linmu_models.families.llama4 import with_image_outputs
+
 VOCAB = 320
 IMAGE, VIDEO, START, END = 300, 301, 302, 303
 SIZES: dict[str, Any] = dict(
@@ -279,6 +281,63 @@ def gemma3() -> Any:
     return hf.Gemma3ForConditionalGeneration(config)
 
 
+def gemma4(**more: Any) -> Any:
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, patch_size=4, pooling_kernel_size=2, position_embedding_size=64,
+    )  # fmt: skip
+    text = SIZES | dict(
+        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, head_dim=16, global_head_dim=24,
+        num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=512, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCAB, eos_token_id=2,
+    )  # fmt: skip
+    config = hf.Gemma4Config(
+        text_config=text | more, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=306,
+        boi_token_id=START, eoi_token_id=END, boa_token_id=304, eoa_token_index=305,
+    )  # fmt: skip
+    return hf.Gemma4ForConditionalGeneration(config)
+
+
+def gemma4_batch(images: list[tuple[int, int]], videos: list[tuple[int, int, int]]) -> Batch:
+    """Images (h, w) and videos (t, h, w) in tokens of 2 x 2 patches, each padded to 64 patches."""
+    ids, kinds, rest = text_ids(2), [0] * 2, {}
+    frames = [(1, h, w) for h, w in images]
+    for name, token, kind, grids in (("", IMAGE, 1, frames), ("_videos", VIDEO, 2, videos)):
+        places = torch.full((sum(t for t, _, _ in grids), 64, 2), -1)
+        row = 0
+        for t, h, w in grids:
+            for _ in range(t):
+                y, x = torch.meshgrid(torch.arange(2 * h), torch.arange(2 * w), indexing="ij")
+                places[row, : 4 * h * w] = torch.stack((x.flatten(), y.flatten()), dim=1)
+                ids += [START] + [token] * (h * w) + [END]
+                kinds += [0] + [kind] * (h * w) + [0]
+                row += 1
+        if grids:
+            rest[f"pixel_values{name}"] = noise(len(places), 64, 3 * 4 * 4).masked_fill(places[..., :1] < 0, 0)
+            rest["video_position_ids" if name else "image_position_ids"] = places
+    if videos:
+        rest["num_frames_per_video"] = torch.tensor([t for t, _, _ in videos])
+    ids, kinds = ids + text_ids(4, 9), kinds + [0] * 4
+    return batch(ids, mm_token_type_ids=torch.tensor([kinds]), **rest)
+
+
+def llama4() -> Any:
+    vision = dict(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14,
+        pixel_shuffle_ratio=0.5, projector_input_dim=32, projector_output_dim=32, vision_output_dim=32,
+    )  # fmt: skip
+    text = SIZES | dict(
+        num_hidden_layers=4, head_dim=12, intermediate_size_mlp=64, num_local_experts=4, no_rope_layers=[1, 0, 1, 1],
+        attention_chunk_size=4096, attn_temperature_tuning=False,
+    )  # fmt: skip
+    config = hf.Llama4Config(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END
+    )
+    model = hf.Llama4ForConditionalGeneration(config)
+    with_image_outputs(model)
+    return model
+
+
 def gemma3_batch(images: int) -> Batch:
     out = square_batch(images, 4, 56)
     return {**out, "token_type_ids": (out["input_ids"] == IMAGE).long()}
@@ -407,7 +466,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     f.__name__: f
     for f in (
         qwen2_vl, qwen2_5_vl, qwen3_vl, glm4v, video_llama_3, llava, llava_next, llava_onevision, internvl, smolvlm,
-        gemma3, paligemma, mistral3, llama, qwen2, qwen3, qwen3_5, qwen3_5_text, lfm2_vl,
+        gemma3, paligemma, mistral3, llama, qwen2, qwen3, qwen3_5, qwen3_5_text, lfm2_vl, gemma4, llama4,
     )
 }  # fmt: skip
 # Differ from one of these in what a block does not see: tests of a few kinds suffice.
@@ -455,6 +514,7 @@ def example(family: str, kind: str = "image") -> Batch | None:
             "qwen3_5_moe": lambda: thw_batch([(2, 2)], [(3, 2, 3)], 16, True),
             "glm4v": lambda: glm4v_batch([], [(3, 2, 3)]),
             "video_llama_3": lambda: video_llama_3_batch([], [(3, 2, 3)]),
+            "gemma4": lambda: gemma4_batch([(2, 2)], [(3, 2, 3)]),
             "llava_onevision": lambda: anyres_batch(teacher(family), [], 3),
         }
         return videos[family]() if family in videos else None
@@ -478,6 +538,8 @@ def example(family: str, kind: str = "image") -> Batch | None:
         "internvl": lambda: square_batch(3 if two else 1, 4, 56, gap=0),
         "smolvlm": lambda: smolvlm_batch(2, 3) if two else smolvlm_batch(0, 0),
         "gemma3": lambda: gemma3_batch(len(sizes)),
+        "gemma4": lambda: gemma4_batch(sizes, []),
+        "llama4": lambda: square_batch(len(sizes), 4, 56),
         "paligemma": lambda: paligemma_batch(len(sizes)),
         "mistral3": lambda: mistral3_batch(sizes),
     }
