@@ -84,16 +84,21 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print one JSON object
 
 @app.command()
 def families() -> None:
-    """List the model types that can be converted, and transformers' others for images and text, which cannot."""
+    """List the model types that can be converted, and transformers' others for images and text: why they cannot."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as THEIRS
 
     from linmu_ops._tables import plain
 
     from ._api import families as known
+    from .families.checked import CHECKED
+
+    def generic(name: str) -> str:
+        why = CHECKED.get(name)
+        return "generic (checked when converted)" if why is None else f"refused: {why}" if why else "generic (checked)"
 
     ours = known()
     rows = [(name, "images and text" if name in THEIRS else "text", "adapter") for name in ours]
-    rows += [(name, "images and text", "no adapter") for name in sorted(THEIRS) if name not in ours]
+    rows += [(name, "images and text", generic(name)) for name in sorted(THEIRS) if name not in ours]
     typer.echo("\n".join(plain(["model type", "takes", "conversion"], rows)))
 
 

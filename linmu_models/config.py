@@ -98,7 +98,7 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, fro
     if not min(SINCE.values()) <= number <= FORMAT:
         todo = "update linmu" if number > FORMAT else "convert the teacher again: one block with all options became two"
         raise ValueError(f"linmu: the model's format must be {FORMAT}, got {number}; {todo}")
-    names = ("format", "block", "options", "keep_attention")
+    names = ("format", "block", "options", "keep_attention", "facts")
     unknown = sorted(map(str, set(field) - set(names)))
     if unknown:
         raise ValueError(f"linmu: fields must be among {', '.join(names)}, got {', '.join(unknown)}")

@@ -15,12 +15,15 @@ from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 from .attention import IN_FLOAT32, LinmuAttention, linmu_attention
 from .calibrate import as_batches, calibrate
 from .config import linmu_field, parse_options
+from .families import generic
+from .families.generic import LinmuGeneric
 from .hooks import attention_modules
 from .int8 import is_int8
 from .modeling import FAMILIES, LinmuModel
 from .parts import read_parts
 from .report import TensorRow, TransferReport
-from .teachers import check_teacher
+from .self_check import WIDE, self_check
+from .teachers import check_teacher, find_facts
 
 
 def convert(
@@ -37,8 +40,9 @@ def convert(
     is not changed. With `share_frozen` both models share memory: training the teacher then changes the student too.
 
     Args:
-        teacher: a loaded `...ForConditionalGeneration` or `...ForCausalLM` of one of `linmu_models.families()`. It may
-            have any floating dtype, and be on any device, device map, or the meta device.
+        teacher: a loaded `...ForConditionalGeneration` or `...ForCausalLM` of one of `linmu_models.families()`, or
+            another of transformers' models for images and text, which a small random model of its kind checks first. It
+            may have any floating dtype, and be on any device or device map; with an adapter also on the meta device.
         config: the block and its options. `EXACT` makes an `ExactMMATE`; it fares best in conversion (`bench/reports`).
             `PAPER` and `LITERAL` make an `MMATE`. A dict holds only options that differ from `EXACT`'s, or from those
             of the preset that it names: `{"text_window": 512}`, `{"preset": "paper", "z_gate": True}`.
@@ -55,22 +59,48 @@ def convert(
         `import linmu_models`, or with `trust_remote_code=True`.
 
     Raises:
-        ValueError: the family or an option is unknown; the teacher is quantised or offloaded, or its attention does
-            what a block cannot do (`linmu_models.teachers`); calibration is asked of a teacher on the meta device.
+        ValueError: the family or an option is unknown; the self check of a family without an adapter fails; the teacher
+            is quantised or offloaded, or its attention does what a block cannot do (`linmu_models.teachers`);
+            calibration is asked of a teacher on the meta device.
         TypeError: the teacher is no such model, or another argument is of another type.
     """
     batches = as_batches("convert: calibration", calibration)
     if not isinstance(share_frozen, bool):
         raise TypeError(f"convert: share_frozen must be a bool, got {share_frozen!r}")
     family = _family(teacher)
-    options = parse_options(config)
+    together = check_generic(teacher.config) if issubclass(family, LinmuGeneric) else ""
+    student = _converted(teacher, family, parse_options(config), keep_attention, share_frozen, together)
+    if batches:
+        if teacher.device.type == "meta":
+            raise ValueError("convert: calibration needs a teacher with values, got one on the meta device")
+        calibrate(student, teacher, batches)
+    device_map = getattr(teacher, "hf_device_map", None)
+    if device_map is not None and len(set(device_map.values())) > 1:
+        from accelerate import dispatch_model
+
+        student = dispatch_model(student, device_map=device_map)
+    return student
+
+
+def _converted(
+    teacher: Any,
+    family: type[LinmuModel],
+    options: MMATEConfig | ExactConfig,
+    keep_attention: Iterable[int],
+    share_frozen: bool,
+    together: str = "",
+) -> Any:
     options = family.fit_options(options, teacher.config)
     layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
-    keep_attention = linmu_field(options, keep_attention, layers)["keep_attention"]
-    facts = [family.layer_facts(teacher.config, index) for index in range(layers)]
+    field = linmu_field(options, keep_attention, layers)
+    keep_attention = field["keep_attention"]
+    if issubclass(family, LinmuGeneric):
+        field["facts"] = find_facts(teacher, keep_attention, together)
+    config = _student_config(teacher, family, field)
+    facts = [family.layer_facts(config, index) for index in range(layers)]
     check_teacher(teacher, keep_attention, options, facts, family.prompt_sees_itself)
     with torch.device("meta"):
-        student: Any = family(_student_config(teacher, family, options, keep_attention))
+        student: Any = family(config)
     memo: dict[int, nn.Parameter] = {}
     report = TransferReport(
         teacher.config.name_or_path or type(teacher).__name__,
@@ -93,27 +123,13 @@ def convert(
     for name in type(teacher.config).sub_configs:
         _same_attention(getattr(student.config, name, None), getattr(teacher.config, name, None))
     student._name_attention()
-    if batches:
-        if teacher.device.type == "meta":
-            raise ValueError("convert: calibration needs a teacher with values, got one on the meta device")
-        calibrate(student, teacher, batches)
-    device_map = getattr(teacher, "hf_device_map", None)
-    if device_map is not None and len(set(device_map.values())) > 1:
-        from accelerate import dispatch_model
-
-        student = dispatch_model(student, device_map=device_map)
     return student
 
 
 def _family(teacher: Any) -> type[LinmuModel]:
     if not isinstance(teacher, PreTrainedModel):
         raise TypeError(f"convert: teacher must be a transformers model, got {type(teacher).__name__}")
-    family = FAMILIES.get(teacher.config.model_type)
-    if family is None:
-        raise ValueError(
-            f"convert: teacher's model type must be one of {', '.join(sorted(FAMILIES))} (none is linear already), "
-            f"got {teacher.config.model_type!r}"
-        )
+    family = family_of(teacher.config.model_type)
     if not issubclass(family, type(teacher)):
         wanted = next(c for c in family.__mro__ if c.__module__.startswith("transformers.")).__name__
         raise TypeError(f"convert: teacher must be a {wanted}, got {type(teacher).__name__}")
@@ -122,17 +138,60 @@ def _family(teacher: Any) -> type[LinmuModel]:
     on_meta = [t.device.type == "meta" for t in teacher.parameters()]
     if any(on_meta) and not all(on_meta):
         raise ValueError("convert: teacher must be in memory, got parts offloaded to CPU or disk by its device map")
+    if issubclass(family, LinmuGeneric) and all(on_meta):
+        raise ValueError(
+            f"convert: teacher must have values, as no adapter knows {teacher.config.model_type}, got one on the meta "
+            "device"
+        )
     return family
 
 
-def _student_config(
-    teacher: Any, family: Any, options: MMATEConfig | ExactConfig, keep_attention: Iterable[int]
-) -> Any:
+def family_of(model_type: str) -> type[LinmuModel]:
+    """The class of a type's students: an adapter's, or the generic one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type not in generic.types():
+        raise ValueError(
+            f"convert: teacher's model type must be one of {', '.join(sorted(FAMILIES))} (none is linear already), or "
+            f"another of transformers' for images and text, got {model_type!r}"
+        )
+    try:
+        return generic.family(model_type)
+    except ImportError as error:
+        raise ValueError(_refused(model_type, error)) from error
+
+
+def check_generic(config: Any) -> str:
+    """Check that models of a type without an adapter can be converted, by a small one of this configuration.
+
+    Returns:
+        The layers in which tokens of an image see each other, one of `self_check.TOGETHER`.
+
+    Raises:
+        ValueError: why not.
+    """
+    made = family_of(config.model_type)
+    teacher_class = next(c for c in made.__mro__ if c.__module__.startswith("transformers."))
+    try:
+        return self_check(teacher_class, config, lambda *small: _converted(small[0], made, WIDE, (), True, small[1]))
+    except ValueError as error:
+        raise ValueError(_refused(config.model_type, error)) from error
+
+
+def _refused(model_type: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return f"convert: no adapter knows {model_type}, and the generic one refuses it: {reason}"
+
+
+def _student_config(teacher: Any, family: Any, field: Mapping[str, Any]) -> Any:
     values = teacher.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         values.pop(key, None)
-    layers = teacher.config.get_text_config(decoder=True).num_hidden_layers
-    config = family.config_class.from_dict({**values, "linmu": linmu_field(options, keep_attention, layers)})
+    config = family.config_class.from_dict({**values, "linmu": dict(field)})
     config.name_or_path = teacher.config.name_or_path
     return config
 

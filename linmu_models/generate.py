@@ -22,13 +22,14 @@ from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 from .cache import cache_bytes
 from .chat import ChatProcessor, to_model
 from .config import auto_class, parse_options
-from .convert import convert
+from .convert import check_generic, convert, family_of
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
 from .families import nvila as _nvila  # noqa: F401  registers, with all families
+from .families.generic import LinmuGeneric
 from .int8 import int8_weights
 from .loading import check_weights, told, without_report
 from .media import Clip, UnreadableError, read_image, read_video
-from .modeling import FAMILIES, LinmuModel
+from .modeling import LinmuModel
 from .report import TransferReport
 from .resume import keep_conversation, reopen_conversation
 
@@ -68,9 +69,8 @@ def convert_folder(
     if Path(out).resolve() == folder.resolve():
         raise ValueError(f"convert: out must be another folder than the teacher's, got {out}")
     saved = _config(folder)
-    if saved.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"convert: teacher's model type must be one of {known}, got {saved.model_type!r}")
+    if issubclass(family_of(saved.model_type), LinmuGeneric):
+        check_generic(saved)
     options = parse_options(config)  # before the weights are read
     student = convert(load_model(folder, dtype), options, keep_attention)
     student.save_pretrained(out)

@@ -20,8 +20,12 @@ def has_attention(layer: nn.Module) -> bool:
 def decoder_of(model: Any) -> Any:
     """The part of a model that has the decoder's layers. In some families `get_decoder` gives it with its head."""
     decoder = model.get_decoder()
-    while not hasattr(decoder, "layers") and isinstance(getattr(decoder, "model", None), nn.Module):
-        decoder = decoder.model
+    while not hasattr(decoder, "layers"):
+        inner = (getattr(decoder, name, None) for name in ("model", "decoder"))
+        found = next((module for module in inner if isinstance(module, nn.Module) and module is not decoder), None)
+        if found is None:
+            break
+        decoder = found
     return decoder
 
 
@@ -34,7 +38,8 @@ def rotary_pair(rotary: Any) -> tuple[Tensor, Tensor] | None:
     """(cos, sin) of rotary embeddings; some families give them as complex numbers, of pairs of channels."""
     if isinstance(rotary, Tensor) and torch.is_complex(rotary):
         return rotary.real.repeat_interleave(2, dim=-1), rotary.imag.repeat_interleave(2, dim=-1)
-    return rotary  # type: ignore[no-any-return]
+    given: tuple[Tensor, Tensor] | None = rotary
+    return given
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ def check_teacher(
     options: MMATEConfig | ExactConfig,
     facts: Sequence[Mapping[str, bool]],
     prompt_sees_itself: bool = False,
+    values: bool = True,
 ) -> None:
     """Refuse a teacher if a block cannot take the place of one of its layers.
 
@@ -47,6 +48,7 @@ def check_teacher(
         options: of the blocks.
         facts: what the block of each layer is told of the attention of this family.
         prompt_sees_itself: as `LinmuModel.prompt_sees_itself` of this family.
+        values: also compare outputs, where the teacher is not on the meta device.
 
     Raises:
         ValueError: a layer has a part or an option that a block has no place for; or a block with the same weights, all
@@ -91,7 +93,8 @@ def check_teacher(
         kind = kinds[index] if index < len(kinds) else "attention"
         attention = getattr(layer, "self_attn", None)
         if not isinstance(attention, nn.Module) or (kind not in KNOWN_LAYERS and index in linear):
-            raise ValueError(f"convert: layer {index} must have full, sliding or chunked attention, got {kind}")
+            got = f"a {type(layer).__name__} without self_attn" if kind in KNOWN_LAYERS else kind
+            raise ValueError(f"convert: layer {index} must have full, sliding or chunked attention, got {got}")
         if index in linear:
             _check_parts(attention, index)
     windows_of = {i: attention_window(getattr(layers[i], "self_attn", None)) for i in linear}
@@ -104,7 +107,7 @@ def check_teacher(
             f"convert: window and image_window must hold at most as many tokens as the teacher's sliding window, "
             f"{shortest}, got {largest}"
         )
-    if next(teacher.parameters()).device.type != "meta":
+    if values and next(decoder_of(teacher).parameters()).device.type != "meta":
         _check_values(teacher, {i: facts[i] for i in linear})
 
 
@@ -135,7 +138,7 @@ def _check_parts(attention: Any, index: int) -> None:
 
 def _check_shared(layers: Any, linear: list[int]) -> None:
     """Layers that read the keys and values of an earlier one stay attention, and so does that one."""
-    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    attentions: list[Any] = [getattr(layer, "self_attn", None) for layer in layers]
     readers = [i for i, a in enumerate(attentions) if getattr(a, "is_kv_shared_layer", False)]
     kinds = {getattr(attentions[i], "layer_type", None) for i in readers}
     read = [i for i, a in enumerate(attentions) if getattr(a, "store_full_length_kv", False) and a.layer_type in kinds]
@@ -203,16 +206,54 @@ def _gated(layer: Any) -> bool:
 
 
 @torch.no_grad()
+def find_facts(teacher: Any, keep: Iterable[int], together: str) -> dict[str, Any]:
+    """What the blocks of a teacher without an adapter are told: how its attention turns queries and keys, and the
+    layers in which tokens of an image see each other.
+
+    Layers that keep their attention, or that no turning explains, are left out; the checks of a teacher name these.
+    """
+    attentions = {i: a for i, a in attention_modules(teacher).items() if i not in set(keep)}
+    turns: dict[int, str] = {}
+    for index, (module, given, out) in zip(
+        attentions, _probe(decoder_of(teacher), list(attentions.values())), strict=True
+    ):
+        if given.get("position_embeddings") is None:
+            continue
+        try:
+            errors = {
+                "unrotated": _distance(module, given["hidden_states"], out, None, False),
+                "interleaved": _distance(module, given["hidden_states"], out, given["position_embeddings"], True),
+                "plain": _distance(module, given["hidden_states"], out, given["position_embeddings"], False),
+            }
+        except (ValueError, RuntimeError):  # named by `check_teacher`
+            continue
+        turns[index] = min(errors, key=lambda name: (errors[name], name))
+    facts: dict[str, Any] = {}
+    if turns and set(turns.values()) <= {"interleaved", "unrotated"} and "interleaved" in turns.values():
+        facts["interleaved_rotary"] = True
+    unrotated = [index for index, how in turns.items() if how == "unrotated"]
+    if unrotated:
+        facts["unrotated"] = unrotated
+    if together in ("sliding", "everywhere"):
+        facts["together"] = [i for i, a in attentions.items() if together == "everywhere" or attention_window(a)]
+    return facts
+
+
+def _distance(module: Any, x: Tensor, out: Tensor, rotary: Any, interleaved: bool) -> float:
+    """How far a module's output is from that of a block with its weights."""
+    limit = min(attention_window(module) or TOKENS, TOKENS)
+    expected = block_attention(module, x, rotary, interleaved).double()[:, :limit]
+    return float((out.double()[:, :limit] - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+@torch.no_grad()
 def _check_values(teacher: Any, facts: Mapping[int, Mapping[str, bool]]) -> None:
     decoder = decoder_of(teacher)
     modules = [attention_modules(teacher)[i] for i in facts]
     for index, (module, given, out) in zip(facts, _probe(decoder, modules), strict=True):
         interleaved = facts[index].get("interleaved_rotary", False)
-        limit = min(attention_window(module) or TOKENS, TOKENS)
-        x = given["hidden_states"]
         rotary = given.get("position_embeddings") if facts[index].get("rotates", True) else None
-        expected = block_attention(module, x, rotary, interleaved).double()[:, :limit]
-        error = float((out.double()[:, :limit] - expected).norm() / expected.norm().clamp(min=1e-30))
+        error = _distance(module, given["hidden_states"], out, rotary, interleaved)
         if not error < (1e-3 if out.dtype in (torch.float32, torch.float64) else 0.1):
             raise ValueError(
                 f"convert: layer {index}'s {type(module).__name__} must be softmax attention of its projections "

@@ -34,7 +34,8 @@ class LinmuGemma4ForConditionalGeneration(LinmuModel, Gemma4ForConditionalGenera
         """Of each image or frame, (x, y) of its patches, of which squares become a token; (-1, -1) is padding. Where
         tokens of an image see each other, those of two frames do not: each is an image."""
         vision: Any = self.config.vision_config
-        for kind, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):
+        tokens: Any = (("image", self.config.image_token_id), ("video", self.config.video_token_id))
+        for kind, token_id in tokens:
             patches = inputs.get(f"{kind}_position_ids")
             if patches is None:
                 continue

@@ -56,6 +56,6 @@ def with_image_outputs(model: Llama4ForConditionalGeneration) -> None:
 
     def add(_module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, ModelOutput) and not hasattr(output, "image_outputs"):
-            output.image_outputs = None  # type: ignore[attr-defined]
+            output.image_outputs = None
 
     model.language_model.register_forward_hook(add)

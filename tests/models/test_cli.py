@@ -65,5 +65,6 @@ def test_families_are_listed():
     lines = {line.split()[0]: line for line in run("families").stdout.splitlines()}
     assert lines["qwen3_5"].split()[1:] == ["images", "and", "text", "adapter"]
     assert lines["llama"].split()[1:] == ["text", "adapter"]
-    assert lines["fuyu"].endswith("no adapter")
+    assert lines["got_ocr2"].endswith("images and text  generic (checked)")
+    assert "images and text  refused: layer 0's PersimmonAttention must be softmax attention" in lines["fuyu"]
     assert set(linmu_models.families()) <= set(lines)
