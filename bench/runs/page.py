@@ -223,6 +223,8 @@ class Page:
         for row in self.table.config.rows:
             changes = row.set | row.own | ({"base": row.base} if row.base else {})
             what = f"`{row.of}` after stage {row.after}" if row.of else _options(changes)
+            what += {"windows": ", windows alone", "near-kept": ", windows and kept tokens alone",
+                     "equal-memory": ": its teacher with as many bytes of cache"}.get(row.alone or "", "")  # fmt: skip
             lines.append([row.name, row.about, what, str(len(self.records.get(row.name, []))) or "0"])
         return markdown(["row", "what it is", "options that differ from the base", "seeds so far"], lines)
 

@@ -8,6 +8,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +25,12 @@ from linmu_distill.data.records import DataError
 from linmu_distill.evaluation import evaluate
 from linmu_distill.files import read_json
 from linmu_distill.handoff import HandoffError
+from linmu_distill.limited import EQUAL_MEMORY, equal_tokens, limited
 from linmu_distill.objective import TrainingError
 from linmu_distill.report import read_metrics
 from linmu_distill.run import TEACHER, Run, RunError
 from linmu_distill.stages import STAGES
+from linmu_distill.student import exact_alone
 from linmu_distill.train import Interrupted
 from linmu_models.cli import stop
 
@@ -39,13 +42,25 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _PAGE_SECONDS = 15.0  # many processes do not write a page more often
 
 
-def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> dict[str, Any]:
+def score(
+    table: Table,
+    run: Run,
+    after: int | None,
+    model: PreTrainedModel,
+    alone: str | None = None,
+    tokens: int | None = None,
+) -> dict[str, Any]:
     """Exact match and distance to the teacher on held-out samples, the same for every model: the teacher (None), or
-    what stage `after` of the run left."""
+    what stage `after` of the run left.
+
+    Args:
+        alone: what a part of it is called.
+        tokens: of so many alone the model's attention keeps keys and values.
+    """
     options, counts = run.config.evaluation, run.config.evaluation.counts(final=True)
 
     def told(group: str, samples: int, more: dict[str, Any]) -> dict[str, Any]:
-        with run.accelerator.autocast():
+        with run.accelerator.autocast(), limited(model, tokens) if tokens else nullcontext():
             result = evaluate(model, run.tokenizer, group, samples, EVALUATION_SEED, **more)
         right = "".join(str(int(hit)) for hit in result.hits)
         return {"n": result.n, "accuracy": result.accuracy, "interval": result.interval, "right": right}
@@ -62,9 +77,9 @@ def score(table: Table, run: Run, after: int | None, model: PreTrainedModel) -> 
             size = 2 if group == "needle" else 16
             batches = [processor(chosen[i : i + size]) for i in range(0, len(chosen), size)]
             with run.accelerator.autocast():
-                scores[group] |= held_out.measure(model, run.teacher, batches)
+                scores[group] |= held_out.measure(model, run.teacher, batches, tokens=tokens)
     if options.held_out is not None:
-        scores["held_out"] = run.measure_held_out(after, model)
+        scores["held_out"] = run.measure_held_out(after, model, alone, tokens)
     curves = {
         name: [
             {"value": value, **told(curve.group, curve.samples, {**asked.get(curve.group, {}),
@@ -116,7 +131,15 @@ def train_and_score(table: Table, row: Row, seed: int, looks: Sequence[Row]) -> 
         student = run.student_after(last)
         record = {"row": look.name, "seed": seed, "key": table.key(look, seed), "set": row.set, **_where(run)}
         record |= {"parameters": sum(p.numel() for block in student.blocks.values() for p in block.parameters())}
-        yield record | _training(run, last) | score(table, run, last, student.model)
+        training = _training(run, last)
+        if look.alone == "equal-memory":
+            tokens = equal_tokens(run.teacher, student.model, run.tokenizer)
+            yield record | training | score(table, run, None, run.teacher, EQUAL_MEMORY, tokens)
+        else:
+            # Where it is no part, nothing is changed.
+            blocks = student.blocks.values() if look.alone else ()
+            with exact_alone(blocks, kept=look.alone == "near-kept"):
+                yield record | training | score(table, run, last, student.model, look.alone)
 
 
 def _where(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from linmu_distill.config import Config, ConfigError, Name, describe, hash_of, l
 from linmu_distill.files import read_lines
 from linmu_distill.run import TEACHER, RunError
 from linmu_distill.stages import STAGES
+from linmu_ops.nn import ExactConfig
 
 
 class _Strict(BaseModel):
@@ -29,7 +30,10 @@ class Row(_Strict):
     of: Name | None = None
     """Score the runs of this line..."""
     after: Annotated[int, Field(ge=0, lt=len(STAGES))] | None = None
-    """...as they were after this stage; 0: as converted and calibrated."""
+    """...as they were after this stage; 0: as converted and calibrated (zero steps)."""
+    alone: Literal["windows", "near-kept", "equal-memory"] | None = None
+    """...without their scan, or without kept tokens too (of an `ExactMMATE`); or score the teacher in their place, with
+    a cache as large as what they keep."""
     base: str | None = None
     """A base of its own, in place of the table's."""
     lora_alone: str | None = None
@@ -53,6 +57,8 @@ class Row(_Strict):
     def _a_run_or_a_look_at_one(self) -> "Row":
         if (self.of is None) != (self.after is None) or (self.of and (self.set or self.own or self.base)):
             raise ValueError("of and after belong together, without set")
+        if self.alone and self.of is None:
+            raise ValueError(f"alone must stand beside of and after, got {self.alone!r} alone")
         frozen = [pattern for patterns in (self.freeze or {}).values() for pattern in patterns]
         for name, patterns in {"lora_alone": [self.lora_alone or ""], "freeze": frozen}.items():
             for pattern in patterns:
@@ -140,6 +146,7 @@ class Table:
         self.first = self.run_config(self.runs[0], 0)
         self._check_compute()
         self._check_scoring()
+        self._check_parts()
 
     def _check_compute(self) -> None:
         steps = {row.name: sum(self.run_config(row, 0).stage(i).steps for i in (1, 2, 3)) for row in self.runs}
@@ -148,6 +155,13 @@ class Table:
             raise ConfigError(
                 f"{self.source}: rows must have as many steps in all, got {told}; or say why not in unequal_compute"
             )
+
+    def _check_parts(self) -> None:
+        for row in self.config.rows:
+            if row.of is None or row.alone in (None, "equal-memory"):
+                continue
+            if not isinstance(self.run_config(self.row(row.of), 0).block, ExactConfig):
+                raise ConfigError(f"{self.source}: rows.{row.name}.of must be of preset `exact`, got {row.of}")
 
     def _check_scoring(self) -> None:
         for row in self.runs:
@@ -187,7 +201,8 @@ class Table:
         run = row if row.of is None else self.row(row.of)
         config = self.run_config(run, seed)
         stages = [config.fingerprint(number) for number in range(len(STAGES) + 1)]
-        return hash_of({"stages": stages, "after": row.after, **run.own, **self.scoring(config)})[:16]
+        alone = {"alone": row.alone} if row.alone else {}
+        return hash_of({"stages": stages, "after": row.after, **alone, **run.own, **self.scoring(config)})[:16]
 
     @property
     def teacher_key(self) -> str:

@@ -194,6 +194,12 @@ TABLES = sorted(path for path in SHIPPED.glob("*.toml") if not path.stem.endswit
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_shipped_tables_are_valid(path):
     table = Table(path)
+    # What training has to beat.
+    untrained = [row for row in table.config.rows if row.of and row.after == 0]
+    parts = {row.alone for row in untrained}
+    assert {None, "equal-memory"} <= parts
+    is_exact = any(table.run_config(table.row(row.of), 0).preset == "exact" for row in untrained)
+    assert ({"windows", "near-kept"} <= parts) == is_exact
     assert table.config.seeds == 3 and not table.config.unequal_compute
     for row in table.runs:
         assert table.run_config(row, 0).block
