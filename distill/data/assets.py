@@ -2,11 +2,11 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 CELL = 16
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -84,6 +84,13 @@ def held_out_words() -> frozenset[str]:
 def words_up_to(split: str, length: int) -> tuple[str, ...]:
     """The words of `split` with at most `length` letters."""
     return tuple(word for word in words(split) if len(word) <= length)
+
+
+def load_digits() -> Any:
+    """scikit-learn's, which pages without digits do not need."""
+    from sklearn.datasets import load_digits as found
+
+    return found()
 
 
 @cache

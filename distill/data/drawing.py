@@ -52,8 +52,8 @@ def draw_cells(rng: np.random.Generator, cells: np.ndarray, split: str, keep_ima
     shifts = np.broadcast_to(rng.integers(glyphs.shape[2], size=(*cells.shape[:2], 1)), cells.shape)
     letters = assets.is_letter(cells)
     coverage[letters] = glyphs[face, size, shifts[letters], cells[letters] - 1]
-    images, rows = assets.digit_table(split)
     for digit in np.unique(cells[cells > len(LETTERS)]):
+        images, rows = assets.digit_table(split)
         shown = cells == digit
         coverage[shown] = images[rng.choice(rows[digit - len(LETTERS) - 1], size=1 if keep_image else shown.sum())]
     return coverage

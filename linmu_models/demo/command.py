@@ -47,7 +47,7 @@ def run(
         with say.status(f"loading {teacher} and {student}"):
             pair = Pair.load(teacher, student, max_new_tokens, **how)
             pair.warm_up()
-            shelf = Shelf(kept, max_bytes, max_pixels, examples() if pair.takes_media else ())
+            shelf = Shelf(kept, max_bytes, max_pixels, examples(say.print) if pair.takes_media else ())
         address = f"http://{_written(host)}:{listening.getsockname()[1]}"
         say.print(f"The page: {address} (Ctrl-C ends it)", soft_wrap=True)
         if not only_here(host):
@@ -79,12 +79,19 @@ def find(student: str | None, teacher: str | None) -> tuple[str, str]:
     return student, teacher
 
 
-def examples() -> list[Example]:
-    """The pictures and clips of this installation: those of entry points of the group `linmu.examples`."""
+def examples(say: Callable[[str], None]) -> list[Example]:
+    """The pictures and clips of this installation: those of entry points of the group `linmu.examples`.
+
+    Args:
+        say: told of one that lacks a package.
+    """
     found: list[Example] = []
     for point in entry_points(group="linmu.examples"):
-        made: Callable[[], Iterable[tuple[str, str, Any]]] = point.load()
-        found += [Example(*one) for one in made()]
+        try:
+            made: Callable[[], Iterable[tuple[str, str, Any]]] = point.load()
+            found += [Example(*one) for one in made()]
+        except ImportError as error:
+            say(f"The examples {point.name!r} are left out: {error}")
     return found
 
 

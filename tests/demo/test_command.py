@@ -68,9 +68,23 @@ def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch):
 
 
 def test_other_packages_add_examples(monkeypatch):
-    found = [EntryPoint("tasks", "linmu_distill.data.examples:examples", "linmu.examples")]
+    found = [
+        EntryPoint("tasks", "linmu_distill.data.examples:examples", "linmu.examples"),
+        EntryPoint("others", "no_such_package:examples", "linmu.examples"),
+    ]
+    said = []
     monkeypatch.setattr(command, "entry_points", lambda group: [p for p in found if p.group == group])
-    assert [example.title for example in command.examples()] == [example.title for example in EXAMPLES]
+    assert [example.title for example in command.examples(said.append)] == [example.title for example in EXAMPLES]
+    assert said == ["The examples 'others' are left out: No module named 'no_such_package'"]
+
+
+def test_without_scikit_learn_there_is_a_page():
+    code = (
+        "import sys; sys.modules['sklearn'] = None; from linmu_distill.data.examples import examples;"
+        "print([title for title, *_ in examples()])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['A page']\n", done.stderr
 
 
 @pytest.mark.parametrize(
