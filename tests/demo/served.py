@@ -37,3 +37,19 @@ class Served:
         self._server.should_exit = True
         self._thread.join(20)
         assert not self._thread.is_alive()
+
+
+class Slow:
+    """In the place of a pair: answers as long as somebody listens."""
+
+    def __init__(self, pair):
+        self.teacher, self.student, self.takes_media = pair.teacher, pair.student, True
+        self.stopped = threading.Event()
+        self.error = None
+
+    def answer(self, question, clip, stop, tell):
+        tell({"what": "start", "side": "teacher"})
+        if self.error is not None:
+            raise self.error
+        assert stop.wait(30)
+        self.stopped.set()

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 from client import JSON, ask, begun, call, lossless, png, said, upload
 from PIL import Image
-from served import EXAMPLES, Served
+from served import EXAMPLES, Served, Slow
 
 from linmu_models.demo import server, shelf
 from linmu_models.demo.pair import Pair
@@ -258,22 +257,6 @@ def test_a_question_of_another_media_type_is_refused(page):
 def test_what_cannot_be_asked_is_one_line_among_the_events(page, question):
     events = ask(page.port, question)
     assert events[-1]["what"] == "error" and "must" in events[-1]["text"] and "\n" not in events[-1]["text"]
-
-
-class Slow:
-    """In the place of a pair: answers as long as somebody listens."""
-
-    def __init__(self, pair):
-        self.teacher, self.student, self.takes_media = pair.teacher, pair.student, True
-        self.stopped = threading.Event()
-        self.error = None
-
-    def answer(self, question, clip, stop, tell):
-        tell({"what": "start", "side": "teacher"})
-        if self.error is not None:
-            raise self.error
-        assert stop.wait(30)
-        self.stopped.set()
 
 
 @pytest.fixture
