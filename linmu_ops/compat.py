@@ -218,7 +218,7 @@ def _update(
             else (dt.flatten(1), A[:, :, 0].flatten(), None if dt_bias is None else dt_bias.flatten())
         )
         y = ssd_step(
-            ours, x if by_head else x.reshape(batch, -1, 1), steps, rates, B.to(x.dtype), C.to(x.dtype),
+            ours, x if by_head else x.reshape(batch, heads * channels, 1), steps, rates, B.to(x.dtype), C.to(x.dtype),
             dt_bias=bias, dt_softplus=dt_softplus,
         )  # fmt: skip
         assert isinstance(y, Tensor)

@@ -125,6 +125,7 @@ def read_image(source: Source, max_pixels: int | None = None) -> Clip:
     with opened(source, "image") as file:
         with _open(file) as image:
             orientation = _orientation(image)
+            _scale_transparent(image)
             image.load()
             upright = _rgb(image)
             if image.format == "TIFF":
@@ -135,6 +136,21 @@ def read_image(source: Source, max_pixels: int | None = None) -> Clip:
         if (height, width) != (upright.height, upright.width):
             upright = upright.resize((width, height), Image.Resampling.BICUBIC)
         return Clip(np.asarray(upright)[None])
+
+
+def _scale_transparent(image: Any) -> None:
+    """The colour that a PNG calls transparent, of samples as in the file, to the 8 bits that Pillow compares it in.
+
+    Of 16 bits the upper 8 are compared.
+    """
+    key = image.info.get("transparency")
+    if image.format != "PNG" or not image.tile or key is None or isinstance(key, bytes):
+        return
+    raw = image.tile[0][3]
+    if raw in ("L;2", "L;4"):
+        image.info["transparency"] = key * (255 // (2 ** int(raw[-1]) - 1))
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _turns() -> dict[int, Any]:

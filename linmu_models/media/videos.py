@@ -155,7 +155,7 @@ class _Film:
         total = None
         if container.duration:
             total = container.duration / 1e6
-            if not matroska:  # There it is the time of the end.
+            if not matroska and "flv" not in container.format.name:  # There it is the time of the end.
                 total += (container.start_time or 0) / 1e6
         claimed = told or total
         if claimed is None:

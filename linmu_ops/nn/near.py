@@ -251,14 +251,16 @@ class NearAttention(nn.Module):
             kept = past.kept.transpose(1, 2)[rows, when]
             seen.append(((kept[:, 0] >= 0) & (read > 0)[:, None])[:, None].expand(-1, tokens.shape[1], -1))
             by_head.append(kept)
-        mask = _joined(seen)
+        mask, when_read = _joined(seen), when[inverse // tokens.shape[1]]
+        if not mask.shape[-1]:
+            return y, lse, when_read
         none = ~mask.any(-1, keepdim=True)
         mask = mask | none
         before_y, before_lse = self._attend(q.flatten(0, 1)[tokens], past, rows, found, by_head, mask)
         before_lse = before_lse.masked_fill(none, _NOTHING)
         before_y = before_y.flatten(0, 1)[inverse]
         before_lse = before_lse.flatten(0, 1)[inverse]
-        return *_as_one(y, lse, before_y, before_lse), when[inverse // tokens.shape[1]]
+        return *_as_one(y, lse, before_y, before_lse), when_read
 
     def _in_cut_slabs(
         self, q: Tensor, y: Tensor, lse: Tensor, past: Past, call: Call, layout: TokenLayout

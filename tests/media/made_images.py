@@ -194,6 +194,13 @@ DEPTHS = {
     "PNG, 16 bits, a grey that is clear": (_png_of(16, 0, b"\x40\x00" * WIDTH, chunk(b"tRNS", b"\x40\x00")), 255),
     "PNG, 8 bits, a grey that is clear": (_png_of(8, 0, b"\x40" * WIDTH, chunk(b"tRNS", b"\x00\x40")), 255),
     "PNG, 1 bit, a grey that is clear": (_png_of(1, 0, b"\x00" * (WIDTH // 8), chunk(b"tRNS", b"\x00\x00")), 255),
+    "PNG, 2 bits, a grey that is clear": (_png_of(2, 0, b"\x55" * (WIDTH // 4), chunk(b"tRNS", b"\0\1")), 255),
+    "PNG, 4 bits, a grey that is clear": (_png_of(4, 0, b"\x11" * (WIDTH // 2), chunk(b"tRNS", b"\0\1")), 255),
+    "PNG, 4 bits, another grey is clear": (_png_of(4, 0, b"\x11" * (WIDTH // 2), chunk(b"tRNS", b"\0\2")), 17),
+    "PNG, 16 bits, a colour that is clear": (
+        _png_of(16, 2, b"\1\x2c\2\0\x80\x80" * WIDTH, chunk(b"tRNS", b"\1\x2c\2\0\x80\x80")), 255),
+    "PNG, 16 bits, another colour is clear": (
+        _png_of(16, 2, b"\x80\x2c" * 3 * WIDTH, chunk(b"tRNS", b"\x2c\x80" * 3)), 128),
     "PNG, a colour that is clear": (_png_of(8, 2, b"\1\2\3" * WIDTH, chunk(b"tRNS", b"\0\1\0\2\0\3")), 255),
     "PNG, palette": (_palette(0), (40, 80, 120)),
     "PNG, palette, all clear": (_palette(1), 255),

@@ -59,6 +59,7 @@ CONTAINERS = {
     "avi, Motion JPEG": (dict(format="avi", codec="mjpeg", pixels="yuvj420p"), 4),
     "flv": (dict(format="flv", codec="flv"), 3),
     "flv, H.264": (dict(format="flv", codec="libx264"), 3),
+    "flv, B frames": (dict(format="flv", codec="libx264", b_frames=2), 3),
     "asf": (dict(format="asf", codec="msmpeg4"), 3),
     "nut": (dict(format="nut"), 3),
     "ts": (dict(format="mpegts", codec="mpeg2video", fps=25, frames=50), 4),

@@ -38,7 +38,7 @@ def needs_a_kernel():
 
 def make(layer, **options):
     torch.manual_seed(0)
-    config = ExactConfig(window=(2, 2, 2), text_window=12, **(dict(sink_tokens=3, kept_tokens=5) | options))
+    config = ExactConfig(window=(2, 2, 2), **(dict(text_window=12, sink_tokens=3, kept_tokens=5) | options))
     block = ExactMMATE(32, 4, 2, 8, layer_idx=layer, config=config).double()
     block.share.bias.data += 6  # what is far counts
     return block
@@ -96,3 +96,16 @@ def test_what_is_not_finite_reaches_who_sees_it():
     z[0, 40] = torch.nan
     for a, b in both(lambda: [block(z)]):
         assert torch.equal(a.isnan(), b.isnan()) and not a[1].isnan().any() and not a[0, :40].isnan().any()
+
+
+def test_visual_tokens_before_which_nothing_is_near():
+    layout = TokenLayout([(0, 1, 1, 4)], torch.arange(4), 1, 4)
+    block = make(0, text_window=1, sink_tokens=0, kept_tokens=0)
+    z = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
+
+    def run():
+        y = block(z, layout=layout)
+        return y, *torch.autograd.grad(y.square().sum(), z)
+
+    for ours, theirs in both(run):
+        torch.testing.assert_close(ours, theirs)

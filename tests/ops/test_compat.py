@@ -184,6 +184,14 @@ def test_step_in_rows_of_a_larger_state_and_in_bfloat16(kind):
         assert torch.equal(pool[others], before[others])
 
 
+@pytest.mark.parametrize("kind", ["head", "channel", "all"])
+def test_a_step_of_no_row_changes_nothing(kind):
+    inputs, state = step_inputs(kind)
+    before, slots = state.clone(), torch.full(inputs["x"].shape[:1], -1)
+    assert not selective_state_update(state, **inputs, state_batch_indices=slots).any()
+    assert torch.equal(state, before)
+
+
 def test_the_plain_step_warns_once():
     _registry._warned.discard("selective_state_update")
     inputs, state = step_inputs("all")
