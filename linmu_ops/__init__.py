@@ -1,7 +1,7 @@
 """Linear-attention ops for PyTorch, and the blocks made of them.
 
 Ops         `ssd_scan`, `ssd_step`, `exact_step`, `gated_delta_scan`, `gated_delta_step`, `window_attention`,
-            `near_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
+            `near_attention`, `far_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
 Blocks      `MMATE`, `ExactMMATE`: they take the place of an attention layer
 Layouts     `TokenLayout` says where the visual tokens of a batch are
 Kernels     `explain` says which implementation serves an op; `use_impl` forces one
@@ -19,6 +19,7 @@ from .branch_mix_norm import branch_mix_norm
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_step import causal_conv1d_step
 from .exact_step import exact_step
+from .far_attention import far_attention
 from .gated_delta_scan import gated_delta_scan
 from .gated_delta_step import gated_delta_step
 from .near_attention import near_attention
@@ -48,6 +49,7 @@ __all__ = [
     "causal_conv1d_step",
     "exact_step",
     "explain",
+    "far_attention",
     "gated_delta_scan",
     "gated_delta_step",
     "major_scan_order",

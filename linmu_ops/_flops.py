@@ -15,6 +15,9 @@ chunked or tiled kernel may do more, and is not charged for it:
     window_attention      q k^T and weights v: 4 H P n^2 for each window of n tokens, causal or not; the gradient makes
                           the scores again and has four products more: 10 H P n^2
     near_attention        the same of what each token sees: 4 H P for each pair; the gradient 2.5 times that
+    far_attention         the maps of keys and queries to features, and the products with the state, as if every token
+                          entered it and every one read it: for each head of a token 2 P N and 2 (P + 1) N, of a key
+                          2 P N and for each of its query heads 2 (P + 1) N
     branch_mix_norm       0
 """
 
@@ -48,6 +51,12 @@ def _exact_step(given: Mapping[str, Any]) -> int:
     batch, heads, size = given["q"].shape
     places, features = given["keys"].shape[2], given["c_map"].shape[2]
     return 2 * batch * heads * (2 * size * places + (2 * size + 1) * features)
+
+
+def _far_attention(given: Mapping[str, Any]) -> int:
+    (batch, length, heads, size), (_, total, groups, _) = given["q"].shape, given["k"].shape
+    features, products = given["c_map"].shape[2], (length + total) * heads * (size + 1)
+    return 2 * batch * features * (products + (length * heads + total * groups) * size)
 
 
 def _gated_delta(given: Mapping[str, Any]) -> int:
@@ -101,6 +110,7 @@ COUNTS: dict[str, Count] = {
     "causal_conv1d_bwd": lambda given: 2 * _causal_conv1d(given),
     "causal_conv1d_step": _causal_conv1d,
     "exact_step": _exact_step,
+    "far_attention": _far_attention,
     "gated_delta_scan": _gated_delta,
     "gated_delta_scan_bwd": lambda given: 2 * _gated_delta(given),
     "gated_delta_step": _gated_delta,

@@ -316,6 +316,19 @@ def _exact_step(
     )  # fmt: skip
 
 
+def _far_attention(r: _Draw, B: int = 2, L: int = 23, before: int = 6, P: int = 8, N: int = 12) -> dict[str, Any]:
+    H, G, T = 6, 3, before + L
+    own = torch.arange(T, device=r.device, dtype=torch.int32)
+    return dict(
+        y=r.normal(B, L, H, P), lse=r.small(B, L, H), rest=r.small(B, L, H), q=r.normal(B, L, H, P),
+        k=r.normal(B, T, G, P), v=r.normal(B, T, G, P), steps=r.unit(B, T, G, H // G),
+        entered=torch.where(own % 5 == 4, -1, own // 4).expand(B, G, T).contiguous(),
+        when=torch.where(own % 7 == 3, -1, own // 4)[before:].expand(B, L).contiguous(), b_map=r.small(G, P, N),
+        c_map=r.small(H, P, N), scale=r.unit(H), rates=r.unit(H), z_gate=r.normal(B, L, H * P),
+        initial_state=r.unit(B, H, P + 1, N), last=torch.full((B,), T // 5, dtype=torch.int32, device=r.device),
+    )  # fmt: skip
+
+
 def _gated_delta_scan(r: _Draw, B: int = 2, L: int = 37, K: int = 12, V: int = 8) -> dict[str, Any]:
     H, G = 8, 4
     return dict(
@@ -384,6 +397,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "causal_conv1d": _causal_conv1d,
     "causal_conv1d_step": _causal_conv1d_step,
     "exact_step": _exact_step,
+    "far_attention": _far_attention,
     "gated_delta_scan": _gated_delta_scan,
     "gated_delta_step": _gated_delta_step,
     "near_attention": _near_attention,

@@ -10,6 +10,7 @@ void register_branch_mix_norm(StableLibrary& lib);
 void register_causal_conv1d(StableLibrary& lib);
 void register_causal_conv1d_step(StableLibrary& lib);
 void register_exact_step(StableLibrary& lib);
+void register_far_attention(StableLibrary& lib);
 void register_gated_delta_scan(StableLibrary& lib);
 void register_gated_delta_step(StableLibrary& lib);
 void register_near_attention(StableLibrary& lib);

@@ -20,7 +20,7 @@ from .block import Block, root_mean_square
 from .config import EXACT, ExactConfig
 from .far import FarAttention
 from .near import Near, NearAttention
-from .past import past_of
+from .past import Past, past_of
 from .scan import Mean, WideLinear
 from .state import STEPS, MMATEState, written_in_place
 
@@ -131,10 +131,13 @@ class ExactMMATE(Block):
         near = self.windows(q, k, v, turned, past, call)
         ssm = None if state is None else state.ssm
         few = state is None and self._is_few(z)
-        far = None if few or _none(near.far) else self.scan.read(z, turned, past, near.when, ssm)
-        new = MMATEState()
-        if call.keep:
-            new, entered = self.windows.keep(past, call)
+        new, entered, last = self.windows.keep(past, call) if call.keep else (MMATEState(), None, None)
+        nothing_far = few or _none(near.far)
+        if not nothing_far and _far_in_one_call(turned, past, ssm):
+            y, ssm = self.scan.join(z, turned, past, near, self.share(z), ssm, last)
+            return self.o_proj(y.flatten(2)), new._replace(ssm=ssm) if call.keep else new
+        far = None if nothing_far else self.scan.read(z, turned, past, near.when, ssm)
+        if entered is not None:
             if few or _none(entered):
                 empty = steps.new_zeros(z.shape[0], self.shape.num_heads, *self.scan.state_size)
                 ssm = empty if ssm is None else ssm
@@ -162,12 +165,14 @@ class ExactMMATE(Block):
         """A few tokens of text, each between its projections in one op. Writes all of the state."""
         assert state.keys is not None and state.values is not None and state.steps is not None
         assert state.seen is not None and state.ssm is not None
-        near, far, outputs = self.windows, self.scan, []
+        near, far, outputs, one = self.windows, self.scan, [], z.shape[1] == 1
+        # Of one token without its axis, which each projection would fold, and each argument of the op select.
+        length, z = z.shape[1], z[:, 0] if one else z
         q, k, v = near.project(z)
         dt = far.dt_proj(z)
         cos, sin = (None, None) if call.rotary is None else call.rotary
         share = gate = None
-        for i in range(z.shape[1]):
+        for i in range(length):
             # Of what is not read where nothing is far, dt stands for the share.
             some = not near.nothing_beyond and near.sizes.may_be_far(state.seen)
             if some and share is None:
@@ -175,14 +180,16 @@ class ExactMMATE(Block):
             rest, z_gate = (dt, None) if share is None else (share, gate)
             real = _at(call.mask, i)
             y, due = exact_step(
-                state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm, q[:, i], k[:, i], v[:, i],
-                dt[:, i], far.dt_bias, rest[:, i], far.c_map, far.scale, _at(cos, i), _at(sin, i), _at(z_gate, i), real,
-                near.sizes.window, self.shape.scale, self.shape.interleaved_rotary, near.nothing_beyond,
+                state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm,
+                *((q, k, v, dt) if one else (q[:, i], k[:, i], v[:, i], dt[:, i])), far.dt_bias,
+                rest if one else rest[:, i], far.c_map, far.scale, _at(cos, i), _at(sin, i),
+                z_gate if one else _at(z_gate, i), real, near.sizes.window, self.shape.scale,
+                self.shape.interleaved_rotary, near.nothing_beyond,
             )  # fmt: skip
             outputs.append(y)
             if due.any():
                 self._leave(state.seen - (1 if real is None else real.long()), state, k.dtype)
-        return self.o_proj(torch.stack(outputs, dim=1))
+        return self.o_proj(outputs[0])[:, None] if one else self.o_proj(torch.stack(outputs, dim=1))
 
     def _leave(self, before: Tensor, state: MMATEState, dtype: torch.dtype) -> None:
         """After a step that took rows from `before` tokens to those of `state`."""
@@ -257,6 +264,19 @@ def _may_leave_out() -> bool:
 def _none(which: Tensor) -> bool:
     """Whether it is known that all are 0. On a GPU the host would have to wait for it."""
     return type(which) is Tensor and which.device.type == "cpu" and _may_leave_out() and not bool(which.any())
+
+
+def _far_in_one_call(q: Tensor, past: Past, ssm: Tensor | None) -> bool:
+    """Whether the op takes what is far from a prompt's tokens: where a kernel serves it, and no gradient is asked for.
+    Sequences in one row are left to the scan."""
+    return (
+        type(q) is Tensor
+        and past.numbers is None
+        and serves("far_attention", q) == "cpu"
+        and _may_leave_out()
+        and not torch.is_autocast_enabled("cpu")
+        and (ssm is None or ssm.dtype == accumulate_dtype(q.dtype))
+    )
 
 
 def _in_one_call(z: Tensor, state: MMATEState) -> bool:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype, without_autocast
+from ..far_attention import run as far_attention
 from ..ssd_scan import ssd_scan
 from ..ssd_step import ssd_step
 from ._inputs import take
+from .near import Near
 from .past import Past
 from .scan import Decaying, Mean, WideLinear
 from .shape import AttentionShape
@@ -87,10 +89,25 @@ class FarAttention(Decaying):
         """What is far from each token. q (B, L, H, P): rotated. when (B, L): after how many steps of the call a token
         reads. ssm: the state before them.
 
-        One `ssd_scan` of a row for each key/value head, as these keep different tokens. It visits tokens that enter,
-        and tokens that read: these write nothing.
+        For gradients, and where `join` does not serve. One `ssd_scan` of a row for each key/value head, as these keep
+        different tokens. It visits tokens that enter, and tokens that read: these write nothing.
         """
         return self._gated(hidden_states, *self._read(self._queries(q), past, when, ssm))
+
+    def join(
+        self, hidden_states: Tensor, q: Tensor, past: Past, near: Near, rest: Tensor, ssm: Tensor | None,
+        last: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """y (B, L, H, P) of what is near and far, in one op, and the state after the steps `last` (B,). rest (B, L, H):
+        the share's. Other arguments as in `read`."""
+        reads = torch.where(near.far > 0, near.when, -1).int()
+        y = near.y.to(q.dtype).contiguous()
+        state = far_attention(
+            y, near.lse, rest, q, past.keys, past.values, past.steps, past.entered.int(), reads, self.b_map, self.c_map,
+            self.scale, self._rates().flatten(), self.gate(hidden_states), ssm, None if last is None else last.int(),
+            self.shape.scale,
+        )  # fmt: skip
+        return y, None if last is None else state
 
     def step(self, hidden_states: Tensor, q: Tensor, ssm: Tensor) -> Mean:
         """What is far from one token, which is not written."""

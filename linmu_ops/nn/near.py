@@ -326,9 +326,9 @@ class NearAttention(nn.Module):
             parts.append(scores.masked_fill(~far[:, :, None], -torch.inf).logsumexp(-1).flatten(1, 2).mT)
         return torch.cat(parts, dim=1)
 
-    def keep(self, past: Past, call: Call) -> tuple[MMATEState, Tensor]:
-        """The state after a call, without the scan's; and (B, G, T) bool, what has entered that by then. Where the call
-        cuts a slab, the state before it, and its tokens."""
+    def keep(self, past: Past, call: Call) -> tuple[MMATEState, Tensor, Tensor]:
+        """The state after a call, without the scan's; (B, G, T) bool, what has entered that by then; and (B,), after
+        how many steps of the call that is. Where the call cuts a slab, the state before it, and its tokens."""
         sizes, device = self.sizes, past.keys.device
         batch, total, groups, _ = past.keys.shape
         end, slab = past.real, MMATEState()
@@ -363,7 +363,7 @@ class NearAttention(nn.Module):
         if past.numbers is not None:
             entered = entered & (torch.arange(total, device=device) >= first)[:, None]
         state = slab._replace(keys=keys, values=values, steps=steps, seen=seen)
-        return state._replace(sinks=there) if sizes.sinks else state, entered
+        return state._replace(sinks=there) if sizes.sinks else state, entered, when[:, 0]
 
     def check_part(self, op: str, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         """Raise ValueError where a part of an image or video can't go on from a state, or may not end where it does."""

@@ -20,7 +20,7 @@ from linmu_ops._testing import run_small
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 COMPILED = sorted(op for op in _registry.OPS if _registry.why_not(op, "cpu", "cpu") is None)
 # Values that index memory. Segment indices (seq_idx) are only compared, so that any value is legal there.
-POSITIONS = ("token_order", "tokens", "offsets", "coords", "low", "high")
+POSITIONS = ("token_order", "tokens", "offsets", "coords", "low", "high", "last")
 # Sizes that no other argument has: any is legal.
 OWN_SIZES = {
     "near_attention": ("q empty in 2", *(f"listed {w} in {i}" for w in ("shorter", "longer", "empty") for i in (0, 1)))
@@ -131,6 +131,9 @@ SIZES = {
     "exact_step": [
         dict(B=0), dict(H=1, G=1, P=2, N=1, R=2, s=1, window=1, kept=1), dict(H=5, G=1, P=17, N=33, R=16, kept=0),
         dict(H=7, G=1, P=64, N=64, R=64, window=70, kept=33), dict(H=8, G=2, P=33, N=5, R=2, s=20, window=3),
+    ],
+    "far_attention": [
+        dict(B=0), dict(L=1, before=0, P=1, N=1), dict(L=70, P=17, N=33), dict(L=300, before=200, P=64, N=64),
     ],
     "gated_delta_scan": [
         dict(L=0), dict(L=1, K=1, V=1), dict(L=65, K=17, V=33), dict(L=129, K=3, V=5), dict(L=300, V=64),

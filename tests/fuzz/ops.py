@@ -372,6 +372,43 @@ def near_attention(case: dict[str, Any]) -> None:
     judge("near_attention", t, options, ["q", "k", "v"], without_infinite_logs)
 
 
+FAR_TENSORS = (
+    "y", "lse", "rest", "q", "k", "v", "steps", "entered", "when", "b_map", "c_map", "scale", "rates", "z_gate",
+    "initial_state", "last",
+)  # fmt: skip
+far_attention_cases = case(
+    B=batches, heads=HEADS, P=sizes(130, 1), N=sizes(70, 1), L=sizes(140), before=sizes(70), steps=st.integers(1, 70),
+    softmax_scale=st.none() | st.sampled_from((1.0, -0.3, 0.0, 1e-3)), options=some("z_gate", "initial_state", "last"),
+    manners=manners(*FAR_TENSORS),
+)  # fmt: skip
+
+
+@with_threads
+def far_attention(case: dict[str, Any]) -> None:
+    B, L, P, N, (H, G, *_), t, options = (
+        case["B"], case["L"], case["P"], case["N"], case["heads"], Tensors(case), case["options"],
+    )  # fmt: skip
+    T = L + case["before"]
+    most = min(case["steps"], T)
+    if B * H * T * (P + N) * max(most, 1) > 4 * MOST:
+        reject()
+    for name, shape in dict(y=(B, L, H, P), q=(B, L, H, P), k=(B, T, G, P), v=(B, T, G, P)).items():
+        t.draw(name, shape)
+    for name, shape in dict(lse=(B, L, H), rest=(B, L, H), b_map=(G, P, N), c_map=(H, P, N), scale=(H,)).items():
+        t.draw(name, shape, dtype=other_dtype(case, t, name))
+    t.draw("steps", (B, T, G, H // G), "uniform", other_dtype(case, t, "steps"))
+    t.draw("rates", (H,), "uniform", other_dtype(case, t, "rates"))
+    t.add("entered", t.integers((B, G, T), -1, most + 1).int())
+    t.add("when", t.integers((B, L), -1, most + 1).int())
+    if "z_gate" in options:
+        t.draw("z_gate", (B, L, H * P))
+    if "initial_state" in options:
+        t.draw("initial_state", (B, H, P + 1, N), "uniform", t.small)
+    if "last" in options:
+        t.add("last", t.integers((B,), 0, most + 1).int())
+    judge("far_attention", t, dict(softmax_scale=case["softmax_scale"]), [])
+
+
 TRIPLES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 9)).map(list)
 SHIFTS = st.tuples(*[st.integers(0, 6)] * 3).map(list)
 window_attention_cases = case(

@@ -12,6 +12,7 @@ from tests.ops.cases import branch_mix_norm as branch
 from tests.ops.cases import causal_conv1d as conv
 from tests.ops.cases import causal_conv1d_step as conv_step
 from tests.ops.cases import exact_step as exact
+from tests.ops.cases import far_attention as far
 from tests.ops.cases import gated_delta_scan as delta
 from tests.ops.cases import gated_delta_step as delta_step
 from tests.ops.cases import near_attention as near
@@ -43,6 +44,8 @@ def _cases():
                 yield f"ssd_scan-{case}-{direction}-{'-'.join(options) or 'plain'}", "ssd_scan", make
     for case in exact.CASES:
         yield f"exact_step-{case}", "exact_step", lambda t, c=case: (exact.make_inputs(c, t), [])
+    for case in far.CASES:
+        yield f"far_attention-{case}", "far_attention", lambda t, c=case: (far.make_inputs(c, t), [])
     for case in delta_step.CASES:
         yield f"gated_delta_step-{case}", "gated_delta_step", lambda t, c=case: (delta_step.make_inputs(c, t), [])
     for case in delta.CASES:

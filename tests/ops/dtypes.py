@@ -16,6 +16,7 @@ ANY_DTYPE = {
     "causal_conv1d": ["weight", "bias"],
     "causal_conv1d_step": ["weight", "bias"],
     "exact_step": ["dt", "dt_bias", "rest", "c_map", "scale", "cos", "sin"],
+    "far_attention": ["lse", "rest", "steps", "b_map", "c_map", "scale", "rates"],
     "gated_delta_scan": ["g", "beta", "reverse_g", "reverse_beta", "gate"],
     "gated_delta_step": ["g", "beta"],
     "near_attention": [],

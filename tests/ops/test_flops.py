@@ -24,6 +24,7 @@ COUNTS = {
     "causal_conv1d": (2 * (2 * 19 * 24) * 4, 2),
     "causal_conv1d_step": (2 * (2 * 24) * 4, None),
     "exact_step": (4 * (2 * 6) * 8 * (3 + 10 + 4) + 2 * (2 * 6) * (8 + 9) * 12, None),
+    "far_attention": (2 * 2 * 12 * ((23 + 29) * 6 * 9 + (23 * 6 + 29 * 3) * 8), None),
     "gated_delta_scan": (2 * 6 * (2 * 37 * 8) * 12 * 8, 2),  # both directions
     "gated_delta_step": (6 * (2 * 8) * 12 * 8, None),
     "near_attention": (4 * 2 * 16 * NEAR_PAIRS, 2.5),

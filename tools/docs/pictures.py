@@ -167,6 +167,25 @@ def exact_step() -> tuple[str, int, list[str]]:
 
 
 @drawing
+def far_attention() -> tuple[str, int, list[str]]:
+    made = [
+        text(116, 24, "tokens that have left", "dim"),
+        row(20, 34, ["c", "c", "a", "c", "c", "a", "c"], size=22, step=28),
+        text(260, 24, "window", "dim"),
+        row(222, 34, ["a"] * 4, size=22, step=25),
+        box(330, 34, 22, 32, "b"),
+        text(341, 86, "this token", "dim", size=13),
+    ]
+    made += [arrow((60, 70), (60, 104)), text(72, 93, "64 at a time", "dim", "start", 13)]
+    made += [grid(20, 110, [["c"] * 4] * 3, 16), text(58, 188, "state", "dim")]
+    made += [arrow((102, 138), (150, 138)), box(154, 121, 132, 34, "c", "mean: y_far")]
+    made += [arrow((341, 94), (341, 178)), text(352, 138, "y, lse: near or kept", "dim", "start", 13)]
+    made += [arrow((220, 155), (220, 197), (266, 197)), box(270, 180, 142, 34, "b", "y in place")]
+    made.append(text(240, 244, "Tokens that read after the same steps meet one state.", "dim", size=14))
+    return "What is far from a token is a mean over a state, mixed into what is near", 256, made
+
+
+@drawing
 def window_attention() -> tuple[str, int, list[str]]:
     def kinds(shift: int) -> list[list[str]]:
         names = ["a", "c", "d", "off"]
