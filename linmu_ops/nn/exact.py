@@ -165,9 +165,11 @@ class ExactMMATE(Block):
         """A few tokens of text, each between its projections in one op. Writes all of the state."""
         assert state.keys is not None and state.values is not None and state.steps is not None
         assert state.seen is not None and state.ssm is not None
-        near, far, outputs, one = self.windows, self.scan, [], z.shape[1] == 1
-        # Of one token without its axis, which each projection would fold, and each argument of the op select.
-        length, z = z.shape[1], z[:, 0] if one else z
+        near, far, outputs, length = self.windows, self.scan, [], z.shape[1]
+        # One token's axis is left out: each projection would fold it, and each argument of the op select from it. What
+        # stands in for a projection may count on it, and of strided rows PyTorch adds the bias with another rounding.
+        one = length == 1 and z.is_contiguous() and all(isinstance(p, nn.Linear) for p in self._projections())
+        z = z[:, 0] if one else z
         q, k, v = near.project(z)
         dt = far.dt_proj(z)
         cos, sin = (None, None) if call.rotary is None else call.rotary
@@ -190,6 +192,11 @@ class ExactMMATE(Block):
             if due.any():
                 self._leave(state.seen - (1 if real is None else real.long()), state, k.dtype)
         return self.o_proj(outputs[0])[:, None] if one else self.o_proj(torch.stack(outputs, dim=1))
+
+    def _projections(self) -> tuple[nn.Module, ...]:
+        near, far = self.windows, self.scan
+        maps = (near.q_proj, near.k_proj, near.v_proj, far.dt_proj, self.share, self.o_proj)
+        return maps if far.z_proj is None else (*maps, far.z_proj)
 
     def _leave(self, before: Tensor, state: MMATEState, dtype: torch.dtype) -> None:
         """After a step that took rows from `before` tokens to those of `state`."""

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn.state import STEPS
@@ -29,6 +30,18 @@ class ByToken(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.inner(token) for token in x.split(1, dim=1)], dim=1)
+
+
+class Count(TorchDispatchMode):
+    """Calls of operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
 
 
 def block(kind, dtype):
@@ -98,3 +111,20 @@ def test_a_longer_call_is_its_steps_to_rounding(kind):
     for one, other in zip(state, several, strict=True):
         if one is not None:
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("before", [4, 24], ids=["nothing far", "some far"])
+@pytest.mark.parametrize("kind", ["exact", "exact, gated"])
+@torch.no_grad()
+def test_a_step_makes_few_calls(kind, before):
+    """In what its maps take, a token has no axis of its own; maps that count on one get it, and give the same."""
+    torch.manual_seed(0)
+    made = BLOCKS[kind]()
+    _, start = made(torch.randn(2, before, 24), return_state=True)
+    token, same = torch.randn(2, 1, 24), clone(start)
+    with Count() as count:
+        out = made(token, state=start)
+    assert count.calls <= 26
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(made.windows, name, ByToken(getattr(made.windows, name)))
+    assert torch.equal(made(token, state=same), out)
