@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.hooks import RemovableHandle
 
 from bench import roofs, timing
-from bench.ops import exact_step, ssd_scan, ssd_step
+from bench.ops import exact_step, far_attention, ssd_scan, ssd_step
 from bench.peers import case
 from bench.provenance import where
 from linmu_ops import TokenLayout
@@ -34,6 +34,7 @@ RANGE = "bench: "
 PARTS = ("projections", "MLP", "norms", "output layer")  # modules; each range is one of them
 OPS = {
     "linmu::ssd_scan": "scan", "linmu::ssd_step": "scan", "linmu::exact_step": "exact step",
+    "linmu::far_attention": "far attention",
     "linmu::window_attention": "window attention",
     "linmu::branch_mix_norm": "mix and norm", "aten::scaled_dot_product_attention": "attention",
 }  # fmt: skip
@@ -121,6 +122,13 @@ def _op_costs(
         return {n: Cost(layers * c.flops, layers * c.bytes) for n, c in costs.items()}
     scan = case(direction="both", **sizes)
     costs["scan"] = Cost(ssd_scan.flops(scan, False), ssd_scan.num_bytes(scan, itemsize, False))
+    for layer in getattr(model, "linmu_layers", lambda: [])()[:1]:
+        if (places := getattr(layer.self_attn.windows, "sizes", None)) is not None:
+            near = min(length, places.window + places.sinks + places.kept)
+            far = case(B=batch, L=length, H=heads, G=groups, P=size, N=layer.self_attn.scan.state_size[1], near=near)
+            costs["far attention"] = Cost(
+                far_attention.flops(far, False), far_attention.num_bytes(far, itemsize, False)
+            )
     costs["mix and norm"] = Cost(bytes=3 * batch * length * t["hidden_size"] * itemsize)
     total = {n: Cost(layers * c.flops, layers * c.bytes) for n, c in costs.items()}
     window = Cost(bytes=layers * itemsize * len(layout.positions) * size * (2 * heads + 2 * groups))

@@ -84,7 +84,9 @@ def _scan(c: Case) -> Peer:
         log_total = log_total - rates.log()
         far = far * F.silu(z_gate).view_as(far)
         share = (rest + log_total - lse).masked_fill((when < 0)[..., None], -torch.inf).sigmoid()
-        return torch.lerp(y, far, share.to(y.dtype)[..., None]), state.unflatten(0, (-1, G)).flatten(1, 2)
+        return torch.lerp(y, far, share.to(y.dtype)[..., None]), state.unflatten(0, (-1, G)).flatten(1, 2) / rates[
+            :, None, None
+        ]
 
     return Peer(run, prepare)
 

@@ -256,7 +256,7 @@ def test_breakdown(models):
     for kind in ("prefill", "decode"):
         rows = breakdown.breakdown(TINY, torch.float32, "cpu", kind, 512, 1, models)
         parts = {r["part"]: r for r in rows if r["variant"] == STUDENT}
-        far = "scan" if kind == "prefill" else "exact step"
+        far = "far attention" if kind == "prefill" else "exact step"
         assert {"projections", far, "MLP", "norms", "output layer", "rest"} <= set(parts)
         assert ("window attention" in parts) == (kind == "prefill")
         assert sum(r["percent"] for r in parts.values()) == pytest.approx(100)
