@@ -57,9 +57,18 @@ class Asked:
     @property
     def label(self) -> str:
         """The group, and what differs from its default."""
-        told = {"frames": lambda v: f"{v[0]} frames", "sizes": lambda v: f"{v[0][0]} lines",
-                "depth": lambda v: f"depth {v[0]:g}-{v[1]:g}"}  # fmt: skip
-        return ", ".join([self.group, *(told.get(k, lambda v, k=k: f"{v} {k}")(v) for k, v in self.options.items())])
+        return ", ".join([self.group, *(tell(name, value) for name, value in self.options.items())])
+
+
+def tell(name: str, value: Any) -> str:
+    """An option of a group, in words."""
+    if name == "frames":
+        return f"{value[0]} frames"
+    if name == "sizes":
+        return f"{value[0][0]} lines"
+    if name == "depth":
+        return f"depth {value[0]:g}-{value[1]:g}"
+    return f"{value} {name.removesuffix('s') if value == 1 else name}"
 
 
 def asked_for(groups: list[str] | None, options: Mapping[str, Sequence[Any]]) -> list[Asked]:

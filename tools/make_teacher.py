@@ -2,12 +2,14 @@
 
     python -m tools.make_teacher train     # resumes where it was stopped
     python -m tools.make_teacher export    # weights, tokenizer, held-out table -> distill/teachers/tiny
+    python -m tools.make_teacher train --curriculum long --work runs/long      # many keys, chains, long pages; no tutor
 
 The model is an unmodified transformers Qwen2.5-VL. Its two halves are trained apart and fit when put together. Token
 embeddings are random and stay fixed: the eyes (vision tower) learn to turn each cell into the embedding of the
 character it shows, the mind (decoder) learns the tasks on those embeddings, as if it had perfect eyes. Neither has to
 wait for the other to make sense, and the mind's steps cost no vision. A tutor (`Tutor`) shows the mind where to look;
-without it, the mind stays at the frequencies of the letters for thousands of steps.
+without it, the mind stays at the frequencies of the letters for thousands of steps. The curriculum `long` has no tutor:
+where its teacher looks is its own doing. Nobody has run it to its end.
 """
 
 import json
@@ -32,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, rotate_half
 
 from linmu_distill.checkpoint import load_data
-from linmu_distill.data import CLASSES, GROUPS, IGNORE, Batch, Processor, Sample, TaskStream, build_tokenizer
+from linmu_distill.data import CLASSES, GROUPS, IGNORE, TASKS, Batch, Processor, Sample, TaskStream, build_tokenizer
 from linmu_distill.data.drawing import Sizes
 from linmu_distill.data.tasks import PAGE_SIZES
 from linmu_distill.data.tokenizer import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, save_processor
@@ -57,12 +59,18 @@ class Phase:
     pages: Sizes = PAGE_SIZES
     needle_frames: tuple[int, int] = (4, 16)
     needle_batch: int = 8
+    keys: int = 4
+    lines: int = 48
+    """Of a long page."""
 
     def stream(self, processor: Processor, seed: int) -> TaskStream:
         """The training data of this phase."""
         options: dict[str, dict[str, Any]] = {group: {"sizes": self.pages} for group in ("read", "line", "where")}
-        options["needle"] = {"frames": self.needle_frames}
-        sizes = {"read": 16, "line": 16, "where": 16, "video": 8, "needle": self.needle_batch}
+        options["needle"] = options["tracking"] = {"frames": self.needle_frames}
+        options["needles"] = {"frames": self.needle_frames, "keys": self.keys}
+        options["page"] = {"sizes": ((self.lines, 8),)}
+        sizes = {"read": 16, "line": 16, "where": 16, "video": 8, "page": 4}
+        sizes |= dict.fromkeys(("needle", "needles", "tracking"), self.needle_batch)
         return TaskStream(processor, self.mixture, sizes, 4, seed, options=options)
 
 
@@ -80,6 +88,16 @@ CURRICULUM = (
     Phase("mind", 560, (4.0e-4, 1.0e-5), LAST, needle_frames=(8, 64), needle_batch=2),
     Phase("mind", 6000, (5.0e-4, 1.0e-5), LONG, needle_frames=(8, 64), needle_batch=3),
 )
+FAR = LONG | {"needles": 4.0, "tracking": 2.0, "page": 1.0}
+LONG_CURRICULUM = (
+    CURRICULUM[0],
+    Phase("mind", 8000, (1.0e-3, 1.0e-3), EVEN | {"needles": 2.0}, ((1, 8), *PAGE_SIZES), (3, 8), keys=1, lines=8),
+    Phase("mind", 8000, (6.0e-4, 1.0e-4), FAR, needle_frames=(4, 16), keys=4, lines=12),
+    Phase("mind", 8000, (5.0e-4, 5.0e-5), FAR, needle_frames=(8, 32), needle_batch=4, keys=16, lines=24),
+    Phase("mind", 12000, (5.0e-4, 1.0e-5), FAR, needle_frames=(8, 64), needle_batch=3, keys=32, lines=48),
+)
+# Each curriculum, and whether the tutor shows its mind where to look.
+CURRICULA = {"shipped": (CURRICULUM, True), "long": (LONG_CURRICULUM, False)}
 PARTS = ("eyes", "mind")
 EMBEDDING_STD = 0.02
 MIND_NOISE = 0.3
@@ -223,10 +241,12 @@ class Tutor(torch.nn.Module):
 class Trainer:
     """Trains one part of the curriculum; its state is a step number, the model and the optimiser."""
 
-    def __init__(self, work: Path, part: str, seed: int) -> None:
+    def __init__(self, work: Path, part: str, seed: int, curriculum: str = "shipped") -> None:
         """Start `part` afresh, or where its checkpoint in `work` stands."""
         self.work, self.part, self.seed = work, part, seed
-        self.phases = [phase for phase in CURRICULUM if phase.part == part]
+        phases, tutored = CURRICULA[curriculum]
+        self.phases = [phase for phase in phases if phase.part == part]
+        self.is_tutored = tutored and part != "eyes"
         self.tokenizer = build_tokenizer()
         torch.manual_seed(seed)
         self.model = build_model(self.tokenizer)
@@ -244,7 +264,7 @@ class Trainer:
         self.class_tokens = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(CLASSES)))
         self.class_weights = torch.ones(len(CLASSES)).index_fill_(0, torch.tensor(0), BLANK_WEIGHT)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.parameters += self.tutor.parameters() if part != "eyes" else []
+        self.parameters += self.tutor.parameters() if self.is_tutored else []
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
         self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
         work.mkdir(parents=True, exist_ok=True)
@@ -335,10 +355,12 @@ class Trainer:
             labels = batch["labels"][:, 1:]
             right = (output.logits[:, :-1].argmax(-1) == labels) | (labels == IGNORE)
             record |= {group: output.loss.item(), f"{group} right": right.all(1).float().mean().item()}
+            loss = output.loss
+        if self.is_tutored:
             at_answers, at_cells, ignorance = self.tutor(samples, batch)
             record |= {f"{group} misses": at_answers.item(), "ignorance": ignorance.item()}
             record |= {f"{group} cell misses": at_cells.item()} if at_cells else {}
-            loss = output.loss + at_answers + at_cells + ignorance
+            loss = loss + at_answers + at_cells + ignorance
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -373,6 +395,7 @@ def train(
     part: Annotated[list[str] | None, typer.Option()] = None,
     seed: int = 0,
     threads: int = 1,
+    curriculum: Annotated[str, typer.Option(help=", ".join(CURRICULA))] = "shipped",
 ) -> None:
     """Train, or go on training, with checkpoints and log in WORK.
 
@@ -380,16 +403,16 @@ def train(
     """
     torch.set_num_threads(threads)
     for name in part or PARTS:
-        Trainer(work, name, seed).run()
+        Trainer(work, name, seed, curriculum).run()
 
 
-def assemble(work: Path, seed: int) -> Trainer:
+def assemble(work: Path, seed: int, curriculum: str = "shipped") -> Trainer:
     """The eyes and the mind of WORK in one model, as the trainer of the mind holds it.
 
     Raises:
         RuntimeError: a part has not been trained to its end.
     """
-    trainers = {part: Trainer(work, part, seed) for part in PARTS}
+    trainers = {part: Trainer(work, part, seed, curriculum) for part in PARTS}
     for part, trainer in trainers.items():
         if trainer.phase() is not None:
             wanted = sum(phase.steps for phase in trainer.phases)
@@ -400,10 +423,16 @@ def assemble(work: Path, seed: int) -> Trainer:
 
 
 @app.command()
-def export(work: Path = Path("runs/teacher"), out: Path = TEACHER, n: int = 400, seed: int = 2024) -> None:
+def export(
+    work: Path = Path("runs/teacher"),
+    out: Path = TEACHER,
+    n: int = 400,
+    seed: int = 2024,
+    curriculum: Annotated[str, typer.Option(help=", ".join(CURRICULA))] = "shipped",
+) -> None:
     """Write the teacher of WORK's checkpoint to OUT and evaluate what was written, N samples of each group."""
     torch.set_num_threads(1)
-    trainer = assemble(work, seed)
+    trainer = assemble(work, seed, curriculum)
     # Half precision halves the file; the config asks for float32, so that is what a reader computes in.
     trainer.model.half().save_pretrained(out)
     settings = json.loads((out / "config.json").read_text())
@@ -415,7 +444,7 @@ def export(work: Path = Path("runs/teacher"), out: Path = TEACHER, n: int = 400,
     model = AutoModelForImageTextToText.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     rows = []
-    for group in GROUPS:
+    for group in GROUPS if curriculum == "shipped" else TASKS:
         blind = blind_baseline(group, n, seed)
         for split in ("val", "val_font"):
             result = evaluate(model, tokenizer, group, n, seed, split=split)

@@ -20,7 +20,7 @@ import typer
 import linmu_models
 from linmu_distill.config import EVALUATION_SEED, Config, load_config
 from linmu_distill.data import LONG_GROUPS, SPLITS, generate
-from linmu_distill.evaluate import Asked
+from linmu_distill.evaluate import Asked, tell
 from linmu_distill.evaluation import evaluate
 from linmu_distill.limited import EQUAL_MEMORY, equal_tokens, limited
 from linmu_distill.run import CALIBRATION_BATCHES, TEACHER
@@ -141,7 +141,7 @@ def _grid(lines: list[dict[str, Any]], group: str) -> list[str]:
     for line in mine:
         options = dict(line["options"])
         across = f"{options.pop('frames')[0]} frames" if "frames" in options else f"{options.pop('sizes')[0][0]} lines"
-        head = ", ".join(f"{value} {name}" for name, value in options.items())
+        head = ", ".join(tell(name, value) for name, value in options.items())
         by.setdefault((head, across, line["row"]), []).append(line)
     parts = []
     for head in sorted({key[0] for key in by}, key=lambda told: [int(w) for w in told.split() if w.isdigit()]):

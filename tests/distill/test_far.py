@@ -26,9 +26,13 @@ def config(tmp_path):
 def test_questions_are_every_length_of_every_number_of_keys():
     labels = [one.label for one in far.questions(["needle", "needles", "tracking", "page"], [8, 64], [1, 32])]
     assert len(labels) == len(set(labels)) == 2 + 4 + 6 + 2
-    assert {"needle, 8 frames", "needles, 32 keys, 64 frames", "tracking, 4 hops, 64 frames", "page, 96 lines"} <= {
-        *labels
-    }
+    assert {
+        "needle, 8 frames",
+        "needles, 1 key, 8 frames",
+        "needles, 32 keys, 64 frames",
+        "tracking, 4 hops, 64 frames",
+        "page, 96 lines",
+    } <= {*labels}
 
 
 def test_rows_are_asked_once_and_told(config, tmp_path, monkeypatch):
@@ -53,7 +57,7 @@ def test_rows_are_asked_once_and_told(config, tmp_path, monkeypatch):
     text = far.write_page(results, tmp_path, 4, "val").read_text()
     assert "| teacher | 100% (51%-100%) | 100% (51%-100%) |" in text
     assert text.count(", 2 seeds)") == 12 and "| needles, 4 keys, 3 frames | zero steps | 2 of 2 |" in text
-    assert "1 keys:" in text and "4 keys:" in text and "val" in text
+    assert "1 key:" in text and "4 keys:" in text and "val" in text
 
 
 def test_each_row_is_what_it_says(config):
