@@ -112,7 +112,22 @@ def read_linmu(config: PreTrainedConfig) -> tuple[MMATEConfig | ExactConfig, fro
         raise ValueError(f"linmu: options must be a dict, got {options!r}")
     layers = config.get_text_config(decoder=True).num_hidden_layers
     _check_known(options, BLOCKS[block], ())
+    _check_facts(field.get("facts", {}), layers)
     return BLOCKS[block](**options), frozenset(_kept_layers(field.get("keep_attention", ()), 0, layers))
+
+
+def _check_facts(facts: Any, layers: int) -> None:
+    """What the generic adapter found: whether channels turn in pairs, and layers that turn none, or where tokens of an
+    image see each other."""
+    names = ("interleaved_rotary", "unrotated", "together")
+    if not isinstance(facts, Mapping) or set(facts) - set(names):
+        raise ValueError(f"linmu: facts must be a dict of {', '.join(names)}, got {facts!r}")
+    if not isinstance(facts.get("interleaved_rotary", False), bool):
+        raise ValueError(f"linmu: interleaved_rotary must be a bool, got {facts['interleaved_rotary']!r}")
+    for name in names[1:]:
+        kept = facts.get(name, [])
+        if not isinstance(kept, list) or any(type(i) is not int or not 0 <= i < layers for i in kept):
+            raise ValueError(f"linmu: {name} must hold layers in [0, {layers}), got {kept!r}")
 
 
 def sees_images(config: PreTrainedConfig) -> bool:

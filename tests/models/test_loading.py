@@ -159,7 +159,7 @@ WRONG = [
     ({"format": 99}, "format must be 3, got 99; update linmu"),
     ({"format": 1, "mmate": {}, "keep_attention": []}, "format must be 3, got 1; convert the teacher again"),
     ({"format": 2, "block": "ExactMMATE"}, "format must be 3, got 2; convert .* ExactMMATE became another block"),
-    ({"options": {}, "wibble": 1}, "fields must be among format, block, options, keep_attention, got wibble"),
+    ({"options": {}, "wibble": 1}, "fields must be among format, block, options, keep_attention, facts, got wibble"),
     ({"options": "paper"}, "options must be a dict, got 'paper'"),
     ({"block": "paper"}, "block must be one of MMATE, ExactMMATE, got 'paper'"),
     ({"block": []}, r"block must be one of MMATE, ExactMMATE, got \[\]"),
@@ -186,6 +186,11 @@ WRONG = [
     ({"keep_attention": 1}, "keep_attention must hold layers .* got 1"),
     ({"keep_attention": None}, "keep_attention must hold layers .* got None"),
     ({"keep_attention": {"1": 2}}, "keep_attention must hold layers"),
+    ({"facts": []}, r"facts must be a dict of interleaved_rotary, unrotated, together, got \[\]"),
+    ({"facts": {"wibble": 1}}, "facts must be a dict of .* got {'wibble': 1}"),
+    ({"facts": {"interleaved_rotary": 1}}, "interleaved_rotary must be a bool, got 1"),
+    ({"facts": {"unrotated": [3]}}, r"unrotated must hold layers in \[0, 3\), got \[3\]"),
+    ({"facts": {"together": 1}}, "together must hold layers in .* got 1"),
 ]  # fmt: skip
 
 
