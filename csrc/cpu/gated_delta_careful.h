@@ -1,6 +1,6 @@
 // The gated delta rule of one chunk and head by its definition, visit by visit. Products over whole chunks multiply
 // what a visit may not see by 0, which hides only what is finite: where they could meet anything else, the walks come
-// here.
+// here. So they do where keys are so short that the visits of a chunk overwrite the state several times over.
 #pragma once
 #include "gated_delta_scan.h"
 

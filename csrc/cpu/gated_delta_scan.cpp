@@ -71,12 +71,13 @@ class DeltaScan {
     }
   }
 
-  // The chunk's output, and the next state; false, and nothing done, where a product could meet what is not finite.
+  // The chunk's output, and the next state; false, and nothing done, where products may not take the definition's
+  // place.
   bool products(A* state) {
     const DeltaChunk<T>& c = chunk_;
     const int64_t n = c.n, rows = c.padded, key = s_.key, value = s_.value;
     const double before = largest(state, p_.key_dim * value);
-    if (!c.finite || !stays_finite<A>(c.bound(before, largest(c.v + 0, rows * value)))) return false;
+    if (!c.safe || !stays_finite<A>(c.bound(before, largest(c.v + 0, rows * value)))) return false;
     for (int64_t i = 0; i < rows; i += W) store(factor_ + i, -load(c.carry + i));
     gemm<A>(rows, value, p_.key_dim, c.k, key, 1, state, value, u_, value, {A(1), factor_, c.v});
     for (int64_t i = 0; i < rows; ++i)

@@ -17,14 +17,21 @@ struct DeltaSizes {
   int64_t key, value;           // K and V, rounded up to it
   int64_t per_q, per_k, per_v;  // heads per group
   int64_t bundle;               // heads of one task: they share q and k, and so q k^T and k k^T; divides heads
+  bool products;                // else every chunk is computed by the definition
   int64_t state() const { return key * value; }
 };
 
+// The terms that a chunk's products add up are as large as the state that enters it, and so are their roundings,
+// however little of that state its visits leave; by the definition every visit overwrites roundings too. Visits of
+// random keys leave a share of about exp(-visits / 2 K), so a chunk has at most 2 K of them. Where those are less than
+// a vector, all is computed by the definition.
 template <class A>
 inline DeltaSizes delta_sizes(const GatedDeltaScanParams& p, int64_t usual) {
   constexpr int64_t W = Simd<A>::width;
   DeltaSizes s;
-  const int64_t wanted = p.chunk > 0 ? std::min<int64_t>(p.chunk, 256) : usual;
+  const int64_t overwritten = 2 * p.key_dim / W * W, most = std::max<int64_t>(overwritten, W),
+                wanted = std::min<int64_t>(p.chunk > 0 ? std::min<int64_t>(p.chunk, 256) : usual, most);
+  s.products = overwritten > 0;
   s.chunk = round_up(std::max<int64_t>(std::min(wanted, p.length), 1), W);
   s.key = round_up(p.key_dim, W), s.value = round_up(p.value_dim, W);
   s.per_q = p.heads / p.groups_q, s.per_k = p.heads / p.groups_k, s.per_v = p.heads / p.groups_v;
@@ -108,9 +115,9 @@ class DeltaChunk {
     if (!same_q || !same_k) q_most_ = largest(q + 0, padded * s_.key), k_most_ = largest(k + 0, padded * s_.key);
     index_ = index, reverse_ = reverse, group_q_ = group_q, group_k_ = group_k, group_v_ = group_v;
     read_steps(d, visits, first, head);
-    finite =
-        stays_finite<A>(static_cast<double>(p_.key_dim) * (1 + k_most_) * (1 + k_most_ + q_most_) * (1 + beta_most_));
-    if (!finite) return;
+    safe = s_.products && stays_finite<A>(static_cast<double>(p_.key_dim) * (1 + k_most_) * (1 + k_most_ + q_most_) *
+                                          (1 + beta_most_));
+    if (!safe) return;
     for (int64_t i = 0; i < padded; i += W) {
       if (!has_kk_)
         gemm<A>(W, i + W, p_.key_dim, k + i * s_.key, s_.key, 1, kt_, s_.chunk, kk + i * s_.chunk, s_.chunk);
@@ -169,7 +176,7 @@ class DeltaChunk {
   Buffer<A> read;             // P
   Buffer<A> kk;               // k k^T
   std::vector<uint8_t> restart;
-  bool finite = true;  // else the matrices are not made
+  bool safe = true;  // whether products may take the definition's place; else the matrices are not made
 
  private:
   static constexpr A kNothing = A(-1024);  // so is exp of this

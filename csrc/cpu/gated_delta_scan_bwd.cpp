@@ -92,12 +92,12 @@ class DeltaGrad {
       save_delta_state(running(h), p_, s_, static_cast<A*>(g_.initial_state) + at + h * size);
   }
 
-  // The next state; keeps U and v - k S0. False, and nothing done, where a product could meet what is not finite.
+  // The next state; keeps U and v - k S0. False, and nothing done, where products may not take the definition's place.
   bool advance(int64_t c, int64_t h) {
     A *now = running(h), *u = rows_of(written_, c, h), *error = rows_of(errors_, c, h);
     const int64_t n = chunk_.n, rows = chunk_.padded;
     const double before = largest(now, p_.key_dim * value_);
-    if (!chunk_.finite || !stays_finite<A>(chunk_.bound(before, largest(chunk_.v + 0, rows * value_)))) return false;
+    if (!chunk_.safe || !stays_finite<A>(chunk_.bound(before, largest(chunk_.v + 0, rows * value_)))) return false;
     for (int64_t i = 0; i < rows; i += W) store(factor_ + i, -load(chunk_.carry + i));
     gemm<A>(rows, value_, p_.key_dim, chunk_.k, key_, 1, now, value_, error, value_, {A(1), factor_, chunk_.v});
     scale(error, rows, value_, chunk_.beta, u);

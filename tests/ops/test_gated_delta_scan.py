@@ -45,7 +45,18 @@ def test_forward_and_backward(case, dtype, direction, options):
 
 @pytest.mark.parametrize("length", [63, 64, 65, 130])
 def test_own_chunk_size(length):
-    check(make_inputs((1, length, 2, 2, 1, 2, 4, 3), torch.float32, "both", ("all",)))
+    check(make_inputs((1, length, 2, 2, 1, 2, 40, 3), torch.float32, "both", ("all",)))
+
+
+@pytest.mark.parametrize("silent", ["q", "v"])  # nothing but the initial state, or its gradient, is left of the rest
+@pytest.mark.parametrize("chunk_size", [None, 128])
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 7, 8, 12, 16, 33])
+def test_what_visits_overwrite_leaves_no_rounding(K, chunk_size, silent):
+    """As many visits that overwrite nearly all that is under their keys as make a state many digits smaller."""
+    options = ("initial_state", "return_final_state", "use_qk_l2norm_in_kernel")
+    for dtype in (torch.float32, torch.float64):
+        i = make_inputs((1, 64, 1, 1, 1, 1, K, 5), dtype, "forward", options) | dict(chunk_size=chunk_size)
+        check(i | {silent: 0 * i[silent], "g": 0 * i["g"], "beta": 1 - i["beta"] / 100})
 
 
 @pytest.mark.parametrize("option", OPTIONS)
