@@ -14,7 +14,7 @@ constexpr int64_t kNearKeys = 256;
 template <class T>
 class NearForward : NearKeys<T, compute_t<T>> {
   using Keys = NearKeys<T, compute_t<T>>;
-  using Keys::coarse, Keys::ld, Keys::N, Keys::p, Keys::pack, Keys::tile_, Keys::units, Keys::W;
+  using Keys::ld, Keys::N, Keys::p, Keys::pack, Keys::tile_, Keys::units, Keys::W;
   using typename Keys::A, typename Keys::C, typename Keys::U;
 
  public:

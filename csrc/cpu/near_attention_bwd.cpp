@@ -121,7 +121,7 @@ class NearBackward : NearKeys<T, acc_t<T>> {
     Keys::hide(s, query, 0, n);
     vec<A> total{}, products{};
     for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> e = power<false>((load(s + j) - lse_[i]) * kPerE<A>);
+      const vec<A> e = power((load(s + j) - lse_[i]) * kPerE<A>);
       store(s + j, e);
       total += e;
       products += e * load(d + j);

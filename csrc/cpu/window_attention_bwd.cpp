@@ -292,7 +292,7 @@ class Backward : Packing<T> {
     }
     vec<A> total{}, products{};
     for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> e = power<Base::coarse>((load(s + j) * scale - lse_[i]) * kPerE<A>);
+      const vec<A> e = power((load(s + j) * scale - lse_[i]) * kPerE<A>);
       store(s + j, e);
       total += e;
       products += e * load(d + j);

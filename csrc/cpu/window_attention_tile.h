@@ -14,13 +14,12 @@ namespace LINMU_ISA {
 template <class A>
 constexpr A kPerE = std::is_same_v<A, float> ? A(1.4426950408889634) : A(1);
 
-// x is 0 or less but for rounding (NaN stays); exactly 0 far below, so a bias of -inf is a mask. To 1 ulp, or to 3e-6
-// for weights that are then rounded to bfloat16.
-template <bool kCoarse>
+// x is 0 or less but for rounding (NaN stays); exactly 0 far below, so a bias of -inf is a mask. To 1 ulp, for weights
+// that are then rounded to bfloat16 too: their sum is not.
 inline vf power(vf x) {
 #if defined(__AVX512F__)
-  // Of a NaN and a number these return the second.
-  x = (vf)_mm512_min_ps(_mm512_setzero_ps(), _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x));
+  // Of a NaN and a number this returns the second. Of -inf the polynomial is a NaN, and 2^-inf of that is 0.
+  x = (vf)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
   const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   x = x < splat(-160.0f) ? splat(-160.0f) : x;
@@ -29,20 +28,12 @@ inline vf power(vf x) {
   const vf n = (x + magic) - magic;
 #endif
   const vf r = x - n;
-  vf p;  // 2^r, minimax on [-1/2, 1/2]
-  if constexpr (kCoarse) {
-    p = splat(9.570101878e-3f);
-    p = p * r + 5.591786178e-2f;
-    p = p * r + 2.402474484e-1f;
-    p = p * r + 6.931218146e-1f;
-  } else {
-    p = splat(1.534581198e-4f);
-    p = p * r + 1.339993139e-3f;
-    p = p * r + 9.618488959e-3f;
-    p = p * r + 5.550328777e-2f;
-    p = p * r + 2.402264689e-1f;
-    p = p * r + 6.931472057e-1f;
-  }
+  vf p = splat(1.534581198e-4f);  // 2^r, minimax on [-1/2, 1/2]
+  p = p * r + 1.339993139e-3f;
+  p = p * r + 9.618488959e-3f;
+  p = p * r + 5.550328777e-2f;
+  p = p * r + 2.402264689e-1f;
+  p = p * r + 6.931472057e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
@@ -51,10 +42,7 @@ inline vf power(vf x) {
   return n < splat(-126.0f) ? vf{} : scaled;
 #endif
 }
-template <bool kCoarse>
-inline vd power(vd x) {
-  return exp(x > vd{} ? vd{} : x);
-}
+inline vd power(vd x) { return exp(x > vd{} ? vd{} : x); }
 
 // The largest lane; NaN lanes do not count.
 template <class A>
@@ -198,7 +186,6 @@ struct Panels {
   using A = typename Compute<C>::Acc;
   using U = typename Compute<C>::Unit;
   static constexpr int pack = Compute<C>::pack, W = Simd<A>::width, N = kTileN<A>;
-  static constexpr bool coarse = pack > 1;
 
   const int64_t ld, units;
 
@@ -244,7 +231,7 @@ struct Panels {
     const A from = now == -infinity ? A(0) : now;
     vec<A> sums{};
     for (int64_t j = 0; j < padded; j += W) {
-      const vec<A> e = power<coarse>((load(scores + j) - from) * per_score);
+      const vec<A> e = power((load(scores + j) - from) * per_score);
       sums += e;
       store(weights + j, e);
     }
@@ -254,7 +241,7 @@ struct Panels {
     } else if (before == now) {
       sum += total;
     } else {
-      const A shrink = power<false>(splat((before - now) * per_score))[0];
+      const A shrink = power(splat((before - now) * per_score))[0];
       sum = sum * shrink + total;
       for (int64_t j = 0; j < ld; j += W) store(out + j, load(out + j) * shrink);
     }
@@ -265,7 +252,7 @@ struct Panels {
 template <class T>
 struct Packing : Panels<compute_t<T>> {
   using Base = Panels<compute_t<T>>;
-  using Base::coarse, Base::ld, Base::N, Base::pack, Base::units, Base::W;
+  using Base::ld, Base::N, Base::pack, Base::units, Base::W;
   using typename Base::A, typename Base::C, typename Base::U;
 
   const WindowAttentionParams& p;

@@ -45,6 +45,15 @@ def test_log_sum_exp(case, dtype):
     check_against_reference(with_lse(window_attention), with_lse(by_reference), inputs, wrt)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_log_sum_exp_of_biases_is_of_their_own_dtype(dtype):
+    """Weights are rounded to the values' dtype; the sum of what they were before is not."""
+    for seed in range(20):
+        inputs = make_inputs(dict(B=1, H=4, G=1, P=1, grid=(3,), window=(2,), bias=True, causal=True), dtype, seed)
+        inputs["q"] = 0 * inputs["q"]
+        check_against_reference(with_lse(window_attention), with_lse(by_reference), inputs)
+
+
 def test_the_log_sum_exp_alone_has_a_gradient():
     inputs = make_inputs(CASES["causal-joined-bias"], torch.float32)
     check_against_reference(
