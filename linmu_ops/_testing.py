@@ -80,10 +80,34 @@ def results_of(
 
 # What PyTorch's operations compute, and not only move.
 ROUNDED = {
-    "_softmax", "_softmax_backward_data", "add", "bmm", "cumsum", "div", "exp", "log1p", "logsumexp", "mean", "mm",
-    "mul", "pow", "rsqrt", "rsub", "sigmoid", "sigmoid_backward", "silu", "silu_backward", "softplus",
-    "softplus_backward", "sqrt", "square", "sub", "sum", "threshold_backward",
+    "add", "bmm", "cumsum", "div", "exp", "log", "log1p", "mean", "mm", "mul", "pow", "rsqrt", "rsub", "sigmoid",
+    "sigmoid_backward", "silu", "silu_backward", "softplus", "softplus_backward", "sqrt", "square", "sub", "sum",
+    "threshold_backward",
 }  # fmt: skip
+
+
+def _softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    e = (x - x.amax(dim, True)).exp()
+    return e / e.sum(dim, True)
+
+
+def _softmax_backward(grad: Tensor, out: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return out * (grad - (grad * out).sum(dim, True))
+
+
+def _logsumexp(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
+    most = x.amax(dim, True)
+    most = most.masked_fill(most.isinf(), 0)
+    out = (x - most).exp().sum(dim, True).log() + most
+    return out if keepdim else out.squeeze(dim)
+
+
+# Operations of several steps, each of which is rounded: a difference that comes to 0 hides the roundings of its terms.
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "_softmax": _softmax,
+    "_softmax_backward_data": _softmax_backward,
+    "logsumexp": _logsumexp,
+}
 
 
 @contextlib.contextmanager
@@ -109,6 +133,9 @@ class _Roundings(TorchDispatchMode):
         self.factors = 1 + (torch.randint(0, 2, (1 << 16,), generator=generator) - 0.5).double() * unit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname in STEPS:
+            with self:
+                return STEPS[func._opname](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func._opname.removesuffix("_") not in ROUNDED or not out.is_floating_point():
             return out
