@@ -22,6 +22,7 @@ TARGETS = {
     "block": (blocks.cases, blocks.defined),
     "block_in_pieces": (blocks.carried_cases, blocks.carried),
     "block_padded": (blocks.padded_cases, blocks.padded),
+    "block_cut": (blocks.cut_cases, blocks.cut),
     "block_packed": (blocks.cases, blocks.packed),
 }
 

@@ -133,6 +133,25 @@ class Prompt:
         layout = layout_of([inside], end - start) if inside else None
         return dict(hidden_states=self.z[i][None, start:end], layout=layout, position_embeddings=(cos, sin))
 
+    def batch(self, side: str, extra: int) -> tuple[Any, ...]:
+        """(z, rotary embeddings, mask, blocks, positions of each row's tokens), with NaN at padding on this side."""
+        B, L = len(self.z), max(map(len, self.z)) + extra
+        z = torch.full((B, L, DIM), float("nan"), dtype=torch.float64)
+        turns = tuple(torch.zeros(B, L, self.turns[0][0].shape[1], dtype=torch.float64) for _ in range(2))
+        mask, blocks, kept = torch.zeros(B, L, dtype=torch.bool), [], []
+        for i, row in enumerate(self.z):
+            spare = L - len(row)
+            first = {"left": spare, "right": 0, "both": spare // 2, "text": 0}[side]
+            at = list(range(first, first + len(row)))
+            if side == "text":  # anywhere
+                at = torch.randperm(L, generator=self.generator)[: len(row)].sort().values.tolist()
+            kept.append(at)
+            z[i, at], mask[i, at] = row, True
+            for t, own in zip(turns, self.turns[i], strict=True):
+                t[i, at] = own
+            blocks.append([(s, [at[p] for p in ps]) for s, ps in self.blocks[i]])
+        return z, turns, mask, blocks, kept
+
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
@@ -189,23 +208,10 @@ padded_cases = st.tuples(cases, st.sampled_from(("left", "right", "both", "text"
 def padded(case: dict[str, Any]) -> None:
     """A batch of rows of different lengths, with NaN at padding, is each row alone, and so are later steps."""
     block, prompt = build(case), Prompt(case)
-    B, L = len(prompt.z), max(map(len, prompt.z)) + case["extra"]
-    z = torch.full((B, L, DIM), float("nan"), dtype=torch.float64)
-    turns = [torch.zeros(B, L, prompt.turns[0][0].shape[1], dtype=torch.float64) for _ in range(2)]
-    mask, blocks, kept = torch.zeros(B, L, dtype=torch.bool), [], []
-    for i, row in enumerate(prompt.z):
-        spare = L - len(row)
-        first = {"left": spare, "right": 0, "both": spare // 2, "text": 0}[case["side"]]
-        at = list(range(first, first + len(row)))
-        if case["side"] == "text":  # anywhere
-            at = torch.randperm(L, generator=prompt.generator)[: len(row)].sort().values.tolist()
-        kept.append(at)
-        z[i, at], mask[i, at] = row, True
-        for t, own in zip(turns, prompt.turns[i], strict=True):
-            t[i, at] = own
-        blocks.append([(s, [at[p] for p in ps]) for s, ps in prompt.blocks[i]])
+    z, turns, mask, blocks, kept = prompt.batch(case["side"], case["extra"])
+    B, L = mask.shape
     out, state = block(
-        z, layout=layout_of(blocks, L), position_embeddings=tuple(turns), attention_mask=mask, return_state=True
+        z, layout=layout_of(blocks, L), position_embeddings=turns, attention_mask=mask, return_state=True
     )
     assert out.isfinite().all()
     alone = [block(**prompt.call(i), return_state=True) for i in range(B)]
@@ -219,6 +225,41 @@ def padded(case: dict[str, Any]) -> None:
             own = tuple(t[i : i + 1] for t in turn)
             one = block(new[i : i + 1, step : step + 1], position_embeddings=own, state=alone[i][1])
             close(out[i], one[0])
+
+
+exact = st.tuples(st.just("ExactMMATE"), options_of(ExactConfig))
+cut_cases = st.tuples(padded_cases, exact, st.lists(st.integers(1, 200), max_size=6)).map(
+    lambda c: c[0] | dict(options=c[1], cuts=c[2])
+)
+
+
+@torch.no_grad()
+def cut(case: dict[str, Any]) -> None:
+    """A batch that is cut anywhere, within images and videos too, is one call; so are its state, and later steps."""
+    block, prompt = build(case), Prompt(case)
+    z, turns, mask, blocks, _ = prompt.batch(case["side"], case["extra"])
+    B, L = mask.shape
+    layout = layout_of(blocks, L)
+    whole, after = block(z, layout=layout, position_embeddings=turns, attention_mask=mask, return_state=True)
+    state, found = None, []
+    for a, b in itertools.pairwise(sorted({0, L, *(c % L for c in case["cuts"])})):
+        part = dict(layout=layout.part(a, b), position_embeddings=tuple(t[:, a:b] for t in turns))
+        try:
+            y, state = block(z[:, a:b], **part, attention_mask=mask[:, a:b], state=state, return_state=True)
+        except ValueError as error:
+            if case["facts"].get("causal_windows", True) or "must be cut where the windows" not in str(error):
+                raise
+            reject()  # a window that looks ahead
+        found.append(y)
+    close(torch.cat(found, 1)[mask], whole[mask])
+    for mine, its in zip(state, after, strict=True):
+        assert (mine is None) == (its is None)
+        if mine is not None:
+            close(mine, its)
+    new = torch.randn(B, 2, DIM, generator=prompt.generator, dtype=torch.float64)
+    for step in range(2):
+        one = dict(hidden_states=new[:, step : step + 1], position_embeddings=tuple(t[:, :1] for t in turns))
+        close(block(**one, state=state), block(**one, state=after))
 
 
 @torch.no_grad()
