@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoTokenizer, PreTrain
 
 from linmu_models.accumulated_attention import QUERIES_AT_ONCE, sum_attention
 from linmu_models.config import auto_class, sees_images
+from linmu_models.generate import check_model_name
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs
 from linmu_models.layout import LinmuInputs
 from linmu_models.modeling import LinmuModel
@@ -105,6 +106,7 @@ def plan(config: Config, gpus: int = 1, teacher_config: PreTrainedConfig | None 
     """
     if teacher_config is None:
         try:
+            check_model_name(config.teacher)
             teacher_config = AutoConfig.from_pretrained(config.teacher)
         except (OSError, ValueError) as error:
             raise PlanError(f"teacher: {config.teacher} has no configuration: {str(error).splitlines()[0]}") from error

@@ -496,6 +496,9 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
         raise TypeError(f"distill: config must be a Config, as load_config gives it, got {type(config).__name__}")
     if stage is not None and stage not in [row.number for row in STAGES]:
         raise RunError(f"--stage must be 1 to {len(STAGES)}, got {stage}")
+    there = next((place for place in (config.folder, *config.folder.parents) if place.exists()), None)
+    if there is not None and not there.is_dir():
+        raise RunError(f"output must be a folder, or the name of a new one, got the file {there}")
     wanted = [row.number for row in STAGES] if stage is None else [stage]
     for number in wanted:
         if handoff.has_begun(config.folder, number) and not resume:

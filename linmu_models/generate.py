@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -9,7 +10,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,20 @@ def _local(model: str | os.PathLike[str], patterns: Sequence[str] | None = None)
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(model), allow_patterns=None if patterns is None else list(patterns)))
+    with _of_hub(model):
+        return Path(snapshot_download(str(model), allow_patterns=None if patterns is None else list(patterns)))
+
+
+@contextlib.contextmanager
+def _of_hub(model: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a model that is not here, and that the hub does not give: not there, not reached, not allowed."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(model).is_dir():
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{model}: no folder of this name is here, and the hub does not give it: {reason}") from error
 
 
 def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
@@ -117,7 +131,8 @@ def load_model(folder: str | os.PathLike[str], dtype: str = "auto") -> Any:
 
 
 def _config(folder: str | os.PathLike[str]) -> Any:
-    with told(os.fspath(folder)):
+    check_model_name(folder)
+    with told(os.fspath(folder)), _of_hub(folder):
         return AutoConfig.from_pretrained(folder)
 
 
@@ -139,6 +154,8 @@ def _path(what: str, value: str | os.PathLike[str]) -> str:
     """A path as text; TypeError where it is none."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
         raise TypeError(f"{what} must be a path, got {value!r}")
+    if "\0" in path:
+        raise ValueError(f"{what} must be a path, got {path!r}")
     return path
 
 
@@ -271,8 +288,9 @@ def generate_text(
         except UnreadableError as error:
             raise ValueError(f"generate: {os.fspath(path)}: {error}") from error
     turns: list[tuple[str, str]] = []
-    if save_state is not None and not isinstance(model, LinmuModel):
-        raise ValueError(f"generate: save_state must be left out for other models than LinMU's, got {save_state}")
+    for name, path in (("load_state", load_state), ("save_state", save_state)):
+        if path is not None and not isinstance(model, LinmuModel):
+            raise ValueError(f"generate: {name} must be left out for other models than LinMU's, got {path}")
     if load_state is None:
         inputs = to_model(processor.ask(prompt, media), model)
     elif media:

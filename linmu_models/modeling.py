@@ -60,6 +60,8 @@ class LinmuModel(HoldsBlocks, _Whole):
     auto_class: ClassVar[str] = "AutoModelForImageTextToText"
     # What the block is told of the teacher's attention: see `linmu_ops.nn.Block`.
     facts: ClassVar[Mapping[str, bool]] = {}
+    # What tells the sizes of the pixels of this name: without it nothing can be laid out.
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # All tokens of a prompt see each other in the teacher.
     prompt_sees_itself: ClassVar[bool] = False
 
@@ -117,11 +119,19 @@ class LinmuModel(HoldsBlocks, _Whole):
         """(B, L) bool numpy array, where the input tokens are `token_id`."""
         return token_mask(inputs, token_id, self.get_input_embeddings())
 
+    def _check_sizes(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ValueError for pixels without their sizes, which the model would look for, and not find."""
+        for pixels, names in self.sizes_of_pixels.items():
+            lacking = [name for name in names if inputs.get(name) is None]
+            if inputs.get(pixels) is not None and lacking:
+                raise ValueError(f"linmu: {lacking[0]} must be given with {pixels}, got None")
+
     @torch.compiler.disable
     def build_layout(self, inputs: Mapping[str, Any]) -> TokenLayout | None:
         """The layout of one call's input tokens; None for text only."""
         if self.layout_source is not None:
             return self.layout_source(inputs)
+        self._check_sizes(inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         sizes: dict[str, Any] = {}
         for encoded in (inputs.get("mm_encoder_outputs") or {}).values():
@@ -238,6 +248,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         mixed_in: Any = super()
         out = mixed_in._prepare_generation_config(*args, **kwargs)
+        self._check_sizes(out[1])  # before anything of a prompt is looked at
         self._chunk = None if out[0].prefill_chunk_size is None else check_chunk(out[0].prefill_chunk_size)
         return out
 

@@ -97,8 +97,9 @@ class CacheSnapshot:
             model: whose cache it is. The file names it, so that no other model goes on from there.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written. ValueError: there is something else of that name, as a folder.
         """
+        target = Path(_file_name("save", path))
         layers, tensors = [], dict[str, Tensor]()
         for index, layer in enumerate(self.layers):
             mine = {f"{index}.{name}": t.contiguous().cpu() for name, t in layer.tensors.items()}
@@ -109,7 +110,6 @@ class CacheSnapshot:
         added = {"more": {name: _checksum(t) for name, t in more.items()}, "notes": self.notes}
         tensors |= more
         header = json.dumps({"version": VERSION, "model": _identity(model), "layers": layers, **added}, sort_keys=True)
-        target = Path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"save: path must be in a folder that exists, got {target}")
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -135,9 +135,9 @@ class CacheSnapshot:
             ValueError: the file is damaged, of no cache, of another version, or of another model: its class, dtype,
                 configuration or weights differ. OSError: it cannot be read.
         """
-        where = f"load: {os.fspath(path)}"
         if not hasattr(model, "linmu_layers"):
             raise TypeError(f"load: model must be a LinMU model, got {type(model).__name__}")
+        where = f"load: {_file_name('load', path)}"
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -170,6 +170,19 @@ class CacheSnapshot:
         if tensors:
             raise ValueError(f"{where} is damaged: its header does not name {next(iter(tensors))}")
         return cls(tuple(_placed(where, layers, model)), more, header["notes"])
+
+
+def _file_name(op: str, path: str | os.PathLike[str]) -> str:
+    """Of a file that is there, or may be made; a folder, a pipe or a device is neither."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{op}: path must be of a file, got {path!r}")
+    name = os.fspath(path)
+    if not name or "\0" in name:
+        raise ValueError(f"{op}: path must be of a file, got {name!r}")
+    if os.path.exists(name) and not os.path.isfile(name):
+        what = "a folder" if os.path.isdir(name) else "what is no regular file"
+        raise ValueError(f"{op}: {name} must be a file that cache.save wrote, got {what}")
+    return name
 
 
 def snapshot_of(cache: Cache) -> CacheSnapshot:

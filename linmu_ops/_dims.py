@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +27,37 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Where matrix products keep the type that they are given."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def shown(value: Any) -> str:
+    """A value in one line; of a tensor, what it is."""
+    text = repr(value)
+    return text if len(text) <= 60 and text.isprintable() and not isinstance(value, Tensor) else type(value).__name__
+
+
+def check_flags(op: str, **flags: Any) -> None:
+    """Raise TypeError for what is neither True nor False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
+
+
+def check_number(op: str, name: str, value: Any) -> float:
+    """A finite number, as float."""
+    if not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number, got {shown(value)}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{op}: {name} must be finite, got {number}")
+    return number
+
+
+def check_size(op: str, name: str, value: Any, least: int = 1) -> None:
+    """Raise for what is not a whole number of at least `least`."""
+    if not isinstance(value, (int, Integral, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an integer >= {least}, got {shown(value)}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be >= {least}, got {value}")
 
 
 class Dims:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ._dims import FLOATS, Dims
+from ._dims import FLOATS, Dims, check_size
 
 DIRECTIONS = ("forward", "reverse", "both")
 Own = TypeVar("Own", bound=tuple[Any, ...])
@@ -18,7 +18,7 @@ class Reverse(NamedTuple):
 
     Args:
         dt: (B, L, H) float. Step size; gets the same softplus as the forward one.
-        A: (H,) float, <= 0. Decay rate.
+        A: (H,) float, <= 0 (not checked). Decay rate.
         B: (B, L, Gb, N) dtype of x. Input projection.
         C: (B, L, Gc, N) dtype of x. Output projection.
         dt_bias: (H,) float. Added to dt before softplus.
@@ -112,5 +112,5 @@ def check_visits(
 
 
 def check_chunk_size(op: str, chunk_size: int | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size must be >= 1, got {chunk_size}")
+    if chunk_size is not None:
+        check_size(op, "chunk_size", chunk_size)

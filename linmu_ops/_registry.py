@@ -227,20 +227,23 @@ def load_binaries() -> None:
                 serves = next(i for i in order if why_not(op, i, device, dtype) is None)
                 _default[op, device, dtype == torch.float64] = serves
     for item in filter(None, os.environ.get("LINMU_IMPL", "").split(",")):
-        _everywhere.update(_wanted(item))
+        _everywhere.update(_wanted("LINMU_IMPL", item))
 
 
 def binaries() -> dict[str, _native.Binary]:
     return dict(_binaries)
 
 
-def _wanted(item: str) -> dict[str, str]:
-    """What `"op:impl"` (or `"*:impl"`) forces. Raises ValueError for an unknown op or implementation."""
+def _wanted(by: str, item: str) -> dict[str, str]:
+    """What `"op:impl"` (or `"*:impl"`) forces, told by a variable or a function. Raises ValueError for an unknown op or
+    implementation."""
+    if not isinstance(item, str):
+        raise TypeError(f"{by}: an item must be a text such as 'ssd_scan:reference', got {item!r}")
     name, _, impl = item.strip().partition(":")
     if name != "*" and name not in OPS:
-        raise ValueError(f"LINMU_IMPL: op must be * or one of {', '.join(sorted(OPS))}, got {name!r}")
+        raise ValueError(f"{by}: op must be * or one of {', '.join(sorted(OPS))}, got {name!r}")
     if impl not in NAMESPACE:
-        raise ValueError(f"LINMU_IMPL: implementation must be one of {', '.join(NAMESPACE)}, got {impl!r}")
+        raise ValueError(f"{by}: implementation must be one of {', '.join(NAMESPACE)}, got {impl!r}")
     return dict.fromkeys(OPS if name == "*" else (name,), impl)
 
 
@@ -287,7 +290,7 @@ def use_impl(*items: str) -> Iterator[None]:
     It holds in this thread or task alone, and in the tasks that it starts. It overrides LINMU_IMPL. Of nested blocks
     the inner one holds. Blocks may end in any order.
     """
-    use = _Use({op: impl for item in items for op, impl in _wanted(item).items()})
+    use = _Use({op: impl for item in items for op, impl in _wanted("use_impl", item).items()})
     _uses.set((*_uses.get(), use))
     _forced_changed()
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd, _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_number
 from .reference.branch_mix_norm import branch_mix_norm as reference
 
 INPUTS = "Tensor a, Tensor b, Tensor mix, Tensor? mask, Tensor? weight, Tensor? bias, str norm, float eps"  # fmt: skip
@@ -72,7 +72,7 @@ def branch_mix_norm(
         raise ValueError("branch_mix_norm: weight needs norm='layer' or 'rms', got norm='none'")
     if bias is not None and norm != "layer":
         raise ValueError(f"branch_mix_norm: bias needs norm='layer', got norm={norm!r}")
-    if not eps >= 0:
+    if not check_number("branch_mix_norm", "eps", eps) >= 0:
         raise ValueError(f"branch_mix_norm: eps must be >= 0, got {eps}")
     acc = accumulate_dtype(a.dtype)
     weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))

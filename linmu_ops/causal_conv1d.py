@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd, _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags
 from .reference.causal_conv1d import causal_conv1d as reference
 
 INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? seq_idx, Tensor? token_order, Tensor? initial_state"
@@ -73,6 +73,7 @@ def causal_conv1d(
     """
     d = Dims("causal_conv1d")
     d("x", x, "B L D", FLOATS)
+    check_flags("causal_conv1d", return_final_state=return_final_state)
     silu = check_filter(d, weight, bias, activation)
     d.optional("seq_idx", seq_idx, "B L", torch.int32)
     d.optional("token_order", token_order, "B L", torch.int32)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_size
 from .causal_conv1d import causal_conv1d, check_filter
 from .ssd_scan import ssd_scan
 from .ssd_step import ssd_step
@@ -77,8 +77,7 @@ def mamba_chunk_scan_combined(
     d.same_device(
         x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states, seq_idx=seq_idx,
     )  # fmt: skip
-    if chunk_size < 1:
-        raise ValueError(f"{op}: chunk_size must be >= 1, got {chunk_size}")
+    check_size(op, "chunk_size", chunk_size)
     if state_dtype not in (None, torch.float32):
         raise TypeError(f"{op}: state_dtype must be None or float32, got {str(state_dtype).removeprefix('torch.')}")
     if (cu_seqlens is not None) != return_varlen_states:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags, check_number, check_size
 from .reference.exact_step import LEAVE
 from .reference.exact_step import exact_step as reference
 
@@ -127,8 +127,9 @@ def exact_step(
         d.optional("sin", sin, f"{rows} R", FLOATS)
         if d["R"] % 2 or d["R"] > d["P"]:
             raise ValueError(f"exact_step: cos must be of even R <= P={d['P']}, got R={d['R']}")
-    if window < 1:
-        raise ValueError(f"exact_step: window must be >= 1, got {window}")
+    check_size("exact_step", "window", window)
+    factor = q.shape[2] ** -0.5 if softmax_scale is None else check_number("exact_step", "softmax_scale", softmax_scale)
+    check_flags("exact_step", interleaved=interleaved, nothing_beyond=nothing_beyond)
     least = d["s"] + window + min(window, LEAVE)
     if d["n"] < least:
         raise ValueError(f"exact_step: keys must be of n >= {least} places, got {d['n']}")
@@ -145,7 +146,7 @@ def exact_step(
         raise RuntimeError("exact_step: has no gradient; run it under torch.no_grad(), or use ExactMMATE")
     return run(
         keys, values, steps, sinks, seen, ssm, q, k, v, dt, dt_bias, rest, c_map, scale, cos, sin, z_gate, real, window,
-        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale, interleaved, nothing_beyond,
+        factor, interleaved, nothing_beyond,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _autograd, _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags, check_number
 from ._directions import DeltaReverse, check_chunk_size, check_directions, check_visits
 from .reference.gated_delta_scan import gated_delta_scan as reference
 
@@ -112,20 +112,24 @@ def gated_delta_scan(
         **{f"reverse.{name}": t for name, t in zip(DeltaReverse._fields, r, strict=True)},
     )  # fmt: skip
     check_chunk_size("gated_delta_scan", chunk_size)
+    factor = default_scale("gated_delta_scan", scale, q)
+    check_flags(
+        "gated_delta_scan", use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, return_final_state=return_final_state
+    )
 
     def small(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(acc)
 
     y, state = _registry.call(
-        "gated_delta_scan", q, q, k, v, small(g), small(beta), default_scale(scale, q), use_qk_l2norm_in_kernel,
+        "gated_delta_scan", q, q, k, v, small(g), small(beta), factor, use_qk_l2norm_in_kernel,
         direction, r.q, r.k, small(r.g), small(r.beta), r.mask, r.seq_idx, small(gate), seq_idx, token_order,
         initial_state, return_final_state, chunk_size or 0,
     )  # fmt: skip
     return (y, state) if return_final_state else y
 
 
-def default_scale(scale: float | None, q: Tensor) -> float:
-    return float(scale) if scale is not None else max(q.shape[-1], 1) ** -0.5
+def default_scale(op: str, scale: float | None, q: Tensor) -> float:
+    return check_number(op, "scale", scale) if scale is not None else max(q.shape[-1], 1) ** -0.5
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

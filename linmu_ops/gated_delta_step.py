@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags
 from .gated_delta_scan import default_scale
 from .reference.gated_delta_step import gated_delta_step as reference
 
@@ -64,6 +64,8 @@ def gated_delta_step(
     for name, part in (("q", "Gq"), ("k", "Gk"), ("v", "Gv")):
         d.divides(name, part, "H")
     d.same_device(q, state=state, k=k, v=v, g=g, beta=beta)
+    factor = default_scale("gated_delta_step", scale, q)
+    check_flags("gated_delta_step", use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
     if not state.is_contiguous():
         raise ValueError(f"gated_delta_step: state must be contiguous, got strides {state.stride()}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (state, q, k, v, g, beta)):
@@ -72,7 +74,7 @@ def gated_delta_step(
         )
     _registry.mark_written(state)
     return _registry.call(
-        "gated_delta_step", q, state, q, k, v, g.to(acc), beta.to(acc), default_scale(scale, q), use_qk_l2norm_in_kernel
+        "gated_delta_step", q, state, q, k, v, g.to(acc), beta.to(acc), factor, use_qk_l2norm_in_kernel
     )
 
 

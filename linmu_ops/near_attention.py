@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd, _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_number
 from .reference.near_attention import near_attention as reference
 
 INPUTS = "Tensor low, Tensor high, Tensor which, Tensor listed, float scale"
@@ -75,7 +75,7 @@ def near_attention(
     if d["T"] < d["L"]:
         raise ValueError(f"near_attention: k must be of T >= L={d['L']} tokens, got {d['T']}")
     d.same_device(q, k=k, v=v, low=low, high=high, which=which, listed=listed)
-    factor = d["P"] ** -0.5 if scale is None else float(scale)
+    factor = d["P"] ** -0.5 if scale is None else check_number("near_attention", "scale", scale)
     y, lse = _registry.call("near_attention", q, q, k, v, low, high, which, listed, factor)
     return y, lse
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _autograd, _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags
 from ._directions import Reverse, check_chunk_size, check_directions, check_visits
 from .reference._visits import normalized
 from .reference.ssd_scan import ssd_scan as reference
@@ -72,8 +72,8 @@ def ssd_scan(
 
     Args:
         x: (B, L, Gx, P) float32, float64, bfloat16 or float16. Values.
-        dt: (B, L, H) float. Step size, dimensionless; > 0 after softplus for a decaying state.
-        A: (H,) float, <= 0. Decay rate; the decay of one step is exp(dt A).
+        dt: (B, L, H) float. Step size, dimensionless; >= 0 after bias and softplus (not checked: see the notes).
+        A: (H,) float, <= 0 (not checked). Decay rate; the decay of one step is exp(dt A).
         B: (B, L, Gb, N) dtype of x. Input projection ("key").
         C: (B, L, Gc, N) dtype of x. Output projection ("query").
         D: (H,) float. Skip connection.
@@ -104,11 +104,13 @@ def ssd_scan(
 
     Notes:
         Accumulates in float32 (float64 for float64). Deterministic. Linear in L. Exponents are never above 0 for
-        dt A <= 0, so nothing overflows.
+        dt A <= 0, so nothing overflows. The values of dt and A are not looked at, as on a GPU a look would wait for all
+        kernels before: where dt A > 0 the state grows, and may become Inf or NaN, in y and in gradients.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 6; LinMU, arXiv:2601.01322, equations 1-3.
     Reference: linmu_ops/reference/ssd_scan.py.
     """
+    check_flags("ssd_scan", dt_softplus=dt_softplus, return_final_state=return_final_state, normalize=normalize)
     r = check(
         x, dt, A, B, C, D=D, dt_bias=dt_bias, direction=direction, reverse=reverse, gate=gate, seq_idx=seq_idx,
         token_order=token_order, initial_state=initial_state, chunk_size=chunk_size, normalize=normalize,

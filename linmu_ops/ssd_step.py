@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags
 from .reference._visits import normalized
 from .reference.ssd_step import ssd_step as reference
 from .ssd_scan import _cuda_note, state_axes, widens
@@ -40,8 +40,8 @@ def ssd_step(
         state: (B, H, P, N) float32 (float64 for float64 x), contiguous. Updated in place. With `normalize`
             (B, H, P+1, N): the last row belongs to the mass.
         x: (B, Gx, P) float32, float64, bfloat16 or float16. Value of this token.
-        dt: (B, H) float. Step size.
-        A: (H,) float, <= 0. Decay rate.
+        dt: (B, H) float. Step size, >= 0 after bias and softplus (not checked).
+        A: (H,) float, <= 0 (not checked). Decay rate.
         B: (B, Gb, N) dtype of x.
         C: (B, Gc, N) dtype of x.
         D: (H,) float. Skip connection.
@@ -58,6 +58,7 @@ def ssd_step(
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 3. Reference: linmu_ops/reference/ssd_step.py.
     """
+    check_flags("ssd_step", dt_softplus=dt_softplus, normalize=normalize)
     d = Dims("ssd_step")
     d("x", x, "B Gx P", FLOATS)
     acc = accumulate_dtype(x.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd, _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_flags, check_number
 from ._traced_layout import TracedGrid
 from .reference.window_attention import window_attention as reference
 from .token_layout import WRAPS, Partition, TokenLayout
@@ -129,7 +129,8 @@ def window_attention(
     cos, sin = read_rotary(d, q, cos, sin)
     d.same_device(q, k=k, v=v, bias=bias, cos=cos, sin=sin)
     table = layout.window_table(*windows, q.device)
-    factor = d["P"] ** -0.5 if scale is None else float(scale)
+    factor = d["P"] ** -0.5 if scale is None else check_number("window_attention", "scale", scale)
+    check_flags("window_attention", interleaved=interleaved, causal=causal, return_lse=return_lse)
     out, lse = _registry.call(
         "window_attention", q, q, k, v, table.tokens, table.offsets, None if bias is None else table.coords,
         list(windows.window), factor, bias, cos, sin, interleaved, causal,

@@ -54,10 +54,10 @@ def test_explain_says_what_is_missing(without_binary):
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        (["sdd_scan:cpu"], r"LINMU_IMPL: op must be \* or one of .*ssd_scan.*, got 'sdd_scan'"),
-        (["ssd_scan:numpy"], "LINMU_IMPL: implementation must be one of cpu, cuda, triton, reference, got 'numpy'"),
-        (["ssd_scan"], "LINMU_IMPL: implementation must be one of .*, got ''"),
-        (["ssd_step:reference", "nothing:reference"], "LINMU_IMPL: op must be"),
+        (["sdd_scan:cpu"], r"use_impl: op must be \* or one of .*ssd_scan.*, got 'sdd_scan'"),
+        (["ssd_scan:numpy"], "use_impl: implementation must be one of cpu, cuda, triton, reference, got 'numpy'"),
+        (["ssd_scan"], "use_impl: implementation must be one of .*, got ''"),
+        (["ssd_step:reference", "nothing:reference"], "use_impl: op must be"),
     ],
 )
 def test_unknown_names(items, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from linmu_models.layout import Placeholders, grids_to_units
 
@@ -13,6 +13,10 @@ class ThwPlaceholders:
 
     config: Any
     placeholder_mask: Callable[[Mapping[str, Any], int], Any]
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pixel_values": ("image_grid_thw",),
+        "pixel_values_videos": ("video_grid_thw",),
+    }
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         merge = self.config.vision_config.spatial_merge_size

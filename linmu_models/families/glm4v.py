@@ -24,6 +24,10 @@ from linmu_models.modeling import LinmuModel
 class _Glm4vPlaceholders:
     config: Any
     placeholder_mask: Callable[[Mapping[str, Any], int], Any]
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pixel_values": ("image_grid_thw",),
+        "pixel_values_videos": ("video_grid_thw",),
+    }
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         vision: Any = self.config.vision_config

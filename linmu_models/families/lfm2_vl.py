@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
@@ -21,6 +21,7 @@ class LinmuLfm2VlConfig(Lfm2VlConfig):
 class LinmuLfm2VlForConditionalGeneration(LinmuModel, Lfm2VlForConditionalGeneration):
     config_class = LinmuLfm2VlConfig
     config: LinmuLfm2VlConfig
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {"pixel_values": ("spatial_shapes",)}
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         shapes, factor = inputs.get("spatial_shapes"), self.config.downsample_factor

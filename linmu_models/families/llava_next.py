@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -23,6 +23,7 @@ class LinmuLlavaNextConfig(LlavaNextConfig):
 class LinmuLlavaNextForConditionalGeneration(LinmuModel, LlavaNextForConditionalGeneration):
     config_class = LinmuLlavaNextConfig
     config: LinmuLlavaNextConfig
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {"pixel_values": ("image_sizes",)}
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         sizes = inputs.get("image_sizes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -23,6 +23,7 @@ class LinmuMistral3Config(Mistral3Config):
 class LinmuMistral3ForConditionalGeneration(LinmuModel, Mistral3ForConditionalGeneration):
     config_class = LinmuMistral3Config
     config: LinmuMistral3Config
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {"pixel_values": ("image_sizes",)}
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         vision: Any = self.config.vision_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
@@ -22,6 +22,10 @@ class LinmuVideoLlama3Config(VideoLlama3Config):
 class LinmuVideoLlama3ForConditionalGeneration(LinmuModel, VideoLlama3ForConditionalGeneration):
     config_class = LinmuVideoLlama3Config
     config: LinmuVideoLlama3Config
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pixel_values": ("image_grid_thw", "image_merge_sizes"),
+        "pixel_values_videos": ("video_grid_thw", "video_merge_sizes"),
+    }
 
     def placeholders(self, inputs: Mapping[str, Any]) -> Iterable[Placeholders]:
         for kind, token_id in (("image", self.config.image_token_id), ("video", self.config.video_token_id)):

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _transforms
+from .._dims import autocasts
 from .._traced_layout import TracedGrid
 from ..context_parallel import ContextParallel, SlabLayout
 from ..token_layout import Partition, TokenLayout
@@ -77,7 +78,9 @@ def check_inputs(
     if hidden_states.dim() != 3 or hidden_states.shape[2] != dim:
         raise ValueError(f"{op}: hidden_states must be (B, L, D) with D={dim}, got shape {tuple(hidden_states.shape)}")
     if not hidden_states.is_floating_point():
-        raise TypeError(f"{op}: hidden_states must be of a float dtype, got {hidden_states.dtype}")
+        raise TypeError(
+            f"{op}: hidden_states must be of a float dtype, got {str(hidden_states.dtype).removeprefix('torch.')}"
+        )
     batch, length, _ = hidden_states.shape
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool:
@@ -99,6 +102,25 @@ def check_inputs(
             f"{op}: layout must be for (B, L) = ({batch}, {length}), got ({layout.batch_size}, {layout.length})"
         )
     return layout if layout.has_visual or layout.is_part else None
+
+
+def check_held(op: str, hidden_states: Tensor, projection: nn.Module) -> None:
+    """Where plain weights are there to see, hidden states must be of their dtype and device.
+
+    What holds weights in another way (quantised, offloaded, sharded, wrapped) may cast or move hidden states itself.
+    """
+    if type(projection) is not nn.Linear or "forward" in vars(projection) or projection._forward_pre_hooks:
+        return
+    weight = projection.weight
+    if type(weight) is not nn.Parameter or weight.is_meta:
+        return
+    if hidden_states.device != weight.device:
+        raise ValueError(
+            f"{op}: hidden_states must be on {weight.device}, as the weights are, got {hidden_states.device}"
+        )
+    if hidden_states.dtype != weight.dtype and not autocasts(weight.device):
+        wanted, got = (str(t.dtype).removeprefix("torch.") for t in (weight, hidden_states))
+        raise TypeError(f"{op}: hidden_states must be {wanted}, as the weights are, or under autocast, got {got}")
 
 
 def check_rotary(op: str, rotary: Rotary, hidden_states: Tensor, head_dim: int) -> None:

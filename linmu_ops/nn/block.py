@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -16,6 +18,7 @@ from . import transfer
 from ._inputs import (
     Call,
     Rotary,
+    check_held,
     check_inputs,
     check_rotary,
     number_sequences,
@@ -94,6 +97,12 @@ class Block(nn.Module):
 
     _name: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        """Python names a function by its `__qualname__` where arguments do not fit: the block's, not this class's."""
+        super().__init_subclass__()
+        if "__init__" not in vars(cls):
+            cls.__init__ = _named(cls.__init__, f"{cls.__name__}.__init__")  # type: ignore[method-assign]
+
     @property
     def dim(self) -> int:
         """Model size D."""
@@ -135,7 +144,7 @@ class Block(nn.Module):
         """Mix tokens.
 
         Args:
-            hidden_states: (B, L, D) float.
+            hidden_states: (B, L, D) float, of the weights' dtype, but under autocast.
             layout: where the visual tokens of these L tokens are. None: there are none.
             grid: (T, H, W) with T*H*W = L, instead of a layout. Every token is visual, in t, y, x order.
             position_embeddings: (cos, sin) of these L tokens, each (B or 1, L, R), R <= head size.
@@ -190,6 +199,8 @@ class Block(nn.Module):
         layout = check_inputs(
             self._name, hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.layer_windows
         )
+        if not torch.compiler.is_compiling():
+            check_held(self._name, hidden_states, self._output_projection())
         if position_embeddings is not None:
             check_rotary(self._name, position_embeddings, hidden_states, self.shape.head_dim)
         if state is not None:
@@ -307,6 +318,15 @@ class Block(nn.Module):
             The root mean square of the teacher's output, over all tokens that are not padding.
         """
         raise NotImplementedError
+
+
+def _named(function: Any, name: str) -> Any:
+    """The same function under another name."""
+    made = types.FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, name
+    return functools.wraps(function, assigned=("__module__", "__doc__", "__annotations__"))(made)
 
 
 def root_mean_square(

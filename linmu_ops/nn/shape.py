@@ -8,6 +8,8 @@ from numbers import Integral
 
 from torch import nn
 
+from .._dims import check_flags, check_number, check_size, shown
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -47,25 +49,33 @@ class AttentionShape:
         num_kv_heads: int | None,
         head_dim: int | None,
         *,
+        layer_idx: int,
+        qk_norm: Callable[[int], nn.Module] | None,
         scale: float | None,
-        **facts: object,
+        **flags: bool,
     ) -> AttentionShape:
         """Fill in what is None, and check the rest.
 
         Raises:
-            ValueError: a size does not divide another; `block` names the block in the message.
+            ValueError: a size does not divide another; `block` names the block in the message. TypeError: an argument
+                is of another type.
         """
         sizes = {"dim": dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         for name, given in sizes.items():
             if given is not None and (not isinstance(given, Integral) or given < 1):
-                raise ValueError(f"{block}: {name} must be a positive integer, got {given!r}")
+                raise ValueError(f"{block}: {name} must be a positive integer, got {shown(given)}")
+        check_size(block, "layer_idx", layer_idx, 0)
+        check_flags(block, **flags)
+        if qk_norm is not None and not callable(qk_norm):
+            raise TypeError(f"{block}: qk_norm must be None, or make a norm of a size, got {shown(qk_norm)}")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % kv_heads:
             raise ValueError(f"{block}: num_kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         if head_dim is None and dim % num_heads:
             raise ValueError(f"{block}: num_heads must divide dim={dim} where head_dim is not given, got {num_heads}")
         size = dim // num_heads if head_dim is None else head_dim
-        return cls(dim, num_heads, kv_heads, size, scale=size**-0.5 if scale is None else scale, **facts)  # type: ignore[arg-type]
+        scale = size**-0.5 if scale is None else check_number(block, "scale", scale)
+        return cls(dim, num_heads, kv_heads, size, layer_idx, qk_norm=qk_norm, scale=scale, **flags)
 
     def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         """New linear maps to queries (H P), keys (G P) and values (G P)."""

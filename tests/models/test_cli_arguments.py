@@ -34,6 +34,15 @@ def places(folders, tmp_path_factory):
     (root / "weightless" / "model.safetensors").unlink()
     (root / "latin.toml").write_bytes(b"name = \xe9")
     (root / "half.toml").write_text("name =")
+    (root / "binary").write_bytes(bytes(range(256)) * 20)
+    (root / "nothing").write_bytes(b"")
+    os.mkfifo(root / "pipe")
+    for name, teacher, output in (
+        ("no_teacher", root / "no" / "such", root / "new"), ("file_teacher", root / "file", root / "new"),
+        ("file_output", folders / "teacher", root / "file"),
+    ):  # fmt: skip
+        (root / f"{name}.toml").write_text(f'teacher = "{teacher}"\noutput = "{output}"\n')
+    convert_folder(folders / "teacher", root / "student")
     return {"root": root, "teacher": folders / "teacher", "new": root / "new", "absent": root / "no" / "such" / "x",
             "none": "", **{p.name: p for p in root.iterdir()}}  # fmt: skip
 
@@ -69,7 +78,14 @@ ONE_LINE = [
       for p in ("@absent", "@root", "@file", f"@{BAD}")),
     ("evaluate", "@teacher", "--group", ""), ("evaluate", "@teacher", "--split", "x"),
     ("evaluate", "@teacher", "--device", "x"), ("evaluate", "@teacher", "--group", BAD),
-    *(("distill", p) for p in ("@absent", "@none", "@root", "@latin.toml", "@half.toml", "@file")),
+    *((command, p) for command in ("distill", "plan", "answers")
+      for p in ("@absent", "@none", "@root", "@latin.toml", "@half.toml", "@file", "@binary", "@no_teacher.toml",
+                "@file_teacher.toml", "@file_output.toml")),
+    *(("generate", model, *ASK, option, p) for model in ("@student", "@teacher")
+      for option in ("--load-state", "--save-state") for p in ("@root", "@absent")),
+    *(("generate", "@student", *ASK, "--load-state", p) for p in ("@binary", "@file", "@nothing", "@pipe")),
+    *(("generate", "@teacher", *ASK, "--image", p) for p in ("@binary", "@nothing", "@pipe")),
+    *(("generate", "@teacher", *ASK, "--weights", w) for w in ("x", "")),
 ]  # fmt: skip
 
 

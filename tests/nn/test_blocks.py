@@ -423,14 +423,14 @@ def test_errors():
     layout = TokenLayout.from_grid((1, 2, 3), 2)
     with pytest.raises(ValueError, match=r"MMATE: hidden_states must be \(B, L, D\) with D=12"):
         block(z[..., :5])
-    with pytest.raises(TypeError, match=r"MMATE: hidden_states must be of a float dtype, got torch\.int64"):
+    with pytest.raises(TypeError, match=r"MMATE: hidden_states must be of a float dtype, got int64"):
         block(torch.zeros(2, 5, 12, dtype=torch.long))
     cos = torch.zeros(1, 5, 2)
     for rotary in ((cos, cos[:, :4]), (cos[0], cos), (cos, torch.zeros(1, 5, 99)), (cos.expand(3, 5, 2), cos)):
         with pytest.raises(ValueError, match=r"MMATE: position_embeddings must be cos and sin .* L=5, R <= "):
-            block(torch.zeros(2, 5, 12), position_embeddings=rotary)
+            block(z[:, :5], position_embeddings=rotary)
     with pytest.raises(TypeError, match=r"MMATE: position_embeddings must be a pair, .*, got a Tensor"):
-        block(torch.zeros(2, 5, 12), position_embeddings=cos)
+        block(z[:, :5], position_embeddings=cos)
     for sizes, said in ((("12", 4), "dim .* got '12'"), ((-12, 4), "dim .* got -12"), ((12, 0), "num_heads .* got 0")):
         with pytest.raises(ValueError, match=f"MMATE: {said}".replace(" .*", " must be a positive integer,")):
             MMATE(*sizes)
