@@ -237,7 +237,7 @@ def _refuse_the_rest(attention: nn.Module, used: set[str], reach: int) -> None:
         changes = not isinstance(child, nn.Identity) and (list(child.parameters()) or "norm" in name.lower())
         if name not in allowed and changes:
             refuse(name, "a module", type(child).__name__)
-    for name, value in _windows(attention):
+    for name, value in sliding_windows(attention):
         if isinstance(value, int) and 0 < value < reach:
             raise ValueError(
                 f"{OP}: {kind}.{name} must not be shorter than the block's windows of {reach} tokens, got {value}"
@@ -250,7 +250,7 @@ def _refuse_the_rest(attention: nn.Module, used: set[str], reach: int) -> None:
                 warnings.warn(f"{OP}: {kind}.{name} of {rate} is left out of the block", LinmuWarning, stacklevel=5)
 
 
-def _windows(attention: nn.Module) -> Iterator[tuple[str, Any]]:
+def sliding_windows(attention: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and size of each sliding window that this layer has."""
     config: Any = getattr(attention, "config", None)
     for name in WINDOWS if _slides(attention) else ():

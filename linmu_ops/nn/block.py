@@ -26,6 +26,7 @@ from ._inputs import (
     slab_layout,
     without_padding,
 )
+from ._probe import check_softmax
 from .config import ExactConfig, MMATEConfig
 from .far import FarAttention
 from .near import NearAttention
@@ -288,7 +289,9 @@ class Block(nn.Module):
 
         Raises:
             ValueError: the module has no projection of a known name, or no number of heads; or it has a part that
-                changes its result and that a block has no place for. The message names the part.
+                changes its result and that a block has no place for. The message names the part. Or what a copy of it
+                makes of a few random tokens is not softmax attention of its projections, where it can be called with
+                hidden states alone.
             TypeError: its weights are quantised.
         """
         config = options.get("config") or cls.default_config
@@ -300,6 +303,7 @@ class Block(nn.Module):
         block = cls(**sizes, layer_idx=layer_idx, **options)
         block.to(device=weights["q_weight"].device, dtype=weights["q_weight"].dtype)
         block.load_attention_weights(**weights)
+        check_softmax(attention, weights, block.shape)
         return block
 
     load_attention_weights = transfer.load_attention_weights

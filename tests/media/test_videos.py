@@ -514,3 +514,11 @@ def test_a_path_and_its_bytes_are_the_same(tmp_path):
     (tmp_path / "film").write_bytes(data)
     for source in (tmp_path / "film", str(tmp_path / "film")):
         assert np.array_equal(read_video(source, 8, 2.0).frames, read_video(data, 8, 2.0).frames)
+
+
+def test_videos_of_more_than_60_kinds():
+    """By what they are made of: containers and codecs, display matrices, rates, places of key frames."""
+    kinds = [*(repr(o) for o, _ in CONTAINERS.values()), *map(repr, SEEKING.values()), *map(repr, HELD.items()), *TURNS]
+    assert len(set(kinds)) >= 60
+    assert len({o.get("format", "mp4") for o, _ in CONTAINERS.values()}) >= 15
+    assert len({o.get("codec", "mpeg4") for o, _ in CONTAINERS.values()}) >= 15
