@@ -4,7 +4,7 @@ size where a layer sees all; images and videos of any size. Layers that share ke
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
@@ -22,6 +22,10 @@ class LinmuGemma4Config(Gemma4Config):
 class LinmuGemma4ForConditionalGeneration(LinmuModel, Gemma4ForConditionalGeneration):
     config_class = LinmuGemma4Config
     config: LinmuGemma4Config
+    sizes_of_pixels: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "pixel_values": ("image_position_ids",),
+        "pixel_values_videos": ("video_position_ids",),
+    }
 
     @classmethod
     def layer_facts(cls, config: Any, index: int) -> Mapping[str, bool]:
@@ -42,7 +46,10 @@ class LinmuGemma4ForConditionalGeneration(LinmuModel, Gemma4ForConditionalGenera
             sides = (to_numpy(patches).reshape(-1, patches.shape[-2], 2).max(1) + 1) // vision.pooling_kernel_size
             frames = [1] * len(sides)
             if kind == "video" and self.config.get_text_config(decoder=True).use_bidirectional_attention is None:
-                frames = [int(n) for n in to_numpy(inputs["num_frames_per_video"])]
+                counts = inputs.get("num_frames_per_video")
+                if counts is None:
+                    raise ValueError("linmu: num_frames_per_video must be given with pixel_values_videos, got None")
+                frames = [int(n) for n in to_numpy(counts)]
             units = []
             for count in frames:
                 (w, h), sides = sides[0].tolist(), sides[count:]
