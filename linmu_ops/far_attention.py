@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _registry
-from ._dims import FLOATS, Dims, accumulate_dtype
+from ._dims import FLOATS, Dims, accumulate_dtype, check_number
 from .reference.far_attention import far_attention as reference
 
 SCHEMA = (
@@ -112,7 +112,9 @@ def far_attention(
         raise ValueError(f"far_attention: y must be contiguous, got strides {y.stride()}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *given.values())):
         raise RuntimeError("far_attention: has no gradient; run it under torch.no_grad(), or use ExactMMATE")
-    factor = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    factor = q.shape[3] ** -0.5
+    if softmax_scale is not None:
+        factor = check_number("far_attention", "softmax_scale", softmax_scale)
     state = run(
         y, lse, rest, q, k, v, steps, entered, when, b_map, c_map, scale, rates, z_gate, initial_state, last, factor
     )

@@ -193,6 +193,8 @@ def _layout(attention: nn.Module, name: str) -> str:
 
 
 def _check_norm(kind: str, name: str, norm: Any, size: int) -> None:
+    if any(isinstance(module, nn.ModuleList) for module in norm.modules()):
+        raise ValueError(f"{OP}: {kind}.{name} must be one norm for all heads, got a list of them")
     sizes = {tuple(p.shape) for p in norm.parameters()}
     if sizes - {(size,), (1,), ()}:
         largest = max(map(math.prod, sizes))
@@ -256,7 +258,7 @@ def sliding_windows(attention: nn.Module) -> Iterator[tuple[str, Any]]:
     for name in WINDOWS if _slides(attention) else ():
         yield from ((name, value) for value in _values(attention, name))
     layers = getattr(config, "attention_layers", None)  # GPT-Neo names its windows by layer
-    if layers and layers[getattr(attention, "layer_id", 0)] == "local":
+    if layers and layers[getattr(attention, "layer_id", None) or 0] == "local":
         yield "window_size", config.window_size
 
 

@@ -46,7 +46,10 @@ def check_softmax(attention: nn.Module, weights: Mapping[str, Any], shape: Atten
     expected = [_softmax(weights, x, shape, causal) for causal in (False, True)]
     errors = []
     for tokens in (x, x.transpose(0, 1), x[None]):  # some take (L, B, D), some (B, 1, L, D)
-        out = _made_of(attention, parameters, required, tokens, shape.head_dim)
+        # Some turn a part of a head's channels.
+        sizes = [shape.head_dim // part for part in (1, 2, 4) if shape.head_dim % part == 0]
+        made = (_made_of(attention, parameters, required, tokens, size) for size in sizes)
+        out = next((out for out in made if out is not None), None)
         if out is not None:
             errors.append(min(_distance(out.reshape(x.shape), want) for want in expected))
             if errors[-1] < (0.1 if x.element_size() < 4 else 1e-2 if x.is_cuda else 1e-3):  # a GPU may round to TF32

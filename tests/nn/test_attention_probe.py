@@ -129,7 +129,24 @@ def deformable_detr():
     return theirs.DeformableDetrMultiscaleDeformableAttention(config, num_heads=H, n_points=2)
 
 
+def stable_lm(norms=True):
+    from transformers.models.stablelm.modeling_stablelm import StableLmAttention
+
+    config = hf.StableLmConfig(hidden_size=D, num_attention_heads=H, num_key_value_heads=H, qk_layernorm=norms)
+    config._attn_implementation = "eager"
+    return StableLmAttention(config, layer_idx=0)
+
+
+def stable_lm_of_another_power():
+    attention = stable_lm(norms=False)
+    plain = attention.v_proj.forward
+    attention.v_proj.forward = lambda x: plain(x).square()
+    return attention
+
+
 REFUSED = {
+    "stable_lm": (stable_lm, "StableLmAttention.q_layernorm must be one norm for all heads, got a list of them"),
+    "turns a part": (stable_lm_of_another_power, "StableLmAttention must be softmax attention of its projections"),
     "autoformer": (autoformer, "AutoformerAttention must be softmax attention of its projections"),
     "informer": (informer, "InformerProbSparseAttention must be softmax attention of its projections"),
     "cohere_asr": (cohere_asr, "CohereAsrCrossAttention must attend to its own tokens, .* encoder_hidden_states"),
@@ -150,6 +167,15 @@ def test_of_transformers(name):
     with pytest.raises(ValueError, match=f"^from_attention: .*{words}") as said:
         MMATE.from_attention(attention)
     assert len(str(said.value).splitlines()) == 1
+
+
+def test_a_layer_that_does_not_know_its_number():
+    from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+
+    config = hf.GPTNeoConfig(hidden_size=D, num_heads=H, num_layers=1, attention_types=[[["global"], 1]])
+    config.attention_dropout = config.resid_dropout = 0.0
+    config._attn_implementation = "eager"
+    MMATE.from_attention(GPTNeoSelfAttention(config, "global").eval())
 
 
 def test_rows_of_points():
