@@ -192,7 +192,7 @@ def selective_state_update(
         mine = store[slots]
         y = torch.zeros_like(full["x"])
         y[rows] = _update(
-            mine, **{n: t[rows] if n in per_row else t for n, t in full.items()}, dt_softplus=dt_softplus
+            mine, **{n: _of_rows(t, rows) if n in per_row else t for n, t in full.items()}, dt_softplus=dt_softplus
         )  # fmt: skip
         store[slots] = mine
     return y if with_heads else y[:, 0]
@@ -237,6 +237,12 @@ def _update(
         wide = (new @ c[..., None])[..., 0]
     wide = wide if D is None else wide + x.to(acc) * D.to(acc)
     return (wide if z is None else wide * F.silu(z.to(acc))).to(x.dtype)
+
+
+def _of_rows(t: Tensor, rows: Tensor) -> Tensor:
+    """t[rows], expanded as t is."""
+    expanded = t.shape[-1] > 1 and t.stride(-1) == 0
+    return t[..., :1][rows].expand(-1, *t.shape[1:]) if expanded else t[rows]
 
 
 def _one_value(axis: int, *tensors: Tensor | None) -> bool:

@@ -107,8 +107,8 @@ def read_image(source: Source, max_pixels: int | None = None) -> Clip:
     - 32 bits have no usual range: by that of 8, 16 or 32 bits, the first that holds them all;
     - floats by the range 0 to 1, unless they go far beyond.
 
-    What is transparent is seen on white. Colour profiles are not applied. The bound on the size is 178 megapixels,
-    about 3 GB.
+    What is transparent is seen on white. Colour profiles are not applied. A picture with a side under 28 pixels is
+    enlarged until it has 28. The bound on the size is 178 megapixels, about 3 GB.
 
     Of a damaged TIFF libtiff prints lines to stderr. Pillow has no switch for that, and libtiff's is one for the whole
     process, whose other threads may want them: they stay.

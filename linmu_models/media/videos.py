@@ -147,15 +147,15 @@ class _Film:
         stream, container = self._stream, self._container
         picture, everything = ends.get(stream.index), max(ends.values(), default=None)
         told = None
-        if stream.duration:
-            told = self._seconds((stream.start_time or 0) + stream.duration)
+        matroska, name = "matroska" in container.format.name, container.format.name
+        if stream.duration:  # That of ASF is the time of the end.
+            told = self._seconds((0 if "asf" in name else stream.start_time or 0) + stream.duration)
         elif tag := stream.metadata.get("DURATION"):  # Matroska's; the time of the end
             told = _clock(tag)
-        matroska = "matroska" in container.format.name
         total = None
         if container.duration:
             total = container.duration / 1e6
-            if not matroska and "flv" not in container.format.name:  # There it is the time of the end.
+            if not matroska and "flv" not in name:  # There it is the time of the end.
                 total += (container.start_time or 0) / 1e6
         claimed = told or total
         if claimed is None:
