@@ -50,6 +50,19 @@ def test_what_is_too_new_or_lies_elsewhere_is_told(monkeypatch):
         assert word in found
 
 
+def test_a_wheel_says_the_glibc_of_what_it_holds(tmp_path):
+    data = library("liblinmu_cpu.so").read_bytes()
+    needed = max(version for name, version in check.versions(check.ELFFile(check.io.BytesIO(data))) if name == "GLIBC")
+    for minor, wrong in ((needed[1] - 1, True), (needed[1], False)):
+        file = tmp_path / f"linmu-0.1.0-py3-none-manylinux_2_{minor}_x86_64.whl"
+        with zipfile.ZipFile(file, "w") as wheel:
+            wheel.writestr("linmu_ops/liblinmu_cpu.so", data)
+        assert (
+            any(f"newer than manylinux_2_{minor}" in fault and "GLIBC_" in fault for fault in check.check(file))
+            == wrong
+        )
+
+
 def test_a_wheel_of_no_library_is_for_any_platform(tmp_path):
     for name, wrong in (("linmu-0.1.0-py3-none-any.whl", []), ("linmu-0.1.0-cp311-cp311-linux_x86_64.whl", 1)):
         with zipfile.ZipFile(tmp_path / name, "w") as wheel:

@@ -36,7 +36,8 @@ def build(kind: str) -> Path:
         folder = staged("linmu_cuda", LICENSES)
         library = compiled("x86_64", {"LINMU_BUILD": "cuda", "LINMU_CUDA_ARCHS": CUDA_ARCHS}, "liblinmu_cuda.so")
         shutil.copy(library, folder / "linmu_cuda")
-        return wheel(folder, "linmu_cuda", {}, ["--build-option=--plat-name=manylinux_2_28_x86_64"])
+        # Its CUDA runtime asks for threads, which this system's glibc has had in libc itself since 2.34.
+        return wheel(folder, "linmu_cuda", {}, ["--build-option=--plat-name=manylinux_2_34_x86_64"])
     return wheel(ROOT, "linmu", {"LINMU_BUILD": "cpu", "LINMU_WHEEL": kind})
 
 

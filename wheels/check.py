@@ -1,4 +1,5 @@
-"""What a library must be to load with any Python, any torch from 2.11 on, and any glibc from 2.28 on.
+"""What a library must be to load with any Python, any torch from 2.11 on, and any glibc from 2.28 on, or from the one
+that its wheel is named for.
 
 `python -m wheels.check FILE.whl|FILE.so ...` prints a line for each library, and exits with 1 where one is wrong.
 """
@@ -28,11 +29,14 @@ STANDARD = re.compile(r"_Z(N?K?[RO]?|T[VIST])St\w+")
 PROCESSORS = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
-def faults(data: bytes, wheel: bool = True) -> list[str]:
-    """What is wrong with a library, one line each. One that is for no wheel may be of this system's glibc and C++."""
+def faults(data: bytes, wheel: bool = True, glibc: tuple[int, ...] | None = None) -> list[str]:
+    """What is wrong with a library, one line each. One that is for no wheel may be of this system's glibc and C++.
+
+    glibc: the newest that it may need; None: that of manylinux_2_28.
+    """
     elf = ELFFile(io.BytesIO(data))
     dynamic = next(s for s in elf.iter_sections() if isinstance(s, DynamicSection))
-    found = []
+    newest, found = NEWEST if glibc is None else NEWEST | {"GLIBC": glibc}, []
     for tag in dynamic.iter_tags():
         kind = tag.entry.d_tag
         needed, path = getattr(tag, "needed", ""), getattr(tag, "rpath", None) or getattr(tag, "runpath", "")
@@ -41,9 +45,9 @@ def faults(data: bytes, wheel: bool = True) -> list[str]:
         if wheel and kind in ("DT_RPATH", "DT_RUNPATH") and path != "$ORIGIN/../torch/lib":
             found.append(f"it looks for libraries in {path}")
     for name, version in versions(elf):
-        newest = NEWEST.get(name)
-        if wheel and (newest is None or version > newest):
-            found.append(f"it needs {name}_{'.'.join(map(str, version))}, newer than manylinux_2_28")
+        if wheel and (name not in newest or version > newest[name]):
+            platform = "manylinux_" + "_".join(map(str, newest["GLIBC"]))
+            found.append(f"it needs {name}_{'.'.join(map(str, version))}, newer than {platform}")
     for symbol in unversioned(elf):
         if not STABLE.fullmatch(symbol) and (wheel or not STANDARD.fullmatch(symbol)):
             found.append(f"it needs the symbol {symbol}")
@@ -88,11 +92,13 @@ def libraries(file: Path) -> Iterator[tuple[str, bytes]]:
 def check(file: Path) -> list[str]:
     """The faults of all libraries of a wheel, or of a library; and of a wheel's name."""
     found, held = [], []
+    platform = re.search(r"-py3-none-manylinux_(2)_(\d+)_(\w+)$", file.stem)
+    glibc = (int(platform[1]), int(platform[2])) if platform else None
     for name, data in libraries(file):
         held.append(name)
         processor = PROCESSORS.get(ELFFile(io.BytesIO(data))["e_machine"])
-        found += [f"{name}: {fault}" for fault in faults(data)]
-        if file.suffix == ".whl" and not file.stem.endswith(f"-py3-none-manylinux_2_28_{processor}"):
+        found += [f"{name}: {fault}" for fault in faults(data, glibc=glibc)]
+        if file.suffix == ".whl" and (platform is None or platform[3] != processor):
             found.append(f"{name} is for {processor}")
     if file.suffix == ".whl" and not held and not file.stem.endswith("-py3-none-any"):
         found.append("it holds no library")
