@@ -131,7 +131,8 @@ def call(op: str, **inputs: Any) -> Any:
     state = [inputs[name] for name in written(op) if inputs.get(name) is not None]
     if not state:
         return out
-    return (*out, *state) if isinstance(out, tuple) else (out, *state)
+    outputs = out if isinstance(out, tuple) else (out,)
+    return (*(t for t in outputs if t is not None), *state)
 
 
 def by(impl: str, op: str, tensors: Tensors, options: dict[str, Any]) -> Callable[..., Any]:
