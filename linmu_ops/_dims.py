@@ -47,7 +47,7 @@ def check_number(op: str, name: str, value: Any) -> float:
     if not isinstance(value, (float, int, Real, torch.SymFloat, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {shown(value)}")
     number = float(value)
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"{op}: {name} must be finite, got {number}")
     return number
 

@@ -95,7 +95,12 @@ def test_tiny(op):
     assert op in report.table(rows)
 
 
-COMPILED = [pytest.param(o, marks=() if o == "branch_mix_norm" else pytest.mark.sweep) for o in _registry.OPS]
+# The peer of far_attention is another op of ours, which no compiler makes faster.
+COMPILED = [
+    pytest.param(o, marks=() if o == "branch_mix_norm" else pytest.mark.sweep)
+    for o in _registry.OPS
+    if o != "far_attention"
+]
 
 
 @pytest.mark.parametrize("op", COMPILED)

@@ -157,9 +157,13 @@ def test_threads_and_a_fork(name):
     for t in threads:
         t.join()
     reader, writer = multiprocessing.get_context("fork").Pipe()
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: writer.send(b(h, grid=(1, 3, 4)).detach().numpy())
-    )
+
+    def work():
+        # OpenMP's threads do not outlive a fork, and PyTorch would wait for them; its own data workers do this too.
+        torch.set_num_threads(1)
+        writer.send(b(h, grid=(1, 3, 4)).detach().numpy())
+
+    process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     assert reader.poll(60)
     found.append(torch.from_numpy(reader.recv()))
