@@ -20,6 +20,8 @@ _FORMATS = (
     "apng,webp,mxf,gxf,rm,wtv,dv,yuv4mpegpipe,mjpeg,smjpeg,vc1,dirac,dnxhd,cavsvideo,avs2,avs3,smk,bink,swf,roq,flic,"
     "nsv,nuv,vivo,mp3,wav,w64,flac,aac,loas,amr,aiff,au,ac3,eac3,dts,ape,wv,tta,caf,mpc,mpc8,oma"
 )
+# Containers whose durations are the time of the end, not what lies between beginning and end.
+_LENGTH_IS_END = ("matroska", "flv", "asf")
 # Containers tell a duration that is a little off; a video that ends earlier than this share of it is cut short.
 _SLACK = 0.05
 # Seconds without a known key frame after which one is looked for. Each search that is in vain makes them more.
@@ -147,15 +149,16 @@ class _Film:
         stream, container = self._stream, self._container
         picture, everything = ends.get(stream.index), max(ends.values(), default=None)
         told = None
-        matroska, name = "matroska" in container.format.name, container.format.name
-        if stream.duration:  # That of ASF is the time of the end.
-            told = self._seconds((0 if "asf" in name else stream.start_time or 0) + stream.duration)
+        name = container.format.name
+        matroska, by_end = "matroska" in name, any(kind in name for kind in _LENGTH_IS_END)
+        if stream.duration:
+            told = self._seconds((0 if by_end else stream.start_time or 0) + stream.duration)
         elif tag := stream.metadata.get("DURATION"):  # Matroska's; the time of the end
             told = _clock(tag)
         total = None
         if container.duration:
             total = container.duration / 1e6
-            if not matroska and "flv" not in name:  # There it is the time of the end.
+            if not by_end:
                 total += (container.start_time or 0) / 1e6
         claimed = told or total
         if claimed is None:
