@@ -103,6 +103,7 @@ def evaluate(
     seed: int = 0,
     *,
     split: str = "val",
+    first: int = 0,
     batch_size: int = 64,
     use_cache: bool = True,
     **options: Any,
@@ -112,6 +113,7 @@ def evaluate(
     Args:
         model: any model with `.generate` and a config laid out as Qwen2.5-VL's; a converted student as well.
         split: see `linmu_distill.data.generate`.
+        first: so many samples before them are passed over: to ask in parts.
         batch_size: the most samples at once; long videos are batched less.
         use_cache: False makes `generate` run the whole sequence for each token, to check a student's cache.
         options: passed to the group's generator.
@@ -122,7 +124,7 @@ def evaluate(
     if not hasattr(model, "generate"):
         raise TypeError(f"evaluate: model must be a transformers model that generates, got {type(model).__name__}")
     processor = Processor.from_config(model.config, tokenizer)
-    samples = generate(group, n, seed, split, **options)
+    samples = generate(group, first + n, seed, split, **options)[first:]
     limit = 1 + max(len(tokenizer.encode(sample.turns[0][1], add_special_tokens=False)) for sample in samples)
     visual = max(sample.cells.size for sample in samples)
     step = max(1, min(batch_size, _VISUAL_TOKENS_A_BATCH // visual))

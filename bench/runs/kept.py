@@ -28,6 +28,7 @@ from linmu_ops._tables import markdown
 from linmu_ops.nn import exact
 
 from ..provenance import where
+from .sheet import between, check_named, write_sheet
 from .table import Results
 
 FRAMES = (10, 16, 32, 64, 128, 256)
@@ -132,7 +133,7 @@ def write_page(samples: int, results: Results, folder: Path) -> Path:
         if right is None:
             return "-"
         low, high = wilson_interval(right, samples)
-        return f"{right} ({low:.0%}-{high:.0%})"
+        return f"{right} ({between(low, high)})"
 
     rows = [[name, about[name], *(cell(found.get((name, frames))) for frames in lengths)] for name in named]
     parts = [
@@ -143,10 +144,7 @@ def write_page(samples: int, results: Results, folder: Path) -> Path:
         markdown(["row", "what", *(f"{frames} frames" for frames in lengths)], rows), "",
         "Made by `python -m bench.runs.kept`.", "",
     ]  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "kept.md"
-    path.write_text("\n".join(parts))
-    return path
+    return write_sheet(folder, "kept.md", parts)
 
 
 def main(
@@ -155,10 +153,8 @@ def main(
     frames: Annotated[list[int] | None, typer.Option(help="Lengths to measure; all of them if none is named.")] = None,
 ) -> None:
     """Needles by what is near, kept and far, untrained."""
-    for name, given, known in (("--row", row, ROWS), ("--frames", frames, FRAMES)):
-        names = [str(k) for k in known]
-        if unknown := [str(g) for g in given or () if str(g) not in names]:
-            raise typer.BadParameter(f"{name} must be among {', '.join(names)}, got {', '.join(unknown)}")
+    check_named("row", row, ROWS)
+    check_named("frames", frames, FRAMES)
     results = Results(Path("bench/results/ablations/kept.jsonl"))
     print(run(samples, row or list(ROWS), frames or list(FRAMES), results, Path("bench/reports")))
 

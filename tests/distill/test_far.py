@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 import typer
 from small_run import run_values, save_teacher
 from typer.testing import CliRunner
 
 from bench.runs import far
+from bench.runs.far_page import NEAR_KEPT, ZERO, ratio
 from bench.runs.table import Results
 from linmu_distill.config import parse_config
-from linmu_distill.evaluation import Result
+from linmu_distill.evaluation import Result, evaluate
 from linmu_distill.limited import EQUAL_MEMORY
 from linmu_distill.student import exact_alone
 
@@ -39,8 +42,9 @@ def test_rows_are_asked_once_and_told(config, tmp_path, monkeypatch):
     asked, calls = far.questions(["needles"], [2, 3], [1, 4]), []
     results = Results(tmp_path / "far.jsonl")
 
-    def evaluate(model, tokenizer, group, n, seed, *, split, **options):
+    def evaluate(model, tokenizer, group, n, seed, *, split, first, **options):
         calls.append((model, split))
+        assert first == 0
         alone = isinstance(model, far.linmu_models.modeling.LinmuModel)
         return Result(
             group, split, n, n - alone, 0.1, (True,) * (n - alone) + (False,) * alone, {}, (0.0, 1.0, 0.5, 0.6)
@@ -52,22 +56,25 @@ def test_rows_are_asked_once_and_told(config, tmp_path, monkeypatch):
         for line in far.missing(models, list(far.ROWS), asked, 4, 2, "val", results):
             results.append(line)
     lines = [json.loads(line) for line in (tmp_path / "far.jsonl").read_text().splitlines()]
-    assert len(lines) == len(calls) == 4 * (2 + 3 * 2)  # two rows of the teacher, three of students with two seeds
+    # Two rows of the teacher and windows alone with one seed, two of students with two.
+    assert len(lines) == len(calls) == 4 * (3 + 2 * 2)
     assert len({id(model) for model, _ in calls}) >= 3 and {split for _, split in calls} == {"val"}
-    text = far.write_page(results, tmp_path, 4, "val").read_text()
+    text = far.write_page(results, tmp_path).read_text()
     assert "| teacher | 100% (51%-100%) | 100% (51%-100%) |" in text
-    assert text.count(", 2 seeds)") == 12 and "| needles, 4 keys, 3 frames | zero steps | 2 of 2 |" in text
+    shares = [line for line in text.splitlines() if line.startswith("| zero steps | 75%") and "2 seeds" in line]
+    assert len(shares) == 2 and all(line.count(", 2 seeds)") == 2 for line in shares)
+    assert "| zero steps | +0.0" in text and "| needles, 4 keys, 3 frames | zero steps | 2 of 2 |" in text
     assert "1 key:" in text and "4 keys:" in text and "val" in text
 
 
 def test_each_row_is_what_it_says(config):
     models = far.Models(config, [])
     student, blocks = models._start(0)
-    for row in ("windows alone", "near + kept", far.ZERO):
+    for row in ("windows alone", "near + kept", ZERO):
         model, context = models.of(row, 0)
         with context:
             assert model is student
-            assert all((block.share.bias == -1e4).all() == (row != far.ZERO) for block in blocks)
+            assert all((block.share.bias == -1e4).all() == (row != ZERO) for block in blocks)
             assert all(block.windows.sizes.kept == (0 if row == "windows alone" else 4) for block in blocks)
     model, context = models.of(EQUAL_MEMORY, 0)
     with context:
@@ -76,13 +83,92 @@ def test_each_row_is_what_it_says(config):
     assert models._start(1)[0] is not student
 
 
-def test_what_cannot_be_asked_is_said():
+def test_parts_are_asked_of_all_rows_in_turn_and_make_one_whole(config, tmp_path, monkeypatch):
+    """More questions go on after those there are; of long videos fewer are asked; parts give what one call gives."""
+    monkeypatch.setattr(far, "PART", 3)
+    monkeypatch.setattr(far, "FULL", 4)
+    asked, rows = far.questions(["needle"], [2, 8], []), [far.TEACHER, NEAR_KEPT]
+    results, models = Results(tmp_path / "far.jsonl"), far.Models(config, [])
+    order = []
+    for samples in (3, 8):
+        for line in far.missing(models, rows, asked, samples, 1, "test", results):
+            results.append(line)
+            order.append((line["row"], line["options"]["frames"][0], line["first"], line["samples"]))
+    spans = [(2, 0, 3), (8, 0, 1), (2, 3, 3), (8, 1, 2), (2, 6, 2), (8, 3, 1)]
+    assert order == [(row, *span) for span in spans for row in rows]
+    model, context = models.of(NEAR_KEPT, 0)
+    with context:
+        whole = [evaluate(model, models.tokenizer, "needle", 8, 2024, split="test", frames=[2, 2])]
+        whole += [evaluate(model, models.tokenizer, "needle", 4, 2024, split="test", frames=[8, 8])]
+    for frames, one in zip((2, 8), whole, strict=True):
+        parts = [
+            line
+            for line in results.read().values()
+            if line["row"] == NEAR_KEPT and line["options"]["frames"][0] == frames
+        ]
+        assert "".join(line["right"] for line in parts) == "".join(str(int(hit)) for hit in one.hits)
+    text = far.write_page(results, tmp_path).read_text()
+    assert "| row | 2 frames (n = 8) | 8 frames (n = 4) |" in text and "split `test`" in text
+
+
+def test_a_tower_sees_the_same_numbers_once():
+    seen = []
+
+    class Tower(torch.nn.Linear):
+        def forward(self, numbers, grid=None):
+            seen.append(numbers)
+            return super().forward(numbers)
+
+    tower = Tower(3, 2)
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    with torch.no_grad(), far.remembered(tower):
+        first = tower(a, grid=torch.tensor([4]))
+        again = tower(a.clone(), grid=torch.tensor([4]))
+        assert torch.equal(again, first) and again is not first and len(seen) == 1
+        assert torch.allclose(tower(b, grid=torch.tensor([4])), b @ tower.weight.T + tower.bias) and len(seen) == 2
+        tower(a, grid=torch.tensor([2, 2]))
+        assert len(seen) == 3
+    tower(a)
+    assert len(seen) == 4
+
+
+def test_a_ratio_is_paired_with_the_teachers_answers():
+    theirs = np.array([[1.0] * 90 + [0.0] * 10])
+    same = ratio(theirs, theirs)
+    assert same[0] == 1 and 0.95 < same[1] < 1 < same[2] < 1.05  # never without doubt
+    fewer = theirs.copy()
+    fewer[0, :9] = 0
+    mean, low, high = ratio(np.concatenate([theirs, fewer]), theirs)
+    assert mean == pytest.approx(0.95) and low < 0.95 < high
+    independent = ratio(theirs[:, ::-1], theirs)
+    assert independent[0] == 1 and independent[2] - independent[1] > 2 * (same[2] - same[1])
+    assert ratio(theirs, 0 * theirs) is None
+
+
+def test_a_trained_row_is_told_by_seed_and_beside_near_and_kept(tmp_path):
+    results = Results(tmp_path / "far.jsonl")
+    facts = {"key": "", "group": "needle", "options": {"frames": [64, 64]}, "split": "test", "by_depth": [[1, 2]] * 4,
+             "samples": 4, "commit": "abc", "device": "a CPU", "isa": "avx2"}  # fmt: skip
+    for row, seed, right in ((far.TEACHER, 0, "11111111"), (far.TRAINED, 0, "11110000"), (far.TRAINED, 1, "11111111"),
+                             (NEAR_KEPT, 0, "1100"), (NEAR_KEPT, 1, "1111")):  # fmt: skip
+        for first in range(0, len(right), 4):
+            line = {**facts, "row": row, "seed": seed, "first": first, "right": right[first : first + 4]}
+            results.append({**line, "key": f"{seed} {first}"})
+    text = far.write_page(results, tmp_path).read_text()
+    assert "| trained, seed 0 | 50% (" in text and "| trained, seed 1 | 100% (" in text
+    assert "| near + kept | 75% (" in text and ", 2 seeds, n = 4) |" in text
+    assert "| trained | +25.0 (" in text  # of the four questions that both were asked
+    assert "at abc, on a CPU, avx2." in text
+
+
+def test_what_cannot_be_asked_is_said(tmp_path):
     app = typer.Typer()
     app.command()(far.main)
     for wrong, line in (
         (["--row", "x"], "--row must be among"),
-        (["--group", "read"], "--group must be among"),
+        (["--group", "x"], "--group must be among"),
         (["--split", "train"], "--split must be among val"),
+        (["--run", str(tmp_path)], "--run must be the folder of a finished run"),
         (["--frames", "2", "--keys", "9", "--group", "needles"], "keys must be at most 8 in 2 frames"),
     ):
         done = CliRunner().invoke(app, wrong)
