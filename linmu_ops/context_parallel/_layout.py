@@ -93,6 +93,21 @@ class SlabLayout:
         """causal: no token needs a later one."""
         return self._cached((windows, causal, device), lambda: self._neighbourhood(windows, causal, device))
 
+    def whole(self, t: Tensor) -> Tensor:
+        """(B, L): of whole rows, a mask or numbers of which each rank has (B, n). Ranks tell each other once."""
+        wide = t.to(torch.uint8) if t.dtype == torch.bool else t
+        # With the tensor, of which another may have the same id later.
+        return self._cached(("whole", id(t)), lambda: (t, self.context.unshard(wide).to(t.dtype)))[1]
+
+    def numbers(self, seq_idx: Tensor, mask: Tensor | None) -> Tensor:
+        """`context.number` of these. Ranks tell each other once."""
+        key = ("numbers", id(seq_idx), id(mask))
+        return self._cached(key, lambda: (seq_idx, mask, self.context.number(seq_idx, mask)))[2]
+
+    def kept(self, key: Any, make: Any) -> Any:
+        """What `make()` gives, made once for all layers that ask for this key."""
+        return self._cached(key, make)
+
     def _cached(self, key: Any, make: Any) -> Any:
         if key not in self._cache:
             self._cache[key] = make()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class Call(NamedTuple):
         keep: whether the state after these tokens is wanted.
         seq_idx: (B, L) int32, the number of a token's sequence, 0, 1, ...; None where each row is one.
         context: how rows are split, of which these are slabs; None where they are whole. `layout` is the slab's too.
+        borders: what an `ExactMMATE` gets from other ranks, where rows are split.
     """
 
     layout: TokenLayout | None
@@ -46,6 +47,7 @@ class Call(NamedTuple):
     keep: bool
     seq_idx: Tensor | None
     context: ContextParallel | None = None
+    borders: Any = None
 
 
 def slab_layout(
@@ -54,13 +56,15 @@ def slab_layout(
     hidden_states: Tensor,
     layout: TokenLayout | SlabLayout | None,
     grid: Sequence[int] | None,
-) -> SlabLayout | None:
+) -> SlabLayout:
     """The slab's part of a layout of whole rows, or of a grid that is one."""
     context.check(op, "hidden_states", hidden_states)
     if layout is not None and grid is not None:
         raise ValueError(f"{op}: layout must be None where grid is given, got both")
     if grid is not None:
         layout = TokenLayout.from_grid(grid, hidden_states.shape[0])
+    if layout is None:
+        layout = TokenLayout([], [], hidden_states.shape[0], context.length)
     return SlabLayout(context, layout) if isinstance(layout, TokenLayout) else layout
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._dims import accumulate_dtype
-from ..context_parallel import ContextParallel
+from ..context_parallel import ContextParallel, SlabLayout
 from ..token_layout import TokenLayout
 from . import transfer
 from ._inputs import (
@@ -160,7 +160,8 @@ class Block(nn.Module):
                 last sequence.
             context: how rows are split over ranks. The tensors are then this rank's slab of them, and so is out; the
                 layout, or grid, and the state are of whole rows, the same on all ranks. A `SlabLayout` is shared by
-                layers. `MMATE` alone; with a text_window without a state. See `linmu_ops.context_parallel`.
+                layers. Without a state; in `MMATE`, with one where there is no text_window. See
+                `linmu_ops.context_parallel`.
 
         Returns:
             out: (B, L, D). With return_state: (out, state); state is the given one if that was updated in place.
@@ -193,10 +194,11 @@ class Block(nn.Module):
         seq_idx: Tensor | None,
         context: ContextParallel | None = None,
     ) -> Call:
+        slab = None
         if context is not None:
             self._check_context(state is not None or return_state)
-            layout = slab_layout(self._name, context, hidden_states, layout, grid)  # type: ignore[assignment]
-            grid = None
+            slab, grid = slab_layout(self._name, context, hidden_states, layout, grid), None
+            layout = slab  # type: ignore[assignment]  # has what is read of one
         layout = check_inputs(
             self._name, hidden_states, self.dim, layout, grid, attention_mask, self.layer_idx, self.layer_windows
         )
@@ -209,10 +211,13 @@ class Block(nn.Module):
         if layout is not None and layout.is_part:
             self._check_part(layout, state, hidden_states.device)
         numbers = number_sequences(self._name, seq_idx, hidden_states, attention_mask, layout, state)
-        if context is not None and seq_idx is not None:
-            numbers = context.number(seq_idx, attention_mask)
         keep = return_state or state is not None
-        return Call(layout, position_embeddings, attention_mask, state, keep, numbers, context)
+        call = Call(layout, position_embeddings, attention_mask, state, keep, numbers, context)
+        return call if slab is None else self._split(call, slab, seq_idx)
+
+    def _split(self, call: Call, slab: SlabLayout, seq_idx: Tensor | None) -> Call:
+        """The call of a slab of rows that are split over ranks; seq_idx as it was given."""
+        return call if seq_idx is None else call._replace(seq_idx=slab.numbers(seq_idx, call.mask))
 
     def _check_part(self, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         """Raise ValueError where this block cannot go on within, or stop within, an image or video."""

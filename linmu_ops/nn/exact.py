@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from .. import _transforms
 from .._dims import accumulate_dtype
 from .._registry import serves
+from ..context_parallel import SlabLayout
 from ..exact_step import run as exact_step
 from ..token_layout import TokenLayout
 from ._inputs import Call, logistic, without_padding
 from .block import Block, root_mean_square
+from .borders import Borders
 from .config import EXACT, ExactConfig
 from .far import FarAttention
 from .near import Near, NearAttention
@@ -53,6 +55,11 @@ class ExactMMATE(Block):
     gives, to rounding. After a cut the state also holds the slab's tokens so far, no more than a slab. A video whose
     rest does not come in the next call ends there. Without `causal_windows` tokens see later ones: then a video may be
     cut where the windows of every layer end, and an image nowhere.
+
+    Where rows are split over processes (`context`), a rank gets what such a call would find in its state. It sends each
+    later rank the keys and values of the tokens before its border that are in a state, of those since the slab began
+    that the border cuts, and of the `kept_tokens` best of all that it has; and to all ranks B H ((P + 1) N + 1) numbers
+    of what is far. This does not grow with the length of the row.
 
     `Block` explains arguments and call, `ExactConfig` the options.
 
@@ -109,11 +116,25 @@ class ExactMMATE(Block):
     def _check_part(self, layout: TokenLayout, state: MMATEState | None, device: torch.device) -> None:
         self.windows.check_part(self._name, layout, state, device)
 
+    def _check_context(self, has_state: bool) -> None:
+        if has_state:
+            raise ValueError("ExactMMATE: state must be None, and not asked for, with a context, got one")
+
+    def _split(self, call: Call, slab: SlabLayout, seq_idx: Tensor | None) -> Call:
+        call = super()._split(call, slab, seq_idx)
+        borders = Borders.of(slab, self.layer_windows, self.windows.sizes, call.mask, call.seq_idx)
+        if not self.shape.causal_windows:
+            borders.refuse_cuts(self._name)
+        layout = borders.layout
+        return call._replace(layout=layout if layout.has_visual or layout.is_part else None, borders=borders)
+
     def _mix(self, hidden_states: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
         return self.scan(lambda: self._attend(hidden_states, call))
 
     def _attend(self, z: Tensor, call: Call) -> tuple[Tensor, MMATEState]:
         state = call.state
+        if call.borders is not None:
+            return self._attend_split(z, call, call.borders), MMATEState()
         if not z.shape[1]:
             empty = z.new_zeros(*z.shape[:2], self.shape.num_heads * self.shape.head_dim)
             return self.o_proj(empty), self.init_state(z.shape[0], dtype=z.dtype) if state is None else state
@@ -145,6 +166,27 @@ class ExactMMATE(Block):
                 ssm = self.scan.enter(ssm, past.keys, past.values, past.steps, entered, past.entered)
             new = new._replace(ssm=ssm)
         return self._joined(z, near, far), new
+
+    def _attend_split(self, z: Tensor, call: Call, borders: Borders) -> Tensor:
+        """A slab of rows that are split over ranks. Each of these makes the same collective calls."""
+        q, k, v = self.windows.project(z)
+        turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
+        steps = self.scan.step_sizes(z, call.mask)
+        state, nothing = borders.state(keys, v, steps)
+        call = call._replace(state=state)
+        past = past_of(self.windows.sizes, keys, v, steps, call) if z.shape[1] else None
+        entering, nothing = borders.far(self.scan, past, steps, nothing)
+        if past is None:
+            return self.o_proj(z.new_zeros(*z.shape[:2], q.shape[2] * q.shape[3]) + nothing.to(z.dtype))
+        near = self.windows(q, k, v, turned, past, call)
+        near = near._replace(y=near.y + nothing.to(near.y.dtype))
+        if _none(near.far):
+            return self._joined(z, near, None)
+        ssm = None if state is None else entering
+        if _far_in_one_call(turned, past, ssm):
+            y, _ = self.scan.join(z, turned, past, near, self.share(z), ssm, None)
+            return self.o_proj(y.flatten(2))
+        return self._joined(z, near, self.scan.read(z, turned, past, near.when, ssm))
 
     def _is_few(self, z: Tensor) -> bool:
         """Whether so many tokens, the first of their row, are too few for one to be far."""

@@ -151,6 +151,13 @@ class FarAttention(Decaying):
         never = (past.entered == steps)[..., None]
         order = torch.where(never[..., 0], 2 * steps + 4, 2 * past.entered + 2)
         order = torch.cat((order, (2 * when + 1)[:, None].expand(-1, groups, -1)), dim=2)
+        numbers = None
+        if past.numbers is not None:
+            # The state is that of the first sequence, which is so visited first.
+            own = past.numbers
+            numbers = torch.cat((own[:, :1].expand(-1, past.before), own, _of_tokens(own, past)), dim=1)
+            order = order * (own.shape[1] + 2) + numbers[:, None].clamp(min=-1) + 1
+            numbers = numbers.int()[:, None].expand(-1, groups, -1).flatten(0, 1)
         order = order.argsort(dim=2, stable=True).int().flatten(0, 1)
         keys = past.keys.masked_fill(never.transpose(1, 2), 0)
         values = past.values.masked_fill(never.transpose(1, 2), 0)
@@ -161,10 +168,6 @@ class FarAttention(Decaying):
         dt = F.pad(dt, (0, 0, 0, length))
         C = C.unflatten(2, (groups, heads // groups)).transpose(1, 2).flatten(0, 1)
         C = F.pad(C, (0, 0, 0, 0, total, 0))
-        numbers = None
-        if past.numbers is not None:
-            numbers = torch.cat((past.numbers, _of_tokens(past.numbers, past)), dim=1).int()
-            numbers = numbers[:, None].expand(-1, groups, -1).flatten(0, 1)
         if ssm is not None:
             ssm = (ssm.unflatten(1, (groups, heads // groups)) * rates[:, 0, :, None, None]).flatten(0, 1)
         y, log_total = ssd_scan(
@@ -187,6 +190,13 @@ class FarAttention(Decaying):
     ) -> Tensor:
         """The state after the tokens of `enters` (B, G, n) bool entered it; keys and values (B, n, G, P), steps
         (B, n, G, H / G). entered (B, G, n): at which step each does; in order if None."""
+        decay, new = self.entering(keys, values, steps, enters, entered)
+        return new if ssm is None else ssm * decay[..., None, None] + new
+
+    def entering(
+        self, keys: Tensor, values: Tensor, steps: Tensor, enters: Tensor, entered: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `enter` does to a state: it decays it by (B, H), and adds (B, H, P + 1, N)."""
         acc = steps.dtype
         outside = ~enters.transpose(1, 2)[..., None]
         keys, values, dt = (t.masked_fill(outside, 0) for t in (keys, values, steps))
@@ -205,8 +215,7 @@ class FarAttention(Decaying):
         weighted = (weight[..., None] * x[..., None, :]).flatten(3)  # (B, G, n, H / G (P + 8))
         with without_autocast(keys.device):
             new = weighted.mT @ self._features(keys).to(acc).transpose(1, 2)
-        new = new.unflatten(2, (dt.shape[3], -1)).flatten(1, 2)
-        return new if ssm is None else ssm * (-end).exp().transpose(2, 3).flatten(1, 2)[..., None] + new
+        return (-end).exp().flatten(1), new.unflatten(2, (dt.shape[3], -1)).flatten(1, 2)
 
 
 def _mapped(t: Tensor, weight: Tensor) -> Tensor:

@@ -122,10 +122,10 @@ class Past(NamedTuple):
 
     def far(self, when: Tensor, kept: int) -> Tensor:
         """How many tokens of its sequence are far from each token, which reads after the steps `when`; (B, L)."""
-        first = self.base.clamp(min=0)
-        base = first if self.back is None else take(first, self.back)
-        left = self.left.gather(1, when) - torch.where(base > 0, self.left.gather(1, base), 0)
-        return (left - kept).clamp(min=0)
+        base, start = (t if self.back is None else take(t, self.back) for t in (self.base, self.start))
+        # What a state has of the row's first sequence counts for that one alone.
+        before = self.left.gather(1, base.clamp(min=0)).masked_fill(start <= 0, 0)
+        return (self.left.gather(1, when) - before - kept).clamp(min=0)
 
 
 def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Call) -> Past:
@@ -139,10 +139,11 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
     if call.layout is not None:
         text = ~call.layout.visual_mask(device)
     back, order, held, mask, seq_idx = None, None, 0, call.mask, call.seq_idx
+    of_slab = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # tokens that a row has of it
     if state is not None and state.slab_tokens is not None:
         # What came since the slab began, once more.
         assert state.slab_keys is not None and state.slab_values is not None and state.slab_steps is not None
-        held = state.slab_tokens.shape[1]
+        held, of_slab = state.slab_tokens.shape[1], (state.slab_tokens > -2).sum(1, keepdim=True)
         mask = torch.cat((state.slab_tokens > -2, torch.ones_like(text) if mask is None else mask), dim=1)
         text = torch.cat((state.slab_tokens == -1, text), dim=1)
         keys, values, steps = (
@@ -155,7 +156,11 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
     if mask is not None:
         order = real_tokens_first(mask)
         keys, values, steps, text = (take(t, order) for t in (keys, values, steps, text))
-        seq_idx = None if seq_idx is None else take(seq_idx, order)
+        if seq_idx is not None:
+            # The slab's are of the sequence of what follows it.
+            seq_idx = take(F.pad(seq_idx, (held, 0)), order)
+            after = seq_idx.gather(1, of_slab.clamp(max=max(length - 1, 0)))
+            seq_idx = torch.where(place < of_slab, after, seq_idx)
         back, real = order.argsort(1)[:, held:], mask.sum(1)
     before = ring = 0
     seen, there = real.new_zeros(batch), None
@@ -173,21 +178,23 @@ def past_of(sizes: Sizes, keys: Tensor, values: Tensor, steps: Tensor, call: Cal
         )
         old = F.pad(_in_order(state.steps, seen, sizes, 0), (0, 0, 0, 0, sizes.sinks, 0))
         steps = torch.cat((old, steps), dim=1)
-    if seq_idx is None:
-        start = -seen[:, None].expand(-1, length)
-    else:
+    start = -seen[:, None].expand(-1, length)
+    goes_on = torch.ones_like(start, dtype=torch.bool)  # the sequence of the state
+    if seq_idx is not None:
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        start = torch.where(begins, place, 0).cummax(1).values
+        goes_on = begins.cumsum(1) == 0
+        start = torch.where(goes_on, start, torch.where(begins, place, 0).cummax(1).values)
     done, leave = sizes.read_by_text(seen), sizes.leave
     # Of the ring and the call: which places end a step, in which step they leave.
     places = torch.arange(-ring, length, device=device)
     index = places - torch.cat((start[:, :1].expand(-1, ring), start), dim=1)
-    exists = (places < real[:, None]) & (index >= (done * leave)[:, None])
+    gone = torch.where(torch.cat((goes_on.new_ones(batch, ring), goes_on), dim=1), (done * leave)[:, None], 0)
+    exists = (places < real[:, None]) & (index >= gone)
     ends = exists & ((index + 1) % leave == 0)
     earlier = ends.cumsum(1) - ends.long()
     base = -done[:, None].expand(-1, length)
     if seq_idx is not None:
-        base = earlier.gather(1, start)
+        base = torch.where(goes_on, base, earlier.gather(1, ring + start.clamp(min=0)))
     # A length that is a symbol: a graph may not ask for a single step. Those that are not there change nothing.
     many = (ring + length) // leave + 2 * torch.compiler.is_exporting()
     end = torch.zeros_like(ends[:, :1], dtype=torch.int64).expand(-1, many + 1)

@@ -104,12 +104,16 @@ def test_a_state_goes_on_over_split_rows(gang):
     check(gang, "default", "continued", 2, LENGTHS[4])
 
 
+CUT = [5, 6, 7, 8, 9, 10, 12, 13]
+
+
 def refusals(group):
     context = ContextParallel(group, 24)
     z = torch.randn(1, 12, DIM)
     texts = []
     for block, options in (
-        (ExactMMATE(DIM, HEADS, GROUPS), {}),
+        (ExactMMATE(DIM, HEADS, GROUPS), dict(return_state=True)),
+        (ExactMMATE(DIM, HEADS, GROUPS, causal_windows=False), dict(layout=layout_of([[((2, 2, 2), CUT)]], 24))),
         (build(SPLIT["text_window"], dtype=torch.float32), dict(return_state=True)),
         (build(SPLIT["default"], dtype=torch.float32), dict(layout=layout_of([[]], 12))),
         (build(SPLIT["default"], dtype=torch.float32), dict(grid=(2, 3, 2))),
@@ -132,20 +136,22 @@ def refusals(group):
 def test_what_is_not_split_says_so(gang):
     derivatives = "MMATE: context must be None under torch.func.grad, jvp and forward-mode AD, got one"
     for texts in gang(2, refusals):
-        assert texts[4:] == [derivatives] * 2
-        assert texts[:4] == [
-            "ExactMMATE: context must be None, got one",
+        assert texts[5:] == [derivatives] * 2
+        assert texts[:5] == [
+            "ExactMMATE: state must be None, and not asked for, with a context, got one",
+            "ExactMMATE: context must not cut an image or video whose tokens see later ones, got a border at token 12 "
+            "of row 0",
             "MMATE: state must be None, and not asked for, with a context and a text_window, got one",
             "ContextParallel: layout must be of L=24 tokens, got 12",
             "ContextParallel: layout must be of L=24 tokens, got 12",
         ]
 
 
-def beside_fsdp(group, lengths, given, parameters, weights, blocks):
+def beside_fsdp(group, name, lengths, given, parameters, weights, blocks):
     """Two rows of data, each split over two ranks; the parameters are sharded over all four."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "cp"))
     context, row = ContextParallel(mesh["cp"], lengths), mesh.get_local_rank("data")
-    block = build(SPLIT["default"], 2)
+    block = build(OPTIONS[name], 2)
     block.load_state_dict(parameters)
     fully_shard(block, mesh=mesh["data", "cp"]._flatten("all"))
     here = slice(sum(lengths[: context.rank]), sum(lengths[: context.rank + 1]))
@@ -159,14 +165,15 @@ def beside_fsdp(group, lengths, given, parameters, weights, blocks):
     return out.detach(), z.grad / 4, gradients
 
 
-def test_rows_are_split_beside_sharded_parameters(gang):
+@pytest.mark.parametrize("name", ["default", "exact"])
+def test_rows_are_split_beside_sharded_parameters(gang, name):
     given, _ = inputs_of("plain")
     blocks = [[((3, 1, 3), list(range(2, 11)))], [((1, 3, 2), [4, 5, 7, 8, 10, 11])]]
-    block = build(SPLIT["default"], 2)
+    block = build(OPTIONS[name], 2)
     z, weights, lengths = given["z"].clone().requires_grad_(), torch.randn(2, 24, DIM).double(), [9, 15]
     out = block(z, position_embeddings=(given["cos"], given["sin"]), layout=layout_of(blocks, 24))
     (out * weights).sum().backward()
-    found = gang(4, beside_fsdp, lengths, given, block.state_dict(), weights, blocks)
+    found = gang(4, beside_fsdp, name, lengths, given, block.state_dict(), weights, blocks)
     for row in range(2):
         mine = found[2 * row : 2 * row + 2]
         for at, want in ((0, out.detach()), (1, z.grad)):
@@ -176,10 +183,10 @@ def test_rows_are_split_beside_sharded_parameters(gang):
             assert (gradients[name] - parameter.grad).abs().max() <= 1e-12 * max(1, parameter.grad.abs().max()), name
 
 
-def checkpointed(group, lengths, given, parameters):
+def checkpointed(group, name, lengths, given, parameters):
     """Gradients of a block whose forward runs twice, the second time within the backward pass."""
     context = ContextParallel(group, lengths)
-    block = build(SPLIT["default"], 2)
+    block = build(OPTIONS[name], 2)
     block.load_state_dict(parameters)
     mine = slabs(lengths, PER_TOKEN, given)[context.rank]
     layout = SlabLayout(context, inputs_of("plain")[1])
@@ -195,6 +202,7 @@ def checkpointed(group, lengths, given, parameters):
     return all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
-def test_a_checkpointed_split_block_is_the_block(gang):
+@pytest.mark.parametrize("name", ["default", "exact"])
+def test_a_checkpointed_split_block_is_the_block(gang, name):
     given, _ = inputs_of("plain")
-    assert gang(3, checkpointed, LENGTHS[3], given, build(SPLIT["default"], 2).state_dict()) == [True] * 3
+    assert gang(3, checkpointed, name, LENGTHS[3], given, build(OPTIONS[name], 2).state_dict()) == [True] * 3
