@@ -54,7 +54,11 @@ def new_student(
     """A student with the teacher's weights, its blocks, and what `lora` gives: it puts LoRA on a model.
 
     Random numbers depend on the seed alone.
+
+    Raises:
+        ConfigError: training cannot read the teacher.
     """
+    _check_parts(teacher)
     torch.manual_seed(config.seed)
     kept = config.student.get("keep_attention", ())
     model = linmu_models.convert(teacher, config.block, kept, share_frozen=True)
@@ -67,6 +71,16 @@ def new_student(
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     return model.eval(), blocks, handle
+
+
+def _check_parts(teacher: PreTrainedModel) -> None:
+    """The losses read hidden states off `model`, which takes pictures too, and predictions off `lm_head`."""
+    for part in ("model", "lm_head"):
+        if not hasattr(teacher, part):
+            raise ConfigError(
+                f"teacher must have its decoder and vision tower in `model` and its output layer in `lm_head`, got a "
+                f"{type(teacher).__name__} without `{part}`, which linmu convert takes and linmu distill does not"
+            )
 
 
 def set_windows(blocks: Iterable[Block], on: bool) -> None:
