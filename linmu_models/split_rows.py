@@ -35,15 +35,15 @@ def check_splits(model: LinmuModel) -> None:
     for index, layer in enumerate(model.linmu_layers()):
         if not isinstance(getattr(layer, "self_attn", None), LinmuAttention):
             raise ValueError(
-                f"linmu: rows can be split over processes where every decoder layer has a block, got layer {index} "
+                f"linmu: every decoder layer must have a block where rows are split over processes, got layer {index} "
                 "without one"
             )
     rope: Any = getattr(decoder.config, "rope_parameters", None) or {}
     every = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     if kinds := [kind for kind in (part.get("rope_type") for part in every) if kind in _BY_LENGTH]:
         raise ValueError(
-            "linmu: rows can be split over processes where rotary embeddings do not depend on the length of a row, "
-            f"got rope_type {kinds[0]!r}"
+            "linmu: rope_type must be one that does not depend on the length of a row where rows are split over "
+            f"processes, got {kinds[0]!r}"
         )
 
 
@@ -105,7 +105,7 @@ def _slab_of(kwargs: dict[str, Any], context: ContextParallel) -> dict[str, Any]
         found |= _deepstack_of(kwargs, context)
     for name, value in found.items():
         if name not in (*_PER_TOKEN, *_DEEPSTACK) and isinstance(value, Tensor) and context.length in value.shape[:2]:
-            raise ValueError(f"linmu: rows cannot be split over processes for a model that takes {name}")
+            raise ValueError(f"linmu: {name} must be None where rows are split over processes, got a tensor")
     return found
 
 

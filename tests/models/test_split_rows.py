@@ -17,7 +17,10 @@ FEW = ("qwen2_5_vl", "qwen3_vl", "llava_next", "qwen2")
 REFUSED = {
     "smolvlm": "must have its tokens in the order of their positions to be cut",
     **dict.fromkeys(("gemma3", "paligemma"), "context must not cut an image or video whose tokens see later ones"),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "lfm2_vl"), "every decoder layer has a block, got layer"),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_text", "lfm2_vl"),
+        "every decoder layer must have a block where rows are split over processes, got layer",
+    ),
 }
 OPTIONS = {"exact": tiny.NARROW, "paper": {"preset": "paper", "window": (2, 2, 2), "text_window": 3}}
 
@@ -78,7 +81,8 @@ def check(gang, n, family, options, kind="one row", checkpointing=False):
     torch.testing.assert_close(torch.cat([f[1] for f in found], dim=1), states, rtol=1e-9, atol=1e-9)
     for name, gradient in gradients.items():
         parts = [f[2][name] for f in found if name in f[2]]
-        assert (sum(parts) - gradient).abs().max() <= 1e-9 * max(1, gradient.abs().max()), name
+        rounding = 1e-6 if family == "gemma4" else 1e-9  # whose embeddings are added up in float32
+        assert (sum(parts) - gradient).abs().max() <= rounding * max(1, gradient.abs().max()), name
 
 
 TRIED = [f for f in tiny.BUILDERS if f != "llama4"]  # whose experts know float32 alone
@@ -117,7 +121,7 @@ def test_what_cannot_be_split_says_so(gang):
     for cache, length, rope in gang(2, other_refusals):
         assert cache == "linmu: use_cache must be False where rows are split over processes, got True"
         assert length == "linmu: rows must have L=8 tokens to be split, got 7"
-        assert rope.endswith("do not depend on the length of a row, got rope_type 'dynamic'")
+        assert rope.startswith("linmu: rope_type must be one") and rope.endswith("got 'dynamic'")
 
 
 @pytest.mark.parametrize("n", [3, 4])
