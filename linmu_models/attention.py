@@ -37,7 +37,8 @@ else:  # the class that a mixin is mixed into brings them
 
 # The few parameters per head or channel that stay float32 in a half-precision model: decay and step sizes need it.
 IN_FLOAT32 = re.compile(
-    r"self_attn\.(mix|share\.bias|norm\.weight|norm\.bias|scan\.((reverse_)?(dt_bias|A_log)|scale|gate|head_norm))$"
+    r"self_attn\.(mix|share\.bias|norm\.weight|norm\.bias"
+    r"|scan\.((reverse_)?(dt_bias|A_log)|beta_bias|scale|gate|head_norm))$"
 )
 
 
@@ -147,11 +148,9 @@ class LinmuAttention(_Block):
         if cache is None:
             out: Any = super().forward(
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding,
-                seq_idx=seq_idx, context=linmu.context,
+                seq_idx=seq_idx,
             )  # fmt: skip
             return self._gated(hidden_states, out, padding), None
-        if linmu.context is not None:
-            raise ValueError("linmu: cache must be None where rows are split over processes, got one")
         if in_checkpoint():
             raise RuntimeError(
                 "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"

@@ -152,12 +152,14 @@ class ExactConfig(_Options):
             it in one window, is read as the teacher reads it; `breaking/exact-normalizer`.
 
     Far
+        far: what holds it: "scan", or "delta", the gated delta rule (arXiv:2412.06464), whose state overwrites what it
+            holds under a key; `delta/delta-kept-0`, which finds fewer needles than `scan-kept-0` beside it.
         feature_dim: channels of the learned maps of B and C, and so the size N of the scan's state; 0 for the head
             size. The maps start as the identity and its negative in turns; `defaults/feature-dim-128`. (Hedgehog, Zhang
             et al., arXiv:2402.04347, one sign of theirs.)
         initial_decay: how much of the state is left after a token, before training; in (0, 1). A pair spreads the
             memory length 1/(1 - decay) geometrically over the heads; `needles/decay-0.999`.
-        initial_scale: start of the learned scale of C . B per head, in units of the softmax scale;
+        initial_scale: start of the learned scale of C . B per head, in units of the softmax scale; with the scan alone;
             `recipe/exact-scale-8`.
         z_gate: multiply the far mean by silu(W_z z + b), which starts at 1; `needles/no-z-gate`.
     """
@@ -167,6 +169,7 @@ class ExactConfig(_Options):
     kept_tokens: int = 128
     window: Triple = (8, 8, 8)
     image_window: Triple | None = (1, 16, 16)
+    far: str = "scan"
     feature_dim: int = 0
     initial_decay: float | tuple[float, float] = 0.9998
     initial_scale: float = 8.0
@@ -174,11 +177,14 @@ class ExactConfig(_Options):
 
     def __post_init__(self) -> None:
         self._check_types()
+        self._require("far", self.far in ("scan", "delta"), "scan or delta")
         self._check_within("text_window", 1, LONGEST)
         self._check_within("sink_tokens", 0, LONGEST)
         self._check_within("kept_tokens", 0, LONGEST)
         self._check_within("feature_dim", 0, WIDEST)
         self._check_shared()
+        plain = type(self).__dataclass_fields__["initial_scale"].default
+        self._require("initial_scale", self.far == "scan" or self.initial_scale == plain, 'left out with far="delta"')
 
 
 PAPER = MMATEConfig()

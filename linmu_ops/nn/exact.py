@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _transforms
@@ -21,6 +19,7 @@ from .block import Block, root_mean_square
 from .borders import Borders
 from .config import EXACT, ExactConfig
 from .far import FarAttention
+from .far_delta import FarDelta
 from .near import Near, NearAttention
 from .past import Past, past_of
 from .scan import Mean, WideLinear
@@ -44,7 +43,7 @@ class ExactMMATE(Block):
     learned feature maps. s is the share that one softmax over all these would leave to the exact ones:
 
     - lse_exact is the log-sum-exp of their scores;
-    - log_total_far is the log of the sum of the scan's weights;
+    - log_total_far is the log of the sum of the scan's weights, or, with far="delta", of the number of far tokens;
     - share is a linear map of the input, one number per head. It says how the two compare. It starts so that what is
       far hardly counts.
 
@@ -78,10 +77,16 @@ class ExactMMATE(Block):
 
     def _build(self) -> None:
         config, shape = self.config, self.shape
-        self.scan = FarAttention(
-            shape, initial_decay=config.initial_decay, initial_scale=config.initial_scale,
-            feature_dim=config.feature_dim or shape.head_dim, z_gate=config.z_gate,
-        )  # fmt: skip
+        feature_dim = config.feature_dim or shape.head_dim
+        if config.far == "delta":
+            self.scan = FarDelta(
+                shape, initial_decay=config.initial_decay, feature_dim=feature_dim, z_gate=config.z_gate
+            )
+        else:
+            self.scan = FarAttention(
+                shape, initial_decay=config.initial_decay, initial_scale=config.initial_scale, feature_dim=feature_dim,
+                z_gate=config.z_gate,
+            )  # fmt: skip
         self.windows = NearAttention(
             shape, window=config.window, image_window=config.image_window, text_window=config.text_window,
             sink_tokens=config.sink_tokens, kept_tokens=config.kept_tokens,
@@ -95,7 +100,7 @@ class ExactMMATE(Block):
         self.scan.reset_new_parameters()
         nn.init.zeros_(self.share.weight)
         # So that each far token counts the same at first, whatever step sizes and maps make of its weight.
-        self.share.bias.copy_(math.log(self.scan.state_size[1]) - F.softplus(self.scan.dt_bias).log() - _CLOSED)
+        self.share.bias.copy_(-self.scan.log_weight() - _CLOSED)
 
     def _output_projection(self) -> nn.Module:
         return self.o_proj
@@ -119,6 +124,8 @@ class ExactMMATE(Block):
     def _check_context(self, has_state: bool) -> None:
         if has_state:
             raise ValueError("ExactMMATE: state must be None, and not asked for, with a context, got one")
+        if isinstance(self.scan, FarDelta):
+            raise ValueError('ExactMMATE: context must be None with far="delta", got one')
 
     def _split(self, call: Call, slab: SlabLayout, seq_idx: Tensor | None) -> Call:
         call = super()._split(call, slab, seq_idx)
@@ -140,8 +147,16 @@ class ExactMMATE(Block):
             return self.o_proj(empty), self.init_state(z.shape[0], dtype=z.dtype) if state is None else state
         in_place = state is not None and call.layout is None and written_in_place()
         in_place = in_place and state is not None and state.slab_keys is None
-        if in_place and state is not None and z.shape[1] <= STEPS and _in_one_call(z, state):
+        if in_place and state is not None and z.shape[1] <= STEPS and self.scan.in_ops and _in_one_call(z, state):
             return self._steps_in_one_call(z, call, state), state
+        if in_place and 1 < z.shape[1] <= STEPS and not self.scan.in_ops and not torch.compiler.is_compiling():
+            outputs = []
+            for i in range(z.shape[1]):
+                cos_sin = None if call.rotary is None else tuple(t[:, i : i + 1] for t in call.rotary)
+                real = None if call.mask is None else call.mask[:, i : i + 1]
+                out, state = self._attend(z[:, i : i + 1], call._replace(rotary=cos_sin, mask=real, state=state))
+                outputs.append(out)
+            return torch.cat(outputs, dim=1), state
         in_place = in_place and z.shape[1] == 1
         q, k, v = self.windows.project(z)
         turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
@@ -154,10 +169,10 @@ class ExactMMATE(Block):
         few = state is None and self._is_few(z)
         new, entered, last = self.windows.keep(past, call) if call.keep else (MMATEState(), None, None)
         nothing_far = few or _none(near.far)
-        if not nothing_far and _far_in_one_call(turned, past, ssm):
+        if not nothing_far and self.scan.in_ops and _far_in_one_call(turned, past, ssm):
             y, ssm = self.scan.join(z, turned, past, near, self.share(z), ssm, last)
             return self.o_proj(y.flatten(2)), new._replace(ssm=ssm) if call.keep else new
-        far = None if nothing_far else self.scan.read(z, turned, past, near.when, ssm)
+        far = None if nothing_far else self.scan.read(z, turned, past, near, ssm)
         if entered is not None:
             if few or _none(entered):
                 empty = steps.new_zeros(z.shape[0], self.shape.num_heads, *self.scan.state_size)
@@ -186,7 +201,7 @@ class ExactMMATE(Block):
         if _far_in_one_call(turned, past, ssm):
             y, _ = self.scan.join(z, turned, past, near, self.share(z), ssm, None)
             return self.o_proj(y.flatten(2))
-        return self._joined(z, near, self.scan.read(z, turned, past, near.when, ssm))
+        return self._joined(z, near, self.scan.read(z, turned, past, near, ssm))
 
     def _is_few(self, z: Tensor) -> bool:
         """Whether so many tokens, the first of their row, are too few for one to be far."""
@@ -199,7 +214,7 @@ class ExactMMATE(Block):
         """One token of text, in place on the state."""
         assert state.ssm is not None and state.seen is not None
         near, new = self.windows.step(q, k, v, steps, real, state)
-        out = self._joined(z, near, None if _none(near.far) else self.scan.step(z, q, state.ssm))
+        out = self._joined(z, near, None if _none(near.far) else self.scan.step(z, q, near, state.ssm))
         self._leave(state.seen, new, k.dtype)
         return out, new
 
@@ -297,7 +312,7 @@ class ExactMMATE(Block):
         turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
         past = past_of(self.windows.sizes, keys, v, self.scan.step_sizes(z, call.mask), call)
         near = self.windows(q, k, v, turned, past, call)
-        return near, self.scan.read(z, turned, past, near.when, None), self.windows.far_mass(turned, past, near.when)
+        return near, self.scan.read(z, turned, past, near, None), self.windows.far_mass(turned, past, near.when)
 
 
 def _at(t: Tensor | None, token: int) -> Tensor | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,27 @@ from .scan import Decaying, Mean, WideLinear
 from .shape import AttentionShape
 
 _NOTHING = -100.0  # stands for the log of a sum of no weights: of an infinite one, a difference may be no number
-_LAST = 2**40  # after all steps
+LAST = 2**40  # after all steps
 
 T = TypeVar("T")
+
+
+class Visits(NamedTuple):
+    """A row of T + L visits for each of B rows and G key/value heads: the tokens that may enter, then those that read.
+
+    Attributes:
+        features: (B G, T + L, 1, N), of keys; 0 at tokens that read.
+        values: (B G, T + L, 1, P), 0 at tokens that read, and at those that never enter.
+        steps: (B G, T + L, H / G), likewise.
+        order: (B G, T + L) int32, which is visited at a time.
+        numbers: (B G, T + L) int32, which tell sequences apart; None where they are one.
+    """
+
+    features: Tensor
+    values: Tensor
+    steps: Tensor
+    order: Tensor
+    numbers: Tensor | None
 
 
 class FarAttention(Decaying):
@@ -36,7 +55,12 @@ class FarAttention(Decaying):
     Args:
         shape: sizes and facts of the attention layer.
         initial_decay, initial_scale, feature_dim, z_gate: as in `ExactConfig`.
+
+    Attributes:
+        in_ops: whether `exact_step` and `far_attention` compute it too.
     """
+
+    in_ops = True
 
     def __init__(
         self,
@@ -58,7 +82,11 @@ class FarAttention(Decaying):
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.z_proj = nn.Linear(dim, H * P) if z_gate else None
+        self._make_more()
         self.reset_new_parameters()
+
+    def _make_more(self) -> None:
+        """Make the parameters that a subclass has beside these."""
 
     @torch.no_grad()
     def reset_new_parameters(self) -> None:
@@ -73,6 +101,10 @@ class FarAttention(Decaying):
             nn.init.zeros_(self.z_proj.weight)
             nn.init.constant_(self.z_proj.bias, 1.2784645)  # silu of it is 1
 
+    def log_weight(self) -> Tensor:
+        """(H,): the log of what one far token adds to the sum of the weights, at first."""
+        return F.softplus(self.dt_bias).log() - math.log(self.state_size[1])
+
     def forward(self, run: Callable[[], T]) -> T:
         """What `run` gives. It calls the methods below, which need the parameters: offloading brings these for a
         forward."""
@@ -85,14 +117,13 @@ class FarAttention(Decaying):
         groups = self.shape.num_kv_heads
         return steps.unflatten(2, (groups, self.shape.num_heads // groups))
 
-    def read(self, hidden_states: Tensor, q: Tensor, past: Past, when: Tensor, ssm: Tensor | None) -> Mean:
-        """What is far from each token. q (B, L, H, P): rotated. when (B, L): after how many steps of the call a token
-        reads. ssm: the state before them.
+    def read(self, hidden_states: Tensor, q: Tensor, past: Past, near: Near, ssm: Tensor | None) -> Mean:
+        """What is far from each token. q (B, L, H, P): rotated. near: what is near each. ssm: the state before them.
 
         For gradients, and where `join` does not serve. One `ssd_scan` of a row for each key/value head, as these keep
         different tokens. It visits tokens that enter, and tokens that read: these write nothing.
         """
-        return self._gated(hidden_states, *self._read(self._queries(q), past, when, ssm))
+        return self._gated(hidden_states, *self._read(self._queries(q), past, near.when, ssm))
 
     def join(
         self, hidden_states: Tensor, q: Tensor, past: Past, near: Near, rest: Tensor, ssm: Tensor | None,
@@ -109,7 +140,7 @@ class FarAttention(Decaying):
         )  # fmt: skip
         return y, None if last is None else state
 
-    def step(self, hidden_states: Tensor, q: Tensor, ssm: Tensor) -> Mean:
+    def step(self, hidden_states: Tensor, q: Tensor, near: Near, ssm: Tensor) -> Mean:
         """What is far from one token, which is not written."""
         groups, P, N = self.shape.num_kv_heads, self.shape.head_dim, self.state_size[1]
         nothing, zero = q.new_zeros(q.shape[0], groups, P), q.new_zeros(q.shape[0], groups, N)
@@ -132,10 +163,10 @@ class FarAttention(Decaying):
     def _queries(self, q: Tensor) -> Tensor:
         acc = accumulate_dtype(q.dtype)
         scale = (self.scale.to(acc) * self.shape.scale)[:, None]
-        return (_mapped(q, self.c_map) * scale).softmax(-1).to(q.dtype)
+        return (mapped(q, self.c_map) * scale).softmax(-1).to(q.dtype)
 
     def _features(self, keys: Tensor) -> Tensor:
-        return _mapped(keys, self.b_map).softmax(-1).to(keys.dtype)
+        return mapped(keys, self.b_map).softmax(-1).to(keys.dtype)
 
     def _with_ones(self, values: Tensor) -> Tensor:
         return F.pad(values, (0, 1), value=1.0)
@@ -146,8 +177,25 @@ class FarAttention(Decaying):
         return rates.view(self.shape.num_kv_heads, 1, -1)
 
     def _read(self, C: Tensor, past: Past, when: Tensor, ssm: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch, length, heads, _ = C.shape
-        groups, steps, total = self.shape.num_kv_heads, past.kept.shape[2] - 1, past.keys.shape[1]
+        batch, _, heads, _ = C.shape
+        groups, total = self.shape.num_kv_heads, past.keys.shape[1]
+        visits = self._visits(past, when)
+        rates = self._rates().to(past.steps.dtype)
+        dt = (visits.steps.unflatten(0, (batch, groups)) * rates).flatten(0, 1)
+        if ssm is not None:
+            ssm = (ssm.unflatten(1, (groups, heads // groups)) * rates[:, 0, :, None, None]).flatten(0, 1)
+        y, log_total = ssd_scan(
+            visits.values, dt, -dt.new_ones(heads // groups), visits.features, self._at_reads(C, total),
+            token_order=visits.order, seq_idx=visits.numbers, initial_state=ssm, normalize=True,
+        )  # fmt: skip
+        # (B, L, G, H / G, ...). The scan writes what it decays by.
+        y, log_total = (t[:, total:].unflatten(0, (batch, groups)).transpose(1, 2) for t in (y, log_total))
+        log_total = log_total.clamp(min=_NOTHING) - rates[:, 0].log()
+        return y.flatten(2, 3), log_total.flatten(2, 3)
+
+    def _visits(self, past: Past, when: Tensor) -> Visits:
+        """The visits of a call whose tokens read after the steps `when` (B, L)."""
+        groups, steps, length = self.shape.num_kv_heads, past.kept.shape[2] - 1, when.shape[1]
         never = (past.entered == steps)[..., None]
         order = torch.where(never[..., 0], 2 * steps + 4, 2 * past.entered + 2)
         order = torch.cat((order, (2 * when + 1)[:, None].expand(-1, groups, -1)), dim=2)
@@ -159,25 +207,19 @@ class FarAttention(Decaying):
             order = order * (own.shape[1] + 2) + numbers[:, None].clamp(min=-1) + 1
             numbers = numbers.int()[:, None].expand(-1, groups, -1).flatten(0, 1)
         order = order.argsort(dim=2, stable=True).int().flatten(0, 1)
-        keys = past.keys.masked_fill(never.transpose(1, 2), 0)
-        values = past.values.masked_fill(never.transpose(1, 2), 0)
-        x = F.pad(values.transpose(1, 2).flatten(0, 1), (0, 0, 0, length))
-        B = F.pad(self._features(keys).transpose(1, 2).flatten(0, 1), (0, 0, 0, length))
-        rates = self._rates().to(past.steps.dtype)
-        dt = (past.steps.transpose(1, 2) * rates).masked_fill(never, 0).flatten(0, 1)
-        dt = F.pad(dt, (0, 0, 0, length))
-        C = C.unflatten(2, (groups, heads // groups)).transpose(1, 2).flatten(0, 1)
-        C = F.pad(C, (0, 0, 0, 0, total, 0))
-        if ssm is not None:
-            ssm = (ssm.unflatten(1, (groups, heads // groups)) * rates[:, 0, :, None, None]).flatten(0, 1)
-        y, log_total = ssd_scan(
-            x[:, :, None], dt, -dt.new_ones(heads // groups), B[:, :, None], C, token_order=order, seq_idx=numbers,
-            initial_state=ssm, normalize=True,
-        )  # fmt: skip
-        # (B, L, G, H / G, ...). The scan writes what it decays by.
-        y, log_total = (t[:, total:].unflatten(0, (batch, groups)).transpose(1, 2) for t in (y, log_total))
-        log_total = log_total.clamp(min=_NOTHING) - rates[:, 0].log()
-        return y.flatten(2, 3), log_total.flatten(2, 3)
+        keys, values = (t.masked_fill(never.transpose(1, 2), 0) for t in (past.keys, past.values))
+        features, values = (
+            F.pad(t.transpose(1, 2).flatten(0, 1), (0, 0, 0, length))[:, :, None]
+            for t in (self._features(keys), values)
+        )
+        dt = past.steps.transpose(1, 2).masked_fill(never, 0).flatten(0, 1)
+        return Visits(features, values, F.pad(dt, (0, 0, 0, length)), order, numbers)
+
+    def _at_reads(self, queries: Tensor, total: int) -> Tensor:
+        """(B, L, H, N) as of visits, (B G, T + L, H / G, N)."""
+        groups = self.shape.num_kv_heads
+        rows = queries.unflatten(2, (groups, queries.shape[2] // groups)).transpose(1, 2).flatten(0, 1)
+        return F.pad(rows, (0, 0, 0, 0, total, 0))
 
     def enter(
         self,
@@ -206,7 +248,7 @@ class FarAttention(Decaying):
             run = run.cumsum(2)
             end = run[:, :, -1:]
         else:
-            order = torch.where(enters, entered, _LAST).argsort(dim=2, stable=True)
+            order = torch.where(enters, entered, LAST).argsort(dim=2, stable=True)
             run = run.gather(2, order[..., None].expand_as(run)).cumsum(2)
             end = run[:, :, -1:]
             run = run.gather(2, order.argsort(2)[..., None].expand_as(run))
@@ -218,13 +260,13 @@ class FarAttention(Decaying):
         return (-end).exp().flatten(1), new.unflatten(2, (dt.shape[3], -1)).flatten(1, 2)
 
 
-def _mapped(t: Tensor, weight: Tensor) -> Tensor:
+def mapped(t: Tensor, weight: Tensor) -> Tensor:
     """t (B, L, H, P) @ weight (H, P, N), in the accumulate dtype: 16 bits cannot hold what a softmax compares. einsum
     makes three times as many calls of it, which a step feels."""
     acc = accumulate_dtype(t.dtype)
     with without_autocast(t.device):
-        mapped = torch.bmm(t.to(acc).flatten(0, 1).transpose(0, 1), weight.to(acc))
-    return mapped.transpose(0, 1).unflatten(0, t.shape[:2])
+        out = torch.bmm(t.to(acc).flatten(0, 1).transpose(0, 1), weight.to(acc))
+    return out.transpose(0, 1).unflatten(0, t.shape[:2])
 
 
 def _of_tokens(places: Tensor, past: Past) -> Tensor:

@@ -16,7 +16,8 @@ class MMATEState(NamedTuple):
 
     Attributes:
         ssm: (B, H, P, N) float32 (float64 for a float64 model). State of the forward scan. In `ExactMMATE` P is the
-            head size plus 1, for the sum of the weights, and N is `feature_dim`.
+            head size plus 1, for the sum of the weights, and N is `feature_dim`; with far="delta" it is
+            (B, H, N, P), and P the head size.
         keys, values: (B, G, n, P). Keys are rotated. In `MMATE` the last w = `text_window` tokens; token i is at i % w:
             a step writes one place and moves nothing. In `ExactMMATE` first come the sinks, then the last w + c tokens,
             of which c = min(w, 64) leave at a time, then those that are kept, in order, the last one at the end.

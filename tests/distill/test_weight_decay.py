@@ -23,11 +23,12 @@ KEPT = {
     # gates, and the weights of the branches
     "scan.gate", "scan.gate_proj.weight", "scan.z_proj.weight", "mix", "mix_proj.weight", "share.weight",
     # what starts as the identity, or as a size
-    "scan.b_map", "scan.c_map", "scan.scale",
+    "scan.b_map", "scan.c_map", "scan.scale", "scan.beta_bias",
 }  # fmt: skip
 EVERY = {
     **PRESETS,
     "all of the paper's": MMATEConfig(literal=True, z_gate=True, head_norm=True, text_window=8),
+    "delta rule": ExactConfig(far="delta"),
     "windows alone": MMATEConfig(branches="swin"),
 }
 

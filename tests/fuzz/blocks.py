@@ -22,8 +22,8 @@ WINDOWS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)).map
 DECAYS = st.sampled_from((0.5, 0.9999, (0.9, 0.999)))
 # Values of options that are no switch; and of the facts of a teacher.
 VALUES: dict[str, st.SearchStrategy[Any]] = dict(
-    branches=st.sampled_from(("flex", "swin")), feature_dim=st.sampled_from((4, 8, 11)), initial_decay=DECAYS,
-    initial_scale=st.sampled_from((0.5, 8.0)), window=WINDOWS, image_window=st.none() | WINDOWS,
+    branches=st.sampled_from(("flex", "swin")), far=st.just("delta"), feature_dim=st.sampled_from((4, 8, 11)),
+    initial_decay=DECAYS, initial_scale=st.sampled_from((0.5, 8.0)), window=WINDOWS, image_window=st.none() | WINDOWS,
     text_window=st.integers(1, 9), sink_tokens=st.integers(0, 5), kept_tokens=st.integers(0, 6),
 )  # fmt: skip
 

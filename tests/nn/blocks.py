@@ -27,6 +27,7 @@ OPTIONS = {
     "exact_wide": ExactConfig(
         **SMALL, text_window=2, sink_tokens=5, kept_tokens=5, feature_dim=11, initial_decay=(0.9, 0.999)
     ),
+    "exact_delta": ExactConfig(**SMALL, text_window=3, sink_tokens=2, kept_tokens=2, far="delta", feature_dim=5),
 }
 
 

@@ -179,6 +179,46 @@ def sets(m, L, blocks, score):
     return near, kept, far, entered
 
 
+def far_mean(m, q, k, v, dt, far, entered):
+    """What the scan of an ExactMMATE gives of what is far: y and what stands for its weight, (H, L, P) and (H, L)."""
+    s, (L, H, _), G = m.scan, q.shape, m.shape.num_kv_heads
+    B = (k[..., None, :] @ s.b_map.repeat_interleave(H // G, dim=0)).squeeze(-2).softmax(-1)
+    C = ((q[..., None, :] @ s.c_map).squeeze(-2) * (m.shape.scale * s.scale)[:, None]).softmax(-1)
+    weights = torch.zeros(H, L, L, dtype=v.dtype)
+    for h in range(H):
+        g = h * G // H
+        order = sorted((j for j in range(L) if entered[g][j] < math.inf), key=lambda j: (entered[g][j], j))
+        for i in range(L):
+            spent = 0.0
+            for j in reversed([j for j in order if far[g, i, j]]):  # what entered later decays what did before
+                weights[h, i, j] = (C[i, h] * B[j, h]).sum() * dt[j, h] * torch.exp(torch.as_tensor(-spent))
+                spent = spent + dt[j, h] * s.A_log[h].exp()
+    total = weights.sum(-1)
+    return torch.einsum("hij,jhp->ihp", weights / total.clamp(min=1e-300)[..., None], v), total
+
+
+def far_delta(m, q, k, v, dt, far, entered):
+    """The same by the gated delta rule, whose weight is the number of what is far."""
+    s, (L, H, P), G = m.scan, q.shape, m.shape.num_kv_heads
+    B = (k[..., None, :] @ s.b_map.repeat_interleave(H // G, dim=0)).squeeze(-2)
+    C = (q[..., None, :] @ s.c_map).squeeze(-2)
+    B, C = (t / (t.square().sum(-1, keepdim=True) + EPS).sqrt() for t in (B, C))
+    y = torch.zeros(L, H, P, dtype=v.dtype)
+    for h in range(H):
+        g, state, done = h * G // H, torch.zeros(B.shape[-1], P, dtype=v.dtype), []
+        order = sorted((j for j in range(L) if entered[g][j] < math.inf), key=lambda j: (entered[g][j], j))
+        for j in [None, *order]:
+            if j is not None:
+                rate = dt[j, h] * s.beta_bias[h].exp()
+                state = torch.exp(-dt[j, h] * s.A_log[h].exp()) * state
+                state = state + rate / (1 + rate) * torch.outer(B[j, h], v[j, h] - state.T @ B[j, h])
+                done.append(j)
+            for i in range(L):
+                if [j for j in order if far[g, i, j]] == done:
+                    y[i, h] = s.scale[h] * (state.T @ C[i, h])
+    return y, far.sum(-1).repeat_interleave(H // G, dim=0)
+
+
 def exact_mmate(m, z, blocks=(), rotary=None):
     """Output of the ExactMMATE `m` (float64) for one row z (L, D)."""
     H, P, L, G = m.shape.num_heads, m.shape.head_dim, len(z), m.shape.num_kv_heads
@@ -191,19 +231,8 @@ def exact_mmate(m, z, blocks=(), rotary=None):
     k = m.windows.k_norm(heads(m.windows.k_proj(z), H, P))
     q = m.windows.q_norm(heads(m.windows.q_proj(z), H, P))
     q, k = (rotate(t, rotary, m.shape.interleaved_rotary) for t in (q, k))
-    B = (k[..., None, :] @ s.b_map.repeat_interleave(H // G, dim=0)).squeeze(-2).softmax(-1)
-    C = ((q[..., None, :] @ s.c_map).squeeze(-2) * (m.shape.scale * s.scale)[:, None]).softmax(-1)
-    weights = torch.zeros(H, L, L, dtype=z.dtype)
-    for h in range(H):
-        g = h * G // H
-        order = sorted((j for j in range(L) if entered[g][j] < math.inf), key=lambda j: (entered[g][j], j))
-        for i in range(L):
-            spent = 0.0
-            for j in reversed([j for j in order if far[g, i, j]]):  # what entered later decays what did before
-                weights[h, i, j] = (C[i, h] * B[j, h]).sum() * dt[j, h] * torch.exp(torch.as_tensor(-spent))
-                spent = spent + dt[j, h] * s.A_log[h].exp()
-    total = weights.sum(-1)
-    mean = torch.einsum("hij,jhp->ihp", weights / total.clamp(min=1e-300)[..., None], v)
+    far_of = far_delta if m.config.far == "delta" else far_mean
+    mean, total = far_of(m, q, k, v, dt, far, entered)
     if s.z_proj is not None:
         mean = mean * F.silu(heads(s.z_proj(z), H, P))
     inside, outside = mass.sum(-1).T, (m.share(z).T.exp() * total).T

@@ -8,10 +8,12 @@ from blocks import block_class
 from torch.utils._pytree import tree_leaves
 
 from linmu_ops import MMATEConfig
-from linmu_ops.nn import EXACT, LITERAL
+from linmu_ops.nn import EXACT, LITERAL, ExactConfig
+from linmu_ops.nn.near import Near
 
 DIM, HEADS = 24, 4
 CONFIGS = {"paper": MMATEConfig(), "exact": EXACT, "window": MMATEConfig(text_window=3), "literal": LITERAL}
+CONFIGS["delta"] = ExactConfig(far="delta")
 
 
 class Prompt(torch.nn.Module):
@@ -86,20 +88,22 @@ class Far(torch.nn.Module):
         super().__init__()
         self.scan = scan
 
-    def forward(self, h, q, ssm):
-        return tuple(self.scan.step(h, q, ssm))
+    def forward(self, h, q, far, ssm):
+        return tuple(self.scan.step(h, q, Near(q, q.sum(-1), far, far), ssm))
 
 
+@pytest.mark.parametrize("name", ["exact", "delta"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_what_is_far_from_one_token(strict):
+def test_what_is_far_from_one_token(strict, name):
     """The scan of ExactMMATE alone: its whole step takes long to trace."""
-    module = Far(block_of("exact").scan)
+    module = Far(block_of(name).scan)
     features = module.scan.state_size
 
     def inputs(rows):
-        return torch.randn(rows, 1, DIM), torch.randn(rows, 1, HEADS, 6), torch.rand(rows, HEADS, *features)
+        far = torch.randint(1, 9, (rows, 1))
+        return torch.randn(rows, 1, DIM), torch.randn(rows, 1, HEADS, 6), far, torch.rand(rows, HEADS, *features)
 
-    shapes = ({0: torch.export.Dim.DYNAMIC},) * 3
+    shapes = ({0: torch.export.Dim.DYNAMIC},) * 4
     program = torch.export.export(module, inputs(3), dynamic_shapes=shapes, strict=strict)
     other = inputs(5)
     torch.testing.assert_close(program.module()(*other), module(*other))

@@ -84,7 +84,7 @@ def test_every_parameter_learns_from_the_start():
     assert not [name for name, p in block.named_parameters() if not p.grad.abs().sum() > 0]
 
 
-@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["default", "all", "no_flex", "exact", "exact_wide", "exact_delta"])
 def test_text_sees_nothing_later(name):
     block = build(OPTIONS[name])
     z, (cos, sin), blocks = prompt(1)
@@ -129,7 +129,7 @@ def test_cached_is_uncached(name, grad):
 
 
 @pytest.mark.parametrize("cuts", [[9], [3, 5], range(1, 25)], ids=["chunks", "short", "steps"])
-@pytest.mark.parametrize("name", ["default", "text_window", "exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["default", "text_window", "exact", "exact_wide", "exact_delta"])
 def test_gradients_flow_through_the_state(name, cuts):
     block = build(OPTIONS[name])
     z, rotary, _ = prompt(1)
@@ -236,7 +236,7 @@ def test_padding(name, side):
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["all", "exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["all", "exact", "exact_wide", "exact_delta"])
 def test_a_finished_row_keeps_its_state(name):
     block = build(OPTIONS[name]).requires_grad_(False)
     z, rotary, _ = prompt()
@@ -251,7 +251,7 @@ def test_a_finished_row_keeps_its_state(name):
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(kept, before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["all", "exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["all", "exact", "exact_wide", "exact_delta"])
 def test_state_is_constant_and_moves_with_beams(name):
     block = build(OPTIONS[name])
     z, rotary, _ = prompt()
@@ -394,6 +394,8 @@ def test_presets_are_what_they_say():
         (ExactConfig, dict(text_window=0), r"ExactConfig: text_window must be in \[1, 1048576\], got 0"),
         (ExactConfig, dict(sink_tokens=-1), r"ExactConfig: sink_tokens must be in \[0, 1048576\], got -1"),
         (ExactConfig, dict(feature_dim=10**12), r"ExactConfig: feature_dim must be in \[0, 4096\]"),
+        (ExactConfig, dict(far="attention"), "ExactConfig: far must be scan or delta, got 'attention'"),
+        (ExactConfig, dict(far="delta", initial_scale=3.0), 'initial_scale must be left out with far="delta", got 3.0'),
         (ExactConfig, dict(initial_decay=None), "ExactConfig: initial_decay must be of type float"),
     ],
 )

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from linmu_ops import ExactMMATE, MMATEConfig, MMATEState
+from linmu_ops import ExactConfig, ExactMMATE, MMATEConfig, MMATEState
 from linmu_ops.context_parallel import ContextParallel, SlabLayout
 from tests.context_parallel.gang import assert_whole, results, slabs
 
@@ -113,6 +113,7 @@ def refusals(group):
     texts = []
     for block, options in (
         (ExactMMATE(DIM, HEADS, GROUPS), dict(return_state=True)),
+        (ExactMMATE(DIM, HEADS, GROUPS, config=ExactConfig(far="delta")), {}),
         (ExactMMATE(DIM, HEADS, GROUPS, causal_windows=False), dict(layout=layout_of([[((2, 2, 2), CUT)]], 24))),
         (build(SPLIT["text_window"], dtype=torch.float32), dict(return_state=True)),
         (build(SPLIT["default"], dtype=torch.float32), dict(layout=layout_of([[]], 12))),
@@ -136,9 +137,10 @@ def refusals(group):
 def test_what_is_not_split_says_so(gang):
     derivatives = "MMATE: context must be None under torch.func.grad, jvp and forward-mode AD, got one"
     for texts in gang(2, refusals):
-        assert texts[5:] == [derivatives] * 2
-        assert texts[:5] == [
+        assert texts[6:] == [derivatives] * 2
+        assert texts[:6] == [
             "ExactMMATE: state must be None, and not asked for, with a context, got one",
+            'ExactMMATE: context must be None with far="delta", got one',
             "ExactMMATE: context must not cut an image or video whose tokens see later ones, got a border at token 12 "
             "of row 0",
             "MMATE: state must be None, and not asked for, with a context and a text_window, got one",

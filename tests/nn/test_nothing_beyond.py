@@ -15,7 +15,7 @@ def changed(block, **inputs):
     return (block(z, **inputs) != block(other, **inputs)).any(-1)
 
 
-@pytest.mark.parametrize("config", ["exact", "exact_wide"])
+@pytest.mark.parametrize("config", ["exact", "exact_wide", "exact_delta"])
 def test_text_sees_its_window_alone(config):
     torch.manual_seed(0)
     block = build(OPTIONS[config])

@@ -54,7 +54,7 @@ def _projections(block):
     return block.windows.q_proj, block.windows.k_proj, block.windows.v_proj
 
 
-@pytest.mark.parametrize("name", ["exact", "exact_plain", "exact_wide"])
+@pytest.mark.parametrize("name", ["exact", "exact_plain", "exact_wide", "exact_delta"])
 @pytest.mark.parametrize("first", [0, 1, 2, 6, 20])
 def test_prompts_grow_until_something_is_far(name, first, ran):
     """With gradients nothing is left out: that is what calls without them are judged by."""

@@ -93,7 +93,7 @@ def test_a_neighbour_changes_no_bit(name):
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["default", "all", "text_window", "exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["default", "all", "text_window", "exact", "exact_wide", "exact_delta"])
 @pytest.mark.parametrize("pads", [((0, 1, 2), (0,)), ((25, 26), (24, 25, 26)), ((9, 10, 11), (2, 3)), ((0, 4, 26), ())])
 @torch.no_grad()
 def test_padding(name, pads):
@@ -132,7 +132,7 @@ def test_windows_longer_than_a_chunk():
     torch.testing.assert_close(whole, torch.cat([block(t) for t in z.split(sizes, 1)], 1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["exact", "exact_wide", "exact_delta"])
 def test_calibration_counts_within_sequences(name):
     block = build(OPTIONS[name])
     z, rotary, number, layout, _, parts = packed(torch.float64)

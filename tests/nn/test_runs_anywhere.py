@@ -24,7 +24,7 @@ def float_call(name, seed=0):
     return block, z, dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "literal", "exact_wide"])
+@pytest.mark.parametrize("name", [*COMPILED, "literal", "exact_wide", "exact_delta"])
 def test_autocast_and_bfloat16(name):
     block, z, call = float_call(name)
     exact = block(z, **call)

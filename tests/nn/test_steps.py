@@ -16,6 +16,7 @@ SMALL = dict(text_window=4, sink_tokens=2, kept_tokens=3, window=(2, 2, 2), imag
 BLOCKS = {
     "exact": lambda: ExactMMATE(24, 4, 2, config=ExactConfig(**SMALL)),
     "exact, gated": lambda: ExactMMATE(24, 4, 2, config=ExactConfig(**{**SMALL, "z_gate": True})),
+    "exact, delta": lambda: ExactMMATE(24, 4, 2, config=ExactConfig(**SMALL, far="delta")),
     "paper": lambda: MMATE(24, 4, 2, config=MMATEConfig()),
     "paper, text": lambda: MMATE(24, 4, 2, config=MMATEConfig(text_window=4)),
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 from linmu_ops import MMATEConfig
 
-NAMES = ["default", "literal", "text_window", "exact", "exact_wide", "windows_alone"]
+NAMES = ["default", "literal", "text_window", "exact", "exact_wide", "exact_delta", "windows_alone"]
 CASES = {**OPTIONS, "windows_alone": MMATEConfig(branches="swin", text_window=3)}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -135,7 +135,7 @@ class Stub(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["exact", "exact_wide", "exact_delta"])
 def test_maps_without_a_weight(name, dtype):
     held = block_of(name, dtype)
     plain = copy.deepcopy(held)
@@ -179,7 +179,7 @@ def test_lora(name, dtype):
     assert_alike(held, block_of(name, dtype), dtype)
 
 
-@pytest.mark.parametrize("name", ["default", "exact", "exact_wide"])
+@pytest.mark.parametrize("name", ["default", "exact", "exact_wide", "exact_delta"])
 def test_fsdp2_with_mixed_precision(name):
     """Parameters are float32 and sharded; a call computes in bfloat16."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")
