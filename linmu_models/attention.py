@@ -148,9 +148,11 @@ class LinmuAttention(_Block):
         if cache is None:
             out: Any = super().forward(
                 hidden_states, layout=linmu.layout, position_embeddings=position_embeddings, attention_mask=padding,
-                seq_idx=seq_idx,
+                seq_idx=seq_idx, context=linmu.context,
             )  # fmt: skip
             return self._gated(hidden_states, out, padding), None
+        if linmu.context is not None:
+            raise ValueError("linmu: cache must be None where rows are split over processes, got one")
         if in_checkpoint():
             raise RuntimeError(
                 "linmu: cache must be None inside a checkpoint, which runs a layer twice; use_cache=False"

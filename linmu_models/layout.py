@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linmu_ops import TokenLayout
+from linmu_ops.context_parallel import ContextParallel
 
 Grid = tuple[int, int, int]
 
@@ -147,11 +148,14 @@ class LinmuInputs:
     layout: where the visual tokens of these input tokens are; None: there are none.
     padding: (B, L) bool, False at padding; None: there is none.
     seq_idx: (B, L) int32, the number of each token's sequence; None: each row is one.
+    context: how rows are split over processes: padding and seq_idx are then of this one's slab, and layout is a
+        `SlabLayout`. None: they are whole.
     """
 
-    layout: TokenLayout | None = None
+    layout: Any = None
     padding: Tensor | None = None
     seq_idx: Tensor | None = None
+    context: ContextParallel | None = None
 
 
 def token_mask(inputs: Mapping[str, Any], token_id: int, embedding: torch.nn.Module) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import threading
 import warnings
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from . import _flops, _native, _transforms
+from ._dims import shown
 
 NAMESPACE = {"cpu": "linmu", "cuda": "linmu", "triton": "linmu_triton", "reference": "linmu_reference"}
 # Order of preference per device.
@@ -339,7 +341,10 @@ def _beyond(op: str, impl: str, like: torch.Tensor | None, arguments: dict[str, 
     limit = OPS[op].limits.get(impl)
     if limit is None or not arguments:
         return None
-    return limit(Asked(arguments, _shared_memory(None if like is None else like.device.index)))
+    try:
+        return limit(Asked(arguments, _shared_memory(None if like is None else like.device.index)))
+    except IndexError as error:
+        raise ValueError(f"explain: tensors must be of the shapes that {op} takes") from error
 
 
 @functools.cache
@@ -369,6 +374,24 @@ def _automatic(op: str, device: str, dtype: torch.dtype) -> str:
     return _default.get((op, device, dtype == torch.float64), "reference")
 
 
+def _device_type(device: Any) -> str:
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"explain: device must be a device, such as 'cpu' or 'cuda', got {shown(device)}") from error
+
+
+def _check_arguments(op: str, arguments: dict[str, Any]) -> None:
+    """Of `explain`: whether the op has each, and has it as a tensor."""
+    kinds = {a.name: str(a.type) for a in getattr(torch.ops.linmu, op).default._schema.arguments}
+    public = inspect.signature(getattr(importlib.import_module(__package__), op)).parameters
+    for name, value in arguments.items():
+        if name not in kinds and name not in public:
+            raise ValueError(f"explain: {name} must be an argument of {op}")
+        if "Tensor" in kinds.get(name, "") and not isinstance(value, torch.Tensor | None):
+            raise TypeError(f"explain: {name} must be a Tensor, got {shown(value)}")
+
+
 def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named: Any) -> list[Choice]:
     """Which implementation serves `op` for these tensors (or this device type), and why the others do not.
 
@@ -376,13 +399,21 @@ def explain(op: str, *tensors: torch.Tensor, device: str | None = None, **named:
     Some implementations have a limit on sizes; they are judged by the tensors that are given. Returns one
     `Choice(impl, why_not, chosen, note)` per implementation.
     """
-    if op not in OPS:
-        raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {op!r}")
-    where = device or (tensors[0].device.type if tensors else "cpu")
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(OPS))}, got {shown(op)}")
+    names = _argument_names(op)
+    if len(tensors) > len(names):
+        raise ValueError(f"explain: tensors must be at most the {len(names)} of {op}, got {len(tensors)}")
+    if tensors and not isinstance(tensors[0], torch.Tensor):
+        raise TypeError(f"explain: {names[0]} must be a Tensor, got {shown(tensors[0])}")
+    where = _device_type(device) if device is not None else tensors[0].device.type if tensors else "cpu"
     dtype = tensors[0].dtype if tensors else torch.float32
     reverse = named.pop("reverse", None)
+    if reverse is not None and not hasattr(reverse, "_asdict"):
+        raise TypeError(f"explain: reverse must be that of {op}, got {shown(reverse)}")
     named |= {} if reverse is None else {f"reverse_{name}": t for name, t in reverse._asdict().items()}
-    arguments = dict(zip(_argument_names(op), tensors, strict=False)) | named
+    arguments = dict(zip(names, tensors, strict=False)) | named
+    _check_arguments(op, arguments)
 
     def reason(impl: str) -> str | None:
         like = tensors[0] if tensors else None

@@ -58,10 +58,13 @@ def branch_mix_norm(
     d = Dims("branch_mix_norm")
     d("a", a, "B L D", FLOATS)
     d("b", b, "B L D", a.dtype)
-    if isinstance(mix, Tensor) and mix.dim() == 1 and mix.shape[0] == 1:
-        d("mix", mix, "1", FLOATS)
-    else:
-        d("mix", mix, "D" if isinstance(mix, Tensor) and mix.dim() == 1 else "B L", FLOATS)
+    allowed = ((1,), (d["D"],), (d["B"], d["L"]))
+    if isinstance(mix, Tensor) and mix.shape not in allowed:
+        raise ValueError(
+            "branch_mix_norm: mix must be (1,), (D,) or (B, L) "
+            f"with B={d['B']}, L={d['L']}, D={d['D']}, got shape {tuple(mix.shape)}"
+        )
+    d("mix", mix, "B L" if isinstance(mix, Tensor) and mix.dim() == 2 else "_", FLOATS)
     d.optional("mask", mask, "B L", torch.bool)
     d.optional("weight", weight, "D", FLOATS)
     d.optional("bias", bias, "D", FLOATS)

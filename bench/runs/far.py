@@ -32,15 +32,29 @@ from linmu_distill.run import CALIBRATION_BATCHES, TEACHER
 from linmu_distill.sources import build_source
 from linmu_distill.student import ALONE, exact_alone, mixers, new_student
 from linmu_distill.teacher import load_teacher
+from linmu_ops.nn import exact
 
 from ..provenance import where
-from .far_page import DEPTHS, ROWS, TRAINED, WINDOWS, write_page
+from .far_page import CHANGED, DEPTHS, NEAR_KEPT, ROWS, TRAINED, WINDOWS, write_page
+from .kept import NEVER, Variant, varied
 from .sheet import check_named
 from .table import Results
 
 FRAMES, KEYS, HOPS, LINES = (8, 16, 32, 64, 128, 256), (1, 4, 16, 32), (1, 2, 4), (48, 96)
 NEAR_GROUPS = tuple(group for group in GROUPS if group != "needle")
 FULL = 64  # frames; of longer videos fewer are asked about, as many frames in all
+VARIANTS = dict(
+    zip(
+        CHANGED,
+        (
+            (NEAR_KEPT, Variant(256, NEVER, "")),
+            (TRAINED, Variant(256, exact._CLOSED, "")),
+            (TRAINED, Variant(128, exact._CLOSED + 2, "")),
+        ),
+        strict=True,
+    )
+)
+"""Row -> the row that it changes, and how."""
 PART = 40  # questions that are asked of each row in turn
 
 
@@ -99,7 +113,7 @@ def _digest(values: Sequence[Any]) -> bytes:
     for value in values:
         if isinstance(value, torch.Tensor):
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             digest.update(repr(value).encode())
     return digest.digest()
@@ -118,6 +132,7 @@ class Models:
     def seeds(self, row: str, seeds: int) -> range:
         """The seeds of a row; a teacher has one, and so have windows alone, of which nothing is drawn."""
         one = {TEACHER: 1, EQUAL_MEMORY: 1, WINDOWS: 1}
+        row = VARIANTS[row][0] if row in VARIANTS else row
         return range({**one, TRAINED: len(self.runs)}.get(row, seeds))
 
     def _start(self, seed: int) -> tuple[Any, list[Any]]:
@@ -147,6 +162,10 @@ class Models:
         """The model, and what must be open while it is asked."""
         if row == TEACHER:
             return self.teacher, nullcontext()
+        if row in VARIANTS:
+            of, variant = VARIANTS[row]
+            model = self.of(TRAINED, seed)[0] if of == TRAINED else self._start(seed)[0]
+            return model, varied(list(mixers(model, self.teacher).values()), variant)
         if row == TRAINED:
             if seed not in self._trained:
                 self._trained[seed] = load_teacher(str(self.runs[seed] / "student"), "float32")[0]
@@ -206,7 +225,7 @@ def main(
 ) -> None:
     """Recall by keys, length and depth, beside what training has to beat."""
     groups = (*NEAR_GROUPS, "needle", *LONG_GROUPS)
-    check_named("row", row, ROWS)
+    check_named("row", row, ROWS | CHANGED)
     check_named("group", group, groups)
     check_named("split", [split], SPLITS[1:])
     for folder in run or ():

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,12 +88,45 @@ def _naming(file: str) -> Iterator[None]:
         raise DataError(f"{file}: {error.__cause__ or error}") from error
 
 
-def _check_begin(file: str) -> None:
-    """JSON that begins with something else than an object can take the whole process with it (datasets 5.2)."""
+def _begins_with_objects(file: str) -> bool:
+    """JSON that begins with something else can take the whole process with it (datasets 5.2)."""
     with Path(file).open(encoding="utf-8-sig") as opened:
         begin = opened.read(1 << 16).lstrip()
-    if not begin.removeprefix("[").lstrip().startswith("{"):
-        raise ValueError(f"must be objects, or a list of them, got {begin[:20]!r}")
+    return begin.removeprefix("[").lstrip().startswith("{")
+
+
+def _values(file: str) -> list[Any]:
+    """What a list of JSON, or lines of it, hold; a line that is none stays text. ValueError where nothing is an
+    object."""
+    text = Path(file).read_text(encoding="utf-8-sig")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = [_value(line) for line in text.splitlines() if line.strip()]
+        if found and isinstance(found[0], str) and not text.lstrip().startswith(("{", '"')):
+            raise ValueError(str(error)) from error  # a list that is cut
+    found = found if isinstance(found, list) else [found]
+    if not any(isinstance(value, dict) for value in found):
+        raise ValueError(f"must be objects, or a list of them, got {text[:20]!r}")
+    return found
+
+
+def _value(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return line
+
+
+def _words(text: Any) -> str:
+    """Text without stray slots; UnusableError where it is none, or is of code points that no tokenizer takes."""
+    if not isinstance(text, str):
+        raise UnusableError("record whose text is none")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableError("record whose text is none") from error
+    return text.replace(SLOT, "")
 
 
 def _turns(messages: Any) -> tuple[tuple[tuple[str, str], ...], str]:
@@ -101,11 +135,11 @@ def _turns(messages: Any) -> tuple[tuple[tuple[str, str], ...], str]:
         raise UnusableError("record without a conversation")
     turns, system, question = [], "", None
     for message in messages:
-        role = _ROLES.get(message.get("from") or message.get("role") or "") if isinstance(message, dict) else None
-        text = (message.get("value") or message.get("content") or "") if role else ""
-        if role is None or not isinstance(text, str):
+        speaker = (message.get("from") or message.get("role")) if isinstance(message, dict) else None
+        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
             raise UnusableError("record with an unknown speaker")
-        text = text.replace(SLOT, "")  # a stray one, of whatever the text was copied from
+        text = _words(message.get("value") or message.get("content") or "")
         if role == "system":
             system = text
         elif role == "user" and question is None:
@@ -157,12 +191,18 @@ def _media(value: Any, folder: Path | None, is_video: bool) -> Iterator[Medium]:
         yield Medium(source, is_video)
 
 
+def _check_object(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise UnusableError("record that is no object")
+
+
 class _Conversations:
     """Rows with `conversations` (or `messages`) and `image`, `images`, `video` or `videos`."""
 
     folder: Path | None
 
     def parse(self, row: Any) -> Record:
+        _check_object(row)
         media = [
             medium
             for column in ("image", "images", "video", "videos")
@@ -201,23 +241,41 @@ class JsonRecords(_Conversations):
     """LLaVA-Video-178K's format: JSON (or JSON lines) with `conversations` and a `video` file. A shard is a row."""
 
     rows_per_shard = 1
+    _USED = frozenset({"conversations", "messages", "image", "images", "video", "videos"})
 
     def __init__(self, patterns: Sequence[str], folder: str | None) -> None:
-        from datasets import concatenate_datasets, load_dataset
+        from datasets import concatenate_datasets
 
         self.folder = Path(folder or ".")
         # File by file: columns that are not used, such as ids, have other types in other files.
-        keep = {"conversations", "messages", "image", "images", "video", "videos"}
-        parts = []
-        for file in find_files(patterns):
-            with _naming(file):
-                _check_begin(file)
-                part = load_dataset("json", data_files=[file], split="train")
-            parts.append(part.remove_columns([name for name in part.column_names if name not in keep]))
-        alike = all(part.features == parts[0].features for part in parts)
+        parts: list[Any] = [self._rows_of(file) for file in find_files(patterns)]
+        alike = not any(isinstance(part, list) or part.features != parts[0].features for part in parts)
         self._parts = [concatenate_datasets(parts)] if alike else parts
         self._starts = [sum(map(len, self._parts[:i])) for i in range(len(self._parts))]
         self.shards = sum(map(len, self._parts))
+
+    def _rows_of(self, file: str) -> Any:
+        """On disk; in memory where the records have no types in common, as a bad one among them has not."""
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetGenerationError
+        from pyarrow import ArrowException
+
+        with _naming(file):
+            # What it cannot load it also logs, as an error.
+            logger = logging.getLogger("datasets.packaged_modules.json.json")
+            silent, logger.disabled = logger.disabled, True
+            try:
+                part = load_dataset("json", data_files=[file], split="train") if _begins_with_objects(file) else None
+            except (DatasetGenerationError, ArrowException, ValueError, StopIteration):
+                part = None
+            finally:
+                logger.disabled = silent
+            if part is None:
+                return [
+                    {k: v for k, v in row.items() if k in self._USED} if isinstance(row, dict) else row
+                    for row in _values(file)
+                ]
+        return part.remove_columns([name for name in part.column_names if name not in self._USED])
 
     def rows(self, shard: int) -> Iterator[Any]:
         part = max(i for i, start in enumerate(self._starts) if start <= shard)
@@ -232,18 +290,15 @@ class ActivityNetRecords:
     def __init__(self, patterns: Sequence[str], folder: str | None, instruction: str = "") -> None:
         self.folder, self._instruction = Path(folder or "."), instruction
         questions: list[Any] = []
-        self._answers: dict[object, str] = {}
+        self._answers: dict[str, Any] = {}
         for file in find_files(patterns):
             with _naming(file):
-                _check_begin(file)
-                rows = json.loads(Path(file).read_text())
+                rows = _values(file)
             for row in rows:
-                if not isinstance(row, dict):
-                    raise DataError(f"{file}: must be a list of objects, got {row!r} among them")
-                if "question" in row:
+                if not isinstance(row, dict) or "question" in row:
                     questions.append(row)
                 else:
-                    self._answers[row.get("question_id")] = row.get("answer") or ""
+                    self._answers[str(row.get("question_id"))] = row.get("answer")
         self._questions = questions
         self.shards = len(questions)
 
@@ -251,13 +306,17 @@ class ActivityNetRecords:
         yield self._questions[shard]
 
     def parse(self, row: Any) -> Record:
-        answer = str(self._answers.get(row.get("question_id"), "")).replace(SLOT, "").strip()
+        _check_object(row)
+        answer = self._answers.get(str(row.get("question_id"))) or ""
+        answer = _words(str(answer) if isinstance(answer, (int, float)) else answer).strip()
         if not answer:
             raise UnusableError("empty answer")
-        question = (row.get("question") or "").replace(SLOT, "").strip()
+        question = _words(row.get("question") or "").strip()
         if not question:
             raise UnusableError("empty question")
         name = row.get("video_name") or ""
+        if not isinstance(name, str):
+            raise UnusableError("video missing")
         paths = [self.folder / f"{start}{name}.{ending}" for start in ("v_", "") for ending in _VIDEO_FILES]
         found = next((path for path in paths if path.exists()), paths[0])
         text = f"{SLOT}\n{question}" + (f"\n{self._instruction}" if self._instruction else "")

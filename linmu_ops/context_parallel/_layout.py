@@ -93,6 +93,12 @@ class SlabLayout:
         """causal: no token needs a later one."""
         return self._cached((windows, causal, device), lambda: self._neighbourhood(windows, causal, device))
 
+    def part(self, t: Tensor) -> Tensor:
+        """The slab's part of a (B, L) that every rank has whole; `whole` then need not ask."""
+        mine = self.context.shard(t)
+        self._cache["whole", id(mine)] = mine, t
+        return mine
+
     def whole(self, t: Tensor) -> Tensor:
         """(B, L): of whole rows, a mask or numbers of which each rank has (B, n). Ranks tell each other once."""
         wide = t.to(torch.uint8) if t.dtype == torch.bool else t

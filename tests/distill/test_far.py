@@ -16,6 +16,7 @@ from linmu_distill.config import parse_config
 from linmu_distill.evaluation import Result, evaluate
 from linmu_distill.limited import EQUAL_MEMORY
 from linmu_distill.student import exact_alone
+from linmu_ops.nn import exact
 
 BLOCK = {"window": [1, 2, 2], "image_window": [1, 2, 2], "text_window": 4, "sink_tokens": 1, "kept_tokens": 4}
 
@@ -76,6 +77,14 @@ def test_each_row_is_what_it_says(config):
             assert model is student
             assert all((block.share.bias == -1e4).all() == (row != ZERO) for block in blocks)
             assert all(block.windows.sizes.kept == (0 if row == "windows alone" else 4) for block in blocks)
+    before = [block.share.bias.clone() for block in blocks]
+    models._trained[0] = student
+    for row, kept, less in zip(far.VARIANTS, (256, 256, 128), (1e4 - exact._CLOSED, 0, 2), strict=True):
+        model, context = models.of(row, 0)
+        with context:
+            assert model is student and all(block.windows.sizes.kept == kept for block in blocks)
+            for block, bias in zip(blocks, before, strict=True):
+                torch.testing.assert_close(block.share.bias, bias - less)
     model, context = models.of(EQUAL_MEMORY, 0)
     with context:
         assert model is models.teacher and model.get_decoder().config._attn_implementation == "linmu_limited"

@@ -247,7 +247,7 @@ def test_videos_are_images_to_a_model_without_them(llava, video):
     assert int((batch["input_ids"] == llava.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 3 * 4
 
 
-@pytest.mark.parametrize("content", ["[null, {}]", "[3]", "[]", "", '[{"conversations": [', "{'a': 1}"])
+@pytest.mark.parametrize("content", ["[null, 3]", "[3]", "[]", "", '[{"conversations": [', "{'a': 1}"])
 def test_files_that_are_no_records_are_named(tmp_path, content):
     """One of these takes the process with it where it reaches `datasets`."""
     (tmp_path / "a.json").write_text(content)

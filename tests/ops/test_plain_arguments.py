@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import linmu_ops
-from linmu_ops import MMATE, ExactMMATE
+from linmu_ops import MMATE, ExactMMATE, _registry
 from linmu_ops._testing import CASES, grouped, small_inputs
 
 OPS = sorted(CASES)
@@ -45,6 +45,42 @@ def test_a_scale(op):
         f(**inputs | dict(scale="a"))
     with pytest.raises(ValueError, match=f"^{op}: scale must be finite, got inf$"):
         f(**inputs | dict(scale=math.inf))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_explain_is_asked(op):
+    first = next(iter(inspect.signature(getattr(linmu_ops, op)).parameters))
+    for given, named, words in (
+        ((3,), {}, "must be a Tensor, got 3"),
+        ((None,), {}, "must be a Tensor, got None"),
+        ((torch.ones(2), "x"), {}, "must be a Tensor, got 'x'"),
+        ((torch.ones(2),) * 99, {}, f"tensors must be at most the .* of {op}, got 99"),
+        ((), {first: 3}, f"{first} must be a Tensor, got 3"),
+        ((), {"foo": torch.ones(2)}, f"foo must be an argument of {op}"),
+        ((), {"device": "foo"}, "device must be a device, .* got 'foo'"),
+        ((), {"device": []}, r"device must be a device, .* got \[\]"),
+        ((), {"reverse": 3}, f"reverse must be that of {op}, got 3"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^explain: .*{words}$"):
+            linmu_ops.explain(op, *given, **named)
+    assert linmu_ops.explain(op, **small_inputs(op)) and linmu_ops.explain(op, device=torch.device("cpu"))
+
+
+def test_what_is_no_op_is_not_explained(monkeypatch):
+    for value in (3, None, [], "scan", torch.ones(1)):
+        with pytest.raises(ValueError, match=r"^explain: op must be one of .*, got "):
+            linmu_ops.explain(value)
+    monkeypatch.setattr(_registry, "why_not", lambda *_: None)
+    with pytest.raises(ValueError, match=r"^explain: tensors must be of the shapes that ssd_scan takes$"):
+        linmu_ops.explain("ssd_scan", torch.ones(2), B=torch.ones(2), device="cuda")
+
+
+def test_the_three_shapes_of_a_mix():
+    a = torch.ones(2, 3, 4)
+    for shape in ((3,), (), (2, 4), (4, 1), (2, 3, 1)):
+        words = r"mix must be \(1,\), \(D,\) or \(B, L\) with B=2, L=3, D=4, got shape \("
+        with pytest.raises(ValueError, match=f"^branch_mix_norm: {words}"):
+            linmu_ops.branch_mix_norm(a, a, torch.ones(shape))
 
 
 def test_who_forced_an_implementation_is_named():
