@@ -152,11 +152,13 @@ class ExactMMATE(Block):
         if in_place and 1 < z.shape[1] <= STEPS and not self.scan.in_ops and not torch.compiler.is_compiling():
             outputs = []
             for i in range(z.shape[1]):
-                cos_sin = None if call.rotary is None else tuple(t[:, i : i + 1] for t in call.rotary)
+                cos, sin = (None if t is None else t[:, i : i + 1] for t in call.rotary or (None, None))
+                turn = None if cos is None or sin is None else (cos, sin)
                 real = None if call.mask is None else call.mask[:, i : i + 1]
-                out, state = self._attend(z[:, i : i + 1], call._replace(rotary=cos_sin, mask=real, state=state))
+                out, new = self._attend(z[:, i : i + 1], call._replace(rotary=turn, mask=real, state=state))
                 outputs.append(out)
-            return torch.cat(outputs, dim=1), state
+                state = new
+            return torch.cat(outputs, dim=1), new
         in_place = in_place and z.shape[1] == 1
         q, k, v = self.windows.project(z)
         turned, keys = (self.windows.rotate(t, call.rotary) for t in (q, k))
