@@ -50,6 +50,7 @@ VARIANTS = dict(
             (NEAR_KEPT, Variant(256, NEVER, "")),
             (TRAINED, Variant(256, exact._CLOSED, "")),
             (TRAINED, Variant(128, exact._CLOSED + 2, "")),
+            (TRAINED, Variant(128, exact._CLOSED - 2, "")),
         ),
         strict=True,
     )

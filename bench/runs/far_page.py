@@ -30,6 +30,7 @@ CHANGED = {
     "near + 256 kept": "*near + kept* with twice as many kept tokens as it was converted with",
     "trained, 256 kept": "*trained* with as many, and no step more",
     "trained, far less by 2 nats": "*trained* with a seventh of the share of what is far",
+    "trained, far more by 2 nats": "*trained* with seven times that share, as far as there is room",
 }
 """Rows that look for what stands in the way; asked for by name."""
 DEPTHS = 4  # parts of a video
