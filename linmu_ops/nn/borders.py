@@ -197,13 +197,18 @@ class Borders:
         found = pool[:, None].expand_as(by).gather(2, best.clamp(min=0)) if many else best
         return F.pad(torch.where(best < 0, -1, found), (room - best.shape[2], 0), value=-1)
 
-    def far(self, scan: FarAttention, past: Past | None, like: Tensor, nothing: Tensor) -> tuple[Tensor, Tensor]:
+    def far(
+        self, scan: FarAttention, past: Past | None, given: tuple[Tensor, Tensor, Tensor], nothing: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The scan's state before the slab, (B, H, P + 1, N), and a 0 that depends on all ranks' maps. past: of the
-        slab; None where it has no token. like: has the dtype and device of step sizes."""
+        slab; None where it has no token. given: keys, values and step sizes of the slab."""
+        like = given[2]
         context, batch, heads = self.context, len(self.real), scan.shape.num_heads
         decay, new = like.new_ones(batch, heads), like.new_zeros(batch, heads, *scan.state_size)
         if past is not None and context.rank + 1 < context.size:
             decay, new = scan.entering(past.keys, past.values, past.steps, self._entered(past), past.entered)
+        # A rank whose map depends on nothing, too, has a backward pass where that of the others does.
+        nothing = nothing + sum(t.flatten()[:0].sum().to(nothing.dtype) for t in (*given, *scan.parameters()))
         sent = torch.cat((decay, new.flatten(1)), dim=1) + nothing.to(decay.dtype)
         every = context.all_gather(sent).unflatten(0, (context.size, batch))
         state = torch.zeros_like(new)

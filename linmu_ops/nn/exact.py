@@ -192,7 +192,7 @@ class ExactMMATE(Block):
         state, nothing = borders.state(keys, v, steps)
         call = call._replace(state=state)
         past = past_of(self.windows.sizes, keys, v, steps, call) if z.shape[1] else None
-        entering, nothing = borders.far(self.scan, past, steps, nothing)
+        entering, nothing = borders.far(self.scan, past, (keys, v, steps), nothing)
         if past is None:
             return self.o_proj(z.new_zeros(*z.shape[:2], q.shape[2] * q.shape[3]) + nothing.to(z.dtype))
         near = self.windows(q, k, v, turned, past, call)

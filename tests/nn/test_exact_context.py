@@ -114,6 +114,26 @@ def test_a_row_split_by_any_number_is_the_row(gang, n):
     check(gang, "default", "padded", 1, LENGTHS[n])
 
 
+def some_gradients(group, lengths, wanted):
+    """Of the parameters `wanted`, which alone get any."""
+    context = ContextParallel(group, lengths)
+    torch.manual_seed(0)
+    block = build(CONFIGS["default"], perturb=0.1)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    z = context.shard(inputs_of("text")[0]["z"])
+    block(z, context=context).square().sum().backward()
+    return {name: block.get_parameter(name).grad for name in wanted}
+
+
+@pytest.mark.parametrize("wanted", [["scan.b_map"], ["scan.dt_bias"], ["windows.v_proj.bias"], ["share.bias"]])
+def test_a_frozen_part_takes_no_rank_out_of_the_backward_pass(gang, wanted):
+    """The last rank sends no map of what is far: without care it would have no backward pass, for which others wait."""
+    (want,), got = gang(1, some_gradients, [L], wanted), gang(3, some_gradients, LENGTHS[3], wanted)
+    for name in wanted:
+        assert (sum(g[name] for g in got) - want[name]).abs().max() <= 1e-12 * max(1, want[name].abs().max())
+
+
 def test_videos_whose_tokens_see_later_ones_may_end_at_a_border(gang):
     """Where none is cut."""
     want, got = gang(1, without_causal_windows, [L]), gang(2, without_causal_windows, [33, 45])
