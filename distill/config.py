@@ -31,6 +31,7 @@ Positive = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Spread = Literal["ddp", "fsdp"]
 EVALUATION_SEED = 2024  # fixed, so that runs are asked the same questions
 _BLOCK = 8  # samples; so many are cheap, and a share of so few means little
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
@@ -239,8 +240,9 @@ class Config(_Table):
     """Batches of each process in a step."""
     gradient_checkpointing: bool = False
     """Saves memory in stages whose blocks get the student's own inputs: the backward pass runs each layer again."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: a whole student in each (`ddp`), or a part in each (`fsdp`, FSDP2)."""
+    parallel: Spread | tuple[Spread, Positive] = "ddp"
+    """With several processes: a whole student in each (`ddp`), or a part in each (`fsdp`, FSDP2). `["fsdp", 4]`: and 4
+    processes share each row, of which each works on a part of the tokens."""
     max_new_tokens: Positive = 64
     """The most tokens of the teacher's own answers (L_seq). An answer that does not end in time is left out."""
     lora_rank: Positive = 8
@@ -313,6 +315,16 @@ class Config(_Table):
     def name(self) -> str:
         """What the run is called."""
         return self.folder.name
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each of several processes holds a part of the student."""
+        return "fsdp" in (self.parallel, self.parallel[0])
+
+    @property
+    def context(self) -> int:
+        """So many processes share each row."""
+        return 1 if isinstance(self.parallel, str) else self.parallel[1]
 
     @property
     def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:

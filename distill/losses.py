@@ -37,6 +37,15 @@ class Kept:
         """The kept rows of `(B, L, D)` hidden states, `(n, D)`."""
         return states[self.rows, self.positions]
 
+    def within(self, start: int, stop: int) -> Tensor:
+        """(n,) bool: which lie from position `start` to `stop`."""
+        return (self.positions >= start) & (self.positions < stop)
+
+    def slab(self, start: int, stop: int) -> "Kept":
+        """Those from position `start` to `stop`, counted from there."""
+        mine = self.within(start, stop)
+        return Kept(self.rows[mine], self.positions[mine] - start, self.targets[mine], self.samples[mine])
+
 
 def kept_positions(labels: Tensor, seq_idx: Tensor | None = None) -> Kept:
     """Where a model is asked for an answer token.

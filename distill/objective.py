@@ -14,6 +14,8 @@ from linmu_models.accumulated_attention import each_alone
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
 from linmu_models.layout import LinmuInputs
 from linmu_models.modeling import LinmuModel
+from linmu_models.split_rows import split_inputs, split_rows
+from linmu_ops.context_parallel import ContextParallel
 
 from .losses import answer_losses, hidden_loss, joint_weights, kept_positions
 from .packing import pack, real_tokens
@@ -38,20 +40,20 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Batch, hidden: bool, inputs: bool, reading: bool
+        self, batch: Batch, hidden: bool, inputs: bool, reading: bool, part: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor], list[Batch], list[Tensor] | None]:
         """Run the teacher on a batch.
 
         Returns:
-            The final hidden states `(B, L, D)`. The outputs and the inputs of attention at `layers`, where asked for.
-            What answers read (see `record_reading`), where asked for.
+            The final hidden states `(B, L, D)`. The outputs and the inputs of attention at `layers`, where asked for,
+            or what `part` gives of each. What answers read (see `record_reading`), where asked for.
         """
         modules = [attention_modules(self.model)[i] for i in self.layers]
         packed = batch.get("seq_idx")
         with (
             nullcontext() if packed is None else each_alone(self.model, packed),
-            record_outputs(modules if hidden else []) as outputs,
-            record_inputs(modules if inputs else []) as seen,
+            record_outputs(modules if hidden else [], part) as outputs,
+            record_inputs(modules if inputs else [], part) as seen,
             record_reading(self.model, self.layers, batch) if reading else nullcontext() as read,
         ):
             states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
@@ -95,6 +97,15 @@ class Part:
     """As in `MicroBatch`."""
     counts: dict[str, int]
     """As in `MicroBatch`."""
+    context: ContextParallel | None = None
+    """How the rows of `batch` are split over processes. `states`, `hidden`, `inputs` and `kinds` are then of this one's
+    slab alone."""
+
+    @property
+    def slab(self) -> tuple[int, int]:
+        """The tokens of each row that this process works on, from and to."""
+        length = self.batch["input_ids"].shape[1]
+        return (0, length) if self.context is None else (self.context.start, self.context.stop)
 
 
 class Objective(nn.Module):
@@ -132,7 +143,10 @@ class Objective(nn.Module):
         `counts` are the tokens of the whole step.
         """
         (teacher,) = self._teacher
-        shared = self.student.block_inputs(model_inputs(part.batch), part.hidden[0].shape[1])
+        rows, length = part.batch["input_ids"].shape
+        shared = self.student.block_inputs(model_inputs(part.batch), length)
+        if part.context is not None:
+            shared = split_inputs(shared, rows, part.context)
         weights = joint_weights(part.kinds, teacher.scales, counts, len(teacher.layers))
         return [partial(self._share, part, shared, weights[i], i) for i in range(len(weights))]
 
@@ -151,6 +165,7 @@ class Objective(nn.Module):
         with (
             record_outputs(blocks if hidden else []) as outputs,
             replace_inputs(blocks if part.inputs else [], part.inputs),
+            nullcontext() if part.context is None else split_rows(self.student, part.context),
         ):
             states = self.student.model(**model_inputs(part.batch), use_cache=False).last_hidden_state
         losses = {}
@@ -159,7 +174,7 @@ class Objective(nn.Module):
             ours = [output[:rows, :length] for output in outputs]
             weights = joint_weights(part.kinds, teacher.scales, counts, len(blocks))
             losses["hidden"] = hidden_loss(ours, part.hidden, weights, num_tokens=1)
-        kept = kept_positions(part.batch["labels"], part.batch.get("seq_idx"))
+        kept = kept_positions(part.batch["labels"], part.batch.get("seq_idx")).slab(*part.slab)
         own = torch.cat([part.same, part.same.new_ones(num_samples(part.batch) - part.num_samples)])
         answers = answer_losses(
             kept.select(states),
@@ -175,6 +190,9 @@ class Objective(nn.Module):
             num_supervised=counts["supervised"],
         )
         every = {"token": answers.token, "sequence": answers.sequence, "supervised": answers.supervised}
+        if part.context is not None:
+            # A slab may have no answer. Its process must take part in the others' backward pass all the same.
+            every = {name: value + states[:, :0].sum() for name, value in every.items()}
         # In stages 1 and 2 the distance to the true answers is shown where it is known, not trained on.
         shown = {**self.stage.losses, "supervised": 0.0}
         return {**losses, **{name: value for name, value in every.items() if name in shown}}
@@ -256,20 +274,47 @@ def says(sample: Any) -> list[str]:
     return [answer for _, answer in sample.turns]
 
 
-def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: Stage, device: torch.device) -> Part:
+def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: Stage, device: torch.device,
+             group: Any = None) -> Part:  # fmt: skip
     """Run the teacher on a micro-batch, and collect what the losses need.
 
     Args:
         student: says where its visual tokens are.
+        group: the processes that share each row, as `ContextParallel` takes them. The teacher sees whole rows in each.
     """
     asked = on_device(micro.asked, device)
     batch = asked if micro.batch is micro.asked else on_device(micro.batch, device)
     same = micro.same.to(device)
     learns_hidden = "hidden" in stage.losses
+    context = None if group is None else _split(batch, group)
+    kept = kept_positions(asked["labels"], asked.get("seq_idx"))
+
+    def slab(t: Tensor) -> Tensor:
+        """A copy: a view would hold the whole."""
+        return t if context is None else t[:, context.start : context.stop].clone()
+
+    def part(
+        states: Tensor, hidden: list[Tensor], inputs: list[Batch], kinds: dict[str, Tensor | list[Tensor]]
+    ) -> Part:
+        states = states if context is None else states[kept.within(context.start, context.stop)]
+        return Part(batch, len(same), states, hidden, inputs, kinds, same, micro.counts, context)
+
     if micro.states is not None and not learns_hidden:
-        return Part(batch, len(same), micro.states, [], [], {}, same, micro.counts)
+        return part(micro.states, [], [], {})
     reads = learns_hidden and stage.average == "read"
-    states, hidden, inputs, reading = teacher(asked, learns_hidden, stage.block_input == "teacher", reads)
-    states = kept_positions(asked["labels"], asked.get("seq_idx")).select(states)
+    by_teacher = stage.block_input == "teacher"
+    states, hidden, inputs, reading = teacher(asked, learns_hidden, by_teacher, reads, slab if context else None)
     kinds = hidden_kinds(student, asked, reading) if hidden else {}
-    return Part(batch, len(same), states, hidden, inputs, kinds, same, micro.counts)
+    kinds = {kind: slab(w) if isinstance(w, Tensor) else [slab(each) for each in w] for kind, w in kinds.items()}
+    return part(kept.select(states), hidden, inputs, kinds)
+
+
+def _split(batch: Batch, group: Any) -> ContextParallel:
+    """How the rows of a batch are split. Those of the teacher's own answers may make it longer than what was asked."""
+    context = ContextParallel(group, batch["input_ids"].shape[1])
+    if not min(context.lengths):
+        raise TrainingError(
+            f"parallel must share rows among at most as many processes as they have tokens, {context.length}, got "
+            f"{context.size}"
+        )
+    return context

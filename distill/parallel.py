@@ -1,8 +1,8 @@
-"""One process, DDP, or FSDP2: what differs between them."""
+"""One process, DDP, or FSDP2, and rows that several processes share: what differs between them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,41 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
+
+
+class Sharing(NamedTuple):
+    """Which processes share rows, and so work on the same batches.
+
+    Attributes:
+        group: those that share rows with this one; None: none does.
+        size: so many of them.
+        rank: of this process among them.
+        number, groups: this group of processes, and how many there are.
+    """
+
+    group: Any
+    size: int
+    rank: int
+    number: int
+    groups: int
+
+
+def sharing(accelerator: Accelerator, size: int) -> Sharing:
+    """Groups of `size` processes that follow one another, a dimension of a mesh beside that of the data.
+
+    Raises:
+        ValueError: `size` does not divide the number of processes.
+    """
+    processes = accelerator.num_processes
+    if processes % size:
+        raise ValueError(
+            f"parallel must share rows among a number that divides that of processes, {processes}, got {size}"
+        )
+    number, rank = divmod(accelerator.process_index, size)
+    if size == 1:
+        return Sharing(None, 1, 0, number, processes)
+    mesh = init_device_mesh(accelerator.device.type, (processes // size, size), mesh_dim_names=("data", "context"))
+    return Sharing(mesh["context"], size, rank, number, processes // size)
 
 
 def shard(objective: nn.Module, student: PreTrainedModel, teacher: PreTrainedModel, accelerator: Accelerator) -> None:

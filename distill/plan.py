@@ -133,7 +133,7 @@ def _plan_stage(config: Config, number: int, gpus: int, teacher_config: PreTrain
     # AdamW works on one parameter after another, with two more of its size.
     live = max(live, 8 * max(p.numel() for p in models.trainable.values()))
     weights, gradients, optimiser, buffers = models.weights, floats, 2 * floats, 0
-    if gpus > 1 and config.parallel == "fsdp":
+    if gpus > 1 and config.sharded:
         inside, widest = models.in_layers, models.widest_layer
         weights += (inside + 2 * models.teachers_layers) // gpus - inside - models.teachers_layers
         weights, gradients, optimiser = weights, gradients // gpus, optimiser // gpus

@@ -21,6 +21,7 @@ from linmu_models.config import sees_images
 from linmu_models.generate import copy_processor
 from linmu_models.modeling import LinmuModel
 from linmu_models.report import TransferReport
+from linmu_models.split_rows import check_splits
 from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from . import handoff, held_out
@@ -177,11 +178,24 @@ class Run:
             raise
         except (TypeError, ValueError) as error:
             raise RunError(str(error)) from error
+        if self.config.context > 1:
+            self._check_splits(student.model)
         if not student.blocks:
             raise RunError("the student has no M-MATE block: every layer keeps its attention")
         for row in STAGES:
             if (stage := self.stage(row.number)).steps:
                 trainable_parameters(student.model, student.blocks, stage)
+
+    def _check_splits(self, student: LinmuModel) -> None:
+        processes, size = self.accelerator.num_processes, self.config.context
+        if processes % size:
+            raise RunError(
+                f"parallel must share rows among a number that divides that of processes, {processes}, got {size}"
+            )
+        try:
+            check_splits(student)
+        except ValueError as error:
+            raise RunError(f"parallel must not share rows for this student: {error}") from error
 
     def _has_start(self) -> bool:
         try:
@@ -256,7 +270,8 @@ class Run:
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
         source = build_source(
             config.stage_data(number), config.teacher, self.teacher, self.tokenizer, config.seed * 4 + number,
-            self.accelerator.process_index, self.accelerator.num_processes,
+            self.accelerator.process_index // config.context,
+            self.accelerator.num_processes // config.context,
         )  # fmt: skip
         transcripts = None
         if "sequence" in stage.losses:

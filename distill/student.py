@@ -156,7 +156,8 @@ def reach_all(blocks: Iterable[nn.Module]) -> None:
 
     def add_nothing(block: nn.Module, args: Any, kwargs: dict[str, Any], out: tuple[Tensor, None]) -> Any:
         linmu = kwargs.get("linmu")
-        if linmu is None or linmu.layout is not None or not torch.is_grad_enabled():
+        visual = linmu is not None and linmu.layout is not None and linmu.layout.has_visual
+        if linmu is None or visual or not torch.is_grad_enabled():
             return out
         return out[0] + sum(0 * p.sum() for p in block.parameters() if p.requires_grad), *out[1:]
 

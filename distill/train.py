@@ -32,6 +32,7 @@ from .parallel import (
     is_sharded,
     local_part,
     shard,
+    sharing,
     total_norm,
     whole,
 )
@@ -123,8 +124,9 @@ class StageTrainer:
         self._may_rest = beyond_windows(self.student)
         self._live_steps = 0
         self._seconds = 0.0
+        self._sharing = sharing(self.accelerator, self.config.context)
         # Micro-batches of a step, of all processes: a training that goes on in another number of them keeps it.
-        self._batches = self.config.gradient_accumulation * self.accelerator.num_processes
+        self._batches = self.config.gradient_accumulation * self._sharing.groups
 
     @property
     def seconds(self) -> float:
@@ -185,7 +187,7 @@ class StageTrainer:
     def _spread(self, objective: Objective) -> nn.Module:
         if self.accelerator.num_processes == 1:
             return objective
-        if self.config.parallel == "ddp":
+        if not self.config.sharded:
             return objective if objective.by_block else self.accelerator.prepare(objective)
         shard(objective, self.student, self.teacher.model, self.accelerator)
         now = dict(self.student.named_parameters())
@@ -208,6 +210,8 @@ class StageTrainer:
         micros: list[MicroBatch | None] = [*self._read(step)]
         names = list(micros[0].counts) if micros[0] else []
         summed = torch.tensor([sum(m.counts[n] for m in micros if m) for n in names], device=accelerator.device)
+        if self._sharing.rank:  # The first of those that share rows counts for them.
+            summed.zero_()
         counts = dict(zip(names, accelerator.reduce(summed, "sum").tolist(), strict=True))
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
@@ -241,7 +245,7 @@ class StageTrainer:
 
     def _read(self, step: int) -> list[MicroBatch]:
         accelerator, first = self.accelerator, step * self._batches
-        numbers = range(first + accelerator.process_index, first + self._batches, accelerator.num_processes)
+        numbers = range(first + self._sharing.number, first + self._batches, self._sharing.groups)
         samples = [self.source.samples(number) for number in numbers]
         sharded, missing = is_sharded(self.teacher.model), False
         if sharded and self.transcripts is not None and "sequence" in self.stage.losses:
@@ -261,7 +265,7 @@ class StageTrainer:
         """Add the gradients of a micro-batch. Returns its share of each loss."""
         accelerator, weights = self.accelerator, self.stage.losses
         with accelerator.autocast():
-            part = assemble(micro, self.teacher, self.student, self.stage, accelerator.device)
+            part = assemble(micro, self.teacher, self.student, self.stage, accelerator.device, self._sharing.group)
         # Processes are averaged, but each holds a share of one mean.
         processes = accelerator.num_processes
         if not (isinstance(objective, Objective) and objective.by_block):
@@ -281,7 +285,7 @@ class StageTrainer:
 
     def _join_gradients(self) -> None:
         """Average what the processes have derived on their own: DDP knows of one forward pass and one backward pass."""
-        if self.accelerator.num_processes > 1 and self.config.parallel == "ddp" and learns_by_block(self.stage):
+        if self.accelerator.num_processes > 1 and not self.config.sharded and learns_by_block(self.stage):
             for parameter in self.trainable.values():
                 if parameter.grad is not None:
                     parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
@@ -346,11 +350,15 @@ class StageTrainer:
         """A value of each process, in their order."""
         return [value] if self.accelerator.num_processes == 1 else gather_object([value])
 
+    def _of_all_data(self, value: Any) -> list[Any]:
+        """The same, of processes that share rows one."""
+        return self._of_all(value)[:: self._sharing.size]
+
     def counts(self) -> dict[str, dict[str, int]] | None:
         """For each data set, what all processes have read, used and left out. None for the built-in tasks."""
         if not isinstance(self.source, Stream):
             return None
-        every = self._of_all(self.source.counts)
+        every = self._of_all_data(self.source.counts)
         return {name: dict(sum((counts[name] for counts in every), Counter())) for name in every[0]}
 
     def throughput(self) -> dict[str, float]:
@@ -373,7 +381,7 @@ class StageTrainer:
 
     def unfinished(self) -> int:
         """Samples that all processes left out of L_seq, because the teacher's answer did not end in time."""
-        return 0 if self.transcripts is None else sum(self._of_all(self.transcripts.unfinished))
+        return 0 if self.transcripts is None else sum(self._of_all_data(self.transcripts.unfinished))
 
     def _save(self, step: int, optimizer: Any) -> None:
         progress = {
@@ -395,7 +403,7 @@ class StageTrainer:
         if not isinstance(self.source, Stream):
             return None
         state = self.source.state_dict()
-        every = self._of_all(state.get("lanes", [state]))
+        every = self._of_all_data(state.get("lanes", [state]))
         return [every[lane % len(every)][lane // len(every)] for lane in range(len(every) * len(every[0]))]
 
     def _restore(self, optimizer: Any) -> int:
@@ -422,13 +430,13 @@ class StageTrainer:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self._moved, self._seconds = set(progress["moved"]), progress["seconds"]
         self._live_steps = progress["live_steps"]
-        if self.transcripts is not None and self.accelerator.is_main_process:
+        if self.transcripts is not None and not self._sharing.number:
             self.transcripts.unfinished = progress["unfinished"]
         return step
 
     def _restore_place(self, progress: Mapping[str, Any]) -> None:
         """Go to where the data were, in as many processes as then or in others."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        processes, rank = self._sharing.groups, self._sharing.number
         self._batches = progress.get("batches", self._batches)
         if self._batches % processes:
             raise TrainingError(

@@ -53,8 +53,10 @@ def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect what each module returns, `(B, L, D)`, while the context is open.
+def record_outputs(
+    modules: Sequence[nn.Module], part: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[list[Tensor]]:
+    """Collect what each module returns, `(B, L, D)`, or what `part` gives of it, while the context is open.
 
     An attention module returns (output, weights), a mixer may return the output alone. Recomputation in the backward
     pass happens outside the context and is not recorded.
@@ -63,7 +65,8 @@ def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
     def keep(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-            outputs[index] = output if isinstance(output, Tensor) else output[0]
+            whole = output if isinstance(output, Tensor) else output[0]
+            outputs[index] = whole if part is None else part(whole)
 
         return hook
 
@@ -74,9 +77,11 @@ def record_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]]:
-    """Collect the tensors that each attention module is given by name, while the context is open: `hidden_states`
-    `(B, L, D)`, and what its layer's rotary embedding needs. Its mask is left out."""
+def record_inputs(
+    modules: Sequence[nn.Module], part: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Collect the tensors that each attention module is given by name, or what `part` gives of each, while the context
+    is open: `hidden_states` `(B, L, D)`, and what its layer's rotary embedding needs. Its mask is left out."""
     inputs: list[dict[str, Any]] = [{} for _ in modules]
 
     def keep(index: int) -> Callable[..., None]:
@@ -84,6 +89,11 @@ def record_inputs(modules: Sequence[nn.Module]) -> Iterator[list[dict[str, Any]]
             inputs[index] = {name: kwargs[name] for name in ("hidden_states", "position_embeddings") if name in kwargs}
             if "position_embeddings" in kwargs:
                 inputs[index]["position_embeddings"] = rotary_pair(kwargs["position_embeddings"])
+            if part is not None:
+                pair = inputs[index].pop("position_embeddings", None)
+                inputs[index] = {name: part(value) for name, value in inputs[index].items()}
+                if pair is not None:
+                    inputs[index]["position_embeddings"] = (part(pair[0]), part(pair[1]))
 
         return hook
 

@@ -13,6 +13,7 @@ from training import curve, in_processes
 
 from linmu_distill.checkpoint import CheckpointStore
 from linmu_distill.objective import TrainingError
+from linmu_distill.parallel import sharing
 from linmu_distill.student import own_state
 
 
@@ -126,6 +127,6 @@ def test_a_run_of_one_goes_on_in_two(tmp_path, parallel):
 
 def test_a_run_of_one_does_not_go_on_in_two_without_a_batch_for_each(tmp_path):
     trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 2)
-    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=0)
+    trainer._sharing = sharing(SimpleNamespace(num_processes=2, process_index=0), 1)
     with pytest.raises(TrainingError, match=r"was at work on 3 batches a step; go on in a number .*, got 2"):
         trainer._restore_place({"batches": 3, "data": None})

@@ -18,6 +18,7 @@ from linmu_distill.data.records import JsonRecords
 from linmu_distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
 from linmu_distill.handoff import stage_folder
 from linmu_distill.objective import TrainingError
+from linmu_distill.parallel import sharing
 from linmu_distill.run import Run, distill
 from linmu_distill.stages import STAGES
 from linmu_distill.teacher import AnswerCache, Stream
@@ -258,7 +259,7 @@ def test_one_process_reads_on_for_several(folder, processor):
 def test_data_of_three_processes_are_not_shared_by_two(folder, processor):
     data = RecordStream(processor, [reader(folder, processor)], [1], 0)
     trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(num_processes=2, process_index=0), stage=STAGES[0], _batches=1, source=data
+        _sharing=sharing(SimpleNamespace(num_processes=2, process_index=0), 1), stage=STAGES[0], _batches=1, source=data
     )
     progress = {"batches": 6, "data": [data.state_dict()] * 3}
     with pytest.raises(TrainingError, match="was at work in 3 processes, each with a part of the data"):

@@ -31,10 +31,14 @@ def dying_in(number):
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    "processes, parallel, preset",
-    [(2, "ddp", "paper"), (2, "fsdp", "exact"), (4, "ddp", "exact"), (4, "fsdp", "paper")],
-)
-def test_a_run_with_a_kill_in_each_stage_is_the_run_of_one(tmp_path, processes, parallel, preset):
+    "processes, parallel, preset, context",
+    [
+        (2, "ddp", "paper", 1), (2, "fsdp", "exact", 1), (4, "ddp", "exact", 1), (4, "fsdp", "paper", 1),
+        (2, "ddp", "exact", 2), (2, "ddp", "paper", 2), (4, "fsdp", "exact", 2), (4, "ddp", "exact", 2),
+    ],
+)  # fmt: skip
+def test_a_run_with_a_kill_in_each_stage_is_the_run_of_one(tmp_path, processes, parallel, preset, context):
+    """context: so many processes share each row."""
     # Little is near, so that something is far, and learns.
     near = {"window": [1, 2, 2], "text_window": 16, "kept_tokens": 4} if preset == "exact" else {}
     changes = dict(
@@ -42,9 +46,9 @@ def test_a_run_with_a_kill_in_each_stage_is_the_run_of_one(tmp_path, processes, 
         **{f"stage{number}": {"steps": STEPS} for number in (1, 2, 3)},
     )  # fmt: skip
     teacher = save_teacher(tmp_path / "teacher")
-    one = parse_config(run_values(tmp_path / "one", teacher, gradient_accumulation=processes, **changes))
+    one = parse_config(run_values(tmp_path / "one", teacher, gradient_accumulation=processes // context, **changes))
     distill(one)
-    config = parse_config(run_values(tmp_path / "more", teacher, parallel=parallel, **changes))
+    config = parse_config(run_values(tmp_path / "more", teacher, parallel=[parallel, context], **changes))
 
     def work(number):
         def train(rank):
