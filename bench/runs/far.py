@@ -48,6 +48,7 @@ VARIANTS = dict(
         CHANGED,
         (
             (NEAR_KEPT, Variant(256, NEVER, "")),
+            (NEAR_KEPT, Variant(1024, NEVER, "")),
             (TRAINED, Variant(256, exact._CLOSED, "")),
             (TRAINED, Variant(128, exact._CLOSED + 2, "")),
             (TRAINED, Variant(128, exact._CLOSED - 2, "")),

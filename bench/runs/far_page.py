@@ -28,7 +28,8 @@ ROWS = {
 }
 CHANGED = {
     "near + 256 kept": "*near + kept* with twice as many kept tokens as it was converted with",
-    "trained, 256 kept": "*trained* with as many, and no step more",
+    "near + 1024 kept": "*near + kept* with eight times as many",
+    "trained, 256 kept": "*trained* with twice as many kept tokens, and no step more",
     "trained, far less by 2 nats": "*trained* with a seventh of the share of what is far",
     "trained, far more by 2 nats": "*trained* with seven times that share, as far as there is room",
 }

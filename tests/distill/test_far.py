@@ -79,7 +79,9 @@ def test_each_row_is_what_it_says(config):
             assert all(block.windows.sizes.kept == (0 if row == "windows alone" else 4) for block in blocks)
     before = [block.share.bias.clone() for block in blocks]
     models._trained[0] = student
-    for row, kept, less in zip(far.VARIANTS, (256, 256, 128, 128), (1e4 - exact._CLOSED, 0, 2, -2), strict=True):
+    for row, kept, less in zip(
+        far.VARIANTS, (256, 1024, 256, 128, 128), (1e4 - exact._CLOSED,) * 2 + (0, 2, -2), strict=True
+    ):
         model, context = models.of(row, 0)
         with context:
             assert model is student and all(block.windows.sizes.kept == kept for block in blocks)
