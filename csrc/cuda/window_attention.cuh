@@ -70,6 +70,7 @@ struct WindowPlan {
   const float* grad_lse;  // (num_visual, H) or null
   float* delta;           // (num_visual, H) sum over P of out * grad_out, less grad_lse; backward only
   void *dq, *dk, *dv;
+  void* rotated_q;  // (B, L, H, D) of the inputs' type or null: q as the tiles hold it; backward on sm_90a only
 };
 
 inline GatheredRows gathered(const WindowAttentionParams& p, const TokenRows<const void*>& at) {

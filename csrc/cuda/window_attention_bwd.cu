@@ -30,78 +30,6 @@ struct Shape {
   static constexpr int64_t kSteps = 2 * kStep * (2 * kRow + 4 * kInts);
 };
 
-// The rows of a stage, times factor and rotated back where asked, to a tensor (B, L, heads, P) of T.
-template <class T>
-__device__ inline void store_stage(const WindowAttentionParams& p, void* tensor, int64_t heads, int64_t head,
-                                   const float* stage, int pitch, int rows, int columns, const int* tokens, bool rotate,
-                                   bool fast) {
-  constexpr int V = kVec<T>;
-  const int P = static_cast<int>(p.head_dim), R = rotate && p.cos ? static_cast<int>(p.rotary_dim) : 0;
-  const int per_row = columns / V;
-  for (int i = threadIdx.x % kWarp; i < rows * per_row; i += kWarp) {
-    const int r = i / per_row, c = i % per_row * V, token = tokens[r];
-    if (token < 0 || c >= P) continue;
-    const float* from = stage + r * pitch;
-    Vec<T, V> values;
-    if (c < R) {
-      const int64_t angles = rotary_offset(p, token);
-      const float *cos = static_cast<const float*>(p.cos) + angles, *sin = static_cast<const float*>(p.sin) + angles;
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-        values.v[v] = from_float<T>(c + v < R ? rotated<true>(p, from, cos, sin, c + v) : from[c + v]);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; ++v) values.v[v] = from_float<T>(from[c + v]);
-    }
-    T* to = static_cast<T*>(tensor) + (static_cast<int64_t>(token) * heads + head) * P + c;
-    if (fast) {
-      piece(to) = values;
-    } else {
-      for (int v = 0; v < V && c + v < P; ++v) to[v] = values.v[v];
-    }
-  }
-}
-
-template <int M, int N>
-__device__ inline void to_stage(float* stage, int pitch, Accumulator<M, N>& sums, float factor) {
-  sums.each_pair([&](float first, float second, int row, int column) {
-    stage[row * pitch + column] = first * factor;
-    stage[row * pitch + column + 1] = second * factor;
-  });
-}
-
-// out . grad_out of a warp's rows, the latter in a tile; the rows' first element is aligned where out's rows are fast.
-template <class T, int D, int M>
-__device__ inline void out_dot_grad(const WindowPlan& s, float* sums, const int* tokens, const T* grad_tile, int pitch,
-                                    int64_t head) {
-  constexpr int V = kVec<T>, kLanes = D / V < kWarp ? D / V : kWarp, kRows = kWarp / kLanes;  // of a row; at once
-  const WindowAttentionParams& p = s.p;
-  const int lane = threadIdx.x % kWarp, P = static_cast<int>(p.head_dim);
-#pragma unroll 4
-  for (int r0 = 0; r0 < M; r0 += kRows) {
-    const int r = r0 + lane / kLanes, token = tokens[r];
-    const T* out = static_cast<const T*>(p.out) + (static_cast<int64_t>(token) * p.heads + head) * P;
-    float sum = 0.f;
-#pragma unroll
-    for (int c = lane % kLanes * V; c < D; c += kLanes * V) {
-      if (token < 0 || c >= P) continue;
-      float x[V], y[V];
-      read_as_float(y, grad_tile + r * pitch + c);
-      if (s.out.fast) {
-        read_as_float(x, out + c);
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v] = c + v < P ? to_float(out[c + v]) : 0.f;
-      }
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum += x[v] * y[v];
-    }
-#pragma unroll
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (lane % kLanes == 0) sums[r] = sum;
-  }
-}
-
 template <class T, int D>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(const __grid_constant__ WindowPlan s) {
   using Own = Shape<T, D>;
@@ -146,7 +74,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, D <= 64 ? 2 : 1) dq_kernel(c
       const int rows = load_keys(s, window, k0, group, D, k_tile, v_tile, key_tokens, key_coords, resident);
       if (!active) continue;
       if (!ready) {
-        out_dot_grad<T, D, M>(s, deltas, tokens, grad_tile, pitch, head);
+        out_dot_grad<RowPlace, T, D>(s, deltas, tokens, grad_tile, M, 0, M, head);
         sync_warp();
         for (int r = lane; r < M; r += kWarp) {
           const int64_t at = (window.begin + first + r) * p.heads + head;
@@ -323,10 +251,11 @@ void window_attention_bwd_cuda(const WindowAttentionBwdParams& b, const CudaCont
   if (p.heads > 0) zero_uncovered(s, true, context);
   if (p.num_visual > 0 && p.heads > 0) {
     s.delta = static_cast<float*>(context.allocate(p.num_visual * p.heads * static_cast<int64_t>(sizeof(float))));
-    dispatch_cuda("window_attention", p.dtype, [&](auto* t) {
-      using T = std::remove_pointer_t<decltype(t)>;
-      with_head_dim(p.head_dim, [&](auto d) { backward<T, d()>(s, context); });
-    });
+    if (!window_attention_bwd_sm90(s, context))
+      dispatch_cuda("window_attention", p.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        with_head_dim(p.head_dim, [&](auto d) { backward<T, d()>(s, context); });
+      });
   }
   if (b.dbias) window_bias_gradient(s, static_cast<float*>(b.dbias), context);
 }

@@ -1,13 +1,13 @@
 // Forward of window_attention on sm_90a, for 16-bit inputs with 32 < P <= 128. As in window_attention.cu, and: a
 // warpgroup has 64 queries of one head, and goes its own way once the keys are there, so that one's softmax runs beside
 // another's products.
-#include "wgmma.cuh"
 #include "window_attention_seen.cuh"
+#include "window_attention_warpgroup.cuh"
 
 namespace linmu {
 namespace {
 
-constexpr int kMaxWarpgroups = 3, kQueries = 64, kKeys = 64;  // of a warpgroup; of a step
+constexpr int kMaxWarpgroups = 3, kQueries = kTileRows, kKeys = kTileRows;  // of a warpgroup; of a step
 
 template <class T, int D>
 struct Shape {
@@ -18,30 +18,6 @@ struct Shape {
 
 #ifdef LINMU_WGMMA_CODE
 
-template <class T, int D>
-__device__ inline void multiply_keys(WarpgroupAccumulator& scores, T* q_tile, T* k_tile, int keys, int j) {
-  warpgroup_fence_operand(scores);
-  warpgroup_arrive();
-#pragma unroll
-  for (int k = 0; k < D; k += 16)
-    wgmma<T, Major::K>(scores, descriptor_at(q_tile, kQueries, 0, k), descriptor_at(k_tile, keys, j, k), k > 0);
-  warpgroup_commit();
-}
-
-template <class T, int D>
-__device__ inline void multiply_values(WarpgroupAccumulator (&out)[D / 64], const unsigned (&weights)[4][4], T* v_tile,
-                                       int keys, int j) {
-#pragma unroll
-  for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
-  warpgroup_arrive();
-#pragma unroll
-  for (int part = 0; part < D / 64; ++part)
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      wgmma<T, Major::MN>(out[part], weights[k], descriptor_at(v_tile, keys, j + k * 16, part * 64));
-  warpgroup_commit();
-}
-
 // A warpgroup's queries over the keys that are there. A step's scores become weights while the last step's weights
 // multiply its values.
 template <class T, int D>
@@ -51,11 +27,7 @@ __device__ inline void attend_plain(WarpgroupAccumulator (&out)[D / 64], OnlineS
   unsigned weights[4][4];
   float rescale[2];
   const auto weigh = [&](int j) {
-    const int lane = threadIdx.x % kWarp;
-    if (warp_any(key_tokens[j + lane] < 0 || key_tokens[j + kWarp + lane] < 0))
-      scores.each([&](float& value, int, int column) {
-        if (key_tokens[j + column] < 0) value = -INFINITY;
-      });
+    hide_missing(scores, key_tokens + j);
     softmax.step_scaled(scores, factor, rescale);
   };
   const auto finish = [&] {
@@ -65,22 +37,22 @@ __device__ inline void attend_plain(WarpgroupAccumulator (&out)[D / 64], OnlineS
     for (int k = 0; k < 4; ++k) to_a_fragment<T>(weights[k], scores, 0, k);
   };
   here = warp_uniform(here);  // or the loop would be one that lanes leave by themselves
-  multiply_keys<T, D>(scores, q_tile, k_tile, keys, 0);
+  multiply_tiles<T, D>(scores, q_tile, k_tile, keys, 0);
   warpgroup_wait<0>();
   warpgroup_fence_operand(scores);
   weigh(0);
   finish();
   int j = kKeys;
   for (; j < here; j += kKeys) {
-    multiply_keys<T, D>(scores, q_tile, k_tile, keys, j);
-    multiply_values<T, D>(out, weights, v_tile, keys, j - kKeys);
+    multiply_tiles<T, D>(scores, q_tile, k_tile, keys, j);
+    multiply_fragments<T, D>(out, weights, v_tile, keys, j - kKeys);
     warpgroup_wait<1>();
     warpgroup_fence_operand(scores);
     weigh(j);
     warpgroup_wait<0>();
     finish();
   }
-  multiply_values<T, D>(out, weights, v_tile, keys, j - kKeys);
+  multiply_fragments<T, D>(out, weights, v_tile, keys, j - kKeys);
   warpgroup_wait<0>();
 #pragma unroll
   for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
@@ -230,9 +202,7 @@ void forward(const WindowAttentionParams& p, const CudaContext& context) {
 }  // namespace
 
 bool window_attention_sm90(const WindowAttentionParams& p, const CudaContext& context) {
-  // Of few queries or short rows most of a warpgroup's product would be empty.
-  if (p.dtype == DType::f32 || p.head_dim <= 32 || p.head_dim > 128 || expected_tokens(p) <= 32) return false;
-  if (architecture("window_attention") != 90) return false;
+  if (!warpgroups_serve("window_attention", p)) return false;
   const auto run = [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     if (p.head_dim <= 64)

@@ -56,9 +56,12 @@ void check_operand(const Descriptor& o) {
   check_fenced(swizzled(o.first + row / 8 * 1024 + row % 8 * 128 + piece * 16));
 }
 
+inline int64_t products = 0;  // threads' shares, so far
+
 // Issues a thread's share of a product; a(row, k) for its rows of the warpgroup's 64.
 template <class T, Major kMajorB, class A>
 void issue_product(WarpgroupAccumulator& d, const Descriptor& b, bool add, A a) {
+  ++products;
   Thread& me = self();
   check_operand<kMajorB>(b);
   float* to = d.v[0][0];

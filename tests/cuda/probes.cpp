@@ -231,3 +231,4 @@ PROBE int64_t probe_bias_index(int64_t bias_size, int64_t query, int64_t key) {
 
 PROBE int64_t probe_stored_matrices() { return linmu::emulator::stored_matrices; }
 PROBE int64_t probe_boxes() { return linmu::emulator::tma_boxes; }
+PROBE int64_t probe_products() { return linmu::emulator::products; }

@@ -38,6 +38,12 @@ def slices(panels: int, make: int, reverse: int, parts: int, tensor: int, waits:
     return Hot(name, ("HGMMA",), r"[SL](TG|DG)\.E\.128|HGMMA|EX2", r"^$", tensor, waits, static, cycles)
 
 
+def gradients(of: str, plain: int, tensor: int, static: int, cycles: int) -> Hot:
+    """A window's, of 64 queries by 64 keys."""
+    name = f"warpgroup_{of}_kernelINS_4bf16ELi128ELb{plain}E"
+    return Hot(name, ("HGMMA",), "HGMMA|EX2", "LDG", tensor, 3, static, cycles, some=True)
+
+
 HOT = {
     "slice, added": slices(2, 0, 0, 1, tensor=8, waits=1, static=260, cycles=369),
     "slice, entering": slices(2, 1, 1, 1, tensor=8, waits=1, static=360, cycles=651),
@@ -56,12 +62,16 @@ HOT = {
     ),
     "window": Hot(
         "warpgroup_forward_kernelINS_4bf16ELi128ELb1E", ("HGMMA",), "HGMMA|EX2", "LDG",
-        tensor=16, waits=2, static=450, cycles=968, some=True,
+        tensor=16, waits=2, static=390, cycles=909, some=True,
     ),
     "window, biased or causal": Hot(
         "warpgroup_forward_kernelINS_4bf16ELi128ELb0E", ("HGMMA",), "HGMMA|EX2", "LDG",
         tensor=16, waits=2, static=1450, cycles=1785,
     ),
+    "window, dq": gradients("dq", plain=1, tensor=24, static=360, cycles=810),
+    "window, dq, biased or causal": gradients("dq", plain=0, tensor=24, static=1300, cycles=1640),
+    "window, dk and dv": gradients("dkv", plain=1, tensor=32, static=520, cycles=1190),
+    "window, dk and dv, biased or causal": gradients("dkv", plain=0, tensor=32, static=1620, cycles=2830),
 }  # fmt: skip
 
 
