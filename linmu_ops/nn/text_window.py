@@ -189,6 +189,11 @@ def _ungrouped(t: Tensor, q: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of 16-bit matrices, not rounded to their dtype: in the accumulate dtype. Has no gradient."""
     acc = accumulate_dtype(a.dtype)
+    if torch.compiler.is_exporting():
+        # Where rows come first, the size of each part must be shown to divide that of the whole; rows may be a symbol.
+        a, b = (t.to(acc).transpose(0, 1) for t in (a, b))
+        with without_autocast(a.device):
+            return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (a.shape[0], -1)).transpose(0, 1)
     if a.dtype == acc:
         return a @ b
     with without_autocast(a.device):

@@ -107,3 +107,18 @@ def test_what_is_far_from_one_token(strict, name):
     program = torch.export.export(module, inputs(3), dynamic_shapes=shapes, strict=strict)
     other = inputs(5)
     torch.testing.assert_close(program.module()(*other), module(*other))
+
+
+@pytest.mark.parametrize(
+    "strict, length",
+    [(False, 9), pytest.param(True, 9, marks=pytest.mark.sweep), pytest.param(False, 300, marks=pytest.mark.sweep)],
+)
+def test_one_row_of_any_length_up_to_a_largest(strict, length):
+    """Heads of an odd number: what they are multiplied with is still known to divide."""
+    torch.manual_seed(0)
+    block = block_class(EXACT)(48, 3).eval().requires_grad_(False)
+    lengths = {"hidden_states": {1: torch.export.Dim("length", min=2, max=500)}}
+    program = torch.export.export(block, (torch.randn(1, length, 48),), dynamic_shapes=lengths, strict=strict)
+    for other in (2, 37, 200):
+        z = torch.randn(1, other, 48)
+        torch.testing.assert_close(program.module()(z), block(z), rtol=1e-5, atol=1e-5)
