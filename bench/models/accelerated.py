@@ -222,7 +222,7 @@ def measure(family: str, tokens: int, seconds: float, small: bool = False) -> li
         if not apart <= LIMIT and part != "core":
             rows.append(common | dict(variant=OURS, status=f"not timed: differs by {apart:.1e} of the largest value"))
             continue
-        times = timing.interleave(mine, "cpu", seconds=seconds, warmup=0.0, rounds=(3, 50))
+        times = timing.interleave(mine, "cpu", seconds=seconds, warmup=0.0, rounds=(2, 50))
         count = STEPS if kind == "token" else 1
         for variant, t in times.items():
             numbers = dict(seconds=t.median / count, seconds_p20=t.p20 / count, seconds_p80=t.p80 / count)
