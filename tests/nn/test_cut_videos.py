@@ -18,6 +18,7 @@ CONFIGS = {
     "default": SMALL,
     "nothing_kept": ExactConfig(window=(4, 2, 2), image_window=None, text_window=2, sink_tokens=0, kept_tokens=0),
     "whole_frames": ExactConfig(window=(2, 9, 9), text_window=7, sink_tokens=3, kept_tokens=8, z_gate=False),
+    "delta": ExactConfig(window=(3, 2, 2), text_window=4, sink_tokens=2, kept_tokens=3, far="delta", feature_dim=3),
     "longer_than_videos": ExactConfig(window=(50, 2, 2), text_window=5, sink_tokens=1, kept_tokens=4),
 }
 L = 78
