@@ -26,6 +26,7 @@ from linmu_models.layout import LinmuInputs
 from linmu_models.modeling import LinmuModel
 from linmu_models.parts import read_parts
 from linmu_ops import TokenLayout
+from linmu_ops.nn import ExactConfig
 
 from .config import Config, RecordData
 from .live import LiveBytes, storage_bytes
@@ -102,8 +103,11 @@ def plan(config: Config, gpus: int = 1, teacher_config: PreTrainedConfig | None 
         teacher_config: the teacher's; None reads it.
 
     Raises:
-        PlanError: the teacher's configuration cannot be read, or a batch has no size that is known beforehand.
+        PlanError: the teacher's configuration cannot be read, a batch has no size that is known beforehand, or the
+            processes are no multiple of those that share a row.
     """
+    if gpus % config.context:
+        raise PlanError(f"gpus must be a multiple of the {config.context} that share a row, got {gpus}")
     if teacher_config is None:
         try:
             check_model_name(config.teacher)
@@ -142,18 +146,59 @@ def _plan_stage(config: Config, number: int, gpus: int, teacher_config: PreTrain
     elif gpus > 1:
         one_by_one = 4 * max(p.numel() for p in models.trainable.values())
         buffers = one_by_one if learns_by_block(stage) else gradients + 2 * _BUCKETS
-    step_tokens = work.tokens * config.gradient_accumulation * gpus
+    buffers += _from_others(config, models, work, layers)
+    step_tokens = work.tokens * config.gradient_accumulation * gpus // config.context
     return StagePlan(
         stage, weights, gradients, optimiser, live, buffers, trained, step_tokens,
         flops * config.gradient_accumulation * gpus,
     )  # fmt: skip
 
 
+def _from_others(config: Config, models: "_Models", work: Work, layers: int) -> int:
+    """Bytes of what a process gets from those that share its rows, of each layer whose graph lives: as it came, as a
+    state, beside the slab's own, and as attention reads it."""
+    if config.context == 1:
+        return 0
+    block = next(iter(models.blocks.values()))
+    shape, options, wide = block.shape, config.block, getattr(torch, config.precision).itemsize
+    heads, groups, head = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    if isinstance(options, ExactConfig):
+        frames = [] if work.layout is None else [min(t, options.window[0]) * h * w for _, t, h, w in work.layout.blocks]
+        leaves = min(options.text_window, 64)
+        tokens = options.text_window + leaves + options.sink_tokens + options.kept_tokens + max(frames, default=0)
+        state = heads * ((head + 1) * (options.feature_dim or head) + 1)
+    else:  # What an order of visits moves.
+        tokens, state = _share(work, config.context).length, 2 * heads * (head * head + 1)
+    each = 4 * tokens * groups * (2 * head * wide + 4 * heads // groups) + 4 * config.context * state
+    stage = models.stage
+    one_by_one = learns_by_block(stage) or config.gradient_checkpointing
+    return work.rows * (2 if "sequence" in stage.losses else 1) * each * (1 if one_by_one else layers)
+
+
+def _share(work: Work, context: int) -> Work:
+    """What a process works on of rows that so many share: of images and videos as many frames as are in it."""
+    if context == 1:
+        return work
+    length = -(-work.length // context)
+    blocks: list[tuple[int, ...]] = []
+    positions: list[int] = []
+    at = dict.fromkeys(range(work.rows), 0)
+    for row, frames, height, width in [] if work.layout is None else work.layout.blocks.tolist():
+        some = min(frames, (length - at[row]) // (height * width))
+        if some:
+            blocks.append((row, some, height, width))
+            positions += range(at[row], at[row] + some * height * width)
+            at[row] += some * height * width
+    layout = TokenLayout(blocks, positions, work.rows, length) if blocks else None
+    return Work(work.rows, length, min(work.answers, work.rows * length), layout, work.pixels)
+
+
 class _Models:
     """The teacher and the student of a stage on the meta device, as training keeps them."""
 
     def __init__(self, config: Config, number: int, teacher_config: PreTrainedConfig) -> None:
-        stage, dtype = config.stage(number), getattr(torch, config.precision)
+        self.stage = stage = config.stage(number)
+        dtype = getattr(torch, config.precision)
         with torch.device("meta"):
             made: Any = auto_class(teacher_config).from_config(teacher_config, dtype=dtype)
         self.teacher: PreTrainedModel = made.to(dtype).eval().requires_grad_(False)
@@ -295,6 +340,7 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
     """(bytes that a micro-batch needs at most beside weights and gradients, FLOPs) of models so large."""
     models = _Models(config, number, teacher_config)
     stage, teacher, student = config.stage(number), models.teacher, models.student
+    mine = _share(work, config.context)
     layers = sorted(models.blocks)
     frozen = Teacher(teacher, layers)
     objective = Objective(student, frozen, stage)
@@ -311,10 +357,10 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
             before = live.now
             pixels = torch.empty(work.pixels, dtype=torch.uint8)
             with cast:
-                part = _assemble(teacher, student, layers, stage, work, dtype)
+                part = _assemble(teacher, student, layers, stage, work, mine, dtype)
             if objective.by_block:
-                shared = LinmuInputs(work.layout)
-                weights = torch.empty(work.rows, work.length)
+                shared = LinmuInputs(mine.layout)
+                weights = torch.empty(mine.rows, mine.length)
                 for i in range(len(layers)):
                     with cast:
                         loss = objective._share(part, shared, weights, i)
@@ -324,8 +370,11 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
                 # The teacher's own answers come behind the true ones.
                 times = 2 if "sequence" in stage.losses else 1
                 twice = torch.empty(work.pixels * (times - 1), dtype=torch.uint8)
+                # Each process embeds whole rows.
+                whole = _embeddings(student, work, dtype, times) if mine is not work else None
                 with cast:
-                    loss = _whole_loss(objective, part, layers, stage, work, times, dtype)
+                    loss = _whole_loss(objective, part, layers, stage, mine, times, dtype)
+                del whole
                 loss.backward()
                 del loss, twice
             del pixels, part
@@ -341,9 +390,15 @@ def _attention_flops(teacher: PreTrainedModel, work: Work) -> float:
 
 
 def _assemble(
-    teacher: PreTrainedModel, student: LinmuModel, layers: list[int], stage: Stage, work: Work, dtype: torch.dtype
-) -> Part:
-    """A micro-batch as `assemble` makes it, of tensors without values."""
+    teacher: PreTrainedModel, student: LinmuModel, layers: list[int], stage: Stage, work: Work, mine: Work,
+    dtype: torch.dtype,
+) -> Part:  # fmt: skip
+    """A micro-batch as `assemble` makes it, of tensors without values. The teacher sees all of `work`; a process keeps
+    `mine` of it."""
+
+    def kept_of(t: Tensor) -> Tensor:
+        return t if mine is work else t[:, : mine.length].clone()
+
     hidden = "hidden" in stage.losses
     modules = [attention_modules(teacher)[i] for i in layers]
     found: list[Tensor] = []
@@ -354,20 +409,21 @@ def _assemble(
     try:
         with (
             torch.no_grad(),
-            record_outputs(modules if hidden else []) as outputs,
-            record_inputs(modules if stage.block_input == "teacher" else []) as inputs,
+            record_outputs(modules if hidden else [], kept_of) as outputs,
+            record_inputs(modules if stage.block_input == "teacher" else [], kept_of) as inputs,
         ):
             states = decoder(inputs_embeds=_embeddings(teacher, work, dtype), use_cache=False).last_hidden_state
     finally:
         decoder.config._attn_implementation = before
         _received.clear()
-    kept = states.flatten(0, 1)[: work.answers].clone()
+    kept = states.flatten(0, 1)[: mine.answers].clone()
     kinds: dict[str, Any] = {}
     if hidden:
-        mask = torch.empty(work.rows, work.length, dtype=torch.bool)
+        mask = torch.empty(mine.rows, mine.length, dtype=torch.bool)
         kinds = {"tokens": mask}
         if found:
-            read = dict(zip(attention_modules(teacher), (per_head.mean(1) for per_head in found), strict=True))
+            means = (kept_of(per_head.mean(1)) for per_head in found)
+            read = dict(zip(attention_modules(teacher), means, strict=True))
             kinds = {"visual": mask, "text": ~mask, "read": [read[layer] for layer in layers]}
     return Part({}, work.rows, kept, outputs, inputs, kinds, torch.empty(work.rows, dtype=torch.bool), {})
 
@@ -412,7 +468,8 @@ def _repeated(work: Work, times: int) -> TokenLayout | None:
 
 def table(config: Config, stages: Sequence[StagePlan], gpus: int, memory: float, tflops: float, share: float) -> str:
     """The plan as text."""
-    spread = f"{config.parallel} on {gpus} GPUs" if gpus > 1 else "one GPU"
+    spread = f"{'fsdp' if config.sharded else 'ddp'} on {gpus} GPUs" if gpus > 1 else "one GPU"
+    spread += f", {config.context} of which share each row," if config.context > 1 else ""
     names = ("weights", "gradients", "optimiser", "activations", "buffers", "total")
     lines = [
         f"{config.teacher}, {config.preset}, {config.precision}, {spread} of {memory:g} GB. GB on each:",

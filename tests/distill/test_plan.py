@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from training import in_processes
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -101,17 +103,44 @@ def test_a_plan_is_what_training_takes(tmp_path, layers, width, length, number, 
     assert row.total == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
 
 
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore::linmu_ops.LinmuWarning")
+@pytest.mark.parametrize("number, more", [(1, {}), (3, {"gradient_checkpointing": True})])
+def test_a_plan_of_shared_rows_is_what_training_takes(tmp_path, number, more):
+    """Two processes share each row."""
+    steps = {"stage1": {"steps": 2 * (number == 1)}, "stage3": {"steps": 2 * (number == 3), **ANSWERS}}
+    config = config_of(tmp_path, 1024, parallel=["ddp", 2], gradient_accumulation=2, **steps, **more)
+    teacher = llama(3, 128)
+    (row,) = plan.plan(config, 2, teacher)
+
+    def work(rank):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (tmp_path / str(rank)).write_text(str(measured(config, number, teacher, 1024)))
+
+    assert in_processes(2, work) == [0, 0]
+    found = max(int((tmp_path / str(rank)).read_text()) for rank in range(2))
+    buckets = 2 * plan._BUCKETS if number == 3 else 0  # DDP's, which so few gradients do not fill
+    assert row.total - buckets == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
+
+
 def test_a_plan_of_many(tmp_path):
     """Sharding divides what it should, and twice the tokens take the same weights."""
     rows = []
-    for length, gpus, parallel in ((256, 1, "ddp"), (256, 8, "ddp"), (256, 8, "fsdp"), (512, 1, "ddp")):
+    spread = ((256, 1, "ddp"), (256, 8, "ddp"), (256, 8, "fsdp"), (512, 1, "ddp"), (512, 8, ["ddp", 2]))
+    for length, gpus, parallel in spread:
         changes = {"stage1": {"steps": 2}, "stage3": {"steps": 0}}
         rows += plan.plan(config_of(tmp_path, length, parallel=parallel, **changes), gpus, llama(2, 64))
-    one, ddp, fsdp, twice = rows
+    one, ddp, fsdp, twice, shared = rows
     assert (ddp.weights, ddp.gradients, ddp.activations) == (one.weights, one.gradients, one.activations)
     assert (fsdp.gradients, fsdp.optimiser) == (one.gradients // 8, one.optimiser // 8)
     assert fsdp.weights < one.weights and fsdp.buffers > 0
     assert ddp.step_tokens == 8 * one.step_tokens
+    # Two processes share each row of twice the tokens; the teacher runs on all of them.
+    assert one.activations < shared.activations < twice.activations
+    assert shared.weights == one.weights and shared.buffers > ddp.buffers
+    assert shared.step_tokens == 4 * twice.step_tokens
+    with pytest.raises(plan.PlanError, match=r"^gpus must be a multiple of the 2 that share a row, got 3$"):
+        plan.plan(config_of(tmp_path, 64, parallel=["ddp", 2], **changes), 3, llama(2, 64))
     assert twice.weights == one.weights and 1.5 < twice.step_flops / one.step_flops < 4
     assert one.hours(1, 1, 0.5) == 2 * one.step_flops / 0.5e12 / 3600
 
