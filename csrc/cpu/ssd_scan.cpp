@@ -44,6 +44,8 @@ class Scan {
         y_(s.chunk * s.head_dim),
         state_(s.bundle * s.state),
         bound_(s.bundle),
+        sizes_(s.chunk),
+        reached_(s.chunk),
         c_(s.chunk * units_),
         bt_(units_ * s.chunk),
         m_(s.chunk * s.chunk / kPack) {
@@ -125,47 +127,65 @@ class Scan {
     rows_ = round_up(chunk_.visits, W);
     prefetch_next(index + (reverse ? -1 : 1), reverse, with_output);
     const bool in_units = kPairs && !(with_output && p_.final_state);
-    gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, b_rows_);
-    measure(reverse, with_output);
-    if (with_output) {
-      if (both_ && !p_.shared_projections) multiply_projections(true, c_reverse_, cb_reverse_);
-      multiply_projections(reverse, c_, cb_);
-    }
+    read_projections(reverse, with_output);
     int64_t gathered = -1;
     double x = 0;
     for (int64_t h = 0; h < s_.bundle; ++h) {
       const int64_t group = (h0_ + h) / s_.per_x;
-      if (group != gathered) {
-        x = std::max(largest<T>(p_.x, chunk_, group, p_.head_dim), p_.normalize ? 1.0 : 0.0);
-        if (!in_units || p_.D) gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
-        if constexpr (kPairs) gather_pairs(p_.x, chunk_, group, p_.head_dim, rows_, x_units_);
-      }
+      if (group != gathered) x = read_x(group, in_units);
       gathered = group;
-      decays_[reverse].move_to(p_, chunk_, h0_ + h, reverse);
-      if (with_output && both_) decays_[1].move_to(p_, chunk_, h0_ + h, true);
+      move_decays(h, reverse, with_output);
       A* state = state_ + h * s_.state;
       const double before = bound_[h];
       if (!stays_finite<A>(bound(index, h, reverse, with_output, x))) {
-        by_definition(index, h, reverse, with_output);
+        by_definition(index, h, reverse, with_output, in_units);
+        gathered = -1;
         continue;
       }
       bound_[h] = next_bound(reverse, before, x);
       if (with_output) output(index, h, reverse, state);
-      const Decays<A>& d = decays_[reverse];
-      if (p_.normalize) update_mass(d, mass(h));
-      if constexpr (kPairs) {
-        if (in_units) {
-          pair_rows(b_rows_, rows_, s_.state_dim, scaled_units_, d.leave, d.step);
-          gemm<U>(p_.state_dim, s_.head_dim, (chunk_.visits + 1) / 2, scaled_units_, 1, s_.state_dim, x_units_,
-                  s_.head_dim, state, s_.head_dim, {d.total});
+      if constexpr (!kPairs) {
+        if (!with_output) {
+          advance(h, reverse, in_units, arriving(index, h), arriving(index - 1, h));
           continue;
         }
-      } else if (!with_output) {
-        update(d, arriving(index, h), arriving(index - 1, h));
-        continue;
       }
-      update(d, state, state);
+      advance(h, reverse, in_units, state, state);
     }
+  }
+
+  // Moves the mass, and the state, which is in place where it is of pairs.
+  void advance(int64_t h, bool reverse, bool in_units, const A* from, A* to) {
+    const Decays<A>& d = decays_[reverse];
+    if (p_.normalize) update_mass(d, mass(h));
+    if constexpr (kPairs) {
+      if (in_units) {
+        pair_rows(b_rows_, rows_, s_.state_dim, scaled_units_, d.leave, d.step);
+        gemm<U>(p_.state_dim, s_.head_dim, (chunk_.visits + 1) / 2, scaled_units_, 1, s_.state_dim, x_units_,
+                s_.head_dim, to, s_.head_dim, {d.total});
+        return;
+      }
+    }
+    update(d, from, to);
+  }
+
+  // B, and C B^T where there is an output.
+  void read_projections(bool reverse, bool with_output) {
+    gather<T>(direction(reverse).B, chunk_, h0_ / s_.per_b, p_.state_dim, s_.chunk, b_rows_);
+    measure(reverse, with_output);
+    if (!with_output) return;
+    if (both_ && !p_.shared_projections) multiply_projections(true, c_reverse_, cb_reverse_);
+    multiply_projections(reverse, c_, cb_);
+  }
+  // The largest magnitude in it.
+  double read_x(int64_t group, bool in_units) {
+    if (!in_units || p_.D) gather<T>(p_.x, chunk_, group, p_.head_dim, s_.chunk, x_);
+    if constexpr (kPairs) gather_pairs(p_.x, chunk_, group, p_.head_dim, rows_, x_units_);
+    return std::max(largest<T>(p_.x, chunk_, group, p_.head_dim), p_.normalize ? 1.0 : 0.0);
+  }
+  void move_decays(int64_t h, bool reverse, bool with_output) {
+    decays_[reverse].move_to(p_, chunk_, h0_ + h, reverse);
+    if (with_output && both_) decays_[1].move_to(p_, chunk_, h0_ + h, true);
   }
 
   void update(const Decays<A>& d, const A* from, A* to) {
@@ -218,7 +238,7 @@ class Scan {
     return most;
   }
 
-  void by_definition(int64_t index, int64_t h, bool reverse, bool with_output) {
+  void by_definition(int64_t index, int64_t h, bool reverse, bool with_output, bool in_units) {
     A* state = state_ + h * s_.state;
     if constexpr (!kPairs) {
       if (!with_output) {
@@ -226,12 +246,22 @@ class Scan {
         state = arriving(index - 1, h);
       }
     }
+    const Moved unseen = by_products(index, h, reverse, with_output, in_units, state);
     std::fill(y_.get(), y_ + s_.chunk * s_.head_dim, A(0));
     if (p_.normalize) std::fill(masses_.get(), masses_ + s_.chunk, A(0));
     A* own_mass = p_.normalize ? mass(h) : nullptr;
     careful_.walk(p_, s_, chunk_, decays_[reverse], h0_ + h, reverse, state, with_output ? y_.get() : nullptr, own_mass,
                   masses_);
-    bound_[h] = largest_of(h, state, round_up(p_.state_dim * s_.head_dim, W));
+    const auto take_moved = [&] {
+      if (unseen.state.empty()) {
+        bound_[h] = largest_of(h, state, round_up(p_.state_dim * s_.head_dim, W));
+        return;
+      }
+      std::copy(unseen.state.begin(), unseen.state.end(), state);
+      std::copy(unseen.mass.begin(), unseen.mass.end(), mass(h));
+      bound_[h] = unseen.bound;
+    };
+    take_moved();
     if (!with_output) return;
     if (both_) {
       std::vector<A> entering(s_.state);
@@ -242,6 +272,83 @@ class Scan {
                     own_mass ? entering_mass.data() : nullptr, masses_);
     }
     write(h0_ + h, true);
+  }
+
+  // A state and its mass after a chunk, and its bound; empty where the chunk's odd visits reach it.
+  struct Moved {
+    std::vector<A> state, mass;
+    double bound = 0;
+  };
+
+  // Writes the output of the visits that see nothing too large, and says in reached_ which others there are. state: at
+  // hand; it and the mass are as before when this returns, and so is all that is read of the chunk.
+  Moved by_products(int64_t index, int64_t h, bool reverse, bool with_output, bool in_units, A* state) {
+    const bool both = with_output && both_;
+    const int64_t group = (h0_ + h) / s_.per_x, entry = index * s_.bundle + h;
+    sizes_.clear();
+    sizes_.template see<T>(p_.x, chunk_, group, p_.head_dim);
+    for (int d = 0; d < 2; ++d) {
+      if (d != reverse && !both) continue;
+      sizes_.template see<T>(direction(d).B, chunk_, h0_ / s_.per_b, p_.state_dim);
+      if (with_output) sizes_.template see<T>(direction(d).C, chunk_, h0_ / s_.per_c, p_.state_dim);
+      sizes_.see(decays_[d], chunk_);
+    }
+    Moved moved;
+    std::fill(reached_.begin(), reached_.end(), uint8_t(1));
+    const double own = bound_[h], other = both ? arriving_bound_[entry] : 0.0;
+    for (const double limit : kLimits) {
+      const bool hides_own = !(own <= limit * limit), hides_other = !(other <= limit * limit);
+      bool any = hides_own || hides_other;
+      for (int64_t i = 0; i < chunk_.visits; ++i) any |= chunk_.hidden[i] = sizes_.hides(i, limit);
+      if (!any) continue;
+      read_projections(reverse, with_output), move_decays(h, reverse, with_output);
+      const double x = read_x(group, in_units);
+      bound_[h] = hides_own ? 0.0 : own;
+      if (both) arriving_bound_[entry] = hides_other ? 0.0 : other;
+      if (!stays_finite<A>(bound(index, h, reverse, with_output, x))) continue;
+      for (int64_t i = 0; i < chunk_.visits; ++i) reached_[i] = chunk_.hidden[i];
+      const bool leaves = reach(sizes_, chunk_, reverse, limit, hides_own, reached_);
+      if (both) reach(sizes_, chunk_, true, limit, hides_other, reached_);
+      moved.bound = next_bound(reverse, bound_[h], x);
+      move_unseen(index, h, reverse, with_output, in_units, state, hides_own, hides_other, leaves ? nullptr : &moved);
+      break;
+    }
+    bound_[h] = own;
+    if (both) arriving_bound_[entry] = other;
+    std::fill(chunk_.hidden.begin(), chunk_.hidden.end(), uint8_t(0));
+    read_projections(reverse, with_output), move_decays(h, reverse, with_output);
+    if (!in_units || p_.D) read_x(group, in_units);
+    return moved;
+  }
+
+  void move_unseen(int64_t index, int64_t h, bool reverse, bool with_output, bool in_units, A* state, bool hides_own,
+                   bool hides_other, Moved* moved) {
+    const std::vector<A> state_before(state, state + s_.state);
+    std::vector<A> mass_before, other_mass;
+    std::vector<U> other;
+    if (p_.normalize) mass_before.assign(mass(h), mass(h) + mass_dim_);
+    if (hides_own) {
+      std::fill(state, state + s_.state, A(0));
+      if (p_.normalize) std::fill(mass(h), mass(h) + mass_dim_, A(0));
+    }
+    if (hides_other) {
+      other.assign(arriving(index, h), arriving(index, h) + arrival());
+      std::memset(static_cast<void*>(arriving(index, h)), 0, arrival() * sizeof(U));
+      if (p_.normalize) {
+        other_mass.assign(arriving_mass(index, h), arriving_mass(index, h) + mass_dim_);
+        std::fill(arriving_mass(index, h), arriving_mass(index, h) + mass_dim_, A(0));
+      }
+    }
+    if (with_output) output(index, h, reverse, state);
+    advance(h, reverse, in_units, state, state);
+    if (moved) {
+      moved->state.assign(state, state + s_.state);
+      if (p_.normalize) moved->mass.assign(mass(h), mass(h) + mass_dim_);
+    }
+    std::copy(state_before.begin(), state_before.end(), state);
+    std::copy(mass_before.begin(), mass_before.end(), mass(h));
+    std::copy(other.begin(), other.end(), arriving(index, h));
+    if (!other_mass.empty()) std::copy(other_mass.begin(), other_mass.end(), arriving_mass(index, h));
   }
 
   void unpack(const U* state, A* out) const {
@@ -274,8 +381,9 @@ class Scan {
       const T* data = static_cast<const T*>(t.data) + b_ * t.batch_stride + group * t.group_stride;
       std::memset(static_cast<void*>(out), 0, s_.chunk * units_ * sizeof(U));
       for (int64_t i = 0; i < chunk_.visits; ++i)
-        std::memcpy(static_cast<void*>(out + i * units_), data + chunk_.tokens[i] * t.token_stride,
-                    p_.state_dim * sizeof(T));
+        if (!chunk_.hidden[i])
+          std::memcpy(static_cast<void*>(out + i * units_), data + chunk_.tokens[i] * t.token_stride,
+                      p_.state_dim * sizeof(T));
     } else {
       gather<T>(t, chunk_, group, p_.state_dim, s_.chunk, out);
     }
@@ -388,6 +496,7 @@ class Scan {
     const A skip = p_.D ? static_cast<const A*>(p_.D)[h] : A(0);
     const int64_t first = b_ * p_.length * p_.heads + h;
     for (int64_t i = 0; i < chunk_.visits; ++i) {
+      if (divides && !reached_[i]) continue;
       const int64_t at = first + chunk_.tokens[i] * p_.heads;
       const A *row = y_ + i * s_.head_dim, *x = x_ + i * s_.head_dim;
       const auto value = [&](int64_t n) { return p_.D ? load(x + n) * skip + load(row + n) : load(row + n); };
@@ -434,6 +543,8 @@ class Scan {
   // Largest magnitudes: of states at hand per head, of those that enter chunks, of B and C.
   std::vector<double> bound_, arriving_bound_;
   double b_most_[2] = {}, c_most_[2] = {};
+  VisitSizes sizes_;
+  std::vector<uint8_t> reached_;  // per visit of the chunk, whether it sees what products may not meet
   Careful<T> careful_;
   Buffer<U> arriving_;  // per chunk and head of the bundle
   Buffer<U> c_, c_reverse_, bt_, m_;

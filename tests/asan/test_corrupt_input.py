@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu_ops import _native, _registry
-from linmu_ops._testing import run_small
+from linmu_ops._testing import run_op, run_small, small_inputs
 
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 COMPILED = sorted(op for op in _registry.OPS if _registry.why_not(op, "cpu", "cpu") is None)
@@ -153,6 +153,25 @@ def test_small_cases_stay_inside(op, dtype):
     for sizes in ({}, *SIZES[op]):
         values = run_small(op, "cpu", dtype=dtype, **sizes).values()
         assert all(v.isfinite().all() for v in values), sizes
+
+
+@pytest.mark.parametrize("op, tensors", [("ssd_scan", "x dt B C"), ("gated_delta_scan", "q k v g")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_walks_around_what_is_not_finite_stay_inside(op, tensors, dtype):
+    """One chunk of odd sizes has it, beside segments that do not."""
+    seen = False
+    for name in tensors.split():
+        sizes = dict(P=17, N=33) if op == "ssd_scan" else dict(K=17, V=33)
+        values = small_inputs(op, "cpu", dtype, L=65, **sizes)
+        values[name][:, 9] = torch.nan
+        values["seq_idx"] = (torch.arange(65) // 7).int().expand(values["dt" if op == "ssd_scan" else "g"].shape[0], -1)
+        leaf = values[tensors.split()[0]].requires_grad_()
+        with _registry.use_impl(f"{op}:cpu"):
+            out = run_op(op, **values)
+        out = out[0] if isinstance(out, tuple) else out
+        seen = seen or not out.isfinite().all()
+        assert torch.autograd.grad(out.sum(), leaf)[0].shape == leaf.shape
+    assert seen
 
 
 @pytest.mark.parametrize("name", ["_C", "liblinmu_cpu.so"])
