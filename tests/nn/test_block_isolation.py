@@ -8,7 +8,6 @@ from blocks import DIM, OPTIONS, build, layout_of, prompt
 
 VALUES = {"nan": torch.nan, "inf": torch.inf, "huge": 1e30}
 PAD = 4
-ROUNDING = dict(rtol=1e-5, atol=1e-5)
 
 
 def padded_call(side):
@@ -95,14 +94,14 @@ def test_other_rows(name, value):
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_later_text(name, value):
-    """Text before a token that broke, to rounding: a scan that meets odd values may sum in another order."""
+    """Text before a token that broke, bit by bit."""
     block = build(OPTIONS[name], dtype=torch.float32, perturb=0.1)
     z = torch.randn(1, 20, DIM)
     whole = block(z)
     for at in (1, 9, 19):
         broken = z.clone()
         broken[:, at] = value
-        torch.testing.assert_close(block(broken)[:, :at], whole[:, :at], **ROUNDING)
+        assert torch.equal(block(broken)[:, :at], whole[:, :at])
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
