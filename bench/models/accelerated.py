@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,25 +210,24 @@ def _within(variant: str, model: Any, run: Callable[[], Any]) -> Callable[[], An
 
 
 @torch.no_grad()
-def measure(family: str, tokens: int, seconds: float, small: bool = False) -> list[Row]:
-    """Rows of one family; results are compared before they are timed."""
+def measure(family: str, tokens: int, seconds: float, small: bool = False) -> Iterator[Row]:
+    """Rows of one family, as they come; results are compared before they are timed."""
     model = build(family, small)
-    found, rows = functions(model, tokens), []
-    for part, kind in dict.fromkeys((part, kind) for part, kind, _ in found):
+    found = functions(model, tokens)
+    for part, kind in sorted(dict.fromkeys((part, kind) for part, kind, _ in found)):
         mine = {variant: run for (p, k, variant), run in found.items() if (p, k) == (part, kind)}
         plain, ours = (_tensor(mine[name]()) for name in (PLAIN, OURS))
         apart = float((plain - ours).abs().max() / plain.abs().max())
         common = dict(family=family, part=part, kind=kind, tokens=tokens if kind == "prompt" else BEFORE, apart=apart)
         if not apart <= LIMIT and part != "core":
-            rows.append(common | dict(variant=OURS, status=f"not timed: differs by {apart:.1e} of the largest value"))
+            yield common | dict(variant=OURS, status=f"not timed: differs by {apart:.1e} of the largest value")
             continue
         times = timing.interleave(mine, "cpu", seconds=seconds, warmup=0.0, rounds=(2, 50))
         count = STEPS if kind == "token" else 1
         for variant, t in times.items():
             numbers = dict(seconds=t.median / count, seconds_p20=t.p20 / count, seconds_p80=t.p80 / count)
-            rows.append(common | dict(variant=variant, status="ok", samples=t.rounds, **numbers))
+            yield common | dict(variant=variant, status="ok", samples=t.rounds, **numbers)
         print(family, part, kind, {v: f"{t.median / count:.4f} s" for v, t in times.items()}, flush=True)
-    return rows
 
 
 def _tensor(output: Any) -> Tensor:
@@ -240,8 +239,8 @@ def _cells(rows: list[Row]) -> list[str]:
     first = rows[0]
     lengths = f"{first['tokens']:,} tokens" if first["kind"] == "prompt" else f"a token after {first['tokens']:,}"
     named = [first["family"], first["part"], lengths]
-    if PLAIN not in by:
-        return [*named, "-", first["status"], "", "", ""]
+    if PLAIN not in by or OURS not in by:
+        return [*named, "-", "-" if first["status"] == "ok" else first["status"], "", "", ""]
     plain, ours = by[PLAIN]["seconds"], by[OURS]["seconds"]
     told = [f"{1e3 * plain:,.2f}", f"{1e3 * ours:,.2f}", f"{plain / ours:.1f}"]
     if BOUND not in by:
@@ -292,11 +291,12 @@ def main(
     place, file = where("cpu"), results / "float32.jsonl"
     chosen = family or list(SIZES)
     for name in chosen:
-        rows = [row | place for row in measure(name, tokens, seconds)]
-        old = [row for row in read_lines(file, ("family",)) if row["family"] != name] if file.exists() else []
+        rows = [row for row in read_lines(file, ("family",)) if row["family"] != name] if file.exists() else []
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in [*old, *rows]))
-        page = write_page(read_lines(file, ("family",)), reports)
+        for row in measure(name, tokens, seconds):
+            rows.append(row | place)
+            write_atomically(file, "".join(json.dumps(one) + "\n" for one in rows))
+            page = write_page(rows, reports)
     print(page)
 
 

@@ -19,7 +19,7 @@ def small():
 
 
 def test_rows_of_a_model(small, tmp_path):
-    rows = accelerated.measure("qwen3_5", 40, 0.0, small=True)
+    rows = list(accelerated.measure("qwen3_5", 40, 0.0, small=True))
     assert all(row["status"] == "ok" and row["apart"] < 1e-3 for row in rows)
     told = {(row["part"], row["kind"], row["variant"]) for row in rows}
     assert len(told) == len(rows) == 13
