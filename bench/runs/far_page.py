@@ -117,64 +117,76 @@ def _numbers(told_: str) -> list[int]:
     return [int(word) for word in told_.split() if word.isdigit()]
 
 
+def _by_seed(every: list[Hits]) -> list[tuple[str, list[Hits]]]:
+    """A row's cells, whole and, where it has several seeds, seed by seed: (what to add to its name, cells)."""
+    seeds = sorted({seed for hits in every for seed in hits})
+    each = [(f", seed {seed}", [{seed: hits[seed]} if seed in hits else {} for hits in every]) for seed in seeds]
+    return [("", every), *(each if len(each) > 1 else [])]
+
+
 def _shares(cells: _Cells, head: str) -> str:
-    """Each row's share of right answers; a trained row also by seed."""
+    """Each row's share of right answers."""
     columns = cells.columns(head)
-    body: list[list[str]] = []
-    for row in ROWS | CHANGED:
-        every = [cells.by[head, column].get(row) for column in columns]
-        if not any(every):
-            continue
-        seeds = sorted({seed for hits in every if hits for seed in hits})
-        line = []
-        for column, hits in zip(columns, every, strict=True):
-            if not hits:
-                line.append("-")
-                continue
-            found, count = _array(hits), cells.count(head, column)
-            more = f", {len(found)} seeds" if len(found) > 1 else ""
-            more += f", n = {found.shape[1]}" if found.shape[1] < count else ""
-            line.append(told(accuracy([found]), more))
-        body.append([row, *line])
-        for seed in seeds if row == TRAINED and len(seeds) > 1 else ():
-            one = [{seed: hits[seed]} if hits and seed in hits else None for hits in every]
-            body.append([f"{row}, seed {seed}", *(told(accuracy([_array(h)])) if h else "-" for h in one)])
-    names = [f"{column} (n = {cells.count(head, column)})" for column in columns]
-    return markdown(["row", *names], body)
+    most = [cells.count(head, column) for column in columns]
+
+    def cell(hits: Hits, count: int) -> str:
+        if not hits:
+            return "-"
+        found = _array(hits)
+        more = f", {len(found)} seeds" if len(found) > 1 else ""
+        return told(accuracy([found]), more + (f", n = {found.shape[1]}" if found.shape[1] < count else ""))
+
+    body = [
+        [row + named, *map(cell, every, most)]
+        for row in ROWS | CHANGED
+        for named, every in _by_seed([cells.by[head, column].get(row, {}) for column in columns])
+        if any(every)
+    ]
+    return markdown(["row", *(f"{column} (n = {n})" for column, n in zip(columns, most, strict=True))], body)
 
 
 def _ratios(cells: _Cells, head: str) -> str | None:
     """Each row's right answers by the teacher's, of the same questions."""
-    columns, body = cells.columns(head), []
-    for row in ROWS | CHANGED:
-        line = []
-        for column in columns:
-            of = cells.by[head, column]
-            found = None
-            if row != TEACHER and row in of and TEACHER in of:
-                found = ratio(_array(of[row], of[TEACHER]), _array(of[TEACHER], of[row]))
-            line.append(told(found) if found else "-")
-        if set(line) != {"-"}:
-            body.append([row, *line])
-    return markdown(["row", *columns], body) if body else None
+    columns = cells.columns(head)
+    teachers = [cells.by[head, column].get(TEACHER, {}) for column in columns]
+
+    def cell(hits: Hits, teacher: Hits) -> str:
+        found = ratio(_array(hits, teacher), _array(teacher, hits)) if hits and teacher else None
+        return told(found) if found else "-"
+
+    body = [
+        [row + named, *map(cell, every, teachers)]
+        for row in ROWS | CHANGED
+        if row != TEACHER
+        for named, every in _by_seed([cells.by[head, column].get(row, {}) for column in columns])
+    ]
+    return _told_rows(columns, body)
 
 
 def _gains(cells: _Cells, head: str) -> str | None:
-    """What the scan and its training add to near and kept tokens, in points, seed by seed and question by question."""
-    columns, body = cells.columns(head), []
-    for row in (ZERO, TRAINED, *CHANGED):
-        line = []
-        for column in columns:
-            ours, theirs = (cells.by[head, column].get(name, {}) for name in (row, NEAR_KEPT))
-            seeds = sorted(ours.keys() & theirs.keys())
-            if not seeds:
-                line.append("-")
-                continue
-            a, b = ({seed: hits[seed] for seed in seeds} for hits in (ours, theirs))
-            mean, low, high = (100 * value for value in difference([_array(a, b)], [_array(b, a)]))
-            line.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{f', {len(seeds)} seeds' if len(seeds) > 1 else ''})")
-        if set(line) != {"-"}:
-            body.append([row, *line])
+    """What a row has more than near and kept tokens, in points, seed by seed and question by question."""
+    columns = cells.columns(head)
+    bases = [cells.by[head, column].get(NEAR_KEPT, {}) for column in columns]
+
+    def cell(hits: Hits, base: Hits) -> str:
+        seeds = sorted(hits.keys() & base.keys())
+        if not seeds:
+            return "-"
+        a, b = ({seed: one[seed] for seed in seeds} for one in (hits, base))
+        mean, low, high = (100 * value for value in difference([_array(a, b)], [_array(b, a)]))
+        return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{f', {len(seeds)} seeds' if len(seeds) > 1 else ''})"
+
+    body = [
+        [row + named, *map(cell, every, bases)]
+        for row in (ZERO, TRAINED, *CHANGED)
+        for named, every in _by_seed([cells.by[head, column].get(row, {}) for column in columns])
+    ]
+    return _told_rows(columns, body)
+
+
+def _told_rows(columns: list[str], body: list[list[str]]) -> str | None:
+    """A table of the rows that say something; None where none does."""
+    body = [line for line in body if set(line[1:]) != {"-"}]
     return markdown(["row", *columns], body) if body else None
 
 
