@@ -1,7 +1,9 @@
 // How large values are, and whether what is summed of them stays finite.
 #pragma once
+#include <atomic>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "vec.h"
 
@@ -47,6 +49,29 @@ template <class A>
 inline bool stays_finite(double most) {
   return most < static_cast<double>(std::numeric_limits<A>::max()) / 16;
 }
+
+// Sizes that are tried as the limit of what products read, from the largest: the fewest visits are hidden.
+constexpr double kLimits[] = {0x1p64, 0x1p32, 0x1p24, 0x1p16, 0x1p12, 0x1p8, 0x1p6, 0x1p4, 0x1p2};
+
+// Which rows of the batch had a chunk that products could not compute. Tasks of one row may write at once.
+class Notes {
+ public:
+  explicit Notes(int64_t rows) : rows_(rows) {}
+
+  void note(int64_t row) { rows_[row].store(true, std::memory_order_relaxed); }
+  bool has(int64_t row) const { return rows_[row].load(std::memory_order_relaxed); }
+  bool any() const {
+    for (const auto& row : rows_)
+      if (row.load(std::memory_order_relaxed)) return true;
+    return false;
+  }
+  void clear() {
+    for (auto& row : rows_) row.store(false, std::memory_order_relaxed);
+  }
+
+ private:
+  std::vector<std::atomic<bool>> rows_;
+};
 
 }  // namespace LINMU_ISA
 }  // namespace linmu

@@ -2,6 +2,7 @@
 // direction or in one after the other, and keeps the running states in cache. Per chunk and head (gated_delta_scan.h
 // has the equations): R, U, the output, the next state.
 #include "gated_delta_careful.h"
+#include "scan_apart.h"
 
 namespace linmu {
 namespace LINMU_ISA {
@@ -13,9 +14,10 @@ class DeltaScan {
   static constexpr int W = Simd<A>::width;
 
  public:
-  DeltaScan(const GatedDeltaScanParams& p, const DeltaSizes& s)
+  DeltaScan(const GatedDeltaScanParams& p, const DeltaSizes& s, Notes& walked)
       : p_(p),
         s_(s),
+        walked_(walked),
         both_(p.forward.on && p.reverse.on),
         chunk_(p, s),
         careful_(p, s),
@@ -60,7 +62,10 @@ class DeltaScan {
     for (int64_t c = 0; c < chunks; ++c)
       for (int64_t h = 0; h < s_.bundle; ++h) {
         chunk_.move_to(visits_, b_, c, h0_ + h, reverse);
-        if (!products(state_ + h * s_.state())) careful_.walk(chunk_, state_ + h * s_.state(), y_);
+        if (!products(state_ + h * s_.state())) {
+          if (s_.products) walked_.note(b_);
+          careful_.walk(chunk_, state_ + h * s_.state(), y_);
+        }
         write(h, !own);
       }
     if (!own || !p_.final_state) return;
@@ -112,6 +117,7 @@ class DeltaScan {
 
   const GatedDeltaScanParams& p_;
   const DeltaSizes& s_;
+  Notes& walked_;
   int64_t b_ = 0, h0_ = 0;
   const bool both_;
   DeltaVisits visits_;
@@ -123,12 +129,12 @@ class DeltaScan {
 };
 
 template <class T>
-void delta_scan(const GatedDeltaScanParams& p) {
+void delta_scan(const GatedDeltaScanParams& p, Notes& walked) {
   const DeltaSizes s = delta_sizes<acc_t<T>>(p, 32);
   const int64_t bundles = p.heads / s.bundle;
   const double work = static_cast<double>(s.bundle) * p.length * p.key_dim * p.value_dim;
   p.threads.run(p.batch * bundles, 1 + static_cast<int64_t>(65536 / (work + 1)), [&](int64_t begin, int64_t end) {
-    DeltaScan<T> task(p, s);
+    DeltaScan<T> task(p, s, walked);
     for (int64_t i = begin; i < end; ++i) task.run(i / bundles, i % bundles * s.bundle);
   });
 }
@@ -136,7 +142,10 @@ void delta_scan(const GatedDeltaScanParams& p) {
 }  // namespace
 
 void gated_delta_scan_cpu(const GatedDeltaScanParams& p) {
-  dispatch(p.dtype, [&](auto* t) { delta_scan<std::remove_pointer_t<decltype(t)>>(p); });
+  dispatch(p.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    keep_apart<T>(p, p, [](const GatedDeltaScanParams& params, Notes& walked) { delta_scan<T>(params, walked); });
+  });
 }
 
 }  // namespace LINMU_ISA

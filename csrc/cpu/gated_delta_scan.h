@@ -212,10 +212,12 @@ class DeltaChunk {
       const bool on = i < n;
       const int64_t token = on ? rows.tokens[i] : 0;
       const A step = on ? g[token * H] : A(0), clamped = step < kNothing ? kNothing : step;
-      sum += clamped, up += clamped > 0 ? clamped : A(0);
-      high_[i] = static_cast<A>(sum), low_[i] = static_cast<A>(sum - high_[i]);
       segment_[i] = static_cast<A>(on ? visits.segments[first + i] - entry : -1);
       restart[i] = on && visits.segments[first + i] != (i ? visits.segments[first + i - 1] : entry);
+      // Sums are compared within a segment only, and so see nothing of another.
+      if (restart[i]) sum = 0;
+      sum += clamped, up += clamped > 0 ? clamped : A(0);
+      high_[i] = static_cast<A>(sum), low_[i] = static_cast<A>(sum - high_[i]);
       decay[i] = !on || restart[i] ? A(0) : std::exp(clamped);
       beta[i] = on ? rate[token * H] : A(0);
       weight[i] = on ? A(1) : A(0);

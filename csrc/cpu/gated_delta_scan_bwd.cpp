@@ -8,6 +8,7 @@
 //     dS0 = total dS + (carry q)^T dy - (beta carry k)^T G
 // The carried states add the same terms with a chunk's edge in place of i or j.
 #include "gated_delta_careful.h"
+#include "scan_apart.h"
 #include "ssd_scan_sums.h"
 
 namespace linmu {
@@ -29,10 +30,11 @@ class DeltaGrad {
   static constexpr int W = Simd<A>::width;
 
  public:
-  DeltaGrad(const GatedDeltaScanBwdParams& g, DeltaPlan<A>& plan)
+  DeltaGrad(const GatedDeltaScanBwdParams& g, DeltaPlan<A>& plan, Notes& walked)
       : g_(g),
         p_(g.scan),
         plan_(plan),
+        walked_(walked),
         s_(plan.sizes),
         q_(s_.chunk),
         key_(s_.key),
@@ -80,7 +82,9 @@ class DeltaGrad {
         chunk_.move_to(visits_, b_, c, h0_ + h, reverse);
         std::copy_n(running(h), s_.state(), state(c, h));
         ordinary_[c * s_.bundle + h] = advance(c, h);
-        if (!ordinary_[c * s_.bundle + h]) careful_.walk(chunk_, running(h), nullptr);
+        if (ordinary_[c * s_.bundle + h]) continue;
+        if (s_.products) walked_.note(b_);
+        careful_.walk(chunk_, running(h), nullptr);
       }
     load_all(g_.grad_final_state);
     if ((visits_.count() ? visits_.segments.back() : 0) != visits_.last)
@@ -145,6 +149,7 @@ class DeltaGrad {
   }
 
   void by_definition(int64_t c, int64_t h) {
+    if (s_.products) walked_.note(b_);
     std::fill_n(dv_.get(), chunk_.padded * value_, A(0));
     careful_.gradients(chunk_, state(c, h), running(h), dy_, dq_, dk_, dv_);
     for (int64_t t = 0; t < chunk_.n; ++t)
@@ -276,6 +281,8 @@ class DeltaGrad {
     for (int64_t t = n - 1; t >= 0; --t) {
       ahead += flow_[t] + arrive_[t];
       dg_[t] = chunk_.restart[t] ? Wide(0) : dg_[t] + ahead;
+      // Nothing crosses a restart: what is left are roundings of pairs that lie behind it.
+      if (chunk_.restart[t]) ahead = 0;
     }
   }
 
@@ -298,6 +305,7 @@ class DeltaGrad {
   const GatedDeltaScanBwdParams& g_;
   const GatedDeltaScanParams& p_;
   DeltaPlan<A>& plan_;
+  Notes& walked_;
   const DeltaSizes& s_;
   const int64_t q_, key_, value_;
   int64_t b_ = 0, h0_ = 0;
@@ -318,7 +326,7 @@ class DeltaGrad {
 };
 
 template <class T>
-void delta_grad(const GatedDeltaScanBwdParams& g) {
+void delta_grad(const GatedDeltaScanBwdParams& g, Notes& walked) {
   using A = acc_t<T>;
   const GatedDeltaScanParams& p = g.scan;
   DeltaPlan<A> plan;
@@ -338,7 +346,7 @@ void delta_grad(const GatedDeltaScanBwdParams& g) {
   const int64_t bundles = p.heads / s.bundle;
   const double work = static_cast<double>(s.bundle) * p.length * p.key_dim * p.value_dim;
   p.threads.run(p.batch * bundles, 1 + static_cast<int64_t>(16384 / (work + 1)), [&](int64_t begin, int64_t end) {
-    DeltaGrad<T> task(g, plan);
+    DeltaGrad<T> task(g, plan, walked);
     for (int64_t i = begin; i < end; ++i) task.run(i / bundles, i % bundles * s.bundle);
   });
   for (int d = 0; d < 2; ++d) {
@@ -357,7 +365,11 @@ void delta_grad(const GatedDeltaScanBwdParams& g) {
 }  // namespace
 
 void gated_delta_scan_bwd_cpu(const GatedDeltaScanBwdParams& g) {
-  dispatch(g.scan.dtype, [&](auto* t) { delta_grad<std::remove_pointer_t<decltype(t)>>(g); });
+  dispatch(g.scan.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    keep_apart<T>(g.scan, g,
+                  [](const GatedDeltaScanBwdParams& params, Notes& walked) { delta_grad<T>(params, walked); });
+  });
 }
 
 }  // namespace LINMU_ISA

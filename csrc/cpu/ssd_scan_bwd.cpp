@@ -13,6 +13,7 @@
 // factor of weight_i.
 #include <numeric>
 
+#include "scan_apart.h"
 #include "ssd_scan_careful.h"
 #include "ssd_scan_sums.h"
 
@@ -39,10 +40,11 @@ class ScanGrad {
   static constexpr int W = Simd<A>::width;
 
  public:
-  ScanGrad(const SsdScanBwdParams& g, Plan<A>& plan)
+  ScanGrad(const SsdScanBwdParams& g, Plan<A>& plan, Notes& walked)
       : g_(g),
         p_(g.scan),
         plan_(plan),
+        walked_(walked),
         s_(plan.sizes),
         chunk_(s_.chunk),
         decays_{Decays<A>(s_.chunk), Decays<A>(s_.chunk)},
@@ -248,6 +250,7 @@ class ScanGrad {
 
   // The state (P, N) moves with the scan, the adjoint (N, P) against it; of either the one that is given is kept.
   void by_definition(int d, int64_t h, A* state, A* adjoint) {
+    walked_.note(b_);
     std::vector<A> moved(s_.state);
     if (state) transpose<A>(state, np_, pp_, np_, moved.data(), pp_);
     if (state && !adjoint) {
@@ -262,6 +265,7 @@ class ScanGrad {
   }
 
   void gradients_by_definition(int64_t c, int64_t h) {
+    walked_.note(b_);
     Totals<Wide>& sums = plan_.totals[b_ * p_.heads + h0_ + h];
     const A skip = p_.D ? static_cast<const A*>(p_.D)[h0_ + h] : A(0);
     for (int64_t i = 0; p_.D && i < chunk_.visits; ++i)
@@ -459,9 +463,12 @@ class ScanGrad {
     Wide ahead = 0;
     for (int64_t k = n - 1; k >= 0; --k) {
       const int64_t t = d ? n - 1 - k : k;
+      // No path crosses a restart: what is left of the sum there are roundings of pairs that lie behind it.
+      const bool restarts = chunk_.segment[d][t] != (k ? chunk_.segment[d][d ? t + 1 : t - 1] : 0);
       ahead += flow_[d][t] + static_cast<Wide>(w.weight[t]) * arrive_[d][t];
       const Wide step = static_cast<Wide>(w.weight[t]) * own_[d][t] + column_[d][t] + depart_[d][t];
-      step_gradient(d, head, t, decay_sum_[t] + ahead, step, sums);
+      step_gradient(d, head, t, restarts ? Wide(0) : decay_sum_[t] + ahead, step, sums);
+      if (restarts) ahead = 0;
     }
   }
 
@@ -503,6 +510,7 @@ class ScanGrad {
   const SsdScanBwdParams& g_;
   const SsdScanParams& p_;
   Plan<A>& plan_;
+  Notes& walked_;
   const ScanSizes& s_;
   int64_t b_ = 0, h0_ = 0, rows_ = 0, gathered_ = -1;
   Chunk chunk_;
@@ -534,7 +542,7 @@ inline int64_t heads_per_task(const SsdScanParams& p, const ScanSizes& s) {
 }
 
 template <class T>
-void scan_grad(SsdScanBwdParams g) {
+void scan_grad(SsdScanBwdParams g, Notes& walked) {
   using A = acc_t<T>;
   const SsdScanParams& p = g.scan;
   const int64_t head_dim = p.head_dim;
@@ -552,7 +560,7 @@ void scan_grad(SsdScanBwdParams g) {
   const int64_t tasks = p.heads / plan.unit;
   const double work = static_cast<double>(plan.unit) * p.length * p.head_dim * p.state_dim;
   p.threads.run(p.batch * tasks, 1 + static_cast<int64_t>(16384 / (work + 1)), [&](int64_t begin, int64_t end) {
-    ScanGrad<T> task(g, plan);
+    ScanGrad<T> task(g, plan, walked);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t h = 0; h < plan.unit; h += s.bundle) task.run(i / tasks, i % tasks * plan.unit + h);
   });
@@ -568,7 +576,10 @@ void scan_grad(SsdScanBwdParams g) {
 }  // namespace
 
 void ssd_scan_bwd_cpu(const SsdScanBwdParams& g) {
-  dispatch(g.scan.dtype, [&](auto* t) { scan_grad<std::remove_pointer_t<decltype(t)>>(g); });
+  dispatch(g.scan.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    keep_apart<T>(g.scan, g, [](const SsdScanBwdParams& params, Notes& walked) { scan_grad<T>(params, walked); });
+  });
 }
 
 }  // namespace LINMU_ISA

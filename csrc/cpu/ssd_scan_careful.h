@@ -28,9 +28,6 @@ inline double largest(const SsdScanTensor& t, const Chunk& c, int64_t group, int
   return most.value();
 }
 
-// Sizes that are tried as the limit of what products read, from the largest: the fewest visits are hidden.
-constexpr double kLimits[] = {0x1p64, 0x1p32, 0x1p24, 0x1p16, 0x1p12, 0x1p8, 0x1p6, 0x1p4, 0x1p2};
-
 // Per visit, the largest magnitude of all that is read of it.
 struct VisitSizes {
   explicit VisitSizes(int64_t size) : most(size) {}
