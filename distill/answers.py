@@ -179,7 +179,7 @@ def decode_ahead(config: Config, processes: int | None = None, batch: int = 64) 
     stage = config.stage(STAGE)
     if not stage.steps or "sequence" not in stage.losses:
         raise RunError(f"stage{STAGE} must have steps and a weight of `sequence`, else it needs no answers")
-    run = Run(config)
+    run = Run(config, whole=True)
     if isinstance(config.stage_data(STAGE), TaskData) and not fits_tasks(run.teacher, run.tokenizer):
         raise RunError(f"data.sets must be given: {config.teacher} cannot be shown the built-in tasks; {UNFIT}")
     workers = run.accelerator.num_processes

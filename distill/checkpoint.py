@@ -26,6 +26,8 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from .parallel import from_first
+
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{9})")
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # One process needs no group.
@@ -258,7 +260,7 @@ class CheckpointStore:
         return None
 
     def load(self) -> tuple[int, dict[str, Any], list[str]]:
-        """The newest checkpoint that is whole, without its tensors.
+        """The newest checkpoint that is whole, without its tensors. All processes call this, and the first one reads.
 
         Returns:
             step (0 when there is none), file name -> content, and a line for each newer one that had to be passed over.
@@ -266,6 +268,9 @@ class CheckpointStore:
         Raises:
             CheckpointError: one that is whole holds what is not data.
         """
+        return from_first(self._newest, self._group)
+
+    def _newest(self) -> tuple[int, dict[str, Any], list[str]]:
         passed_over = []
         for step in reversed(self.steps()):
             if problem := self.check(step):

@@ -1,10 +1,12 @@
 """One process, DDP, or FSDP2, and rows that several processes share: what differs between them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,6 +14,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
+
+from linmu_models.config import auto_class
+from linmu_models.families.generic import LinmuGeneric
+from linmu_models.modeling import FAMILIES
+
+T = TypeVar("T")
 
 
 class Sharing(NamedTuple):
@@ -49,17 +57,127 @@ def sharing(accelerator: Accelerator, size: int) -> Sharing:
     return Sharing(mesh["context"], size, rank, number, processes // size)
 
 
+def from_first(work: Callable[[], T], group: Any = None) -> T:
+    """What `work` gives on the first process, told to the others. All raise its error.
+
+    All processes must call this.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told[0] = work()
+        except Exception as error:  # Whatever it is, the others wait to be told.
+            dist.broadcast_object_list([None, _sent(error)], group=group)
+            raise
+    dist.broadcast_object_list(told, group=group)
+    value, failed = told
+    if failed is not None:
+        raise failed
+    return value
+
+
+def _sent(error: Exception) -> Exception:
+    """An error that other processes can be told: itself, or one with its words."""
+    try:
+        copy.deepcopy(error)  # It takes what pickle takes.
+    except Exception:  # Errors of other libraries raise anything here.
+        return (OSError if isinstance(error, OSError) else RuntimeError)(str(error))
+    return error
+
+
+def loaded_by_first(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A frozen model that the first process loads. The others have it on the meta device until `shard`.
+
+    All processes must call this; all raise the first one's error. A model without an adapter is loaded by each, as it
+    cannot be converted without values.
+    """
+    loaded: list[PreTrainedModel] = []
+
+    def described() -> Any:
+        loaded.append(model := load())
+        if issubclass(FAMILIES.get(model.config.model_type, LinmuGeneric), LinmuGeneric):
+            return None
+        return model.config, getattr(model, "generation_config", None), _kinds(model)
+
+    description = from_first(described)
+    if loaded:
+        return loaded[0]
+    if description is None:
+        return load()
+    config, generation_config, kinds = description
+    with torch.device("meta"):
+        model: Any = auto_class(config).from_config(config)
+    for name, tensor in _named_tensors(model):
+        tensor.data = tensor.data.to(kinds[name][0])
+    if _kinds(model) != kinds:  # A file may hold apart what its configuration calls one.
+        return load()
+    model.generation_config = generation_config
+    return model.eval().requires_grad_(False)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size, str]]:
+    """For each tensor of a model its dtype, its shape, and the name of the first that shares its memory."""
+    first: dict[int, str] = {}
+    return {
+        name: (tensor.dtype, tensor.shape, first.setdefault(tensor.untyped_storage()._cdata, name))
+        for name, tensor in _named_tensors(model)
+    }
+
+
+@torch.no_grad()
+def _receive(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Give what is on the meta device the first process's values. What shares memory goes on to do so.
+
+    Non-persistent buffers come too. All processes must call this, with the same modules.
+    """
+    memory: dict[Any, tuple[Tensor, Tensor]] = {}
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # With the old ones, whose ids must not be given to others.
+    for module in [m for root in modules for m in root.modules()]:
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                value = tensor.detach()
+                if tensor.is_meta:
+                    key = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+                    empty = memory[key][1] if key in memory else torch.empty_like(value, device=device)
+                    memory[key] = value, empty
+                    value = empty
+                sent = value.contiguous().flatten().view(torch.uint8)
+                if sent.numel():
+                    dist.broadcast(sent, 0)
+                if tensor.is_meta:
+                    if id(tensor) not in made:
+                        new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+                        made[id(tensor)] = tensor, new
+                    held[name] = made[id(tensor)][1]  # type: ignore[assignment]
+
+
 def shard(objective: nn.Module, student: PreTrainedModel, teacher: PreTrainedModel, accelerator: Accelerator) -> None:
     """FSDP2, in place: each decoder layer is gathered when it runs; its block alone, where only that runs. What is
-    outside the layers stays whole: it is frozen, and one memory serves both models."""
+    outside the layers stays whole: it is frozen, and one memory serves both models.
+
+    Where models are on the meta device, the first process sends their values: a layer at a time is whole."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer in teacher.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    lacking = torch.tensor(int(any(p.is_meta for p in teacher.parameters())), device=accelerator.device)
+    receives = bool(accelerator.reduce(lacking, "sum"))
     layers = student.get_decoder().layers
-    for layer in layers:
+    for theirs, layer in zip(teacher.get_decoder().layers, layers, strict=True):
+        if receives:
+            _receive((theirs, layer), accelerator.device)
+        fully_shard(theirs, mesh=mesh, reshard_after_forward=True)
         if hasattr(layer, "self_attn"):  # Some layers of hybrids have another mixer.
             fully_shard(layer.self_attn, mesh=mesh)
         fully_shard(layer, mesh=mesh)
+    if receives:
+        _receive((teacher, student), accelerator.device)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     fully_shard(objective, mesh=mesh, ignored_params={p for p in student.parameters() if id(p) not in inside})
 

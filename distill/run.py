@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import AutocastKwargs, broadcast_object_list
+from accelerate.utils import AutocastKwargs
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ from .files import read_json
 from .limited import EQUAL_MEMORY, equal_tokens, limited
 from .objective import Objective, Teacher
 from .packing import check_packable
-from .parallel import is_sharded
+from .parallel import from_first, is_sharded, loaded_by_first
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
 from .student import (
@@ -51,7 +51,15 @@ from .student import (
     trainable_parameters,
     what_is_read,
 )
-from .teacher import AnswerCache, Batch, Transcripts, fingerprint, load_teacher, shared_vision_features
+from .teacher import (
+    AnswerCache,
+    Batch,
+    Transcripts,
+    fingerprint,
+    load_teacher,
+    load_tokenizer,
+    shared_vision_features,
+)
 from .train import StageTrainer
 
 TEACHER = "teacher"
@@ -81,8 +89,11 @@ class Run:
 
     objective: type[Objective] = Objective
 
-    def __init__(self, config: Config, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator | None = None, *, whole: bool = False) -> None:
         """Load the teacher.
+
+        Args:
+            whole: on every process, also where training will divide it. Else the first one alone loads what is divided.
 
         Raises:
             RunError: it cannot be loaded.
@@ -94,17 +105,47 @@ class Run:
             mixed_precision=config.mixed_precision, kwargs_handlers=[patience, uncached]
         )
         self.config, self.folder = config, config.folder
+        self._divided = config.sharded and self.accelerator.num_processes > 1 and not whole
         self._load_teacher()
-        self.teacher_hash = fingerprint(self.teacher)
+        self.teacher_hash = from_first(self._hash) if self._divided else self._hash()
         self._held_out: list[Batch] | None = None
 
     def _load_teacher(self) -> None:
         path = self.config.teacher
-        try:
-            self.teacher, self.tokenizer = load_teacher(path, self.config.precision)
-        except (ValueError, SafetensorError) as error:
-            raise RunError(f"teacher: {path} cannot be loaded: {error}") from error
-        self.teacher.to(self.accelerator.device)
+
+        def load() -> PreTrainedModel:
+            try:
+                model, self.tokenizer = load_teacher(path, self.config.precision)
+            except (ValueError, SafetensorError) as error:
+                raise RunError(f"teacher: {path} cannot be loaded: {error}") from error
+            return model.to(self.accelerator.device)
+
+        self.teacher = loaded_by_first(load) if self._divided else load()
+        if self.teacher.device.type == "meta":
+            self.tokenizer = load_tokenizer(path)
+
+    def _hash(self) -> str:
+        return fingerprint(self.teacher)
+
+    def result(
+        self, number: int, *, same_config: bool = False, weights: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `handoff.load_result`. All processes call this: the first one checks, and the others raise its error.
+
+        Without `weights`, and where the first one will send them their parts of a model, the others get none.
+        """
+        what = self.folder, number, self.teacher_hash, self.config
+        found: list[dict[str, Tensor]] = []
+
+        def read() -> dict[str, Any]:
+            state, facts = handoff.load_result(*what, same_config=same_config)
+            found.append(state)
+            return facts
+
+        facts = from_first(read)
+        if not found and weights and self.teacher.device.type != "meta":
+            found.append(handoff.load_result(*what, verified=True)[0])
+        return (found[0] if found else {}), facts
 
     def stage(self, number: int) -> Stage:
         """What stage 1, 2 or 3 does."""
@@ -139,12 +180,7 @@ class Run:
         A process that lags behind could find a newer result. Processes that go different ways would wait for each other
         for ever.
         """
-        return self._agreed(handoff.is_finished(self.folder, number))
-
-    def _agreed(self, found: bool) -> bool:
-        agreed = [found]
-        broadcast_object_list(agreed)
-        return agreed[0]
+        return from_first(lambda: handoff.is_finished(self.folder, number))
 
     def check_stages(self) -> None:
         """Check the options against this teacher, before hours have gone by.
@@ -214,7 +250,7 @@ class Run:
         A stage 0 that is there stays. It is made anew if it is damaged or of other settings, as long as no stage has
         begun.
         """
-        if self._agreed(self.accelerator.is_main_process and self._has_start()):
+        if from_first(self._has_start):
             return
         if self.accelerator.is_main_process:
             began = time.perf_counter()
@@ -254,7 +290,7 @@ class Run:
         """Train stage `number` from the result of the stage before. Without steps, hand that result on."""
         config, stage = self.config, self.stage(number)
         if not stage.steps:
-            state, _ = handoff.load_result(self.folder, number - 1, self.teacher_hash, config)
+            state, _ = self.result(number - 1)
             if self.accelerator.is_main_process:
                 handoff.save_result(
                     self.folder, number, state, self.teacher_hash, config,
@@ -262,9 +298,9 @@ class Run:
                 )  # fmt: skip
             self.accelerator.wait_for_everyone()
             return
-        before, _ = handoff.load_result(self.folder, number - 1, self.teacher_hash, config)
+        before, _ = self.result(number - 1)
         student = self._student_of(before, number - 1, lora=config.has_lora(number))
-        _, start = handoff.load_result(self.folder, 0, self.teacher_hash, config)
+        _, start = self.result(0, weights=False)
         set_windows(student.blocks.values(), stage.windows)
         if config.gradient_checkpointing and stage.block_input == "student":
             student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -291,6 +327,8 @@ class Run:
             transcripts,
             objective=self.objective,
         )
+        trained = {plain(name) for name in trainable}
+        del trainable  # The trainer drops what it divides.
         with shared_vision_features(self.teacher, student.model):
             means = trainer.run()
         counts, unfinished, speed = trainer.counts(), trainer.unfinished(), trainer.throughput()
@@ -308,7 +346,6 @@ class Run:
                 f"max_new_tokens = {config.max_new_tokens}"
             )
         # What is frozen goes on as it came, not as it was rounded to the teacher's dtype.
-        trained = {plain(name) for name in trainable}
         state = {
             name: tensor if name in trained or name not in before else before[name]
             for name, tensor in own_state(student.model, student.blocks).items()
@@ -323,7 +360,7 @@ class Run:
             trainer.store.clear()
         self.accelerator.free_memory()
         if is_sharded(self.teacher):  # What comes next, one process does alone.
-            del student, trainer, trainable
+            del student, trainer
             self._load_teacher()
         self.accelerator.wait_for_everyone()
 
@@ -520,7 +557,7 @@ def distill(config: Config, stage: int | None = None, resume: bool = False) -> P
             raise RunError(f"{config.folder} already has stage {number}: go on with --resume, or choose another output")
     run = Run(config)
     with locked(config.folder, wait=False) if run.accelerator.is_main_process else nullcontext(True) as mine:
-        if not mine:
+        if not from_first(lambda: mine):
             raise RunError(f"another process is at work in {config.folder}")
         return _run(run, wanted)
 
@@ -529,7 +566,7 @@ def _run(run: Run, wanted: list[int]) -> Path | None:
     config = run.config
     if wanted[0] > 1:
         for number in reversed(range(wanted[0])):
-            handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
+            run.result(number, same_config=True, weights=False)
     if not all(run.is_finished(number) for number in wanted):
         run.check_stages()
     if wanted[0] == 1:
@@ -537,7 +574,7 @@ def _run(run: Run, wanted: list[int]) -> Path | None:
         run.evaluate_stage(0)
     for number in wanted:
         if run.is_finished(number):
-            handoff.load_result(config.folder, number, run.teacher_hash, config, same_config=True)
+            run.result(number, same_config=True, weights=False)
             if run.accelerator.is_main_process:  # what a kill at its very end has left
                 CheckpointStore(handoff.stage_folder(config.folder, number) / "checkpoints").clear()
         else:

@@ -66,9 +66,13 @@ def load_teacher(path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
     Args:
         dtype: "float32", "bfloat16", "float16", or "auto" for the one its configuration names.
     """
-    model = load_model(path, dtype)
+    return load_model(path, dtype).eval().requires_grad_(False), load_tokenizer(path)
+
+
+def load_tokenizer(path: str) -> Any:
+    """A model's tokenizer."""
     with told(path):
-        return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
 
 
 def fingerprint(model: nn.Module) -> str:
