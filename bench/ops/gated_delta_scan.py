@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.onnx_runtime import linear_attention
-from bench.peers import Bench, Case, Inputs, Peer, Sizes, case, compiled, need
+from bench.peers import Bench, Case, Inputs, Missing, Peer, Sizes, case, compiled, need
 from linmu_ops import gated_delta_scan
 from linmu_ops._testing import run_op
 
@@ -80,6 +80,8 @@ def _transformers(c: Case) -> Peer:
 
 
 def _flip_twice(c: Case) -> Peer:
+    if c.get("direction") != "both":
+        raise Missing("one direction needs no flip")
     return Peer(_both(gated_delta_scan))
 
 
