@@ -1,4 +1,5 @@
-"""`python -m bench.page cpu`: a device's page, bench/reports/<device>.md, and its plots, from the rows there are."""
+"""`python -m bench.page cpu`: a device's pages, of ops bench/reports/<device>.md and of models bench/reports/
+<device>_models.md, and their plots, from the rows there are."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from .models import report as models
 
 
 def write(device: str) -> Path:
-    """bench/reports/<device>.md of every result there is, with the plots beside it.
+    """bench/reports/<device>.md of every result there is, with a page of models and the plots beside it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -22,8 +23,8 @@ def write(device: str) -> Path:
     first = next((rows[0] for rows in (*by_op.values(), *of_models.values()) if rows), None)
     if first is None:
         raise FileNotFoundError(f"bench: {report.HERE / 'results' / device} must hold results, got none")
-    lines = [
-        f"# Measured on {first['device']}",
+    of_models_too = target.with_name(f"{device}_models.md")
+    head = [
         "",
         "Written from `bench/results`; the method is in `bench/README.md`. Each row of those files "
         "names its commit, versions and clock.",
@@ -33,11 +34,17 @@ def write(device: str) -> Path:
         + f". Clock {first['clock']}.",
         "",
     ]  # fmt: skip
+    title = f"# Measured on {first['device']}"
+    lines, lines_of_models = [title, *head], [f"{title}: models", *head]
+    if of_models:
+        lines += [f"Models are on [a page of their own]({of_models_too.name}).", ""]
     for op, rows in by_op.items():
         lines += report.section(op, rows, target)
     for name, rows in of_models.items():
-        lines += models.section(name, rows, target)
-    target.write_text("\n".join(lines).rstrip() + "\n")
+        lines_of_models += models.section(name, rows, target)
+    for page, text in ((target, lines), (of_models_too, lines_of_models if of_models else [])):
+        if text:
+            page.write_text("\n".join(text).rstrip() + "\n")
     return target
 
 

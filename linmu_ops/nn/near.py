@@ -485,7 +485,7 @@ class NearAttention(nn.Module):
             parts = [near if part is near else torch.zeros_like(part) for part in parts]
             far = torch.zeros_like(far)
         mask = _joined(parts)
-        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(gone.any()):
+        if device.type == "cpu" and not torch.compiler.is_compiling() and len(gone) and not bool(gone.any()):
             # The rest is empty, in every row.
             some = first + min(int(seen.max()) + 1, ring)
             keys, values, mask = keys[:, :, :some], values[:, :, :some], mask[:, :some]

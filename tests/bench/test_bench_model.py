@@ -238,7 +238,7 @@ def test_report_with_plots(tmp_path, monkeypatch):
     target.parent.mkdir(parents=True)
     options = ["--shape", "tiny", "--device", "cpu", "--plain", "--seconds", "0", "--batch", "1", "2"]
     assert run.main([*options, "--prefill", "512", "1k", "--decode", "1k", "--report"]) == 0
-    page = (tmp_path / "reports" / "cpu.md").read_text()
+    page = (tmp_path / "reports" / "cpu_models.md").read_text()
     assert "## Model tiny" in page and "cpu_model_tiny_float32.svg" in page and "| 1,024 | 2 | student |" in page
     assert (tmp_path / "reports" / "cpu_model_tiny_float32.svg").exists()
     with pytest.raises(FileNotFoundError, match="must hold results"):
