@@ -156,7 +156,7 @@ def test_same_bits_for_any_number_of_threads():
     assert_same_bits(lambda: mixed(**cloned(i)), threads=(1, 2, 3))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_each_number or test_what_is_not or (test_forward and on)")
