@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import report
 from .models import report as models
@@ -23,29 +24,30 @@ def write(device: str) -> Path:
     first = next((rows[0] for rows in (*by_op.values(), *of_models.values()) if rows), None)
     if first is None:
         raise FileNotFoundError(f"bench: {report.HERE / 'results' / device} must hold results, got none")
-    of_models_too = target.with_name(f"{device}_models.md")
-    head = [
+    page_of_models = target.with_name(f"{device}_models.md")
+    ops = [line for op, rows in by_op.items() for line in report.section(op, rows, target)]
+    if of_models:
+        ops = [f"Models are on [a page of their own]({page_of_models.name}).", "", *ops]
+        sections = [line for name, rows in of_models.items() for line in models.section(name, rows, target)]
+        page_of_models.write_text(_page(": models", first, sections))
+    target.write_text(_page("", first, ops))
+    return target
+
+
+def _page(title: str, row: dict[str, Any], sections: list[str]) -> str:
+    lines = [
+        f"# Measured on {row['device']}{title}",
         "",
         "Written from `bench/results`; the method is in `bench/README.md`. Each row of those files "
         "names its commit, versions and clock.",
         "",
-        f"{first['threads']} threads, instruction set {first['isa']}; "
-        + ", ".join(f"{k} {v}" for k, v in first["versions"].items())
-        + f". Clock {first['clock']}.",
+        f"{row['threads']} threads, instruction set {row['isa']}; "
+        + ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+        + f". Clock {row['clock']}.",
         "",
+        *sections,
     ]  # fmt: skip
-    title = f"# Measured on {first['device']}"
-    lines, lines_of_models = [title, *head], [f"{title}: models", *head]
-    if of_models:
-        lines += [f"Models are on [a page of their own]({of_models_too.name}).", ""]
-    for op, rows in by_op.items():
-        lines += report.section(op, rows, target)
-    for name, rows in of_models.items():
-        lines_of_models += models.section(name, rows, target)
-    for page, text in ((target, lines), (of_models_too, lines_of_models if of_models else [])):
-        if text:
-            page.write_text("\n".join(text).rstrip() + "\n")
-    return target
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":

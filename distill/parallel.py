@@ -39,6 +39,14 @@ class Sharing(NamedTuple):
     groups: int
 
 
+def check_sharing(processes: int, size: int) -> None:
+    """Raise ValueError where so many processes are no groups of `size`."""
+    if processes % size:
+        raise ValueError(
+            f"parallel must share rows among a number that divides that of processes, {processes}, got {size}"
+        )
+
+
 def sharing(accelerator: Accelerator, size: int) -> Sharing:
     """Groups of `size` processes that follow one another, a dimension of a mesh beside that of the data.
 
@@ -46,10 +54,7 @@ def sharing(accelerator: Accelerator, size: int) -> Sharing:
         ValueError: `size` does not divide the number of processes.
     """
     processes = accelerator.num_processes
-    if processes % size:
-        raise ValueError(
-            f"parallel must share rows among a number that divides that of processes, {processes}, got {size}"
-        )
+    check_sharing(processes, size)
     number, rank = divmod(accelerator.process_index, size)
     if size == 1:
         return Sharing(None, 1, 0, number, processes)

@@ -7,6 +7,7 @@ arithmetic.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,14 +160,13 @@ def _from_others(config: Config, models: "_Models", work: Work, layers: int) -> 
     state, beside the slab's own, and as attention reads it."""
     if config.context == 1:
         return 0
-    block = next(iter(models.blocks.values()))
+    block: Any = next(iter(models.blocks.values()))
     shape, options, wide = block.shape, config.block, getattr(torch, config.precision).itemsize
     heads, groups, head = shape.num_heads, shape.num_kv_heads, shape.head_dim
     if isinstance(options, ExactConfig):
         frames = [] if work.layout is None else [min(t, options.window[0]) * h * w for _, t, h, w in work.layout.blocks]
-        leaves = min(options.text_window, 64)
-        tokens = options.text_window + leaves + options.sink_tokens + options.kept_tokens + max(frames, default=0)
-        state = heads * ((head + 1) * (options.feature_dim or head) + 1)
+        tokens = block.windows.state_tokens + max(frames, default=0)
+        state = heads * (math.prod(block.scan.state_size) + 1)
     else:  # What an order of visits moves.
         tokens, state = _share(work, config.context).length, 2 * heads * (head * head + 1)
     each = 4 * tokens * groups * (2 * head * wide + 4 * heads // groups) + 4 * config.context * state

@@ -31,7 +31,7 @@ from .files import read_json
 from .limited import EQUAL_MEMORY, equal_tokens, limited
 from .objective import Objective, Teacher
 from .packing import check_packable
-from .parallel import from_first, is_sharded, loaded_by_first
+from .parallel import check_sharing, from_first, is_sharded, loaded_by_first
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
 from .student import (
@@ -223,11 +223,10 @@ class Run:
                 trainable_parameters(student.model, student.blocks, stage)
 
     def _check_splits(self, student: LinmuModel) -> None:
-        processes, size = self.accelerator.num_processes, self.config.context
-        if processes % size:
-            raise RunError(
-                f"parallel must share rows among a number that divides that of processes, {processes}, got {size}"
-            )
+        try:
+            check_sharing(self.accelerator.num_processes, self.config.context)
+        except ValueError as error:
+            raise RunError(str(error)) from error
         try:
             check_splits(student)
         except ValueError as error:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bench import timing
 from bench.provenance import where
+from bench.runs.sheet import check_named, write_sheet
 from linmu_distill.checkpoint import write_atomically
 from linmu_distill.files import read_lines
 from linmu_models import accelerate_transformers
@@ -73,8 +74,7 @@ def build(family: str, small: bool = False) -> Any:
     if small:
         sizes["vocab_size"] = 128
     torch.manual_seed(0)
-    model = getattr(hf, f"{name}ForCausalLM")(kind(**sizes)).eval().requires_grad_(False)
-    return model
+    return getattr(hf, f"{name}ForCausalLM")(kind(**sizes)).eval().requires_grad_(False)
 
 
 def decoder_of(model: Any) -> Any:
@@ -269,9 +269,7 @@ def write_page(rows: list[Row], folder: Path) -> Path:
         f"Made by `python -m bench.models.accelerated` at {row['commit']}{'-dirty' if row.get('dirty') else ''}, on "
         f"{row['device']}, {row['isa']}, {row['threads']} threads.", "",
     ]  # fmt: skip
-    path = folder / "accelerated.md"
-    path.write_text("\n".join(parts))
-    return path
+    return write_sheet(folder, "accelerated.md", parts)
 
 
 def main(
@@ -283,8 +281,7 @@ def main(
     reports: Annotated[Path, typer.Option(help="Folder of the page.")] = HERE / "reports",
 ) -> None:
     """transformers' linear layers, plain and accelerated."""
-    if unknown := [name for name in family or () if name not in SIZES]:
-        raise typer.BadParameter(f"--family must be among {', '.join(SIZES)}, got {', '.join(unknown)}")
+    check_named("family", family, SIZES)
     if threads:
         torch.set_num_threads(threads)
     timing.keep_memory()

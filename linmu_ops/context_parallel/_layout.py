@@ -74,7 +74,7 @@ class SlabLayout:
 
     def scan_order(self, layer: int, device: torch.device | str | None = None) -> Tensor | MovedOrder:
         """(B, n) int32, or a `MovedOrder` where a block of several ranks is visited across them."""
-        return self._cached(
+        return self.kept(
             ("order", layer % 4, device), lambda: self.context.order(self.layout.scan_order(layer, device), move=True)
         )
 
@@ -85,13 +85,13 @@ class SlabLayout:
             text = F.pad(~self.visual_mask(device), (0, -self.length % size))
             return text.view(-1, size).any(1).nonzero()[:, 0]
 
-        return self._cached(("text_chunks", size, device), chunks)
+        return self.kept(("text_chunks", size, device), chunks)
 
     def neighbourhood(
         self, windows: Partition, causal: bool, device: torch.device | str | None = None
     ) -> Neighbourhood:
         """causal: no token needs a later one."""
-        return self._cached((windows, causal, device), lambda: self._neighbourhood(windows, causal, device))
+        return self.kept((windows, causal, device), lambda: self._neighbourhood(windows, causal, device))
 
     def part(self, t: Tensor) -> Tensor:
         """The slab's part of a (B, L) that every rank has whole; `whole` then need not ask."""
@@ -103,18 +103,15 @@ class SlabLayout:
         """(B, L): of whole rows, a mask or numbers of which each rank has (B, n). Ranks tell each other once."""
         wide = t.to(torch.uint8) if t.dtype == torch.bool else t
         # With the tensor, of which another may have the same id later.
-        return self._cached(("whole", id(t)), lambda: (t, self.context.unshard(wide).to(t.dtype)))[1]
+        return self.kept(("whole", id(t)), lambda: (t, self.context.unshard(wide).to(t.dtype)))[1]
 
     def numbers(self, seq_idx: Tensor, mask: Tensor | None) -> Tensor:
         """`context.number` of these. Ranks tell each other once."""
         key = ("numbers", id(seq_idx), id(mask))
-        return self._cached(key, lambda: (seq_idx, mask, self.context.number(seq_idx, mask)))[2]
+        return self.kept(key, lambda: (seq_idx, mask, self.context.number(seq_idx, mask)))[2]
 
     def kept(self, key: Any, make: Any) -> Any:
         """What `make()` gives, made once for all layers that ask for this key."""
-        return self._cached(key, make)
-
-    def _cached(self, key: Any, make: Any) -> Any:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
