@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(Shape<T, D>::kMaxWarpgroups* kWarpgroup, 1)
   using Own = Shape<T, D>;
   LINMU_SHARED(memory);
   const WindowAttentionParams& p = s.p;
-  const int threads = blockDim.x, warpgroups = threads / kWarpgroup, warpgroup = warp_uniform(threadIdx.x / kWarpgroup),
+  const int warpgroups = blockDim.x / kWarpgroup, warpgroup = warp_uniform(threadIdx.x / kWarpgroup),
             thread = threadIdx.x % kWarpgroup;
   const int lane = threadIdx.x % kWarp, own = thread / kWarp * 16;  // the first of the warp's rows
   const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
@@ -402,21 +402,7 @@ __global__ void __launch_bounds__(Shape<T, D>::kMaxWarpgroups* kWarpgroup, 1)
 
     for (int k0 = 0; k0 < window.count; k0 += s.keys) {
       const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys;
-      if (!resident) {
-        __syncthreads();
-        read_slots(p, window, k0, s.keys, key_tokens, key_coords, threadIdx.x, threads);
-        __syncthreads();
-        gather<SwizzledPlace>(s, k_tile, s.keys, D, key_tokens, s.k, group, true, threadIdx.x, threads);
-        gather<SwizzledPlace>(s, v_tile, s.keys, D, key_tokens, s.v, group, false, threadIdx.x, threads);
-      }
-      copy_commit();
-      copy_wait<0>();
-      fence_proxy_async();
-      if (!resident)
-        __syncthreads();
-      else if (active)
-        warpgroup_sync();
-      resident = window.count <= s.keys;
+      resident = load_keys<T, D>(s, window, k0, group, k_tile, v_tile, key_tokens, key_coords, resident, active);
       if (!active) continue;
 
       if (k0 == 0) {

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
 #ifdef LINMU_WGMMA_CODE
   LINMU_SHARED(memory);
   const WindowAttentionParams& p = s.p;
-  const int threads = blockDim.x, warpgroups = threads / kWarpgroup, warpgroup = warp_uniform(threadIdx.x / kWarpgroup),
+  const int warpgroups = blockDim.x / kWarpgroup, warpgroup = warp_uniform(threadIdx.x / kWarpgroup),
             thread = threadIdx.x % kWarpgroup;
   const int lane = threadIdx.x % kWarp, own = thread / kWarp * 16;  // the first of the warp's rows
   const int64_t split = blockIdx.x % s.splits, pair = blockIdx.x / s.splits, group = pair % p.groups;
@@ -102,21 +102,7 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
 
     for (int k0 = 0; k0 < window.count; k0 += s.keys) {
       const int here = window.count - k0 < s.keys ? window.count - k0 : s.keys;
-      if (!resident) {
-        __syncthreads();
-        read_slots(p, window, k0, s.keys, key_tokens, key_coords, threadIdx.x, threads);
-        __syncthreads();
-        gather<SwizzledPlace>(s, k_tile, s.keys, D, key_tokens, s.k, group, true, threadIdx.x, threads);
-        gather<SwizzledPlace>(s, v_tile, s.keys, D, key_tokens, s.v, group, false, threadIdx.x, threads);
-      }
-      copy_commit();
-      copy_wait<0>();
-      fence_proxy_async();
-      if (!resident)
-        __syncthreads();
-      else if (active)
-        warpgroup_sync();
-      resident = window.count <= s.keys;
+      resident = load_keys<T, D>(s, window, k0, group, k_tile, v_tile, key_tokens, key_coords, resident, active);
       if (!active) continue;
 
       if constexpr (kPlain) {
@@ -125,13 +111,8 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
       } else {
         for (int j = 0; j < here; j += kKeys) {
           WarpgroupAccumulator scores;
-          scores.clear();
-          warpgroup_fence_operand(scores);
-          warpgroup_arrive();
-#pragma unroll
-          for (int k = 0; k < D; k += 16)
-            wgmma<T, Major::K>(scores, descriptor_at(q_tile, kQueries, 0, k), descriptor_at(k_tile, s.keys, j, k));
-          warpgroup_commit_and_wait();
+          multiply_tiles<T, D>(scores, q_tile, k_tile, s.keys, j);
+          warpgroup_wait<0>();
           warpgroup_fence_operand(scores);
           to_exponents<T, false>(scores, p, head, tokens + own, coords + own, key_tokens + j, key_coords + j);
           float rescale[2];
@@ -142,15 +123,8 @@ __global__ void __launch_bounds__(kMaxWarpgroups* kWarpgroup, 1)
           unsigned weights[4][4];
 #pragma unroll
           for (int k = 0; k < 4; ++k) to_a_fragment<T>(weights[k], scores, 0, k);
-#pragma unroll
-          for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
-          warpgroup_arrive();
-#pragma unroll
-          for (int part = 0; part < D / 64; ++part)
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-              wgmma<T, Major::MN>(out[part], weights[k], descriptor_at(v_tile, s.keys, j + k * 16, part * 64));
-          warpgroup_commit_and_wait();
+          multiply_fragments<T, D>(out, weights, v_tile, s.keys, j);
+          warpgroup_wait<0>();
 #pragma unroll
           for (int part = 0; part < D / 64; ++part) warpgroup_fence_operand(out[part]);
         }

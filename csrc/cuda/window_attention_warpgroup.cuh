@@ -15,6 +15,28 @@ inline bool warpgroups_serve(const char* op, const WindowAttentionParams& p) {
 
 #ifdef LINMU_WGMMA_CODE
 
+// A step's keys and values in shared memory, unless they lie there already, and what each thread copies, arrived. All
+// threads call it, also those of a warpgroup that is not `active`. Whether they lie there for the next round too.
+template <class T, int D>
+__device__ inline bool load_keys(const WindowPlan& s, const WindowSlots& window, int k0, int64_t group, T* k_tile,
+                                 T* v_tile, int* tokens, int* coords, bool resident, bool active) {
+  if (!resident) {
+    __syncthreads();
+    read_slots(s.p, window, k0, s.keys, tokens, coords, threadIdx.x, blockDim.x);
+    __syncthreads();
+    gather<SwizzledPlace>(s, k_tile, s.keys, D, tokens, s.k, group, true, threadIdx.x, blockDim.x);
+    gather<SwizzledPlace>(s, v_tile, s.keys, D, tokens, s.v, group, false, threadIdx.x, blockDim.x);
+  }
+  copy_commit();
+  copy_wait<0>();
+  fence_proxy_async();
+  if (!resident)
+    __syncthreads();
+  else if (active)
+    warpgroup_sync();
+  return window.count <= s.keys;
+}
+
 // scores = A B^T over D, or, kAdd, more by that: A a tile of 64 rows, B the 64 rows from j of a tile of `rows`. Its own
 // group of products.
 template <class T, int D, bool kAdd = false>
