@@ -20,10 +20,11 @@ def causal_conv1d_step(
 ) -> Tensor:
     """One step of the causal convolution; `state` is updated in place.
 
-        y[d] = act(bias[d] + weight[d, K-1] x[d] + sum_{0 < j < K} weight[d, K-1-j] state[K-1-j, d])
+        y[d] = act(bias[d] + weight[d, K-1] x[d] + sum_{0 < j < K} weight[d, K-1-j] state[n-j, d])
 
     Args:
-        state: (B, K-1, D) dtype of x, contiguous. The last K-1 inputs, oldest first; x is appended to it.
+        state: (B, n, D) dtype of x, n >= K-1, contiguous, or the transpose of a contiguous (B, D, n). The last n
+            inputs, oldest first; x is appended to it, and the oldest is dropped.
         x: (B, D) float32, float64, bfloat16 or float16. Input of this token.
         weight: (D, K) float, 1 <= K <= 8. The last column multiplies x.
         bias: (D,) float.
@@ -41,11 +42,14 @@ def causal_conv1d_step(
     d = Dims("causal_conv1d_step")
     d("x", x, "B D", FLOATS)
     silu = check_filter(d, weight, bias, activation)
-    d.sizes["K-1"] = d["K"] - 1
-    d("state", state, "B K-1 D", x.dtype)
+    d("state", state, "B n D", x.dtype)
+    if d["n"] < d["K"] - 1:
+        raise ValueError(f"causal_conv1d_step: state must hold n >= {d['K'] - 1} inputs, got {d['n']}")
     d.same_device(x, state=state, weight=weight, bias=bias)
-    if not state.is_contiguous():
-        raise ValueError(f"causal_conv1d_step: state must be contiguous, got strides {state.stride()}")
+    if not (state.is_contiguous() or state.mT.is_contiguous()):
+        raise ValueError(
+            f"causal_conv1d_step: state must be contiguous, or the transpose of what is, got strides {state.stride()}"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, weight, bias)):
         raise RuntimeError(
             "causal_conv1d_step: has no gradient; run it under torch.no_grad(), or use causal_conv1d with L = 1"
@@ -56,8 +60,21 @@ def causal_conv1d_step(
     return _registry.call("causal_conv1d_step", x, state, x, weight.to(acc), bias, silu)
 
 
+def _packed_alone(asked: _registry.Asked) -> str | None:
+    state, weight = asked["state"], asked["weight"]
+    if state is None or weight is None or (state.is_contiguous() and state.shape[1] == weight.shape[1] - 1):
+        return None
+    return "its kernel takes a contiguous state of K-1 inputs"
+
+
 def _fake(state: Tensor, x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_registry.define_op("causal_conv1d_step", SCHEMA, reference=reference, fake=_fake)
+_registry.define_op(
+    "causal_conv1d_step",
+    SCHEMA,
+    reference=reference,
+    fake=_fake,
+    limits={"cuda": _packed_alone, "triton": _packed_alone},
+)

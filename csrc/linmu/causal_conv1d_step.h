@@ -1,5 +1,5 @@
 // One token of the causal convolution, in place on the state. Shapes are those of linmu_ops/causal_conv1d_step.py; all
-// tensors contiguous.
+// tensors contiguous, the state as it lies.
 #pragma once
 #include "common.h"
 
@@ -9,7 +9,9 @@ struct CausalConv1dStepParams {
   int64_t batch, dim, width;  // B, D, K
   DType dtype;                // of state, x, y
   bool silu;
-  void* state;         // (B, K-1, D), updated in place
+  int64_t older;       // inputs in the state before the K-1 that are used
+  bool by_channel;     // the inputs of a channel lie side by side: (B, D, n)
+  void* state;         // (B, n, D), n = older + K-1, updated in place
   const void* x;       // (B, D)
   const void* weight;  // (D, K) accumulate type
   const void* bias;    // (D,) accumulate type, or null

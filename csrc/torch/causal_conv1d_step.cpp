@@ -18,9 +18,13 @@ Tensor causal_conv1d_step(const Tensor& state, const Tensor& x, const Tensor& we
   d("weight", weight, "D K", acc);
   d("bias", bias, "D", acc);
   LINMU_CHECK(d["K"] >= 1 && d["K"] <= 8, "causal_conv1d_step: weight must have 1 <= K <= 8, got K=", d["K"]);
-  d.bind("K-1", d["K"] - 1);
-  d("state", state, "B K-1 D", type);
-  LINMU_CHECK(state.is_contiguous(), "causal_conv1d_step: state must be contiguous");
+  d("state", state, "B n D", type);
+  LINMU_CHECK(d["n"] >= d["K"] - 1, "causal_conv1d_step: state must hold n >= ", d["K"] - 1, " inputs, got ", d["n"]);
+  p.older = d["n"] - (d["K"] - 1), p.by_channel = !state.is_contiguous();
+  LINMU_CHECK(!p.by_channel || torch::stable::transpose(state, 1, 2).is_contiguous(),
+              "causal_conv1d_step: state must be contiguous, as it is or with channels before inputs");
+  LINMU_CHECK(kStepsAnyState || (p.older == 0 && !p.by_channel),
+              "causal_conv1d_step: state must be contiguous, of K-1 inputs, on CUDA");
 
   p.batch = d["B"], p.dim = d["D"], p.width = d["K"], p.silu = silu;
   const Tensor x_ = contiguous(x), weight_ = contiguous(weight);

@@ -20,6 +20,8 @@ inline constexpr bool kTakesFloat64 = false;
 inline constexpr bool kPacksRows = true;
 // Python scans a wider x instead, where ssd_scan or ssd_step is to divide by the mass.
 inline constexpr bool kNormalizes = false;
+// Its step of the convolution takes a contiguous state of K-1 inputs alone.
+inline constexpr bool kStepsAnyState = false;
 
 // Runs the host side of a kernel on the device and stream of `like`. What it allocates is torch's, and goes back to the
 // caching allocator in the order of that stream.
@@ -47,6 +49,7 @@ inline constexpr bool kValuesAreReadable = true;
 inline constexpr bool kTakesFloat64 = true;
 inline constexpr bool kPacksRows = false;
 inline constexpr bool kNormalizes = true;
+inline constexpr bool kStepsAnyState = true;
 
 #define LINMU_LAUNCH(name, params, like) name##_cpu(params)
 

@@ -10,8 +10,9 @@ from .._dims import accumulate_dtype
 
 
 def causal_conv1d_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    line = torch.cat([state, x[:, None]], dim=1)  # (B, K, D), oldest first
-    y = (line.to(accumulate_dtype(x.dtype)) * weight.t()).sum(1)
+    line = torch.cat([state, x[:, None]], dim=1)  # (B, n+1, D), oldest first
+    seen = line[:, line.shape[1] - weight.shape[1] :]
+    y = (seen.to(accumulate_dtype(x.dtype)) * weight.t()).sum(1)
     if bias is not None:
         y = y + bias
     state.copy_(line[:, 1:])

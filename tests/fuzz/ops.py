@@ -291,7 +291,8 @@ def causal_conv1d(case: dict[str, Any]) -> None:
 
 
 causal_conv1d_step_cases = case(
-    B=batches, D=sizes(130), K=st.integers(1, 8), activation=st.sampled_from((None, "silu")), options=some("bias"),
+    B=batches, D=sizes(130), K=st.integers(1, 8), older=st.integers(0, 2), activation=st.sampled_from((None, "silu")),
+    options=some("bias"),
     manners=manners("state", "x", "weight", "bias"),
 )  # fmt: skip
 
@@ -299,7 +300,7 @@ causal_conv1d_step_cases = case(
 @with_threads
 def causal_conv1d_step(case: dict[str, Any]) -> None:
     B, D, K, t = case["B"], case["D"], case["K"], Tensors(case)
-    t.draw("state", (B, K - 1, D))
+    t.draw("state", (B, K - 1 + case["older"], D))
     t.draw("x", (B, D))
     t.draw("weight", (D, K), dtype=other_dtype(case, t, "weight"))
     if case["options"]:

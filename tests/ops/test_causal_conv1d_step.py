@@ -18,6 +18,19 @@ def test_forward(case, dtype, full):
     check_against_reference(stepped, by_reference, make_inputs(case, dtype, full, "silu" if full else None))
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "channels"])
+@pytest.mark.parametrize("older", [0, 1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_states_of_more_inputs_and_with_channels_first(dtype, older, turned):
+    for case in CASES:
+        inputs = make_inputs(case, dtype, True, "silu")
+        state = torch.randn(case[0], case[2] - 1 + older, case[1]).to(dtype)
+        inputs["state"] = state.mT.contiguous().mT if turned else state
+        check_against_reference(stepped, by_reference, inputs)
+        want = torch.cat([state, inputs["x"][:, None]], 1)[:, 1:]
+        assert torch.equal(stepped(**inputs)[1], want)
+
+
 def test_opcheck():
     i = make_inputs(CASES[1], torch.float32, bias=True)
     args = (i["state"], i["x"], i["weight"], i["bias"], True)
@@ -72,12 +85,14 @@ def test_isa(isa):
 def test_errors():
     i = make_inputs(CASES[1], torch.float32)
     op = linmu_ops.causal_conv1d_step
-    with pytest.raises(ValueError, match=r"causal_conv1d_step: state must be \(B, K-1, D\) with B=2, K-1=3, D=5, got"):
-        op(**{**i, "state": torch.zeros(2, 4, 5)})
+    with pytest.raises(ValueError, match=r"causal_conv1d_step: state must be \(B, n, D\) with B=2, D=5, got"):
+        op(**{**i, "state": torch.zeros(2, 4, 6)})
+    with pytest.raises(ValueError, match="causal_conv1d_step: state must hold n >= 3 inputs, got 2"):
+        op(**{**i, "state": torch.zeros(2, 2, 5)})
     with pytest.raises(TypeError, match="causal_conv1d_step: state must be float32, got float64"):
         op(**{**i, "state": i["state"].double()})
-    with pytest.raises(ValueError, match="causal_conv1d_step: state must be contiguous, got strides"):
-        op(**{**i, "state": torch.zeros(2, 5, 3).transpose(1, 2)})
+    with pytest.raises(ValueError, match="causal_conv1d_step: state must be contiguous, or the transpose of what is"):
+        op(**{**i, "state": torch.zeros(2, 3, 10)[..., ::2]})
     with pytest.raises(ValueError, match="causal_conv1d_step: weight must have 1 <= K <= 8, got K=9"):
         op(torch.zeros(2, 8, 5), i["x"], torch.randn(5, 9))
     with pytest.raises(ValueError, match="causal_conv1d_step: activation must be None or 'silu', got 'relu'"):
