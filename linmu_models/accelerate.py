@@ -1,13 +1,16 @@
 """transformers' own linear-attention layers on our kernels: Mamba-2 and the gated delta rule, on a CPU first.
 
 These layers call a few functions of their modeling file, by name. Each computes in plain PyTorch where no package of
-CUDA kernels is installed. We put functions of the same signature in their place, and theirs back again.
+CUDA kernels is installed. We put functions of the same signature in their place, and theirs back again. So we do with
+the forwards of whole layers and of their norms (`mixers`), where they are the ones that we know.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType, TracebackType
@@ -17,9 +20,12 @@ import torch
 from torch import Tensor, nn
 
 import linmu_ops
-from linmu_ops import compat
+from linmu_ops import _registry, compat
+
+from .mixers import gate_then_norm, gated_delta, mamba2, norm_then_gate
 
 Function = Callable[..., Any]
+Owner = ModuleType | type
 CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_update")
 MAMBA2 = (*CONVOLUTION, "mamba2_chunk_scan", "mamba2_selective_state_update")
 DELTA = (*CONVOLUTION, "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
@@ -28,6 +34,27 @@ FAMILIES = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next"), DELTA),
 }
 WIDEST = 8  # of our convolution
+# Per family: its linear layer and the norm of that, if it is one that we know.
+CLASSES = {
+    "bamba": ("BambaMixer", "BambaRMSNormGated"),
+    "falcon_h1": ("FalconH1Mixer",),
+    "granitemoehybrid": ("GraniteMoeHybridMambaLayer", "GraniteMoeHybridRMSNormGated"),
+    "mamba2": ("Mamba2Mixer", "MambaRMSNormGated"),
+    "nemotron_h": ("NemotronHMamba2Mixer", "NemotronHRMSNormGated"),
+    "zamba2": ("Zamba2MambaMixer", "Zamba2RMSNormGated"),
+    "qwen3_5": ("Qwen3_5GatedDeltaNet", "Qwen3_5RMSNormGated"),
+    "qwen3_5_moe": ("Qwen3_5MoeGatedDeltaNet", "Qwen3_5MoeRMSNormGated"),
+    "qwen3_next": ("Qwen3NextGatedDeltaNet", "Qwen3NextRMSNormGated"),
+}
+# What stands for a forward, by the digest of its source: another version of transformers may compute something else.
+FORWARDS: dict[str, Function] = {
+    "c215be341ddf": mamba2,
+    "d0ddba7970a9": mamba2,
+    "08cf65a63ca5": gated_delta,
+    "d97f22719fb5": gated_delta,
+    "2ed3aa30edfb": gate_then_norm,
+    "5a4bd64da7fd": norm_then_gate,
+}
 
 
 def accelerate_transformers(model: nn.Module | None = None) -> Accelerated:
@@ -59,7 +86,7 @@ def accelerate_transformers(model: nn.Module | None = None) -> Accelerated:
         raise ValueError(
             f"accelerate_transformers: model must have layers of {', '.join(FAMILIES)}, got {type(model).__name__}"
         )
-    return Accelerated([(_module(family), name) for family in names for name in FAMILIES[family]])
+    return Accelerated([place for family in names for place in _places(family)])
 
 
 def families_of(model: nn.Module) -> list[str]:
@@ -71,16 +98,16 @@ def families_of(model: nn.Module) -> list[str]:
 class Accelerated:
     """Functions of transformers that are ours until `undo()`."""
 
-    def __init__(self, places: Iterable[tuple[ModuleType, str]]) -> None:
+    def __init__(self, places: Iterable[tuple[Owner, str]]) -> None:
         self._places = list(places)
-        for module, name in self._places:
-            _replace(module, name)
+        for owner, name in self._places:
+            _replace(owner, name)
 
     def undo(self) -> None:
         """Put transformers' own functions back, unless another call still needs ours. A second time does nothing."""
         places, self._places = self._places, []
-        for module, name in places:
-            _restore(module, name)
+        for owner, name in places:
+            _restore(owner, name)
 
     def __enter__(self) -> Accelerated:
         return self
@@ -95,20 +122,57 @@ class Accelerated:
 _replaced: dict[tuple[str, str], tuple[Function, int]] = {}
 
 
-def _replace(module: ModuleType, name: str) -> None:
-    key = (module.__name__, name)
-    theirs, count = _replaced.get(key, (getattr(module, name), 0))
+def _key(owner: Owner, name: str) -> tuple[str, str]:
+    return f"{owner.__module__}.{owner.__name__}" if isinstance(owner, type) else owner.__name__, name
+
+
+def _places(family: str) -> list[tuple[Owner, str]]:
+    """What is replaced in a family, and where."""
+    module = _module(family)
+    found: list[tuple[Owner, str]] = [(module, name) for name in FAMILIES[family]]
+    for name in CLASSES[family]:
+        owner = getattr(module, name)
+        theirs, _ = _replaced.get(_key(owner, "forward"), (owner.forward, 0))
+        if _digest(theirs) in FORWARDS:
+            found.append((owner, "forward"))
+        else:
+            _registry.warn_once(
+                ("accelerate_transformers", name),
+                f"accelerate_transformers: {name}.forward is not the one that we know, so it stays, on our functions",
+            )
+    return found
+
+
+@functools.cache
+def _digest(forward: Function) -> str | None:
+    """Of a function's source; None where it cannot be read."""
+    try:
+        source = inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def _replace(owner: Owner, name: str) -> None:
+    key = _key(owner, name)
+    theirs, count = _replaced.get(key, (getattr(owner, name), 0))
     _replaced[key] = theirs, count + 1
-    setattr(module, name, functools.wraps(theirs)(functools.partial(OURS[name], theirs)))
+    ours = FORWARDS[_digest(theirs) or ""] if isinstance(owner, type) else OURS[name]
+
+    @functools.wraps(theirs)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return ours(theirs, *args, **kwargs)
+
+    setattr(owner, name, function)
 
 
-def _restore(module: ModuleType, name: str) -> None:
-    key = (module.__name__, name)
+def _restore(owner: Owner, name: str) -> None:
+    key = _key(owner, name)
     theirs, count = _replaced.pop(key)
     if count > 1:
         _replaced[key] = theirs, count - 1
     else:
-        setattr(module, name, theirs)
+        setattr(owner, name, theirs)
 
 
 def _path(family: str) -> str:
@@ -120,7 +184,7 @@ def _module(family: str) -> ModuleType:
         module = sys.modules.get(_path(family)) or importlib.import_module(_path(family))
     except ImportError:
         module = ModuleType(_path(family))
-    missing = [name for name in FAMILIES[family] if not hasattr(module, name)]
+    missing = [name for name in (*FAMILIES[family], *CLASSES[family]) if not hasattr(module, name)]
     if missing:
         import transformers
 
@@ -138,6 +202,11 @@ def _sums(like: Tensor) -> torch.dtype:
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _before(state: Tensor | None, *inputs: Tensor | None) -> Tensor | None:
+    """A state that a backward pass may read: the cache that it comes from is written to in place."""
+    return state.clone() if state is not None and _needs_gradient(state, *inputs) else state
 
 
 def _segments(given: dict[str, Any], batch: int, length: int, like: Tensor) -> Tensor | None:
@@ -192,7 +261,8 @@ def _scan(
 ) -> Any:  # fmt: skip
     batch, length, *_ = hidden_states.shape
     return compat.mamba_chunk_scan_combined(
-        hidden_states, dt, A, B, C, chunk_size, D=D, z=given.get("z"), dt_bias=dt_bias, initial_states=initial_states,
+        hidden_states, dt, A, B, C, chunk_size, D=D, z=given.get("z"), dt_bias=dt_bias,
+        initial_states=_before(initial_states, hidden_states, dt, A, B, C, D, dt_bias),
         seq_idx=_segments(given, batch, length, hidden_states), dt_softplus=dt_softplus, dt_limit=dt_limit,
         return_final_states=return_final_states,
     )  # fmt: skip
@@ -217,6 +287,7 @@ def _delta_scan(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     batch, length, *_ = query.shape
     dtype = query.dtype
+    initial_state = _before(initial_state, query, key, value, g, beta)
     out = linmu_ops.gated_delta_scan(
         query, key.to(dtype), value.to(dtype), g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
         initial_state=None if initial_state is None else initial_state.to(_sums(query)),

@@ -35,7 +35,7 @@ from linmu_ops._tables import markdown
 PLAIN, OURS, BOUND = "transformers", "accelerated", "bound"
 HERE = Path(__file__).parents[1]
 BEFORE = 256  # tokens before a decoded one
-STEPS = 4  # decoded tokens of a sample
+STEPS = {"core": 16, "decoder": 4, "model": 4}  # decoded tokens of a sample
 LIMIT = 2e-3  # of the largest value: how far results may lie apart
 
 _HYBRID = ["linear_attention"] * 3 + ["full_attention"]
@@ -175,21 +175,21 @@ def functions(model: Any, tokens: int) -> dict[tuple[str, str, str], Callable[[]
     prompt = core(model, lambda: prefill(model, ids), again=False)
     one = core(model, lambda: step(model, token, copy.deepcopy(cache)), again=True)
 
-    def decode(own: Any, output: bool) -> Tensor:
-        for _ in range(STEPS):
+    def decode(own: Any, part: str) -> Tensor:
+        for _ in range(STEPS[part]):
             out = step(model, token, own)
-            out = head(out[:, -1:]) if output else out
+            out = head(out[:, -1:]) if part == "model" else out
         return out
 
     def steps() -> Any:
-        return [one() for _ in range(STEPS)][-1]
+        return [one() for _ in range(STEPS["core"])][-1]
 
     for variant in (PLAIN, OURS, BOUND):
         own = [copy.deepcopy(cache) for _ in range(2)]
         parts: dict[tuple[str, str], Callable[[], Any]] = {
             ("model", "prompt"): lambda: head(prefill(model, ids)[0][:, -1:]),
-            ("decoder", "token"): functools.partial(decode, own[0], False),
-            ("model", "token"): functools.partial(decode, own[1], True),
+            ("decoder", "token"): functools.partial(decode, own[0], "decoder"),
+            ("model", "token"): functools.partial(decode, own[1], "model"),
         }
         if variant != BOUND:
             parts |= {("core", "prompt"): prompt, ("core", "token"): steps}
@@ -223,7 +223,7 @@ def measure(family: str, tokens: int, seconds: float, small: bool = False) -> It
             yield common | dict(variant=OURS, status=f"not timed: differs by {apart:.1e} of the largest value")
             continue
         times = timing.interleave(mine, "cpu", seconds=seconds, warmup=0.0, rounds=(2, 50))
-        count = STEPS if kind == "token" else 1
+        count = STEPS[part] if kind == "token" else 1
         for variant, t in times.items():
             numbers = dict(seconds=t.median / count, seconds_p20=t.p20 / count, seconds_p80=t.p80 / count)
             yield common | dict(variant=variant, status="ok", samples=t.rounds, **numbers)

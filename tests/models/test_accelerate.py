@@ -8,53 +8,12 @@ import importlib
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import linmu_models
-from linmu_models.accelerate import FAMILIES, OURS, accelerate_transformers, families_of
-
-COMMON = dict(
-    vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
-    bos_token_id=1, eos_token_id=2, intermediate_size=48, tie_word_embeddings=False,
-)  # fmt: skip
-MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2, mamba_expand=2, mamba_chunk_size=16)
-DELTA = dict(
-    layer_types=["linear_attention", "full_attention"], head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
-    linear_key_head_dim=8, linear_value_head_dim=8,
-)  # fmt: skip
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
-# Small numbers of each configuration, the type of its language model, and the layers that are linear.
-CONFIGS = {
-    "bamba": MAMBA | dict(attn_layer_indices=[1]),
-    "falcon_h1": MAMBA | dict(mamba_d_ssm=64, head_dim=8),
-    "granitemoehybrid": MAMBA | dict(
-        layer_types=["mamba", "attention"], num_local_experts=0, shared_intermediate_size=48
-    ),
-    "mamba2": dict(num_heads=8, head_dim=8, state_size=16, n_groups=2, expand=2, chunk_size=16),
-    "nemotron_h": dict(
-        layers_block_type=["mamba", "attention"], head_dim=8, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=16,
-        n_groups=2, chunk_size=16,
-    ),
-    "zamba2": dict(
-        layers_block_type=["mamba", "hybrid"], mamba_ngroups=2, n_mamba_heads=8, mamba_headdim=8, mamba_d_state=16,
-        num_mem_blocks=1, chunk_size=16, attention_head_dim=16, adapter_rank=4,
-    ),
-    "qwen3_5": DELTA,
-    "qwen3_5_moe": DELTA | EXPERTS,
-    "qwen3_next": DELTA | EXPERTS,
-}  # fmt: skip
-TEXT = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
-
-
-@functools.cache
-def model_of(family):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(TEXT.get(family, family), **COMMON | CONFIGS[family])
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def ids(rows=2, length=37):
-    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(1))
+from linmu_models import mixers
+from linmu_models.accelerate import CLASSES, FAMILIES, FORWARDS, OURS, accelerate_transformers, families_of
+from tests.models.linear_teachers import COMMON, ids, model_of
 
 
 def with_and_without(run):
@@ -124,14 +83,23 @@ def test_every_gradient(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ours_run_in_place_of_theirs(family, monkeypatch):
-    """Every function of the family is reached by prefill, or by a step."""
+    """Every forward that we know is reached; every function too, by a layer whose own forward stays."""
     called = set()
-    for name, ours in OURS.items():
-        monkeypatch.setitem(OURS, name, functools.partial(record, called, name, ours))
+    for table in (OURS, FORWARDS):
+        for name, ours in table.items():
+            monkeypatch.setitem(table, name, functools.partial(record, called, ours.__name__, ours))
     model, tokens = model_of(family), ids(length=5)
-    with accelerate_transformers(model), torch.no_grad():
-        model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert called == set(FAMILIES[family])
+    run = functools.partial(model.generate, tokens, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    with accelerate_transformers(model):
+        run()
+    prefill = {OURS[name].args[1] for name in FAMILIES[family] if "update" not in name and "recurrent" not in name}
+    norm = {"norm_then_gate" if "qwen" in family else "gate_then_norm"} if len(CLASSES[family]) > 1 else set()
+    assert called == prefill | norm | {"gated_delta" if "qwen" in family else "mamba2"}
+    called.clear()
+    monkeypatch.setattr(mixers, "_states", lambda *_: None)
+    with accelerate_transformers(model):
+        run()
+    assert called >= {OURS[name].args[1] for name in FAMILIES[family]}
 
 
 def record(called, name, ours, *args, **kwargs):
@@ -141,7 +109,8 @@ def record(called, name, ours, *args, **kwargs):
 
 def functions():
     modules = {f: importlib.import_module(f"transformers.models.{f}.modeling_{f}") for f in FAMILIES}
-    return {(f, name): getattr(modules[f], name) for f, names in FAMILIES.items() for name in names}
+    found = {(f, name): getattr(modules[f], name) for f, names in FAMILIES.items() for name in names}
+    return found | {(f, name): getattr(modules[f], name).forward for f, names in CLASSES.items() for name in names}
 
 
 def test_undone_again_and_nested():
@@ -152,7 +121,7 @@ def test_undone_again_and_nested():
     inner = accelerate_transformers(model_of("mamba2"))
     outer.undo()
     left = {k for k, f in functions().items() if f is not before[k]}
-    assert left == {("mamba2", name) for name in FAMILIES["mamba2"]}
+    assert left == {("mamba2", name) for name in (*FAMILIES["mamba2"], *CLASSES["mamba2"])}
     outer.undo(), inner.undo(), inner.undo()
     assert functions() == before
 

@@ -1,0 +1,173 @@
+"""transformers' linear layers as a whole: a decoded token in few calls, and the gated norm in parts that stay in cache.
+
+A layer's own forward spends a decoded token on what surrounds the kernels: views, expansions, casts, copies of states.
+Here its states are written in place, and each value is read where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linmu_ops import _registry
+
+Forward = Callable[..., Any]
+WIDEST = 8  # of our convolution
+PART = 1 << 16  # values of a norm at a time, a thread: they then stay in a core's cache
+
+
+def mamba2(
+    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None,
+    **given: Any,
+) -> Any:  # fmt: skip
+    """The forward of a Mamba-2 layer."""
+    found = _states(mixer, hidden_states, cache, attention_mask)
+    if found is None:
+        return theirs(mixer, hidden_states, cache, attention_mask, **given)
+    window, state = found
+    batch, groups, size = len(hidden_states), mixer.n_groups, mixer.ssm_state_size
+    multiplied = hasattr(mixer, "mup_vector")  # Falcon-H1
+    projected = mixer.in_proj(hidden_states * mixer.ssm_in_multiplier if multiplied else hidden_states)
+    if multiplied:
+        projected = projected * mixer.mup_vector
+    inner = mixer.intermediate_size
+    gate, line, dt = projected.split([inner, mixer.conv_dim, mixer.num_heads], -1)
+    line = _convolve(mixer, window, line[:, 0])
+    x, B, C = line.split([inner, groups * size, groups * size], -1)
+    y, _ = _registry.call(
+        "ssd_step", x, state, x.view(batch, mixer.num_heads, mixer.head_dim), dt[:, 0].float(),
+        mixer.A_log.float().exp().neg_(), B.view(batch, groups, size), C.view(batch, groups, size), mixer.D.float(),
+        mixer.dt_bias.float(), True, False,
+    )  # fmt: skip
+    y = y.view(batch, 1, inner)
+    y = mixer.norm(y, gate) if getattr(mixer, "mamba_rms_norm", True) else y * F.silu(gate)
+    return mixer.out_proj(y.to(hidden_states.dtype))
+
+
+def gated_delta(
+    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None,
+    **given: Any,
+) -> Any:  # fmt: skip
+    """The forward of a layer of the gated delta rule."""
+    found = _states(mixer, hidden_states, cache, attention_mask)
+    if found is None:
+        return theirs(mixer, hidden_states, cache, attention_mask, **given)
+    window, state = found
+    batch, keys, values, key_dim = len(hidden_states), mixer.head_k_dim, mixer.head_v_dim, mixer.key_dim
+    if "in_proj_qkvz" in mixer._modules:  # Qwen3-Next, which has the parts of a head side by side
+        *qkv, z, b, a = mixer.fix_query_key_value_ordering(
+            mixer.in_proj_qkvz(hidden_states), mixer.in_proj_ba(hidden_states)
+        )
+        line = torch.cat([t.reshape(batch, -1) for t in qkv], -1)
+    else:
+        line = mixer.in_proj_qkv(hidden_states)[:, 0]
+        z, b, a = (part(hidden_states) for part in (mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a))
+    line = _convolve(mixer, window, line)
+    q, k, v = line.split([key_dim, key_dim, mixer.value_dim], -1)
+    decay = F.softplus(a[:, 0].float() + mixer.dt_bias).mul_(mixer.A_log.float().exp()).neg_()
+    y = _registry.call(
+        "gated_delta_step", q, state, q.view(batch, -1, keys), k.view(batch, -1, keys), v.view(batch, -1, values),
+        decay.float(), b[:, 0].sigmoid().float(), keys**-0.5, True,
+    )  # fmt: skip
+    y = mixer.norm(y.view(-1, values), z.reshape(-1, values))
+    return mixer.out_proj(y.view(batch, 1, -1))
+
+
+def _states(
+    mixer: Any, hidden_states: Tensor, cache: Any, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """The window of the convolution (B, n, D) and the state of the scan, if this is a token that we take: one, without
+    gradients, after others, on a CPU, with states that are written in place."""
+    if (
+        cache is None
+        or attention_mask is not None
+        or hidden_states.shape[1] != 1
+        or hidden_states.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or mixer.activation not in ("silu", "swish")
+        or "_hf_hook" in vars(mixer.conv1d)  # accelerate brings its weights when a forward is called
+    ):
+        return None
+    from transformers.cache_utils import LinearAttentionLayer
+
+    layer = cache.layers[mixer.layer_idx]
+    if (
+        not isinstance(layer, LinearAttentionLayer)
+        or type(layer).update_recurrent_state is not LinearAttentionLayer.update_recurrent_state
+        or layer.record_past
+        or not layer.has_previous_state[0]
+        or not layer.is_recurrent_states_initialized[0]
+    ):
+        return None
+    window, state = layer.conv_states[0], layer.recurrent_states[0]
+    if window is None or state is None or not (window.is_contiguous() and state.is_contiguous()):
+        return None
+    fits = mixer.conv1d.weight.shape[-1] - 1 <= min(window.shape[2], WIDEST - 1)
+    if not fits or window.dtype != hidden_states.dtype or state.dtype != torch.float32:
+        return None
+    return window.mT, state
+
+
+def _convolve(mixer: Any, window: Tensor, x: Tensor) -> Tensor:
+    _registry.mark_written(window)
+    weight, bias = mixer.conv1d.weight.squeeze(1).float(), mixer.conv1d.bias
+    out: Tensor = _registry.call(
+        "causal_conv1d_step", x, window, x, weight, None if bias is None else bias.float(), True
+    )
+    return out
+
+
+def gate_then_norm(theirs: Forward, norm: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The gated norm of Mamba-2: x silu(gate), then each group by its root mean square."""
+    if gate is None or not _takes(norm, hidden_states, gate):
+        out: Tensor = theirs(norm, hidden_states, gate)
+        return out
+    weight, eps, size = norm.weight, norm.variance_epsilon, norm.group_size
+
+    def normed(x: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+        x = F.silu(gate).mul_(x)
+        groups = x if x.shape[-1] == size else x.unflatten(-1, (-1, size))
+        groups.mul_(_scale(groups, eps))
+        return torch.mul(x, weight, out=out)
+
+    return _in_parts(normed, hidden_states, gate)
+
+
+def norm_then_gate(theirs: Forward, norm: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    """The gated norm of the delta rule: x by its root mean square, then times silu(gate)."""
+    if not _takes(norm, hidden_states, gate):
+        out: Tensor = theirs(norm, hidden_states, gate)
+        return out
+    weight, eps = norm.weight, norm.variance_epsilon
+
+    def normed(x: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mul(F.silu(gate).mul_(x).mul_(_scale(x, eps)), weight, out=out)
+
+    return _in_parts(normed, hidden_states, gate)
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / root mean square of the last axis, which stays."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _in_parts(normed: Callable[..., Tensor], x: Tensor, gate: Tensor) -> Tensor:
+    """`normed` of some rows at a time, so that what it makes on the way stays in the cores' caches."""
+    most, width = PART * torch.get_num_threads(), x.shape[-1]
+    if x.numel() <= most:
+        return normed(x, gate)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for some, by, to in zip(*(t.reshape(-1, width).split(max(1, most // width)) for t in (x, gate, y)), strict=True):
+        normed(some, by, to)
+    return y
+
+
+def _takes(norm: Any, x: Tensor, gate: Tensor) -> bool:
+    """float32 on a CPU, without gradients."""
+    fits = x.dtype == gate.dtype == norm.weight.dtype == torch.float32 and x.device.type == "cpu"
+    return fits and x.shape == gate.shape and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
