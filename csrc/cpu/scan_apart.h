@@ -236,6 +236,18 @@ void read_apart(Apart<GatedDeltaScanParams>& a, GatedDeltaScanParams& p) {
 }
 
 template <class T>
+void all_apart(Apart<SsdScanParams>& a, SsdScanParams& p) {
+  using A = acc_t<T>;
+  using Kind = Apart<SsdScanParams>;
+  read_apart<T>(a, p);
+  if (p.wide_y)
+    a.template result<A>(p.y, p.heads * p.head_dim, Kind::kToken);
+  else
+    a.template result<T>(p.y, p.heads * p.head_dim, Kind::kToken);
+  if (p.normalize) a.template result<A>(p.mass, p.heads, Kind::kToken);
+  a.template result<A>(p.final_state, p.heads * (p.head_dim + p.normalize) * p.state_dim, Kind::kLeaving);
+}
+template <class T>
 void all_apart(Apart<GatedDeltaScanParams>& a, GatedDeltaScanParams& p) {
   using Kind = Apart<GatedDeltaScanParams>;
   read_apart<T>(a, p);

@@ -5,6 +5,7 @@
 //     C_i.B_j
 // What divides a mean, its mass, is the same of x = 1: row sums of M, and a state of one row, (N,), apart from the
 // tile.
+#include "scan_apart.h"
 #include "ssd_scan_careful.h"
 
 namespace linmu {
@@ -29,9 +30,10 @@ class Scan {
   static constexpr int64_t kPack = kPairs ? 2 : 1;
 
  public:
-  Scan(const SsdScanParams& p, const ScanSizes& s)
+  Scan(const SsdScanParams& p, const ScanSizes& s, Notes& walked)
       : p_(p),
         s_(s),
+        walked_(walked),
         both_(p.forward.on && p.reverse.on),
         units_(round_up(p.state_dim, kPack * W) / kPack),
         chunk_(s.chunk),
@@ -44,8 +46,6 @@ class Scan {
         y_(s.chunk * s.head_dim),
         state_(s.bundle * s.state),
         bound_(s.bundle),
-        sizes_(s.chunk),
-        reached_(s.chunk),
         c_(s.chunk * units_),
         bt_(units_ * s.chunk),
         m_(s.chunk * s.chunk / kPack) {
@@ -138,8 +138,7 @@ class Scan {
       A* state = state_ + h * s_.state;
       const double before = bound_[h];
       if (!stays_finite<A>(bound(index, h, reverse, with_output, x))) {
-        by_definition(index, h, reverse, with_output, in_units);
-        gathered = -1;
+        by_definition(index, h, reverse, with_output);
         continue;
       }
       bound_[h] = next_bound(reverse, before, x);
@@ -238,7 +237,8 @@ class Scan {
     return most;
   }
 
-  void by_definition(int64_t index, int64_t h, bool reverse, bool with_output, bool in_units) {
+  void by_definition(int64_t index, int64_t h, bool reverse, bool with_output) {
+    walked_.note(b_);
     A* state = state_ + h * s_.state;
     if constexpr (!kPairs) {
       if (!with_output) {
@@ -246,22 +246,12 @@ class Scan {
         state = arriving(index - 1, h);
       }
     }
-    const Moved unseen = by_products(index, h, reverse, with_output, in_units, state);
     std::fill(y_.get(), y_ + s_.chunk * s_.head_dim, A(0));
     if (p_.normalize) std::fill(masses_.get(), masses_ + s_.chunk, A(0));
     A* own_mass = p_.normalize ? mass(h) : nullptr;
     careful_.walk(p_, s_, chunk_, decays_[reverse], h0_ + h, reverse, state, with_output ? y_.get() : nullptr, own_mass,
                   masses_);
-    const auto take_moved = [&] {
-      if (unseen.state.empty()) {
-        bound_[h] = largest_of(h, state, round_up(p_.state_dim * s_.head_dim, W));
-        return;
-      }
-      std::copy(unseen.state.begin(), unseen.state.end(), state);
-      std::copy(unseen.mass.begin(), unseen.mass.end(), mass(h));
-      bound_[h] = unseen.bound;
-    };
-    take_moved();
+    bound_[h] = largest_of(h, state, round_up(p_.state_dim * s_.head_dim, W));
     if (!with_output) return;
     if (both_) {
       std::vector<A> entering(s_.state);
@@ -272,83 +262,6 @@ class Scan {
                     own_mass ? entering_mass.data() : nullptr, masses_);
     }
     write(h0_ + h, true);
-  }
-
-  // A state and its mass after a chunk, and its bound; empty where the chunk's odd visits reach it.
-  struct Moved {
-    std::vector<A> state, mass;
-    double bound = 0;
-  };
-
-  // Writes the output of the visits that see nothing too large, and says in reached_ which others there are. state: at
-  // hand; it and the mass are as before when this returns, and so is all that is read of the chunk.
-  Moved by_products(int64_t index, int64_t h, bool reverse, bool with_output, bool in_units, A* state) {
-    const bool both = with_output && both_;
-    const int64_t group = (h0_ + h) / s_.per_x, entry = index * s_.bundle + h;
-    sizes_.clear();
-    sizes_.template see<T>(p_.x, chunk_, group, p_.head_dim);
-    for (int d = 0; d < 2; ++d) {
-      if (d != reverse && !both) continue;
-      sizes_.template see<T>(direction(d).B, chunk_, h0_ / s_.per_b, p_.state_dim);
-      if (with_output) sizes_.template see<T>(direction(d).C, chunk_, h0_ / s_.per_c, p_.state_dim);
-      sizes_.see(decays_[d], chunk_);
-    }
-    Moved moved;
-    std::fill(reached_.begin(), reached_.end(), uint8_t(1));
-    const double own = bound_[h], other = both ? arriving_bound_[entry] : 0.0;
-    for (const double limit : kLimits) {
-      const bool hides_own = !(own <= limit * limit), hides_other = !(other <= limit * limit);
-      bool any = hides_own || hides_other;
-      for (int64_t i = 0; i < chunk_.visits; ++i) any |= chunk_.hidden[i] = sizes_.hides(i, limit);
-      if (!any) continue;
-      read_projections(reverse, with_output), move_decays(h, reverse, with_output);
-      const double x = read_x(group, in_units);
-      bound_[h] = hides_own ? 0.0 : own;
-      if (both) arriving_bound_[entry] = hides_other ? 0.0 : other;
-      if (!stays_finite<A>(bound(index, h, reverse, with_output, x))) continue;
-      for (int64_t i = 0; i < chunk_.visits; ++i) reached_[i] = chunk_.hidden[i];
-      const bool leaves = reach(sizes_, chunk_, reverse, limit, hides_own, reached_);
-      if (both) reach(sizes_, chunk_, true, limit, hides_other, reached_);
-      moved.bound = next_bound(reverse, bound_[h], x);
-      move_unseen(index, h, reverse, with_output, in_units, state, hides_own, hides_other, leaves ? nullptr : &moved);
-      break;
-    }
-    bound_[h] = own;
-    if (both) arriving_bound_[entry] = other;
-    std::fill(chunk_.hidden.begin(), chunk_.hidden.end(), uint8_t(0));
-    read_projections(reverse, with_output), move_decays(h, reverse, with_output);
-    if (!in_units || p_.D) read_x(group, in_units);
-    return moved;
-  }
-
-  void move_unseen(int64_t index, int64_t h, bool reverse, bool with_output, bool in_units, A* state, bool hides_own,
-                   bool hides_other, Moved* moved) {
-    const std::vector<A> state_before(state, state + s_.state);
-    std::vector<A> mass_before, other_mass;
-    std::vector<U> other;
-    if (p_.normalize) mass_before.assign(mass(h), mass(h) + mass_dim_);
-    if (hides_own) {
-      std::fill(state, state + s_.state, A(0));
-      if (p_.normalize) std::fill(mass(h), mass(h) + mass_dim_, A(0));
-    }
-    if (hides_other) {
-      other.assign(arriving(index, h), arriving(index, h) + arrival());
-      std::memset(static_cast<void*>(arriving(index, h)), 0, arrival() * sizeof(U));
-      if (p_.normalize) {
-        other_mass.assign(arriving_mass(index, h), arriving_mass(index, h) + mass_dim_);
-        std::fill(arriving_mass(index, h), arriving_mass(index, h) + mass_dim_, A(0));
-      }
-    }
-    if (with_output) output(index, h, reverse, state);
-    advance(h, reverse, in_units, state, state);
-    if (moved) {
-      moved->state.assign(state, state + s_.state);
-      if (p_.normalize) moved->mass.assign(mass(h), mass(h) + mass_dim_);
-    }
-    std::copy(state_before.begin(), state_before.end(), state);
-    std::copy(mass_before.begin(), mass_before.end(), mass(h));
-    std::copy(other.begin(), other.end(), arriving(index, h));
-    if (!other_mass.empty()) std::copy(other_mass.begin(), other_mass.end(), arriving_mass(index, h));
   }
 
   void unpack(const U* state, A* out) const {
@@ -381,9 +294,8 @@ class Scan {
       const T* data = static_cast<const T*>(t.data) + b_ * t.batch_stride + group * t.group_stride;
       std::memset(static_cast<void*>(out), 0, s_.chunk * units_ * sizeof(U));
       for (int64_t i = 0; i < chunk_.visits; ++i)
-        if (!chunk_.hidden[i])
-          std::memcpy(static_cast<void*>(out + i * units_), data + chunk_.tokens[i] * t.token_stride,
-                      p_.state_dim * sizeof(T));
+        std::memcpy(static_cast<void*>(out + i * units_), data + chunk_.tokens[i] * t.token_stride,
+                    p_.state_dim * sizeof(T));
     } else {
       gather<T>(t, chunk_, group, p_.state_dim, s_.chunk, out);
     }
@@ -496,7 +408,6 @@ class Scan {
     const A skip = p_.D ? static_cast<const A*>(p_.D)[h] : A(0);
     const int64_t first = b_ * p_.length * p_.heads + h;
     for (int64_t i = 0; i < chunk_.visits; ++i) {
-      if (divides && !reached_[i]) continue;
       const int64_t at = first + chunk_.tokens[i] * p_.heads;
       const A *row = y_ + i * s_.head_dim, *x = x_ + i * s_.head_dim;
       const auto value = [&](int64_t n) { return p_.D ? load(x + n) * skip + load(row + n) : load(row + n); };
@@ -529,6 +440,7 @@ class Scan {
 
   const SsdScanParams& p_;
   const ScanSizes& s_;
+  Notes& walked_;
   int64_t b_ = 0, h0_ = 0;
   const bool both_;
   const int64_t units_;  // per row of B and C
@@ -543,8 +455,6 @@ class Scan {
   // Largest magnitudes: of states at hand per head, of those that enter chunks, of B and C.
   std::vector<double> bound_, arriving_bound_;
   double b_most_[2] = {}, c_most_[2] = {};
-  VisitSizes sizes_;
-  std::vector<uint8_t> reached_;  // per visit of the chunk, whether it sees what products may not meet
   Careful<T> careful_;
   Buffer<U> arriving_;  // per chunk and head of the bundle
   Buffer<U> c_, c_reverse_, bt_, m_;
@@ -552,14 +462,14 @@ class Scan {
 };
 
 template <class T, bool kPairs>
-void scan(const SsdScanParams& p) {
+void scan(const SsdScanParams& p, Notes& walked) {
   // A bundle keeps a state per chunk and head for the second walk, as much as its x: of both directions fewer heads
   // share C B^T, for 2 % of the time, so that two threads hold an eighth of inputs and outputs.
   const ScanSizes s = scan_sizes<acc_t<T>>(p, p.forward.on && p.reverse.on ? kBundle / 2 : kBundle);
   const int64_t bundles = p.heads / s.bundle;
   const double work = static_cast<double>(s.bundle) * p.length * p.head_dim * p.state_dim;
   p.threads.run(p.batch * bundles, 1 + static_cast<int64_t>(65536 / (work + 1)), [&](int64_t begin, int64_t end) {
-    Scan<T, kPairs> task(p, s);
+    Scan<T, kPairs> task(p, s, walked);
     for (int64_t i = begin; i < end; ++i) task.run(i / bundles, i % bundles * s.bundle);
   });
 }
@@ -569,11 +479,13 @@ void scan(const SsdScanParams& p) {
 void ssd_scan_cpu(const SsdScanParams& p) {
   dispatch(p.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    // A mean's gradient is a difference of what it is made of: products of bfloat16 would leave too little of it.
-    if (kHasPairs<T> && !p.wide_y)
-      scan<T, kHasPairs<T>>(p);
-    else
-      scan<T, false>(p);
+    keep_apart<T>(p, p, [](const SsdScanParams& params, Notes& walked) {
+      // A mean's gradient is a difference of what it is made of: products of bfloat16 would leave too little of it.
+      if (kHasPairs<T> && !params.wide_y)
+        scan<T, kHasPairs<T>>(params, walked);
+      else
+        scan<T, false>(params, walked);
+    });
   });
 }
 

@@ -54,7 +54,7 @@ inline ScanSizes scan_sizes(const SsdScanParams& p, int64_t most = kBundle) {
 // One chunk of one batch row: which tokens its visits are, and their segments in both directions.
 struct Chunk {
   explicit Chunk(int64_t size)
-      : tokens(size), keep(size), hidden(size), segment{std::vector<int32_t>(size), std::vector<int32_t>(size)} {}
+      : tokens(size), keep(size), segment{std::vector<int32_t>(size), std::vector<int32_t>(size)} {}
 
   void move_to(const SsdScanParams& p, const ScanSizes& s, int64_t b, int64_t index) {
     batch = b;
@@ -80,8 +80,7 @@ struct Chunk {
 
   int64_t batch = 0, visits = 0;
   std::vector<int64_t> tokens;
-  std::vector<uint8_t> keep;    // takes part in the reverse scan
-  std::vector<uint8_t> hidden;  // read as zeros, with a step of 0 (ssd_scan_careful.h); stays across a move
+  std::vector<uint8_t> keep;  // takes part in the reverse scan
   std::vector<int32_t> segment[2];
 };
 
@@ -194,7 +193,7 @@ class Decays {
     if (p.dt_softplus)
       for (int64_t i = 0; i < size_; i += W) store(step + i, softplus(load(raw + i)));
     for (int64_t i = 0; i < size_; ++i) {
-      const bool on = i < c.visits && (!reverse_ || c.keep[i]) && !c.hidden[i];
+      const bool on = i < c.visits && (!reverse_ || c.keep[i]);
       weight[i] = on ? A(1) : A(0);
       step[i] = on ? step[i] : A(0);
       segment_[i] = static_cast<A>(c.segment[reverse_][i]);
@@ -203,7 +202,7 @@ class Decays {
     if (!gate) return;
     for (int64_t i = 0; i < c.visits; ++i) {
       const A g = gate[p.gate_per_token ? c.tokens[i] * p.heads : 0];
-      if (!c.keep[i] || c.hidden[i]) continue;
+      if (!c.keep[i]) continue;
       weight[i] = reverse_ ? 1 - g : g;
       weights += std::abs(static_cast<double>(weight[i]));
     }
@@ -243,10 +242,6 @@ inline void gather(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_
   if (!ld) ld = round_up(dim, W);
   const T* data = static_cast<const T*>(t.data) + c.batch * t.batch_stride + group * t.group_stride;
   for (int64_t i = 0; i < c.visits; ++i, out += ld) {
-    if (c.hidden[i]) {
-      std::fill(out, out + ld, A(0));
-      continue;
-    }
     const T* src = data + c.tokens[i] * t.token_stride;
     int64_t n = 0;
     for (; n + W <= dim; n += W) store(out + n, load(src + n));
@@ -292,7 +287,7 @@ inline void gather_pairs(const SsdScanTensor& t, const Chunk& c, int64_t group, 
     for (int64_t j = 0; j < ld; j += W) {
       const unsigned mask = (1u << std::min(dim - j, W)) - 1;
       const auto read = [&](const uint16_t* row, int64_t visit) {
-        const __mmask16 lanes = static_cast<__mmask16>(visit < c.visits && !c.hidden[visit] ? mask : 0u);
+        const __mmask16 lanes = static_cast<__mmask16>(visit < c.visits ? mask : 0u);
         return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row + j));
       };
       _mm512_storeu_si512(out + j, _mm512_or_si512(read(even, i), _mm512_slli_epi32(read(odd, i + 1), 16)));

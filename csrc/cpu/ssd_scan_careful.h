@@ -1,9 +1,5 @@
 // The scan of one chunk and head by its definition, visit by visit. Products over whole chunks multiply what a visit
 // may not see by 0, which hides only what is finite: where they could meet anything else, the walks come here.
-//
-// A walk rounds otherwise than products do, and what no visit may see must change no bit of it. So a chunk that holds
-// what is too large is computed twice: by products that read the visits at fault as zeros, and by the definition, whose
-// results are of those that see them.
 #pragma once
 #include "finite.h"
 #include "ssd_scan.h"
@@ -19,58 +15,12 @@ inline double largest(const SsdScanTensor& t, const Chunk& c, int64_t group, int
   const T* data = static_cast<const T*>(t.data) + c.batch * t.batch_stride + group * t.group_stride;
   Largest<A> most;
   for (int64_t i = 0; i < c.visits; ++i) {
-    if (c.hidden[i]) continue;
     const T* row = data + c.tokens[i] * t.token_stride;
     int64_t n = 0;
     for (; n + W <= dim; n += W) most.see(load(row + n));
     if (n < dim) most.see(load_n(row + n, static_cast<int>(dim - n)));
   }
   return most.value();
-}
-
-// Per visit, the largest magnitude of all that is read of it.
-struct VisitSizes {
-  explicit VisitSizes(int64_t size) : most(size) {}
-
-  void clear() { std::fill(most.begin(), most.end(), 0.0); }
-  // Of every visit's row of one group.
-  template <class T>
-  void see(const SsdScanTensor& t, const Chunk& c, int64_t group, int64_t dim) {
-    using A = acc_t<T>;
-    const T* data = static_cast<const T*>(t.data) + c.batch * t.batch_stride + group * t.group_stride;
-    for (int64_t i = 0; i < c.visits; ++i) {
-      const T* row = data + c.tokens[i] * t.token_stride;
-      Largest<A> largest;
-      for_each_vector<A>(dim, [&](int64_t n, auto lanes) { largest.see(lanes.load(row + n)); });
-      most[i] = std::max(most[i], largest.value());
-    }
-  }
-  template <class A>
-  void see(const Decays<A>& d, const Chunk& c) {
-    const auto size = [](A x) { return x == x ? std::abs(static_cast<double>(x)) : kInfinity; };
-    for (int64_t i = 0; i < c.visits; ++i) most[i] = std::max({most[i], size(d.step[i]), size(d.weight[i])});
-  }
-  bool hides(int64_t i, double limit) const { return !(most[i] <= limit); }
-
-  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  std::vector<double> most;
-};
-
-// Adds to `reached` which visits of a direction see what is above the limit, or a state that is: `entering`. Returns
-// whether the state that leaves the chunk has seen it.
-inline bool reach(const VisitSizes& sizes, const Chunk& c, bool reverse, double limit, bool entering,
-                  std::vector<uint8_t>& reached) {
-  const std::vector<int32_t>& segment = c.segment[reverse];
-  int32_t last = 0;
-  for (int64_t k = 0; k < c.visits; ++k) {
-    const int64_t i = reverse ? c.visits - 1 - k : k;
-    if (segment[i] != last) entering = false;
-    last = segment[i];
-    if (reverse && !c.keep[i]) continue;
-    entering = entering || sizes.hides(i, limit);
-    reached[i] = reached[i] || entering;
-  }
-  return entering;
 }
 
 template <class T>
