@@ -37,4 +37,11 @@ Isa cpu_isa() {
   return isa;
 }
 
+Isa kernel_isa(DType dtype) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (cpu_isa() == Isa::avx512bf16 && dtype != DType::bf16) return Isa::avx512;
+#endif
+  return cpu_isa();
+}
+
 }  // namespace linmu

@@ -48,12 +48,28 @@ using acc_t = typename Accumulate<T>::type;
 // Calls f with a null pointer of the element type: dispatch(dtype, [&](auto* t) { using T = ...; }).
 template <class F>
 void dispatch(DType dtype, F&& f) {
+#if defined(__AVX512BF16__)
+  if (dtype != DType::bf16) __builtin_trap();  // kernel_isa sends no other type here
+  f(static_cast<bf16*>(nullptr));
+#else
   switch (dtype) {
     case DType::f32: return f(static_cast<float*>(nullptr));
     case DType::f64: return f(static_cast<double*>(nullptr));
     case DType::bf16: return f(static_cast<bf16*>(nullptr));
     case DType::f16: return f(static_cast<f16*>(nullptr));
   }
+#endif
+}
+
+// The element type that a kernel's Params, or those of the kernel that it is the gradient of, are of.
+template <class Params>
+DType dtype_of(const Params& p) {
+  if constexpr (requires { p.dtype; })
+    return p.dtype;
+  else if constexpr (requires { p.scan; })
+    return p.scan.dtype;
+  else
+    return p.forward.dtype;
 }
 
 // Instruction sets a CPU kernel is compiled for; the best that the processor has is chosen at run time.
@@ -68,6 +84,8 @@ enum class Isa : int { none = 0, generic };
 // Isa::none where the processor is older than all of them. LINMU_CPU_ISA lowers the choice (tests, measurements).
 Isa cpu_isa();
 const char* isa_name(Isa isa);
+// The set whose kernel of an element type serves: avx512bf16 has others than avx512 of bfloat16 alone.
+Isa kernel_isa(DType dtype);
 
 #define LINMU_DECLARE_IN(isa, name, Params) \
   namespace isa {                           \
@@ -79,7 +97,7 @@ const char* isa_name(Isa isa);
   LINMU_DECLARE_IN(avx512, name, Params)                \
   LINMU_DECLARE_IN(avx512bf16, name, Params)            \
   inline void name(const Params& p) {                   \
-    switch (cpu_isa()) {                                \
+    switch (kernel_isa(dtype_of(p))) {                  \
       case Isa::avx512bf16: return avx512bf16::name(p); \
       case Isa::avx512: return avx512::name(p);         \
       default: return avx2::name(p);                    \
