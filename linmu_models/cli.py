@@ -192,9 +192,12 @@ def generate(
 @app.command()
 def demo(
     student: Annotated[
-        str | None, typer.Argument(help="Folder of a LinMU model; what `make demo` left if left out.")
+        str | None,
+        typer.Argument(help="Folder of a LinMU model. If left out: that of `make demo`, or the teacher, converted."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder of its teacher, or its name on the hub.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder of its teacher, or its name on the hub; the shipped one if left out.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; at any but this one others can use the page.")
     ] = "127.0.0.1",

@@ -9,6 +9,7 @@ import webbrowser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -19,6 +20,7 @@ from .shelf import Example, Shelf
 
 # Of `make demo`, in a checkout.
 STUDENT, TEACHER = Path("runs/demo/student"), Path("distill/teachers/tiny")
+UNTRAINED = "The student is the teacher, converted a moment ago: it answers alike until its windows are full."
 
 
 def run(
@@ -44,11 +46,13 @@ def run(
     say = Console(stderr=True, highlight=False)
     student, teacher = find(student, teacher)
     with _ended_by_exit(), listen(host, port) as listening, _uploads(folder) as kept:
-        with say.status(f"loading {teacher} and {student}"):
+        with say.status(f"loading {teacher}" + (f" and {student}" if student else ", and converting it")):
             pair = Pair.load(teacher, student, max_new_tokens, **how)
             pair.warm_up()
             shelf = Shelf(kept, max_bytes, max_pixels, examples(say.print) if pair.takes_media else ())
         address = f"http://{_written(host)}:{listening.getsockname()[1]}"
+        if student is None:
+            say.print(UNTRAINED, soft_wrap=True)
         say.print(f"The page: {address} (Ctrl-C ends it)", soft_wrap=True)
         if not only_here(host):
             say.print("Whoever reaches this address can use the page, and this machine's processor.", soft_wrap=True)
@@ -60,23 +64,29 @@ def run(
             serve(pair, shelf, host, listening)
 
 
-def find(student: str | None, teacher: str | None) -> tuple[str, str]:
-    """The folders of student and teacher; those of `make demo` where none is named.
+def find(student: str | None, teacher: str | None) -> tuple[str | None, str]:
+    """The folders of student and teacher, where none is named those of `make demo`. A student of None is to be made of
+    the teacher: of the one that is named, or of the shipped one where `make demo` has not run.
 
     Raises:
-        ValueError: one of them is not named, and not there.
+        ValueError: a student is named without its teacher, or no teacher is there.
     """
-    if student is None and teacher is None:
-        if not (STUDENT / "config.json").exists():
-            raise ValueError(
-                f"demo: STUDENT must be given where {STUDENT} is not there: run `make demo` in a checkout, or make a "
-                "student of a teacher with `linmu convert`"
-            )
+    if student is not None:
+        if teacher is None:
+            raise ValueError("demo: --teacher must be given too, as the page shows both")
+        return student, teacher
+    if teacher is not None:
+        return None, teacher
+    if (STUDENT / "config.json").exists():
         return str(STUDENT), str(TEACHER)
-    if student is None or teacher is None:
-        lacking = "STUDENT" if student is None else "--teacher"
-        raise ValueError(f"demo: {lacking} must be given too, as the page shows both")
-    return student, teacher
+    if (TEACHER / "config.json").exists():
+        return None, str(TEACHER)
+    if package := find_spec("linmu_teacher"):
+        return None, next(iter(package.submodule_search_locations or ()))
+    raise ValueError(
+        "demo: --teacher must be given where no teacher is there: `pip install linmu-teacher` brings a small one, and "
+        "a checkout has it"
+    )
 
 
 def examples(say: Callable[[str], None]) -> list[Example]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..cache import cache_bytes
 from ..chat import ChatProcessor
+from ..convert import convert
 from ..generate import generate_text, load
 from ..media import Clip
 from ..modeling import LinmuModel
@@ -50,17 +51,21 @@ class Pair:
     max_new_tokens: int = 256
 
     @classmethod
-    def load(cls, teacher: str, student: str, max_new_tokens: int = 256, **how: Any) -> Pair:
+    def load(cls, teacher: str, student: str | None, max_new_tokens: int = 256, **how: Any) -> Pair:
         """Both models, from their folders or their names on the hub.
 
         Args:
+            student: None: what `convert` makes of the teacher, untrained.
             how: of `linmu_models.generate.load`: device, dtype.
 
         Raises:
-            ValueError, OSError: as `load`; or the student is no LinMU model, or one of the two takes images and the
-                other does not.
+            ValueError, OSError: as `load` and `convert`; or the student is no LinMU model, or one of the two takes
+                images and the other does not.
         """
         one = Side("teacher", _label(teacher), *load(teacher, **how))
+        if student is None:
+            made = convert(one.model, share_frozen=True).eval()
+            return cls(one, Side("student", "converted, not trained", made, one.processor), max_new_tokens)
         other = Side("student", _label(student), *load(student, **how))
         if not isinstance(other.model, LinmuModel):
             raise ValueError(f"demo: the student must be a LinMU model, got a {other.model.config.model_type}")

@@ -28,24 +28,33 @@ def refused(*words):
     return lines[-1]
 
 
-def test_without_a_student_one_line_says_how_to_get_one(tmp_path, monkeypatch):
+def test_without_a_teacher_one_line_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     line = refused()
-    assert "STUDENT must be given where runs/demo/student is not there" in line
-    assert "`make demo`" in line and "`linmu convert`" in line
+    assert "--teacher must be given where no teacher is there" in line and "`pip install linmu-teacher`" in line
 
 
-def test_the_student_of_make_demo_is_found(tmp_path, monkeypatch):
+def test_what_is_there_is_found(tmp_path, monkeypatch):
+    """What `make demo` made; else the teacher of the checkout; else that of its package."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / command.STUDENT).mkdir(parents=True)
-    (tmp_path / command.STUDENT / "config.json").write_text("{}")
-    assert command.find(None, None) == ("runs/demo/student", "distill/teachers/tiny")
+    package = tmp_path / "site" / "linmu_teacher"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    assert command.find(None, None) == (None, str(package))
+    for folder in (command.TEACHER, command.STUDENT):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        student = str(folder) if folder is command.STUDENT else None
+        assert command.find(None, None) == (student, "distill/teachers/tiny")
+    assert command.find(None, "b") == (None, "b")
     assert command.find("a", "b") == ("a", "b")
+    assert "linmu_teacher" not in sys.modules  # data alone
 
 
 def test_what_is_wrong_is_one_line(tmp_path):
     assert refused("x").endswith("--teacher must be given too, as the page shows both")
-    assert refused("--teacher", "x").endswith("STUDENT must be given too, as the page shows both")
     (tmp_path / "file").write_text("")
     assert "--folder must be a folder" in refused("x", "--teacher", "y", "--folder", tmp_path / "file", "--port", 0)
     for host in ("no such", ""):
@@ -104,6 +113,20 @@ def test_the_address_is_shown_and_opened(pair, monkeypatch, host, shown, warned)
     assert f"The page: {address} (Ctrl-C ends it)" in said and ("can use the page" in said) == warned
 
 
+def test_without_a_student_the_teacher_is_converted(monkeypatch):
+    """On the page as on the terminal it is said."""
+    shown = []
+    monkeypatch.setattr(command, "serve", lambda pair, *_: shown.append(pair))
+    said = run("demo", "--teacher", TEACHER, "--port", 0, "--device", "cpu", "--max-new-tokens", 20).stderr
+    assert command.UNTRAINED in said
+    (pair,) = shown
+    assert (pair.teacher.label, pair.student.label) == ("teachers/tiny", "converted, not trained")
+    texts = []
+    page = EXAMPLES[0]
+    pair.answer(page.question, page.clip, threading.Event(), lambda e: e["what"] == "end" and texts.append(e["text"]))
+    assert texts[0] == texts[1] and len(texts[0]) > 3
+
+
 @pytest.mark.parametrize("ended", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
 def test_the_page_is_served_until_it_is_ended_and_leaves_nothing(pair, tmp_path, ended):
     student, scratch, kept = tmp_path / "student", tmp_path / "scratch", tmp_path / "kept"
@@ -125,7 +148,7 @@ def test_the_page_is_served_until_it_is_ended_and_leaves_nothing(pair, tmp_path,
         folder = kept if options else next(scratch.glob("linmu-demo-*"))
         assert len(list(folder.iterdir())) == 1
         process.send_signal(ended)
-        _, rest = process.communicate(timeout=30)
+        _, rest = process.communicate(timeout=120)
     finally:
         process.kill()
     assert "Traceback" not in rest
