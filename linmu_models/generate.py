@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -318,6 +317,12 @@ def peak_memory() -> int:
     """Bytes: the most that this process has held, on the GPU where there is one, else in RAM."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -47,7 +47,7 @@ def test_docs_have_a_row_and_a_page_for_the_op(op):
     assert f"| [`{op}`](ops/{op}.md) |" in (ROOT / "docs" / "ops.md").read_text()
     titles = [page.read_text().splitlines()[0] for page in (ROOT / "docs" / "kernels").glob("*.md")]
     assert any(op in re.split("[# ,]+", title) for title in titles), "docs/kernels/ needs a page of it"
-    assert f"`{op}`" in linmu_ops.__doc__
+    assert f"`{op}`" in linmu_ops.__doc__ and f"`{op}`" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_each_page_of_a_kernel_has_a_row():
@@ -152,6 +152,17 @@ def test_imports_go_one_way():
             for name in names:
                 top = name.split(".")[0]
                 assert top not in everywhere or top in allowed, f"{file.relative_to(ROOT)}:{node.lineno} imports {name}"
+
+
+def test_importing_needs_no_module_of_one_system():
+    """The wheel without binaries is for all of them. Training is for Linux."""
+    of_one = {"fcntl", "grp", "msvcrt", "posix", "pwd", "resource", "syslog", "termios", "winreg"}
+    for file in tracked(".py"):
+        if file.relative_to(ROOT).parts[0] in ("linmu_ops", "linmu_models"):
+            for node in ast.parse(file.read_text()).body:
+                names = [getattr(node, "module", None)]  # of `from ... import`
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not of_one.intersection(names), f"{file}:{node.lineno}"
 
 
 def imported(file, module, modules):
