@@ -3,7 +3,8 @@
 auto (the default) builds cpu wherever a C++ compiler and a torch are found, and cuda where nvcc, a torch with CUDA and
 CUTLASS's headers are, too. torch is never installed for a build: its headers are read where it is.
 
-LINMU_WHEEL=x86_64|aarch64 builds a wheel for every Python and every glibc from 2.28 on (`make wheels`).
+LINMU_WHEEL=x86_64|aarch64 builds a wheel for every Python and every glibc from 2.28 on, by the compiler that CXX names
+(`make wheels`).
 LINMU_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer into build/asan/linmu_ops (`make asan`).
 """
 
@@ -25,8 +26,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CHOICES = ("auto", "none", "cpu", "cuda")
-# Compilers of wheels, by processor.
-WHEELS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}
+# Processors that wheels are for.
+WHEELS = ("x86_64", "aarch64")
 DESCRIBE = (
     "import json, sys; sys.path.insert(0, {root!r}); import torch, linmu_ops._registry as r, linmu_ops;"
     "print(json.dumps([torch.__path__[0], torch.__version__, torch.version.cuda, r.schema_hash()]))"
@@ -120,7 +121,7 @@ class CMakeBuild(build_ext):
         if wheel:
             configure += [
                 "-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={wheel}",
-                f"-DCMAKE_CXX_COMPILER={os.environ.get('CXX', WHEELS[wheel])}",
+                f"-DCMAKE_CXX_COMPILER={os.environ.get('CXX', 'c++')}",
             ]  # fmt: skip
         given = {
             "LINMU_CUDA_ARCHS": os.environ.get("LINMU_CUDA_ARCHS"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def test_packages_are_ours_by_name(installed):
     assert {p.name for p in (installed / "linmu_distill" / "data").glob("*.[nt]*")} >= {"glyphs.npz", "words.txt"}
     page = Path("linmu_models") / "demo" / "page"
     assert {p.name for p in (installed / page).iterdir()} == {p.name for p in (ROOT / page).iterdir()}
+
+
+def test_what_others_made_comes_with_their_licence(installed):
+    """Each file of data that is packed is named by one of the licences that are packed beside it."""
+    names = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license-files"]
+    texts = "".join((ROOT / name).read_text() for name in names)
+    data = {p.name for p in (installed / "linmu_distill" / "data").iterdir() if p.suffix in (".npz", ".txt")}
+    assert len(data) >= 3 and not [name for name in data if name not in texts]
 
 
 def test_a_package_finds_its_own_files(installed):

@@ -2,12 +2,15 @@
 
     python -m wheels [any] [teacher] [x86_64] [aarch64] [cuda]        all but cuda where none is named
 
-x86_64 needs g++, aarch64 aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu), cuda needs nvcc and nvidia-cutlass.
+A processor that is not this machine's needs a cross compiler (Debian: g++-aarch64-linux-gnu, g++-x86-64-linux-gnu);
+cuda needs nvcc and nvidia-cutlass.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ DIST, BUILD = ROOT / "dist", ROOT / "build" / "wheels"
 # 100 with PTX, which later GPUs compile for themselves.
 CUDA_ARCHS = "80-real;90a-real;100"
 KINDS = ("any", "teacher", "x86_64", "aarch64", "cuda")
+PROCESSORS = ("x86_64", "aarch64")
 LICENSES = ("LICENSE", "csrc/torch/LICENSE.pytorch", "csrc/cuda/LICENSE.cutlass")
 
 
@@ -34,11 +38,12 @@ def build(kind: str) -> Path:
         return wheel(folder, "linmu_teacher", {})
     if kind == "cuda":
         folder = staged("linmu_cuda", LICENSES)
+        shutil.copy(runtime_licence(), folder / "LICENSE.cuda-runtime")
         library = compiled("x86_64", {"LINMU_BUILD": "cuda", "LINMU_CUDA_ARCHS": CUDA_ARCHS}, "liblinmu_cuda.so")
         shutil.copy(library, folder / "linmu_cuda")
         # Its CUDA runtime asks for threads, which this system's glibc has had in libc itself since 2.34.
         return wheel(folder, "linmu_cuda", {}, ["--build-option=--plat-name=manylinux_2_34_x86_64"])
-    return wheel(ROOT, "linmu", {"LINMU_BUILD": "cpu", "LINMU_WHEEL": kind})
+    return wheel(ROOT, "linmu", {"LINMU_BUILD": "cpu", "LINMU_WHEEL": kind, "CXX": compiler(kind)})
 
 
 def staged(name: str, licenses: Sequence[str]) -> Path:
@@ -51,10 +56,45 @@ def staged(name: str, licenses: Sequence[str]) -> Path:
     return folder
 
 
+def runtime_licence() -> Path:
+    """NVIDIA's terms for the CUDA runtime, which is linked into the library; they come with the toolkit."""
+    command = [os.environ.get("CUDACXX", "nvcc"), "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stderr + said.stdout, re.MULTILINE)
+    toolkit = Path(top[1]).resolve() if top else Path()
+    ours = "nvidia_cuda_runtime*/licenses/License.txt"  # where pip installed the toolkit, in either of two layouts
+    places = [toolkit.glob("EULA.txt"), toolkit.glob(f"dist-info/{ours}"), toolkit.parents[1].glob(ours)] if top else []
+    found = next((file for place in places for file in place), None)
+    if found is None:
+        sys.exit(f"wheels: cuda needs the licence of the CUDA runtime, and none is in {toolkit} (EULA.txt)")
+    return found
+
+
+def compiler(kind: str) -> str:
+    """What compiles that kind; "" for one of nothing compiled."""
+    if kind == "cuda":
+        return os.environ.get("CUDACXX", "nvcc")
+    if kind not in PROCESSORS:
+        return ""
+    return os.environ.get("CXX", "g++" if kind == platform.machine() else f"{kind}-linux-gnu-g++")
+
+
+def lacking(kinds: Sequence[str]) -> str | None:
+    """Why not all of that can be built here, in one line; None where it can."""
+    for kind in kinds:
+        needed = compiler(kind)
+        if needed and shutil.which(needed) is None:
+            others = " ".join(other for other in kinds if other != kind)
+            rest = f"; without it: python -m wheels {others}" if others else ""
+            return f"{kind} needs {needed}, which is not found{rest}"
+    return None
+
+
 def compiled(processor: str, variables: dict[str, str], library: str) -> Path:
     lib = BUILD / f"lib-{processor}"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(lib)]
-    subprocess.check_call(command, cwd=ROOT, env={**os.environ, "LINMU_WHEEL": processor, **variables})
+    variables = {"LINMU_WHEEL": processor, "CXX": compiler(processor), **variables}
+    subprocess.check_call(command, cwd=ROOT, env={**os.environ, **variables})
     return lib / "linmu_ops" / library
 
 
@@ -78,6 +118,9 @@ def main(arguments: list[str]) -> int:
     unknown = [kind for kind in wanted if kind not in KINDS]
     if unknown:
         print(f"wheels: what is built must be of {', '.join(KINDS)}, got {unknown[0]}", file=sys.stderr)
+        return 2
+    if why := lacking(wanted):
+        print(f"wheels: {why}", file=sys.stderr)
         return 2
     made = [build(kind) for kind in wanted]
     if check([str(file) for file in made]):

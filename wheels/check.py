@@ -26,6 +26,7 @@ MAY_NEED = re.compile(r"(libtorch_cpu|libtorch_cuda|libc10|libstdc\+\+|libm|libg
 STABLE = re.compile(r"(aoti_)?torch_\w+")
 # A torch that was linked has symbols of its own of the C++ library, which a wheel's build does not see.
 STANDARD = re.compile(r"_Z(N?K?[RO]?|T[VIST])St\w+")
+MOST = {"linmu": 3, "linmu_teacher": 7, "linmu_cuda": 12}  # MB of a wheel
 PROCESSORS = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 
@@ -90,7 +91,7 @@ def libraries(file: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def check(file: Path) -> list[str]:
-    """The faults of all libraries of a wheel, or of a library; and of a wheel's name."""
+    """The faults of all libraries of a wheel, or of a library; and of a wheel's name and size."""
     found, held = [], []
     platform = re.search(r"-py3-none-manylinux_(2)_(\d+)_(\w+)$", file.stem)
     glibc = (int(platform[1]), int(platform[2])) if platform else None
@@ -102,6 +103,9 @@ def check(file: Path) -> list[str]:
             found.append(f"{name} is for {processor}")
     if file.suffix == ".whl" and not held and not file.stem.endswith("-py3-none-any"):
         found.append("it holds no library")
+    most = MOST.get(file.name.partition("-")[0])
+    if file.suffix == ".whl" and most and file.stat().st_size > most * 2**20:
+        found.append(f"it has more than {most} MB")
     return found
 
 
