@@ -6,6 +6,8 @@
 #     bench/gpu_check.sh build test_gpu         only the steps whose names begin so
 #     bench/gpu_check.sh quick                  in less than eight minutes: right or not, times, counters
 #     bench/gpu_check.sh quick --emulate        the same without a GPU, on small cases, results in build/quick
+#     bench/gpu_check.sh layer                  in less than four minutes: a whole decoder layer of 7B shape
+#     bench/gpu_check.sh layer --emulate        the same without a GPU, of a small shape, results in build/layer
 #     STEP_SECONDS=240 bench/gpu_check.sh ...   a step is ended after so long (600 if left out)
 #
 # A python3 whose torch sees the GPU is used as it is; otherwise .venv is made, from pip's index alone. nvcc must be
@@ -17,14 +19,18 @@ cd "$(dirname "$0")/.." || exit 1
 wanted=("$@")
 only_list=false
 if [ "${1-}" = list ]; then only_list=true wanted=(); fi
-quick=false emulate=false
-if [ "${1-}" = quick ]; then quick=true; [ "${2-}" = --emulate ] && emulate=true; fi
+short= seconds=0 emulate=false  # quick or layer, and how long it may take with its build
+case "${1-}" in
+  quick) short=quick seconds=460 ;;
+  layer) short=layer seconds=230 ;;
+esac
+[ -n "$short" ] && [ "${2-}" = --emulate ] && emulate=true
 
 device=unknown out=bench/results/unknown
 python=$PWD/.venv/bin/python
 [ -x "$python" ] || python=$(command -v python3)
 if $emulate; then
-  PYTHONPATH=$PWD:$PWD/tests/names${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m bench.quick --emulate --out build/quick
+  PYTHONPATH=$PWD:$PWD/tests/names${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m "bench.$short" --emulate --out "build/$short"
 fi
 if ! $only_list; then
   if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
@@ -50,12 +56,12 @@ if ! $only_list; then
 fi
 
 # On a bare machine the build for this one architecture is what takes longest; a library that was carried is used.
-if $quick; then
+if [ -n "$short" ]; then
   if [ ! -e linmu_ops/liblinmu_cuda.so ]; then
-    LINMU_BUILD=cuda LINMU_CUDA_ARCHS=90a-real "$python" setup.py -q build_ext --inplace >"$out/quick_build.log" 2>&1 ||
-      { tail -n 5 "$out/quick_build.log" >&2; exit 1; }
+    LINMU_BUILD=cuda LINMU_CUDA_ARCHS=90a-real "$python" setup.py -q build_ext --inplace >"$out/${short}_build.log" 2>&1 ||
+      { tail -n 5 "$out/${short}_build.log" >&2; exit 1; }
   fi
-  exec "$python" -m bench.quick --out "$out" --seconds $((460 - SECONDS))
+  exec "$python" -m "bench.$short" --out "$out" --seconds $((seconds - SECONDS))
 fi
 
 failed=()

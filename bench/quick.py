@@ -10,32 +10,26 @@ emulator, and its rows say that they are of no GPU.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib
-import json
-import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import linmu_ops
-from linmu_ops import _registry
 from linmu_ops._testing import check_implementation, run_op
 
-from . import measure, roofs, run, timing
+from . import check, measure, run
+from .check import Row, Session
 from .peers import Bench, Case, Inputs
-from .provenance import ROOT, where
+from .provenance import ROOT
 
-Row = dict[str, Any]
 PART = 2048  # visits of a case that are compared with the reference, which takes them one by one
 # What a case is made of instead in the emulator. Windows of 48 tokens are enough for the kernels of sm_90a.
 SMALL = dict(B=1, L=70, H=2, G=1, Gx=1, Gb=1, Gc=2, grid=(3, 4, 8), window=(3, 4, 4), shift=(0, 1, 1), D=256)
@@ -81,35 +75,6 @@ SMALL_OPS = (
 )
 
 
-class Session:
-    """Rows, a deadline, and where the ops run."""
-
-    def __init__(self, out: Path, seconds: float, emulated: bool) -> None:
-        self.out, self.emulated, self.rows = out, emulated, list[Row]()
-        self.deadline = time.monotonic() + seconds
-        self.device, self.impl = ("cpu", "cpu") if emulated else ("cuda", "cuda")
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def step(self, name: str, least: float, f: Callable[[], Iterator[Row]]) -> None:
-        """Keep the rows of `f`, which takes at least so many seconds."""
-        if self.left() < least:
-            return self.add(dict(what=name, result="left out: no time"))
-        begun = time.monotonic()
-        try:
-            for row in f():
-                self.add(dict(what=name) | row)
-        except Exception as e:  # of any kind: the next steps are worth running
-            self.add(dict(what=name, result=f"failed: {type(e).__name__}: {(str(e) or '-').splitlines()[0]}"[:200]))
-        print(f"{name}: {time.monotonic() - begun:.1f} s, {self.left():.0f} s left", flush=True)
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        with (self.out / "quick.jsonl").open("a") as file:
-            file.write(json.dumps(row | where(self.device) | dict(emulated=self.emulated)) + "\n")
-
-
 def bench_of(target: Target, emulated: bool) -> tuple[Bench, str]:
     """The target's bench, with the target's case in it."""
     bench = run.load(target.op)
@@ -127,26 +92,6 @@ def bench_of(target: Target, emulated: bool) -> tuple[Bench, str]:
 
     changed = dataclasses.replace(case, sizes=sizes)
     return dataclasses.replace(bench, cases={target.name: changed}, make=make), target.name
-
-
-def machine(session: Session) -> Iterator[Row]:
-    """The clocks as they are, and the two roofs."""
-    if not session.emulated:
-        query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
-        yield dict(result=done.stdout.strip() or done.stderr.strip()[:200])
-    size = 1 << 16 if session.emulated else 4 << 30
-    copy, copied = roofs.copy(size, session.device)
-    timed: dict[str, Callable[[], object]] = {"copy": copy}
-    flops = 0
-    if not session.emulated:
-        timed["gemm"], flops = roofs.gemm(torch.bfloat16, session.device)
-    times = timing.interleave(timed, session.device, seconds=0.5, rounds=(3, 20))
-    found = dict(copy_tbps=copied / times["copy"].median * 1e-12)
-    if flops:
-        found["gemm_tflops"] = flops / times["gemm"].median * 1e-12
-    (session.out / "roofs.json").write_text(json.dumps(found))
-    yield dict(result=", ".join(f"{k} {v:.3g}" for k, v in found.items()))
 
 
 def tests(session: Session) -> Iterator[Row]:
@@ -251,40 +196,10 @@ def few_configurations() -> None:
         tuner.autotune_configs = lambda configs: whole(configs)[:2]
 
 
-def table(rows: list[Row]) -> str:
-    head = ("what", "ms", "% of roof", "best peer", "its ms", "want", "result")
-
-    def figure(value: Any) -> str:
-        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    keys = ("what", "ms", "roof_percent", "peer", "peer_ms", "want_ms", "result")
-    lines = [head, *(tuple(figure(row.get(k)) for k in keys) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-@contextlib.contextmanager
-def emulation() -> Iterator[None]:
-    """Within it linmu_ops runs the emulated CUDA kernels, those of sm_90a, on CPU tensors."""
-    register_emulated = importlib.import_module("tests.cuda.conftest").register_emulated
-    if not _registry.binaries()["cpu"].loaded:
-        raise SystemExit(f"--emulate needs liblinmu_cpu.so: {_registry.binaries()['cpu'].error}")
-    kept = register_emulated()
-    before, arch = _registry.NAMESPACE["cpu"], os.environ.get("LINMU_CUDA_ARCH")
-    _registry.NAMESPACE["cpu"], os.environ["LINMU_CUDA_ARCH"] = "linmu_emulated", "90"
-    try:
-        yield
-    finally:
-        _registry.NAMESPACE["cpu"] = before
-        os.environ.pop("LINMU_CUDA_ARCH")
-        os.environ |= {} if arch is None else {"LINMU_CUDA_ARCH": arch}
-        del kept
-
-
 def run_all(session: Session) -> None:
-    timing.keep_memory()
+    few_configurations()
     step = session.step
-    step("machine", 5, lambda: machine(session))
+    step("machine", 5, lambda: check.machine(session))
     step("tests", 20, lambda: tests(session))
     for target in TARGETS:
         step(f"{target.name}: correct", 10, lambda t=target: correct(session, t))  # type: ignore[misc]
@@ -300,19 +215,7 @@ def run_all(session: Session) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quick", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where results go, as bench/results/h200")
-    parser.add_argument("--seconds", type=float, default=440.0, help="in all (default 440)")
-    parser.add_argument("--emulate", action="store_true", help="small cases, by the emulator, without a GPU")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quick.jsonl").unlink(missing_ok=True)
-    session = Session(args.out, args.seconds, args.emulate)
-    few_configurations()
-    with emulation() if args.emulate else contextlib.nullcontext():
-        run_all(session)
-    print("\n" + table(session.rows))
-    return int(any(str(row.get("result", "")).startswith("failed") for row in session.rows))
+    return check.main("quick", __doc__.splitlines()[0], 440.0, run_all, argv)
 
 
 if __name__ == "__main__":

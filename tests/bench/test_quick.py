@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from bench import quick
+from bench import check, quick
 from bench.provenance import ROOT
 from linmu_ops import _registry
 
@@ -43,7 +43,7 @@ def test_targets_are_cases_of_their_benches():
 
 
 def test_a_step_that_fails_or_has_no_time_left_is_a_row(tmp_path):
-    session = quick.Session(tmp_path, 100, emulated=True)
+    session = check.Session("quick", tmp_path, 100, emulated=True)
 
     def broken():
         yield dict(result="begun")
@@ -52,7 +52,7 @@ def test_a_step_that_fails_or_has_no_time_left_is_a_row(tmp_path):
     session.step("broken", 1, broken)
     session.step("long", 1000, broken)
     assert [row["result"] for row in session.rows] == ["begun", "failed: ValueError: of a reason", "left out: no time"]
-    lines = quick.table(session.rows).splitlines()
+    lines = check.table(session.rows).splitlines()
     assert lines[0].split() == ["what", "ms", "%", "of", "roof", "best", "peer", "its", "ms", "want", "result"]
     assert lines[-1].split()[0] == "long" and lines[-1].endswith("no time")
 
