@@ -63,7 +63,7 @@ def _fwd_kernel(
     tl.store(out_ptr + row * D + offs, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _bwd_kernel(
     da_ptr, db_ptr, dmix_ptr, dweight_ptr, dbias_ptr, dout_ptr, a_ptr, b_ptr, mix_ptr, mask_ptr, weight_ptr, rows, D,
     eps, KIND: tl.constexpr, NORM: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHT: tl.constexpr,

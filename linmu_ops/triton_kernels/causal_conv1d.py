@@ -39,7 +39,7 @@ def _before(
     return x, there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks"])
 def _conv_kernel(
     out_ptr, partial_ptr, grad_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, order_ptr, seq_ptr, length, D, blocks,
     BACKWARD: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
@@ -82,7 +82,7 @@ def _conv_kernel(
         tl.store(base + K * D, tl.sum(grad, axis=0), mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _input_grad_kernel(
     dx_ptr, dinitial_ptr, dpre_ptr, weight_ptr, order_ptr, seq_ptr, length, D, HAS_INITIAL: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_SEQ: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -44,7 +44,7 @@ def _move(state, new, k, v, decay, beta):
     return held, error, held + k[:, None] * (beta * error)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "chunks"])
 def _forward_kernel(
     y_ptr, final_ptr, kept_ptr, q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, restart_ptr, keep_ptr, state_ptr, H, L, K, V,
     chunks, KEEPS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -69,7 +69,7 @@ def _forward_kernel(
     tl.store(final_ptr + bh * K * V + at_state, state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "chunks", "rows"])
 def _bwd_kernel(
     dq_ptr, dk_ptr, dv_ptr, dg_ptr, dbeta_ptr, dstate_ptr, dy_ptr, dfinal_ptr, kept_ptr, scratch_ptr, q_ptr, k_ptr,
     v_ptr, g_ptr, beta_ptr, restart_ptr, keep_ptr, H, L, K, V, chunks, rows, CHUNK: tl.constexpr,

@@ -38,7 +38,7 @@ CHUNK = 64
 STATE_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def _chunk_state_kernel(
     state_ptr, decay_ptr, x_ptr, shift_ptr, b_ptr, dt_ptr, a_ptr, w_ptr, order_ptr, seq_ptr,
     length, H, Gx, Gb, P, N, num_chunks, S,
@@ -93,7 +93,7 @@ def _chunk_state_kernel(
     tl.store(decay_ptr + index, tl.where(carried == leaving, _exp(total), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _state_pass_kernel(
     state_ptr, decay_ptr, initial_ptr, final_ptr, num_chunks, size,
     BACKWARDS: tl.constexpr, HAS_INITIAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -115,7 +115,7 @@ def _state_pass_kernel(
     tl.store(final_ptr + bh * size + offs, carry, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def _output_kernel(
     y_ptr, mass_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr, ra_ptr, rw_ptr,
     h_ptr, r_ptr, order_ptr, seq_ptr, rseq_ptr, length, H, Gx, Gb, Gc, P, N, num_chunks, S, least,

@@ -89,7 +89,7 @@ def _store_rows(ptr, rows, h, H, size, value, valid, BLOCK: tl.constexpr):
     tl.store(ptr + (rows * H + h)[:, None] * size + offs[None, :], value, mask=valid[:, None] & (offs < size)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_chunks"])
 def _bwd_kernel(
     dx_ptr, db_ptr, dc_ptr, drb_ptr, drc_ptr, ddt_ptr, da_ptr, dw_ptr, rddt_ptr, rda_ptr, rdw_ptr, dd_ptr,
     dy_ptr, inverse_ptr, dot_ptr, own_ptr, x_ptr, b_ptr, c_ptr, rb_ptr, rc_ptr, d_ptr, dt_ptr, a_ptr, w_ptr, rdt_ptr,

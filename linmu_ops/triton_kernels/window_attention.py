@@ -106,7 +106,7 @@ def _sum_seen(weights, x, seen, CAUSAL: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_visual", "cos_rows"])
 def _fwd_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr, cos_ptr, sin_ptr,
     num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
@@ -167,7 +167,7 @@ def _weights(
     return p, tl.where(seen, p * (dp - delta[:, None]), 0.0), seen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_visual", "cos_rows"])
 def _dq_kernel(
     dq_ptr, dout_ptr, delta_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr, cos_ptr,
     sin_ptr, num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
@@ -195,7 +195,7 @@ def _dq_kernel(
         _store_rows(dq_ptr, token_i, there_i, head, H, P, dq * scale, BLOCK_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_visual", "cos_rows"])
 def _dkv_kernel(
     dk_ptr, dv_ptr, dout_ptr, delta_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr,
     cos_ptr, sin_ptr, num_tokens, num_visual, H, G, P, R, cos_rows, table, scale,
@@ -227,7 +227,7 @@ def _dkv_kernel(
         _store_rows(dv_ptr, token_j, there_j, group, G, P, dv, BLOCK_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_visual", "cos_rows", "num_windows"])
 def _dbias_kernel(
     dbias_ptr, dout_ptr, delta_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, tokens_ptr, offsets_ptr, coords_ptr, bias_ptr,
     cos_ptr, sin_ptr, num_tokens, num_visual, H, G, P, R, cos_rows, table, scale, num_windows,
