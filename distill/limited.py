@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from linmu_models.cache import cache_bytes
+from linmu_models.cache import cache_bytes, output_cache
 from linmu_models.hooks import attention_modules
 
 from .speed import text_prompt
@@ -110,7 +110,7 @@ def kept_bytes(model: PreTrainedModel, tokenizer: Any, length: int) -> int:
         **inputs, max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
     )  # fmt: skip
-    return cache_bytes(cast(Any, out).past_key_values)
+    return cache_bytes(output_cache(out))
 
 
 def equal_tokens(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any) -> int:

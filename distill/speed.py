@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from linmu_models.cache import cache_bytes
+from linmu_models.cache import cache_bytes, output_cache
 
 from .config import EvaluationConfig
 from .sources import fits_tasks
@@ -68,7 +68,7 @@ def _measured(models: dict[str, PreTrainedModel], tokenizer: Any, options: Evalu
                         torch.cuda.synchronize()
                     marks.append(time.perf_counter() - began)
                 times[name].append((marks[0], marks[1] - marks[0]))
-                sizes[name] = cache_bytes(out.past_key_values)
+                sizes[name] = cache_bytes(output_cache(out))
         for name, measured in times.items():
             first, rest = (sorted(values)[1] for values in zip(*measured, strict=True))
             rows.append(

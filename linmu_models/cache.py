@@ -282,6 +282,11 @@ def cache_argument(module: Any) -> str:
     return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
 
 
+def output_cache(out: Any) -> Any:
+    """The cache in what a model or `generate` returns. transformers 5.24 renamed it, and warns of the old name."""
+    return out.cache if hasattr(out, "cache") else getattr(out, "past_key_values", None)
+
+
 def copied(tensor: Tensor) -> Tensor:
     """A copy without a history, also of a tensor that was made in inference mode."""
     with torch.inference_mode(False), torch.no_grad():

@@ -19,7 +19,7 @@ from transformers import AutoConfig, CompileConfig, GenerationMixin, TextStreame
 
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
-from .cache import cache_bytes
+from .cache import cache_bytes, output_cache
 from .chat import ChatProcessor, to_model
 from .config import auto_class, parse_options
 from .convert import check_generic, convert, family_of
@@ -309,7 +309,7 @@ def generate_text(
         len(new),
         first - began,
         (len(new) - 1) / (last - first) if len(new) > 1 else None,
-        0 if out.past_key_values is None else cache_bytes(out.past_key_values),
+        0 if (cache := output_cache(out)) is None else cache_bytes(cache),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import cache_argument
+from .cache import cache_argument, output_cache
 from .chat import ChatProcessor
 from .snapshot import CacheSnapshot
 from .states import CacheValue, new_cache
@@ -27,7 +27,7 @@ def keep_conversation(
     Raises:
         ValueError: the cache is not one of ours.
     """
-    cache = out.past_key_values
+    cache = output_cache(out)
     if not isinstance(cache, CacheValue):
         raise ValueError(
             f"generate: save_state must be left out without a cache of LinMU's, got {type(cache).__name__}"

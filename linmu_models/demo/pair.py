@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache import cache_bytes
+from ..cache import cache_bytes, output_cache
 from ..chat import ChatProcessor
 from ..convert import convert
 from ..generate import generate_text, load
@@ -143,7 +143,7 @@ def _watched(model: Any, stop: threading.Event, say: Callable[..., None]) -> Ite
     def called(_module: Any, _args: Any, out: Any) -> None:
         nonlocal calls
         calls += 1
-        cache, seconds = getattr(out, "past_key_values", None), time.perf_counter() - began[0]
+        cache, seconds = output_cache(out), time.perf_counter() - began[0]
         facts = {"tokens": calls, "seconds": seconds, "bytes": 0 if cache is None else cache_bytes(cache)}
         if calls == 1:
             say("read", growth=[] if cache is None else growth(cache), **facts)
