@@ -166,10 +166,11 @@ function compare() {
   const [cache, state] = SIDES.map((side) => dots.findLast((dot) => dot.side === side));
   if (!cache || !state || !cache.bytes || !state.bytes) return;
   const times = cache.bytes / state.bytes;
-  const how = times >= 1 ? `${times.toFixed(1)} times smaller` : `${(1 / times).toFixed(1)} times larger`;
+  const more = Math.max(times, 1 / times).toFixed(1);
+  const how = more === "1.0" ? "about as large as" : `${more} times ${times > 1 ? "smaller" : "larger"} than`;
   const tokens = state.tokens.toLocaleString("en");
   $("chart-says").textContent =
-    `After ${tokens} tokens${seen ? " of " + seen + " and words" : ""}, the student's state is ${how} than the ` +
+    `After ${tokens} tokens${seen ? " of " + seen + " and words" : ""}, the student's state is ${how} the ` +
     "teacher's cache. Ask about clips of other lengths: each question leaves a dot.";
 }
 
