@@ -61,7 +61,7 @@ def _first_reason(error: BaseException) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small text file; a reader sees the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -248,7 +248,7 @@ class CheckpointStore:
         """Why the checkpoint at `step` cannot be used; None when it is whole."""
         folder = self.folder / f"step-{step:09d}"
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text())
+            manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
             for name, facts in manifest["files"].items():
                 path = folder / Path(name).name
                 if path.stat().st_size != facts["bytes"]:
@@ -277,7 +277,7 @@ class CheckpointStore:
                 passed_over.append(problem)
                 continue
             folder = self.folder / f"step-{step:09d}"
-            names = json.loads((folder / _MANIFEST).read_text())["files"]
+            names = json.loads((folder / _MANIFEST).read_text("utf-8"))["files"]
             small = [Path(name).name for name in names if not name.endswith(".safetensors")]
             return step, {name: load_data(folder / name) for name in small}, passed_over
         return 0, {}, passed_over

@@ -356,5 +356,5 @@ def write_report(
         "",
     ]
     path = folder / "report.md"
-    path.write_text("\n".join(parts))
+    path.write_text("\n".join(parts), "utf-8")
     return path

@@ -477,7 +477,7 @@ class StageTrainer:
                     break
                 kept.append(json.dumps(record) + "\n")
         write_atomically(self.metrics_path, "".join(kept))
-        with self.metrics_path.open("a") as file:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
 
             def write(record: dict[str, float]) -> None:
                 file.write(json.dumps(record) + "\n")

@@ -49,12 +49,12 @@ class TransferReport:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every row as JSON; a file that is there stays whole until the new one is."""
         new = Path(f"{os.fspath(path)}.new")
-        new.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        new.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
         new.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TransferReport:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text("utf-8"))
         return cls(**{**values, "rows": [TensorRow(**row) for row in values["rows"]]})
 
     def __str__(self) -> str:

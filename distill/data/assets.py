@@ -71,7 +71,7 @@ def words(split: str) -> tuple[str, ...]:
 
 
 def _listed(name: str) -> tuple[str, ...]:
-    return tuple((Path(__file__).parent / name).read_text().split())
+    return tuple((Path(__file__).parent / name).read_text("utf-8").split())
 
 
 @cache

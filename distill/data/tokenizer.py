@@ -77,4 +77,4 @@ def save_processor(folder: Path, vision: Any) -> None:
         "image_std": [0.5] * 3,
         "size": {"shortest_edge": side**2, "longest_edge": 4096 * side**2},
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
