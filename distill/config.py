@@ -27,15 +27,17 @@ from linmu_ops.nn import ExactConfig, MMATEConfig
 from .data.tasks import GROUPS, NEEDLE_FRAMES, TASKS
 from .stages import PRESETS, Stage, alone
 
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-Weight = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+# As TOML writes them: a number or a switch that is quoted is a mistake, and so is a switch in a number's place. What is
+# beyond the limits would end a run, at a place that does not name the key.
+Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Weight = Annotated[float, Field(ge=0, lt=1e30, strict=True)]
+Rate = Annotated[float, Field(gt=0, lt=1e30, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 Spread = Literal["ddp", "fsdp"]
 EVALUATION_SEED = 2024  # fixed, so that runs are asked the same questions
 _BLOCK = 8  # samples; so many are cheap, and a share of so few means little
-Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
-"""Names a folder, which must not be the one above."""
 
 
 class ConfigError(ValueError):
@@ -44,6 +46,18 @@ class ConfigError(ValueError):
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# pydantic names the chosen kind of a value among the keys of an error; no key of a file is so called.
+_ALONE, _SEVERAL, _TASKS, _RECORDS = _KINDS = ("\0alone", "\0several", "\0tasks", "\0records")
+
+
+def _alone_or_several(value: Any) -> str:
+    return _SEVERAL if isinstance(value, list | tuple | dict) else _ALONE
+
+
+# A value, or a list or table of such: which of them is meant is seen before it is checked, so a mistake has one line.
+Either = Discriminator(_alone_or_several)
 
 
 def _check_groups(name: str, groups: Iterable[str]) -> None:
@@ -56,7 +70,7 @@ class TaskData(_Table):
 
     mixture: Annotated[dict[str, Rate], Field(min_length=1)] = dict.fromkeys(GROUPS, 1.0)
     """How often each task group is drawn, against the others."""
-    batch_size: Positive | dict[str, Positive] = 16
+    batch_size: Annotated[Annotated[Positive, Tag(_ALONE)] | Annotated[dict[str, Positive], Tag(_SEVERAL)], Either] = 16
     """Samples of a batch: one number for all groups, or one for each group. A batch of needles has fewer where their
     videos are long."""
     needle_frames: tuple[Positive, Positive] = NEEDLE_FRAMES
@@ -91,7 +105,9 @@ class SetConfig(_Table):
     """Glob patterns of the parquet, JSON or text files. `**` reaches into folders."""
     folder: str | None = None
     """The folder of the images or videos that the files name."""
-    weight: Rate | tuple[Weight, Weight, Weight] = 1.0
+    weight: Annotated[
+        Annotated[Rate, Tag(_ALONE)] | Annotated[tuple[Weight, Weight, Weight], Tag(_SEVERAL)], Either
+    ] = 1.0
     """How often a batch is of this set, against the other sets. Three numbers are the weights in stages 1 to 3; 0
     leaves the set out of a stage."""
 
@@ -104,7 +120,7 @@ class RecordData(_Table):
     max_tokens: Positive = 8192
     """The most tokens of a batch, padding included. A longer sample is left out and counted. Plain text is cut into
     pieces of this length."""
-    packing: bool = False
+    packing: Switch = False
     """A batch is one row of several samples, without padding. Each sample trains as if it were alone. Otherwise each
     sample is a row, padded to the longest. `[evaluation.held_out]` is never packed."""
     frames: Positive = 64
@@ -146,16 +162,16 @@ class RecordData(_Table):
 
 
 def _kind(value: Any) -> str:
-    return "records" if isinstance(value, RecordData) or (isinstance(value, dict) and "sets" in value) else "tasks"
+    return _RECORDS if isinstance(value, RecordData) or (isinstance(value, dict) and "sets" in value) else _TASKS
 
 
-DataConfig = Annotated[Annotated[TaskData, Tag("tasks")] | Annotated[RecordData, Tag("records")], Discriminator(_kind)]
+DataConfig = Annotated[Annotated[TaskData, Tag(_TASKS)] | Annotated[RecordData, Tag(_RECORDS)], Discriminator(_kind)]
 
 
 class EvaluationConfig(_Table):
     """What is measured: exact match on the built-in tasks, distance to the teacher on held-out data, and speed."""
 
-    samples: Count | dict[str, Count] = 200
+    samples: Annotated[Annotated[Count, Tag(_ALONE)] | Annotated[dict[str, Count], Tag(_SEVERAL)], Either] = 200
     """Questions of each task group that the teacher and the finished student are asked. A table gives a number for each
     group that it names, and leaves out the others; a number alone is of the five groups that the shipped teacher knows.
     0 turns this off. Before training and between stages about a quarter of them is asked."""
@@ -230,7 +246,7 @@ class Config(_Table):
     """Options of the block that differ from the preset's: fields of `linmu_ops.nn.ExactConfig`, or of `MMATEConfig`.
     `keep_attention` is a list of decoder layers that stay quadratic; negative numbers count from the end. Once read,
     this holds every option: a run is not resumed when the library's defaults have changed."""
-    seed: Count = 0
+    seed: Seed = 0
     """Sets the new parameters and the training data."""
     data: DataConfig = TaskData()
     """Training data: built-in tasks, or data sets."""
@@ -238,9 +254,11 @@ class Config(_Table):
     """Of the teacher's weights and of matrix products. What is trained is always float32."""
     gradient_accumulation: Positive = 1
     """Batches of each process in a step."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False
     """Saves memory in stages whose blocks get the student's own inputs: the backward pass runs each layer again."""
-    parallel: Spread | tuple[Spread, Positive] = "ddp"
+    parallel: Annotated[Annotated[Spread, Tag(_ALONE)] | Annotated[tuple[Spread, Positive], Tag(_SEVERAL)], Either] = (
+        "ddp"
+    )
     """With several processes: a whole student in each (`ddp`), or a part in each (`fsdp`, FSDP2). `["fsdp", 4]`: and 4
     processes share each row, of which each works on a part of the tokens."""
     max_new_tokens: Positive = 64
@@ -268,7 +286,7 @@ class Config(_Table):
     @field_validator("output")
     @classmethod
     def _check_output(cls, output: str) -> str:
-        if Path(output).name in ("", ".."):
+        if Path(output).name.strip() in ("", "..") or "\0" in output:
             raise ValueError(f"must be the run's own folder, as in runs/demo, got {output!r}")
         return output
 
@@ -426,7 +444,7 @@ def load_values(path: str | Path) -> dict[str, Any]:
     if not isinstance(path, str | Path):
         raise TypeError(f"a configuration must be the path of a TOML file, got {path!r}")
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -469,8 +487,7 @@ def describe(error: ValidationError, source: str) -> str:
     """A line for each mistake, with its key."""
     lines = []
     for problem in error.errors():
-        # pydantic names the kind of a data table among the keys.
-        key = ".".join(str(part) for part in problem["loc"] if part not in ("tasks", "records"))
+        key = ".".join(str(part) for part in problem["loc"] if part not in _KINDS)
         unknown = problem["type"] == "extra_forbidden"
         said = problem["msg"].removeprefix("Value error, ")
         if unknown:
