@@ -121,6 +121,8 @@ def convert(
     options = {}
     for item in option or ():
         name, _, value = item.partition("=")
+        if name in options:
+            stop(f"--option must be given once for each name, got {name} again")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
