@@ -118,8 +118,12 @@ def opened(source: Source, kind: str) -> Iterator[BinaryIO]:
         except MemoryError as error:
             raise UnreadableError(f"{kind} larger than the memory") from error
         except Exception as error:
-            file.seek(0)
-            raise UnreadableError(f"{kind} {_verdict(file.read(4096), kind)}") from error
+            try:
+                file.seek(0)
+                head = file.read(4096)
+            except OSError as broken:  # a disk or a network that fails
+                raise UnreadableError(f"{kind} cannot be read: {broken.strerror}") from broken
+            raise UnreadableError(f"{kind} {_verdict(head, kind)}") from error
 
 
 # How files begin, and what they are. Where two match, the first is right.

@@ -264,3 +264,10 @@ def test_memory_that_runs_out_is_a_reason(monkeypatch):
     monkeypatch.setattr(Image, "alpha_composite", full)
     with pytest.raises(UnreadableError, match=r"^image larger than the memory$"):
         read_image(made.saved(Image.new("L", (64, 48)), "PNG"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that fails when it is read")
+@pytest.mark.parametrize("kind", READERS)
+def test_a_disk_that_fails_is_a_reason(kind):
+    """Its bytes have places that cannot be read, and the first is one of them."""
+    assert refusal(kind, "/proc/self/mem") == f"{kind} cannot be read: Input/output error"
