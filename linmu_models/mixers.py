@@ -88,6 +88,7 @@ def _states(
         or hidden_states.shape[1] != 1
         or hidden_states.device.type != "cpu"
         or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or mixer.activation not in ("silu", "swish")
         or "_hf_hook" in vars(mixer.conv1d)  # accelerate brings its weights when a forward is called
@@ -110,11 +111,12 @@ def _states(
     fits = mixer.conv1d.weight.shape[-1] - 1 <= min(window.shape[2], WIDEST - 1)
     if not fits or window.dtype != hidden_states.dtype or state.dtype != torch.float32:
         return None
+    for written in (window, state):
+        _registry.mark_written(written)
     return window.mT, state
 
 
 def _convolve(mixer: Any, window: Tensor, x: Tensor) -> Tensor:
-    _registry.mark_written(window)
     weight, bias = mixer.conv1d.weight.squeeze(1).float(), mixer.conv1d.bias
     out: Tensor = _registry.call(
         "causal_conv1d_step", x, window, x, weight, None if bias is None else bias.float(), True

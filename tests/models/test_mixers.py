@@ -65,6 +65,23 @@ def test_other_implementations_serve_a_decoded_token(family):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_5"])
+@torch.no_grad()
+def test_a_token_under_autocast(family):
+    """After a prompt without it."""
+    model, tokens = model_of(family), ids(length=10)
+    out = model(input_ids=tokens[:, :9], use_cache=True)
+    name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(input_ids=tokens[:, 9:], use_cache=True, **{name: copy.deepcopy(out[name])}).logits
+
+    want = run()
+    with accelerate_transformers(model):
+        torch.testing.assert_close(run(), want, rtol=0.05, atol=0.02)
+
+
 # Of more tokens of the delta rule transformers' own backward pass fails there.
 @pytest.mark.parametrize(("family", "length"), [("mamba2", 1), ("mamba2", 3), ("qwen3_5", 1), ("qwen3_next", 1)])
 def test_gradients_after_a_cache(family, length):
