@@ -1,6 +1,6 @@
 """`python -m bench.models.accelerated`: transformers' own linear layers, plain and on our kernels.
 
-    python -m bench.models.accelerated [--family qwen3_5] [--tokens 4096] [--seconds 3] [--no-write]
+    python -m bench.models.accelerated [--family qwen3_5] [--part core] [--tokens 4096] [--seconds 3] [--no-write]
 
 For each family a model of four layers with random weights, as wide as the small published ones. Three things are
 timed, of a prompt and of a token after it: the *core* of a linear layer (convolution, scan, norm; its projections give
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +35,8 @@ from linmu_ops._tables import markdown
 PLAIN, OURS, BOUND = "transformers", "accelerated", "bound"
 HERE = Path(__file__).parents[1]
 BEFORE = 256  # tokens before a decoded one
-STEPS = {"core": 16, "decoder": 4, "model": 4}  # decoded tokens of a sample
+# Decoded tokens of a sample. It begins with putting our functions in place, and Python then learns their types anew.
+STEPS = {"core": 64, "decoder": 4, "model": 4}
 LIMIT = 2e-3  # of the largest value: how far results may lie apart
 
 _HYBRID = ["linear_attention"] * 3 + ["full_attention"]
@@ -210,11 +211,13 @@ def _within(variant: str, model: Any, run: Callable[[], Any]) -> Callable[[], An
 
 
 @torch.no_grad()
-def measure(family: str, tokens: int, seconds: float, small: bool = False) -> Iterator[Row]:
+def measure(
+    family: str, tokens: int, seconds: float, small: bool = False, parts: Sequence[str] = tuple(STEPS)
+) -> Iterator[Row]:  # fmt: skip
     """Rows of one family, as they come; results are compared before they are timed."""
     model = build(family, small)
     found = functions(model, tokens)
-    for part, kind in sorted(dict.fromkeys((part, kind) for part, kind, _ in found)):
+    for part, kind in sorted({(part, kind) for part, kind, _ in found if part in parts}):
         mine = {variant: run for (p, k, variant), run in found.items() if (p, k) == (part, kind)}
         plain, ours = (_tensor(mine[name]()) for name in (PLAIN, OURS))
         apart = float((plain - ours).abs().max() / plain.abs().max())
@@ -274,6 +277,7 @@ def write_page(rows: list[Row], folder: Path) -> Path:
 
 def main(
     family: Annotated[list[str] | None, typer.Option(help="Families; all if none is named.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="core, decoder, model; all if none is named.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Of the prompt.")] = 4096,
     seconds: Annotated[float, typer.Option(min=0, help="Of samples, for each variant.")] = 3.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if left out.")] = None,
@@ -282,16 +286,19 @@ def main(
 ) -> None:
     """transformers' linear layers, plain and accelerated."""
     check_named("family", family, SIZES)
+    check_named("part", part, STEPS)
     if threads:
         torch.set_num_threads(threads)
     timing.keep_memory()
     place, file = where("cpu"), results / "float32.jsonl"
-    chosen = family or list(SIZES)
-    for name in chosen:
-        rows = [row for row in read_lines(file, ("family",)) if row["family"] != name] if file.exists() else []
+    parts = part or list(STEPS)
+    for name in family or SIZES:
+        old = read_lines(file, ("family", "part")) if file.exists() else []
+        rows = [row for row in old if row["family"] != name or row["part"] not in parts]
         file.parent.mkdir(parents=True, exist_ok=True)
-        for row in measure(name, tokens, seconds):
+        for row in measure(name, tokens, seconds, parts=parts):
             rows.append(row | place)
+            rows.sort(key=lambda row: (list(SIZES).index(row["family"]), row["part"], row["kind"]))
             write_atomically(file, "".join(json.dumps(one) + "\n" for one in rows))
             page = write_page(rows, reports)
     print(page)
