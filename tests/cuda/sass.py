@@ -142,16 +142,16 @@ def count(code: list[Instruction]) -> Counter[str]:
     return found
 
 
-def kernels(library: Path, tool: str, wanted: str) -> dict[str, Kernel]:
-    """Of a library for one architecture, those whose mangled names match."""
+def kernels(library: Path, tool: str, names: list[str]) -> dict[str, Kernel]:
+    """Of a library for one architecture, those of these mangled names: all of them would take three times as long."""
     path = f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # nvdisasm lies beside it
-    command = [tool, "-sass", str(library)]
+    command = [tool, "-sass", "-fun", ",".join(names), str(library)]
     text = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True).stdout
     found: dict[str, Kernel] = {}
     kernel = pending = None
     for line in text.splitlines():
         if name := re.match(r"\s*Function : (\S+)", line):
-            kernel = found.setdefault(name[1], Kernel(name[1])) if re.search(wanted, name[1]) else None
+            kernel = found.setdefault(name[1], Kernel(name[1]))
         elif kernel and (first := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16} \*/", line)):
             pending = int(first[1], 16), first[2].strip()
         elif kernel and pending and (second := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):

@@ -30,6 +30,7 @@ class Hot:
     static: int  # instructions of the loop, at most
     cycles: int
     some: bool = False  # the loop holds some instructions of the first name, not all of them
+    narrow: int = 0  # accesses of shared memory by two bytes, in the loop
 
 
 def slices(panels: int, make: int, reverse: int, parts: int, tensor: int, waits: int, static: int, cycles: int) -> Hot:
@@ -58,7 +59,7 @@ HOT = {
     "slice, both, exact": slices(2, 5, 0, 3, tensor=116, waits=15, static=4830, cycles=8421),
     "states": Hot(
         "states_kernelINS_4bf16ELi64E", ("HMMA", "LDGSTS"), "LDGSTS|HMMA|STS", r"STG|U16",
-        tensor=32, waits=0, static=2900, cycles=3575,
+        tensor=32, waits=0, static=2900, cycles=3575, narrow=24,
     ),
     "window": Hot(
         "warpgroup_forward_kernelINS_4bf16ELi128ELb1E", ("HGMMA",), "HGMMA|EX2", "LDG",
@@ -85,8 +86,9 @@ def code():
     if tool is None:
         pytest.skip("needs cuobjdump (package nvidia-cuda-cuobjdump)")
     options = dict(LINMU_CUDA="ON", LINMU_CUDA_ARCHS="90a-real", CMAKE_CUDA_FLAGS="-Xptxas=-v")
-    library, _ = build("linmu_cuda", "linmu_cuda_sm_90a", **options)
-    return sass.kernels(library, tool, "|".join(hot.kernel for hot in HOT.values()))
+    library, log = build("linmu_cuda", "linmu_cuda_sm_90a", **options)
+    names = re.findall(r"Compiling entry function '(\w+)'", log)
+    return sass.kernels(library, tool, [n for n in names if any(hot.kernel in n for hot in HOT.values())])
 
 
 @pytest.mark.parametrize("name", HOT)
@@ -99,6 +101,7 @@ def test_hot_loop(name, code):
     assert found["wait"] == hot.waits  # one for each product would be one after another
     assert found["LDL"] == found["STL"] == 0
     assert found["I2F"] == 0  # a division
+    assert found["LDS.U16"] + found["STS.U16"] == hot.narrow
     assert len(loop) <= hot.static
     cycles, instructions = kernel.cycles(loop, hot.through, hot.avoid)
     print(f"{name}: {instructions} of {len(loop)} instructions, {cycles} cycles")
