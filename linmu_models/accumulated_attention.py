@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -119,6 +119,13 @@ def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
             handle.remove()
         for module in modules:
             _lengths.pop(module, None)
+
+
+def replace_recorded(module: nn.Module, change: Callable[[Tensor], Tensor], none: Tensor) -> None:
+    """Put what `change` makes of it in the place of what was recorded of a layer, `none` where it has not run; nothing
+    where it is not to be recorded."""
+    if module in _asking:
+        _found[module] = change(_found.get(module, none))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from .modeling import LinmuModel
 # What a decoder is given of each token, and the dimension of the tokens.
 _PER_TOKEN = {
     "input_ids": 1, "inputs_embeds": 1, "attention_mask": 1, "per_layer_inputs": 1, "position_ids": -1,
-    "cache_position": 0,
+    "cache_position": 0, "seq_idx": 1,
 }  # fmt: skip
 _DEEPSTACK = ("visual_pos_masks", "deepstack_visual_embeds")  # Qwen3-VL's, of the visual tokens alone
 # These read the length of the row off the positions that they are given.
@@ -65,7 +65,7 @@ def split_rows(model: LinmuModel, context: ContextParallel) -> Iterator[None]:
     check_splits(model)
 
     def slab(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, _slab_of(kwargs, context)
+        return args, _linmu_slab(kwargs, context)
 
     # After the one that finds the layout, which the model has had from the start.
     handle = decoder_of(model).register_forward_pre_hook(slab, with_kwargs=True)
@@ -84,9 +84,21 @@ def split_inputs(inputs: LinmuInputs, batch: int, context: ContextParallel) -> L
     return dataclasses.replace(inputs, layout=slab, padding=padding, seq_idx=seq_idx, context=context)
 
 
-def _slab_of(kwargs: dict[str, Any], context: ContextParallel) -> dict[str, Any]:
-    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    if tokens is None or kwargs.get("linmu") is None:
+def _tokens_of(kwargs: Mapping[str, Any]) -> Any:
+    return kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+
+
+def _linmu_slab(kwargs: dict[str, Any], context: ContextParallel) -> dict[str, Any]:
+    found, linmu = slab_inputs(kwargs, context), kwargs.get("linmu")
+    if linmu is None:
+        raise ValueError("linmu: a decoder of split rows must be called by its model, which finds the layout, got none")
+    return {**found, "linmu": split_inputs(linmu, len(_tokens_of(kwargs)), context)}
+
+
+def slab_inputs(kwargs: dict[str, Any], context: ContextParallel, whole: Sequence[str] = ()) -> dict[str, Any]:
+    """Of what a decoder is given of whole rows, what it is given of a slab; what `whole` names stays as it is."""
+    tokens = _tokens_of(kwargs)
+    if tokens is None:
         raise ValueError("linmu: a decoder of split rows must be given input_ids or inputs_embeds by name, got neither")
     if tokens.shape[1] != context.length:
         raise ValueError(f"linmu: rows must have L={context.length} tokens to be split, got {tokens.shape[1]}")
@@ -94,12 +106,12 @@ def _slab_of(kwargs: dict[str, Any], context: ContextParallel) -> dict[str, Any]
         raise ValueError("linmu: cache must be None where rows are split over processes, got one")
     if kwargs.get("use_cache"):
         raise ValueError("linmu: use_cache must be False where rows are split over processes, got True")
-    found = {**kwargs, "use_cache": False, "linmu": split_inputs(kwargs["linmu"], len(tokens), context)}
+    found = {**kwargs, "use_cache": False}
     if kwargs.get("position_ids") is None:
         found["position_ids"] = torch.arange(context.length, device=tokens.device).expand(len(tokens), -1)
     for name, dim in _PER_TOKEN.items():
         value = found.get(name)
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name not in whole:
             found[name] = context.shard(value, dim % value.dim())
     if kwargs.get(_DEEPSTACK[0]) is not None:
         found |= _deepstack_of(kwargs, context)

@@ -98,6 +98,26 @@ class ContextParallel:
         every = self.all_gather(padded).unflatten(0, (self.size, widest))
         return torch.cat([every[r, :n] for r, n in enumerate(self.lengths)]).movedim(0, dim)
 
+    def resplit(self, t: Tensor, other: ContextParallel) -> Tensor:
+        """(B, m, ...): this rank's slab by another split, of t (B, slab, ...) by this one. Rows of the other may be
+        longer: of tokens that there are not, no slab has any."""
+        ends = [min(end, self.length) for end in other.bounds]
+
+        def common(holder: int, taker: int) -> tuple[int, int]:
+            first = max(self.bounds[holder], ends[taker])
+            return first, max(min(self.bounds[holder + 1], ends[taker + 1]), first)
+
+        given = [common(self.rank, taker) for taker in range(self.size)]
+        counts = [last - first for first, last in (common(holder, self.rank) for holder in range(self.size))]
+        parts = [t[:, first - self.start : last - self.start] for first, last in given]
+        each = t.shape[0] * math.prod(t.shape[2:])
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        came = self.exchange(sent, [part.numel() for part in parts], [each * n for n in counts])
+        pieces = came.split([each * n for n in counts])
+        return torch.cat(
+            [piece.view(t.shape[0], n, *t.shape[2:]) for piece, n in zip(pieces, counts, strict=True)], dim=1
+        )
+
     def check(self, op: str, name: str, t: Tensor, dim: int = 1) -> None:
         """Raise ValueError unless t has this rank's tokens in `dim`; RuntimeError where PyTorch's transforms, which
         know of one process, would take derivatives."""
