@@ -14,6 +14,7 @@ from linmu_models.accumulated_attention import each_alone
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs, replace_inputs
 from linmu_models.layout import LinmuInputs
 from linmu_models.modeling import LinmuModel
+from linmu_models.split_attention import split_attention, why_whole
 from linmu_models.split_rows import split_inputs, split_rows
 from linmu_ops.context_parallel import ContextParallel
 
@@ -40,24 +41,35 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self, batch: Batch, hidden: bool, inputs: bool, reading: bool, part: Callable[[Tensor], Tensor] | None = None
+        self, batch: Batch, hidden: bool, inputs: bool, reading: bool, context: ContextParallel | None = None
     ) -> tuple[Tensor, list[Tensor], list[Batch], list[Tensor] | None]:
         """Run the teacher on a batch.
 
+        Args:
+            context: how rows are split. All that is returned is then of this process's slab, and so is the work, unless
+                there is a reason why the teacher cannot share it (`why_whole`).
+
         Returns:
-            The final hidden states `(B, L, D)`. The outputs and the inputs of attention at `layers`, where asked for,
-            or what `part` gives of each. What answers read (see `record_reading`), where asked for.
+            The final hidden states `(B, L, D)`. The outputs and the inputs of attention at `layers`, where asked for.
+            What answers read (see `record_reading`), where asked for.
         """
         modules = [attention_modules(self.model)[i] for i in self.layers]
         packed = batch.get("seq_idx")
+        shared = context if context is not None and why_whole(self.model) is None else None
+
+        def slab(t: Tensor) -> Tensor:
+            """A copy: a view would hold the whole."""
+            return t if context is None or shared is not None else t[:, context.start : context.stop].clone()
+
         with (
             nullcontext() if packed is None else each_alone(self.model, packed),
-            record_outputs(modules if hidden else [], part) as outputs,
-            record_inputs(modules if inputs else [], part) as seen,
-            record_reading(self.model, self.layers, batch) if reading else nullcontext() as read,
+            record_outputs(modules if hidden else [], slab) as outputs,
+            record_inputs(modules if inputs else [], slab) as seen,
+            record_reading(self.model, self.layers, batch, shared) if reading else nullcontext() as read,
+            nullcontext() if shared is None else split_attention(self.model, shared),
         ):
             states = self.model.model(**model_inputs(batch), use_cache=False).last_hidden_state
-        return states, outputs, seen, read
+        return slab(states), outputs, seen, None if read is None else [slab(weights) for weights in read]
 
 
 @dataclass
@@ -280,7 +292,7 @@ def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: St
 
     Args:
         student: says where its visual tokens are.
-        group: the processes that share each row, as `ContextParallel` takes them. The teacher sees whole rows in each.
+        group: the processes that share each row, as `ContextParallel` takes them.
     """
     asked = on_device(micro.asked, device)
     batch = asked if micro.batch is micro.asked else on_device(micro.batch, device)
@@ -288,25 +300,26 @@ def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: St
     learns_hidden = "hidden" in stage.losses
     context = None if group is None else _split(batch, group)
     kept = kept_positions(asked["labels"], asked.get("seq_idx"))
-
-    def slab(t: Tensor) -> Tensor:
-        """A copy: a view would hold the whole."""
-        return t if context is None else t[:, context.start : context.stop].clone()
-
-    def part(
-        states: Tensor, hidden: list[Tensor], inputs: list[Batch], kinds: dict[str, Tensor | list[Tensor]]
-    ) -> Part:
-        states = states if context is None else states[kept.within(context.start, context.stop)]
-        return Part(batch, len(same), states, hidden, inputs, kinds, same, micro.counts, context)
-
     if micro.states is not None and not learns_hidden:
-        return part(micro.states, [], [], {})
+        known = micro.states if context is None else micro.states[kept.within(context.start, context.stop)]
+        return Part(batch, len(same), known, [], [], {}, same, micro.counts, context)
     reads = learns_hidden and stage.average == "read"
     by_teacher = stage.block_input == "teacher"
-    states, hidden, inputs, reading = teacher(asked, learns_hidden, by_teacher, reads, slab if context else None)
+    # With the teacher's own answers behind it, a batch may be longer than what was asked, and its slabs too.
+    longer = context is not None and context.length != asked["input_ids"].shape[1]
+    split = _split(asked, group) if longer else context
+    states, hidden, inputs, reading = teacher(asked, learns_hidden, by_teacher, reads, split)
+    if context is not None and split is not None and longer:
+        move = partial(split.resplit, other=context)
+        states, hidden, reading = move(states), list(map(move, hidden)), reading and list(map(move, reading))
+        inputs = [{"hidden_states": move(given["hidden_states"])} for given in inputs]
     kinds = hidden_kinds(student, asked, reading) if hidden else {}
-    kinds = {kind: slab(w) if isinstance(w, Tensor) else [slab(each) for each in w] for kind, w in kinds.items()}
-    return part(kept.select(states), hidden, inputs, kinds)
+    if context is not None:
+        here = slice(context.start, context.stop)
+        kept = kept.slab(context.start, context.stop)
+        # What is read is of the slab already.
+        kinds = {kind: w[:, here].clone() if isinstance(w, Tensor) else w for kind, w in kinds.items()}
+    return Part(batch, len(same), kept.select(states), hidden, inputs, kinds, same, micro.counts, context)
 
 
 def _split(batch: Batch, group: Any) -> ContextParallel:

@@ -9,8 +9,9 @@ arithmetic.
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ from linmu_models.config import auto_class, sees_images
 from linmu_models.generate import check_model_name
 from linmu_models.hooks import attention_modules, record_inputs, record_outputs
 from linmu_models.layout import LinmuInputs
-from linmu_models.modeling import LinmuModel
 from linmu_models.parts import read_parts
+from linmu_models.split_attention import split_attention, why_whole
 from linmu_ops import TokenLayout
+from linmu_ops.context_parallel import ContextParallel
 from linmu_ops.nn import ExactConfig
 
 from .config import Config, RecordData
@@ -357,7 +359,7 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
             before = live.now
             pixels = torch.empty(work.pixels, dtype=torch.uint8)
             with cast:
-                part = _assemble(teacher, student, layers, stage, work, mine, dtype)
+                part = _assemble(teacher, layers, stage, work, mine, dtype, config.context)
             if objective.by_block:
                 shared = LinmuInputs(mine.layout)
                 weights = torch.empty(mine.rows, mine.length)
@@ -378,26 +380,38 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
                 loss.backward()
                 del loss, twice
             del pixels, part
-        attention = _attention_flops(teacher, work)
+        attention = _attention_flops(teacher, work, config.context)
         grads = 0 if accumulates else 4 * sum(p.numel() for p in trained)
         return live.peak - before - grads, live.flops + attention
 
 
-def _attention_flops(teacher: PreTrainedModel, work: Work) -> float:
-    """Of the teacher's causal attention, whose products are not run here."""
+def _attention_flops(teacher: PreTrainedModel, work: Work, context: int) -> float:
+    """Of the teacher's causal attention, whose products are not run here, on the process with the most heads."""
     parts = [read_parts(module) for module in attention_modules(teacher).values()]
-    return sum(2 * work.rows * work.length**2 * part.heads * part.head_dim for part in parts)
+    size = 1 if why_whole(teacher) else context
+    return sum(2 * work.rows * work.length**2 * -(-part.heads // size) * part.head_dim for part in parts)
+
+
+class _First(ContextParallel):
+    """The first of so many processes, which has the most to do. Nothing is sent."""
+
+    def __init__(self, size: int, length: int) -> None:
+        super().__init__(SimpleNamespace(rank=lambda: 0, size=lambda: size), length)
+
+    def exchange(self, rows: Tensor, to: list[int], of: list[int]) -> Tensor:
+        return rows.new_empty(sum(of), *rows.shape[1:])
 
 
 def _assemble(
-    teacher: PreTrainedModel, student: LinmuModel, layers: list[int], stage: Stage, work: Work, mine: Work,
-    dtype: torch.dtype,
-) -> Part:  # fmt: skip
-    """A micro-batch as `assemble` makes it, of tensors without values. The teacher sees all of `work`; a process keeps
-    `mine` of it."""
+    teacher: PreTrainedModel, layers: list[int], stage: Stage, work: Work, mine: Work, dtype: torch.dtype, context: int
+) -> Part:
+    """A micro-batch as `assemble` makes it, of tensors without values. A process keeps `mine` of it; the teacher sees
+    all of `work` where it cannot be shared."""
+    shared = context > 1 and why_whole(teacher) is None
+    split = split_attention(teacher, _First(context, work.length)) if shared else nullcontext()
 
     def kept_of(t: Tensor) -> Tensor:
-        return t if mine is work else t[:, : mine.length].clone()
+        return t if mine is work or shared else t[:, : mine.length].clone()
 
     hidden = "hidden" in stage.losses
     modules = [attention_modules(teacher)[i] for i in layers]
@@ -411,6 +425,7 @@ def _assemble(
             torch.no_grad(),
             record_outputs(modules if hidden else [], kept_of) as outputs,
             record_inputs(modules if stage.block_input == "teacher" else [], kept_of) as inputs,
+            split,
         ):
             states = decoder(inputs_embeds=_embeddings(teacher, work, dtype), use_cache=False).last_hidden_state
     finally:
@@ -422,7 +437,7 @@ def _assemble(
         mask = torch.empty(mine.rows, mine.length, dtype=torch.bool)
         kinds = {"tokens": mask}
         if found:
-            means = (kept_of(per_head.mean(1)) for per_head in found)
+            means = (per_head.mean(1)[:, : mine.length].clone() for per_head in found)
             read = dict(zip(attention_modules(teacher), means, strict=True))
             kinds = {"visual": mask, "text": ~mask, "read": [read[layer] for layer in layers]}
     return Part({}, work.rows, kept, outputs, inputs, kinds, torch.empty(work.rows, dtype=torch.bool), {})

@@ -14,6 +14,7 @@ from linmu_models.accumulated_attention import read_later, record_attention
 from linmu_models.attention import IN_FLOAT32
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.modeling import LinmuModel
+from linmu_ops.context_parallel import ContextParallel
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE
 
 from .config import Config, ConfigError
@@ -277,8 +278,13 @@ def store_parameters(blocks: Iterable[Block], trainable: Mapping[str, nn.Paramet
 
 
 @contextmanager
-def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch) -> Iterator[list[Tensor]]:
+def record_reading(
+    teacher: PreTrainedModel, layers: Sequence[int], batch: Batch, context: ContextParallel | None = None
+) -> Iterator[list[Tensor]]:
     """Record what answers read, while `teacher` runs once on a batch.
+
+    Args:
+        context: how `split_attention` splits the rows meanwhile: the weights are then of this process's slab.
 
     Yields:
         A list that is filled when the context ends. For each of `layers` it then holds weights of tokens, (B, L)
@@ -292,7 +298,8 @@ def record_reading(teacher: PreTrainedModel, layers: Sequence[int], batch: Batch
     attentions = attention_modules(teacher)
     with record_attention(teacher, list(attentions.values()), answers) as received:
         yield weights
-    every = dict(zip(attentions, read_later(received, answers), strict=True))
+    asking = answers if context is None else context.shard(answers)
+    every = dict(zip(attentions, read_later(received, asking), strict=True))
     weights.extend(every[layer] for layer in layers)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from linmu_models.generate import peak_memory
 from linmu_models.hooks import attention_modules
 from linmu_models.modeling import LinmuModel
+from linmu_models.split_attention import why_whole
 from linmu_ops import LinmuWarning
 
 from .checkpoint import CheckpointError, CheckpointStore, random_states, set_random_states, write_atomically
@@ -125,6 +126,11 @@ class StageTrainer:
         self._live_steps = 0
         self._seconds = 0.0
         self._sharing = sharing(self.accelerator, self.config.context)
+        if self._sharing.size > 1 and (why := why_whole(self.teacher.model)) and self.accelerator.is_main_process:
+            warnings.warn(
+                f"stage {self.stage.number}: each process that shares rows runs the teacher on all of them: {why}",
+                LinmuWarning, stacklevel=2,
+            )  # fmt: skip
         # Micro-batches of a step, of all processes: a training that goes on in another number of them keeps it.
         self._batches = self.config.gradient_accumulation * self._sharing.groups
 

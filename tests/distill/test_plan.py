@@ -135,14 +135,29 @@ def test_a_plan_of_many(tmp_path):
     assert (fsdp.gradients, fsdp.optimiser) == (one.gradients // 8, one.optimiser // 8)
     assert fsdp.weights < one.weights and fsdp.buffers > 0
     assert ddp.step_tokens == 8 * one.step_tokens
-    # Two processes share each row of twice the tokens; the teacher runs on all of them.
+    # Two processes share each row of twice the tokens, the teacher's work too.
     assert one.activations < shared.activations < twice.activations
+    assert shared.step_flops == pytest.approx(4 * twice.step_flops, rel=0.02)
     assert shared.weights == one.weights and shared.buffers > ddp.buffers
     assert shared.step_tokens == 4 * twice.step_tokens
     with pytest.raises(plan.PlanError, match=r"^gpus must be a multiple of the 2 that share a row, got 3$"):
         plan.plan(config_of(tmp_path, 64, parallel=["ddp", 2], **changes), 3, llama(2, 64))
     assert twice.weights == one.weights and 1.5 < twice.step_flops / one.step_flops < 4
     assert one.hours(1, 1, 0.5) == 2 * one.step_flops / 0.5e12 / 3600
+
+
+def test_a_plan_of_a_teacher_that_cannot_be_shared(tmp_path):
+    """Each of the two processes runs all of it."""
+    changes = {"stage1": {"steps": 2}, "stage3": {"steps": 0}}
+    config, rows = config_of(tmp_path, 512, parallel=["ddp", 2], **changes), []
+    for kind in ("sdpa", "eager"):
+        teacher = llama(2, 64)
+        teacher._attn_implementation = kind
+        rows += plan.plan(config, 2, teacher)
+    shared, whole = rows
+    student = plan.plan(config_of(tmp_path, 256, **changes), 1, llama(2, 64))[0]
+    assert 1.2 * shared.step_flops < whole.step_flops < 2 * shared.step_flops
+    assert whole.activations > shared.activations > student.activations
 
 
 def test_the_command(tmp_path):
