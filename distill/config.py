@@ -451,6 +451,8 @@ def load_values(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: lists and tables must not nest so deep") from error
 
 
 def parse_config(values: dict[str, Any], source: str = "config") -> Config:

@@ -340,10 +340,7 @@ class ChatProcessor:
         Raises:
             ValueError: the words hold the model's token for an image or a video.
         """
-        question = question.replace(SLOT, "").replace(_MARK, "")
-        for token in filter(None, map(self._token, ("image", "video"))):
-            if token in question:
-                raise ValueError(f"the words must not hold {token!r}, which stands for pixels")
+        question = self._words(question)
         if self._speaker is not None:
             batch = self([Conversation(((SLOT * len(media) + question, None),), tuple(media))])
         elif any(clip.is_video for clip in media):
@@ -360,9 +357,10 @@ class ChatProcessor:
         chat template they are the question's.
 
         Raises:
-            ValueError: the template does not show where an answer ends.
+            ValueError: the template does not show where an answer ends, or the words hold the model's token for an
+                image or a video.
         """
-        text = question.replace(SLOT, "").replace(_MARK, "")
+        text = self._words(question)
         if self._speaker is not None:
             before = [(asked.replace(SLOT, ""), said) for asked, said in turns]
             text, marks = self._render(Conversation((*before, (text, None)))), 2 * len(before)
@@ -371,6 +369,14 @@ class ChatProcessor:
             text = text.split(_MARK)[-1]
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def _words(self, question: str) -> str:
+        """A question without marks; an error where it stands for pixels."""
+        words = question.replace(SLOT, "").replace(_MARK, "")
+        for token in filter(None, map(self._token, ("image", "video"))):
+            if token in words:
+                raise ValueError(f"the words must not hold {token!r}, which stands for pixels")
+        return words
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -127,6 +127,8 @@ def convert(
             options[name] = json.loads(value)
         except json.JSONDecodeError:
             options[name] = value
+        except RecursionError:
+            stop(f"--option must not nest so deep, got {name}={value[:20]}...")
     try:
         with Console(stderr=True).status(f"making {teacher} linear"):
             report = convert_folder(teacher, out, options, keep_attention or (), dtype)

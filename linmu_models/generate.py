@@ -26,12 +26,13 @@ from .convert import check_generic, convert, family_of
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
 from .families import nvila as _nvila  # noqa: F401  registers, with all families
 from .families.generic import LinmuGeneric
-from .int8 import int8_weights
+from .int8 import int8_weights, is_int8
 from .loading import check_weights, told, without_report
 from .media import Clip, UnreadableError, read_image, read_video
 from .modeling import LinmuModel
 from .report import TransferReport
 from .resume import keep_conversation, reopen_conversation
+from .snapshot import check_folder
 
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.
 PROCESSOR_FILES = (
@@ -290,6 +291,10 @@ def generate_text(
     for name, path in (("load_state", load_state), ("save_state", save_state)):
         if path is not None and not isinstance(model, LinmuModel):
             raise ValueError(f"generate: {name} must be left out for other models than LinMU's, got {path}")
+        if path is not None and is_int8(model):
+            raise ValueError(f"generate: {name} must be left out with 8-bit weights, got {path}")
+    if save_state is not None:  # an answer may take hours
+        check_folder(save_state)
     if load_state is None:
         inputs = to_model(processor.ask(prompt, media), model)
     elif media:

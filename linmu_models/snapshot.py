@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,6 +101,7 @@ class CacheSnapshot:
             OSError: the file cannot be written. ValueError: there is something else of that name, as a folder.
         """
         target = Path(_file_name("save", path))
+        check_folder(target)
         layers, tensors = [], dict[str, Tensor]()
         for index, layer in enumerate(self.layers):
             mine = {f"{index}.{name}": t.contiguous().cpu() for name, t in layer.tensors.items()}
@@ -110,8 +112,6 @@ class CacheSnapshot:
         added = {"more": {name: _checksum(t) for name, t in more.items()}, "notes": self.notes}
         tensors |= more
         header = json.dumps({"version": VERSION, "model": _identity(model), "layers": layers, **added}, sort_keys=True)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"save: path must be in a folder that exists, got {target}")
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         temporary.touch(exist_ok=False)
         try:
@@ -170,6 +170,16 @@ class CacheSnapshot:
         if tensors:
             raise ValueError(f"{where} is damaged: its header does not name {next(iter(tensors))}")
         return cls(tuple(_placed(where, layers, model)), more, header["notes"])
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise where `CacheSnapshot.save` would: OSError where no file can be made there, ValueError where there is
+    something else of that name."""
+    folder = Path(_file_name("save", path)).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"save: path must be in a folder that exists, got {os.fspath(path)}")
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _file_name(op: str, path: str | os.PathLike[str]) -> str:

@@ -33,6 +33,7 @@ def places(folders, tmp_path_factory):
     (root / "cut" / "model.safetensors").write_bytes(weights[:1000])
     (root / "weightless" / "model.safetensors").unlink()
     (root / "latin.toml").write_bytes(b"name = \xe9")
+    (root / "deep.toml").write_text("name = " + "[" * 100_000)
     (root / "half.toml").write_text("name =")
     (root / "binary").write_bytes(bytes(range(256)) * 20)
     (root / "nothing").write_bytes(b"")
@@ -43,7 +44,8 @@ def places(folders, tmp_path_factory):
     ):  # fmt: skip
         (root / f"{name}.toml").write_text(f'teacher = "{teacher}"\noutput = "{output}"\n')
     convert_folder(folders / "teacher", root / "student")
-    return {"root": root, "teacher": folders / "teacher", "new": root / "new", "absent": root / "no" / "such" / "x",
+    return {"root": root, "teacher": folders / "teacher", "new": root / "new", "state": root / "state",
+            "absent": root / "no" / "such" / "x",
             "none": "", **{p.name: p for p in root.iterdir()}}  # fmt: skip
 
 
@@ -71,6 +73,9 @@ ONE_LINE = [
         "text_window=-1", "initial_decay=NaN", "initial_scale=Infinity", "preset=x", "preset=[]", "preset=1",
         f"{BAD}=1", f"branches={BAD}", "z_gate=null")),
     ("convert", "@teacher", "@new", "--option", "text_window=16", "--option", "text_window=32"),
+    ("convert", "@teacher", "@new", "--option", "window=" + "[" * 100_000),
+    *((command, "@deep.toml") for command in ("distill", "plan", "answers")),
+    *(("generate", "@student", *ASK, "--weights", "int8", o, "@state") for o in ("--load-state", "--save-state")),
     ("convert", "@teacher", "@new", "--option", "preset=paper", "--option", "preset=exact"),
     ("generate", "@teacher", *ASK, "--image", "/proc/self/mem"),
     ("generate", "@teacher", "--prompt", ""),
@@ -92,7 +97,7 @@ ONE_LINE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", ONE_LINE, ids=lambda a: " ".join(ascii(x)[1:-1] for x in a))
+@pytest.mark.parametrize("arguments", ONE_LINE, ids=lambda a: " ".join(ascii(x)[1:-1][:40] for x in a))
 def test_one_line(places, arguments, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     status, lines = said(places, *arguments)

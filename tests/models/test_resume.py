@@ -88,3 +88,24 @@ def test_what_a_conversation_must_be(folders, tmp_path):
         model(**tiny.batch(tiny.text_ids(5)), use_cache=True).past_key_values.save(state, model)
     with pytest.raises(ValueError, match="talk must hold a conversation, got a cache without its ids"):
         generate_text(model, processor, "what?", load_state=state)
+
+
+@pytest.mark.parametrize("place", ["no/such/talk", "", "/proc/talk"])
+def test_a_file_that_cannot_be_made_is_told_before_the_answer(folders, tmp_path, place):
+    convert_folder(folders / "teacher", tmp_path / "student")
+    model, processor = load(tmp_path / "student", "cpu")
+    said, path = [], tmp_path / place
+    with pytest.raises((OSError, ValueError)):
+        generate_text(model, processor, "what?", stream=said.append, save_state=path, max_new_tokens=2, do_sample=False)
+    assert not said and [made.name for made in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_later_question_stands_for_no_pixels():
+    class Sees:
+        image_token, video_token, tokenizer = "<image>", None, None
+
+    processor = ChatProcessor(tokenizer(), "llava", Sees())
+    for ask in (processor.ask, lambda words: processor.following([], words)):
+        for words in ("and <image>?", "<im\ue000age>", "<\ufffcimage>"):
+            with pytest.raises(ValueError, match="the words must not hold '<image>', which stands for pixels"):
+                ask(words)
