@@ -8,11 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from linmu_distill.checkpoint import locked, write_atomically
-from linmu_distill.config import Config, ConfigError, Name, describe, hash_of, load_values, parse_config
+from linmu_distill.config import Config, ConfigError, describe, hash_of, load_values, parse_config
 from linmu_distill.files import read_lines
 from linmu_distill.run import TEACHER, RunError
 from linmu_distill.stages import STAGES
 from linmu_ops.nn import ExactConfig
+
+# Of a folder, which must not be the one above.
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 
 
 class _Strict(BaseModel):
