@@ -1,7 +1,7 @@
 """One process, DDP, or FSDP2, and rows that several processes share: what differs between them."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -93,7 +93,7 @@ def _sent(error: Exception) -> Exception:
 
 
 def loaded_by_first(load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A frozen model that the first process loads. The others have it on the meta device until `shard`.
+    """A frozen model that the first process loads. The others have it on the meta device until `receive` or `shard`.
 
     All processes must call this; all raise the first one's error. A model without an adapter is loaded by each, as it
     cannot be converted without values.
@@ -136,6 +136,20 @@ def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size, str]]:
     }
 
 
+def receive(models: Sequence[PreTrainedModel], accelerator: Accelerator) -> None:
+    """Give each process all of what the first one holds of these models, where one has them on the meta device: a
+    tensor at a time. All processes must call this."""
+    if _any_lacks(models, accelerator):
+        _receive(models, accelerator.device)
+
+
+def _any_lacks(models: Iterable[nn.Module], accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return False
+    lacking = any(parameter.is_meta for model in models for parameter in model.parameters())
+    return bool(accelerator.reduce(torch.tensor(int(lacking), device=accelerator.device), "sum"))
+
+
 @torch.no_grad()
 def _receive(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Give what is on the meta device the first process's values. What shares memory goes on to do so.
@@ -171,8 +185,7 @@ def shard(objective: nn.Module, student: PreTrainedModel, teacher: PreTrainedMod
 
     Where models are on the meta device, the first process sends their values: a layer at a time is whole."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    lacking = torch.tensor(int(any(p.is_meta for p in teacher.parameters())), device=accelerator.device)
-    receives = bool(accelerator.reduce(lacking, "sum"))
+    receives = _any_lacks((teacher,), accelerator)
     layers = student.get_decoder().layers
     for theirs, layer in zip(teacher.get_decoder().layers, layers, strict=True):
         if receives:

@@ -31,7 +31,7 @@ from .files import read_json
 from .limited import EQUAL_MEMORY, equal_tokens, limited
 from .objective import Objective, Teacher
 from .packing import check_packable
-from .parallel import check_sharing, from_first, is_sharded, loaded_by_first
+from .parallel import check_sharing, from_first, is_sharded, loaded_by_first, receive
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
 from .student import (
@@ -93,7 +93,7 @@ class Run:
         """Load the teacher.
 
         Args:
-            whole: on every process, also where training will divide it. Else the first one alone loads what is divided.
+            whole: on every process, also where training will divide it.
 
         Raises:
             RunError: it cannot be loaded.
@@ -107,10 +107,11 @@ class Run:
         self.config, self.folder = config, config.folder
         self._divided = config.sharded and self.accelerator.num_processes > 1 and not whole
         self._load_teacher()
-        self.teacher_hash = from_first(self._hash) if self._divided else self._hash()
+        self.teacher_hash = from_first(self._hash)
         self._held_out: list[Batch] | None = None
 
     def _load_teacher(self) -> None:
+        """The first process reads it, and sends the others all of it now, or their parts when it is divided."""
         path = self.config.teacher
 
         def load() -> PreTrainedModel:
@@ -120,9 +121,11 @@ class Run:
                 raise RunError(f"teacher: {path} cannot be loaded: {error}") from error
             return model.to(self.accelerator.device)
 
-        self.teacher = loaded_by_first(load) if self._divided else load()
+        self.teacher = loaded_by_first(load)
         if self.teacher.device.type == "meta":
             self.tokenizer = load_tokenizer(path)
+        if not self._divided:
+            receive((self.teacher,), self.accelerator)
 
     def _hash(self) -> str:
         return fingerprint(self.teacher)

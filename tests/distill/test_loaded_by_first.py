@@ -14,13 +14,15 @@ from training import curve, in_processes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linmu_distill import checkpoint, handoff, parallel
+from linmu_distill.answers import decode_ahead
 from linmu_distill.checkpoint import CheckpointError, CheckpointStore
 from linmu_distill.config import parse_config
 from linmu_distill.handoff import HandoffError
 from linmu_distill.objective import Objective, Teacher
 from linmu_distill.parallel import from_first, gathered, loaded_by_first, shard
-from linmu_distill.run import distill
+from linmu_distill.run import Run, distill
 from linmu_distill.student import add_lora, new_student, store_parameters, trainable_parameters
+from linmu_distill.teacher import fingerprint
 from linmu_models.generate import load_model
 
 LAYERS = 6
@@ -185,3 +187,22 @@ def test_a_sharded_run_resumes_and_one_process_reads(tmp_path):
     weights = tmp_path / "two/r/stage1/weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     assert in_processes(2, refused) == [0, 0]
+
+
+def test_one_process_reads_what_each_holds_whole(tmp_path):
+    """Where nothing is divided, and to decode answers: the second one's folder has no weights."""
+    folders = save_teacher(tmp_path / "teacher"), without_weights(tmp_path / "teacher", tmp_path / "second")
+    steps = {f"stage{number}": {"steps": 0} for number in (1, 2)} | {"stage3": {"steps": 2}}
+    changes = dict(evaluation={"samples": 0, "speed_lengths": []}, **steps)
+
+    def work(rank):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for kind in ("ddp", "fsdp"):
+            config = parse_config(run_values(tmp_path / kind, folders[rank], parallel=kind, **changes))
+            run = Run(config, whole=True)
+            assert not any(t.is_meta for _, t in named(run.teacher))
+            assert fingerprint(run.teacher) == run.teacher_hash
+        line = decode_ahead(config, processes=1)
+        assert line.startswith("2 of 2 batches of stage 3 in 1 processes have their answers")
+
+    assert in_processes(2, work) == [0, 0]
