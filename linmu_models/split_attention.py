@@ -188,7 +188,7 @@ def to_tokens(context: ContextParallel, t: Tensor, shares: Sequence[tuple[range,
 
 
 @contextmanager
-def _grouped(module: nn.Module, ratio: int) -> Iterator[None]:
+def _grouped(module: Any, ratio: int) -> Iterator[None]:
     """While open, a module has so many heads of queries for each of keys: transformers repeats keys by its number."""
     before = getattr(module, "num_key_value_groups", ratio)
     if before == ratio:
