@@ -35,8 +35,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Weight = Annotated[float, Field(ge=0, lt=1e30, strict=True)]
 Rate = Annotated[float, Field(gt=0, lt=1e30, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
-Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
-"""Names a folder, which must not be the one above."""
 Spread = Literal["ddp", "fsdp"]
 EVALUATION_SEED = 2024  # fixed, so that runs are asked the same questions
 _BLOCK = 8  # samples; so many are cheap, and a share of so few means little
