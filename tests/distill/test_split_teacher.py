@@ -1,18 +1,23 @@
 """Processes that share rows share the teacher: what it says of their slabs is what it says of whole rows."""
 
 import dataclasses
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_run import run_values, save_teacher
+from stand_ins import config_of, stage_trainer, teacher_model
 
+from linmu_distill import train
 from linmu_distill.config import parse_config
 from linmu_distill.losses import kept_positions
 from linmu_distill.objective import Objective, Teacher, assemble, read_batch
+from linmu_distill.parallel import Sharing
 from linmu_distill.sources import build_source
 from linmu_distill.student import new_student, set_windows, trainable_parameters
 from linmu_distill.teacher import load_teacher
+from linmu_ops import LinmuWarning
 
 NEAR = {"window": [1, 2, 2], "text_window": 8, "kept_tokens": 4}
 EVERY = {"losses": dict.fromkeys(("hidden", "token", "sequence", "supervised"), 0.5)}
@@ -28,7 +33,7 @@ class Own:
         return [dataclasses.replace(s, turns=tuple((q, f"{a} {a}") for q, a in s.turns)) for s in others]
 
 
-def derived(group, folder, preset, number, more, packing):
+def derived(group, folder, preset, number, more, packing, kind="sdpa"):
     """What the teacher says of a slab; losses and gradients. The parts of answers by their place in whole rows."""
     student_options = NEAR if preset == "exact" else {"window": [1, 2, 2]}
     values = run_values(folder, f"{folder}/teacher", preset=preset, student=student_options)
@@ -38,6 +43,7 @@ def derived(group, folder, preset, number, more, packing):
     source = build_source(config.stage_data(number), config.teacher, teacher, tokenizer, 0)
     samples = source.samples(0)
     teacher.double()
+    teacher.set_attn_implementation(kind)
     student, blocks, _ = new_student(teacher, config)
     student.double()
     chosen = {id(p) for p in trainable_parameters(student, blocks, stage).values()}
@@ -105,3 +111,25 @@ def test_a_shared_teacher_says_the_same(gang, tmp_path, preset, number, more, pa
         total = sum(each["derived"][name] for each in found)
         # Losses are float32.
         assert (total - whole).abs().max() <= 1e-5 * max(1e-3, whole.abs().max()), name
+
+
+def test_a_teacher_that_cannot_be_shared_runs_whole(gang, tmp_path):
+    """And says the same."""
+    save_teacher(tmp_path / "teacher")
+    what = tmp_path, "paper", 1, {}, False, "eager"
+    want, found = derived(None, *what), gang(2, derived, *what)
+    assert [each["runs"] for each in found] == [want["runs"]] * 2
+    for name, whole in want["said"].items():
+        together = torch.cat([each["said"][name] for each in found], dim=1)
+        torch.testing.assert_close(together, whole, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_teacher_that_cannot_be_shared_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "sharing", lambda *_: Sharing(None, 2, 0, 0, 1))
+    teacher = teacher_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LinmuWarning)
+        stage_trainer(config_of(tmp_path), 1, teacher=teacher)
+    teacher.set_attn_implementation("eager")
+    with pytest.warns(LinmuWarning, match=r"^stage 1: each process that shares rows .*: its attention is eager, not s"):
+        stage_trainer(config_of(tmp_path), 1, teacher=teacher)
