@@ -47,11 +47,16 @@ CLASSES = {
     "qwen3_next": ("Qwen3NextGatedDeltaNet", "Qwen3NextRMSNormGated"),
 }
 # What stands for a forward, by the digest of its source: another version of transformers may compute something else.
+# Of those of 5.23 the cache has another name.
 FORWARDS: dict[str, Function] = {
     "c215be341ddf": mamba2,
+    "691f3ca98636": mamba2,
     "d0ddba7970a9": mamba2,
+    "8274bd4cb696": mamba2,
     "08cf65a63ca5": gated_delta,
+    "8f31ae7d35da": gated_delta,
     "d97f22719fb5": gated_delta,
+    "177c5d3df989": gated_delta,
     "2ed3aa30edfb": gate_then_norm,
     "5a4bd64da7fd": norm_then_gate,
 }

@@ -21,10 +21,11 @@ PART = 1 << 16  # values of a norm at a time, a thread: they then stay in a core
 
 
 def mamba2(
-    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None,
-    **given: Any,
+    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, *,
+    cache_params: Any = None, **given: Any,
 ) -> Any:  # fmt: skip
     """The forward of a Mamba-2 layer."""
+    cache = cache_params if cache is None else cache  # its name up to transformers 5.23
     found = _states(mixer, hidden_states, cache, attention_mask)
     if found is None:
         return theirs(mixer, hidden_states, cache, attention_mask, **given)
@@ -49,10 +50,11 @@ def mamba2(
 
 
 def gated_delta(
-    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None,
-    **given: Any,
+    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, *,
+    cache_params: Any = None, **given: Any,
 ) -> Any:  # fmt: skip
     """The forward of a layer of the gated delta rule."""
+    cache = cache_params if cache is None else cache  # its name up to transformers 5.23
     found = _states(mixer, hidden_states, cache, attention_mask)
     if found is None:
         return theirs(mixer, hidden_states, cache, attention_mask, **given)

@@ -7,6 +7,7 @@ import importlib
 
 import pytest
 import torch
+import transformers
 
 from linmu_models import accelerate, mixers
 from linmu_models.accelerate import CLASSES, FAMILIES, accelerate_transformers
@@ -83,7 +84,15 @@ def test_a_token_under_autocast(family):
 
 
 # Of more tokens of the delta rule transformers' own backward pass fails there.
-@pytest.mark.parametrize(("family", "length"), [("mamba2", 1), ("mamba2", 3), ("qwen3_5", 1), ("qwen3_next", 1)])
+AFTER_A_CACHE = [
+    pytest.param(
+        "mamba2", 1, marks=pytest.mark.skipif(transformers.__version__ < "5.24", reason="5.23's own pass fails too")
+    ),
+    ("mamba2", 3), ("qwen3_5", 1), ("qwen3_next", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "length"), AFTER_A_CACHE)
 def test_gradients_after_a_cache(family, length):
     """One token or more go through the layer's own forward, and the cache is written to before the backward pass."""
     model, tokens = model_of(family), ids(length=7 + length)
@@ -105,8 +114,8 @@ def test_a_forward_that_we_do_not_know_stays(monkeypatch):
     module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
     model, tokens = model_of("mamba2"), ids(length=6)
 
-    def forward(self, hidden_states, cache=None, attention_mask=None, **kwargs):
-        return 2 * theirs(self, hidden_states, cache, attention_mask, **kwargs)
+    def forward(self, *args, **kwargs):
+        return 2 * theirs(self, *args, **kwargs)
 
     theirs = module.Mamba2Mixer.forward
     monkeypatch.setattr(module.Mamba2Mixer, "forward", forward)

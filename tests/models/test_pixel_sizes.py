@@ -21,7 +21,8 @@ def test_each_input_beside_the_pixels(family, kind):
     for name in set(batch) - {"input_ids", "attention_mask"}:
         rest = {k: v for k, v in batch.items() if k != name}
         if name not in needed:
-            with contextlib.suppress(ValueError), torch.no_grad():  # transformers' own words
+            # transformers' own words; 5.23 has none for LFM2-VL without its mask
+            with contextlib.suppress(ValueError, AttributeError), torch.no_grad():
                 student(**rest)
             continue
         words = f"^linmu: {name} must be given with pixel_values.*, got None$"

@@ -352,7 +352,9 @@ def test_a_student_may_guess():
 
 
 def test_guesses_need_a_dynamic_cache():
-    with pytest.raises(ValueError, match="cache must be a dynamic one for decoding that takes tokens back"):
+    # transformers 5.23 refuses it before us.
+    ours, theirs = "cache must be a dynamic one for decoding that takes tokens back", "not supported with Static cache"
+    with pytest.raises(ValueError, match=f"{ours}|{theirs}"):
         student("qwen2").generate(
             **tiny.example("qwen2", "text"), max_new_tokens=3, prompt_lookup_num_tokens=2, cache_implementation="static"
         )
