@@ -23,7 +23,8 @@ COMPILED = sorted(op for op in _registry.OPS if _registry.why_not(op, "cpu", "cp
 POSITIONS = ("token_order", "tokens", "offsets", "coords", "low", "high", "last")
 # Sizes that no other argument has: any is legal.
 OWN_SIZES = {
-    "near_attention": ("q empty in 2", *(f"listed {w} in {i}" for w in ("shorter", "longer", "empty") for i in (0, 1)))
+    "causal_conv1d_step": ("state longer in 1", "weight shorter in 1"),
+    "near_attention": ("q empty in 2", *(f"listed {w} in {i}" for w in ("shorter", "longer", "empty") for i in (0, 1))),
 }
 EXTREMES = (-1, -(2**31), 2**31 - 1, 10_000)
 

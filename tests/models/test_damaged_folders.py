@@ -135,8 +135,8 @@ def test_a_report_is_replaced_whole(tmp_path, monkeypatch):
     report.save(tmp_path / "report.json")
     before = (tmp_path / "report.json").read_bytes()
 
-    def cut(path, text):
-        path.write_bytes(text.encode()[:5])
+    def cut(path, text, encoding):
+        path.write_bytes(text.encode(encoding)[:5])
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_text", cut)
