@@ -63,6 +63,7 @@ def test_compile(name):
                 torch.testing.assert_close(compiled(z, **call), block(z, **call))
 
 
+@pytest.mark.sweep
 @torch.no_grad()
 def test_generated_code():
     """Through PyTorch's own backend: of a window with sinks its C++ does not compile as long as masks are joined."""

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from linmu_ops import _registry
 
+# Where a processor has more than AVX-512, its kernels of all types but bfloat16 are avx512's.
+OLDER = ["avx2", pytest.param("avx512", marks=pytest.mark.sweep)]
+
 
 def rerun_with_isa(isa: str, file: str, select: str) -> None:
     """Run the tests of `file` named `select` in a process whose kernels are of instruction set `isa`, or skip."""

@@ -22,7 +22,7 @@ from tests.ops.cases.branch_mix_norm import (
     make_inputs,
     wrt,
 )
-from tests.ops.reruns import assert_same_bits, rerun_with_isa
+from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -146,7 +146,7 @@ def test_same_bits_for_any_number_of_threads(mix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_forward_and_backward")
 

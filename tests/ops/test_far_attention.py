@@ -8,7 +8,7 @@ import torch
 import linmu_ops
 from linmu_ops._testing import check_against_reference
 from tests.ops.cases.far_attention import CASES, DTYPES, OPTIONS, by_reference, cloned, make_inputs, mixed
-from tests.ops.reruns import assert_same_bits, rerun_with_isa
+from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 BLOCK = "seven heads to a group, as a block"
 
@@ -157,7 +157,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_each_number or test_what_is_not or (test_forward and on)")
 

@@ -22,7 +22,7 @@ from tests.ops.cases.gated_delta_scan import (
     used,
 )
 from tests.ops.cases.scans import check_empty, check_strided
-from tests.ops.reruns import assert_same_bits, rerun_with_isa
+from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 
 def check(i):
@@ -134,7 +134,7 @@ def test_compile_with_any_length(direction):
         assert torch.equal(leaves[0]["v"].grad, leaves[1]["v"].grad)
 
 
-@pytest.mark.parametrize("isa", ["avx2", pytest.param("avx512", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("isa", OLDER)
 def test_older_processors(isa):
     rerun_with_isa(isa, __file__, "test_forward_and_backward and all and 33 or test_own_chunk_size")
 

@@ -8,7 +8,7 @@ import torch
 import linmu_ops
 from linmu_ops._testing import check_against_reference
 from tests.ops.cases.gated_delta_step import CASES, DTYPES, by_reference, make_inputs, stepped
-from tests.ops.reruns import assert_same_bits, rerun_with_isa
+from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("options", [{}, dict(use_qk_l2norm_in_kernel=True, scale=0.7)], ids=["plain", "all"])
@@ -45,7 +45,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_forward")
 

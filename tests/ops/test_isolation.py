@@ -11,7 +11,7 @@ import linmu_ops
 from linmu_ops import _registry
 from linmu_ops._testing import run_op, small_inputs, to_double, written
 from tests.ops.isolation import AT, CALLS, PAIRS, check, nothing_is_hidden, scan
-from tests.ops.reruns import rerun_with_isa
+from tests.ops.reruns import OLDER, rerun_with_isa
 
 VALUES = [math.nan, math.inf, -math.inf, 1e30]
 IMPLEMENTATIONS = ["reference", "cpu"]
@@ -35,7 +35,7 @@ def test_nothing_else_changes_in_other_dtypes(which, name, value, dtype):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_older_processors(isa):
     rerun_with_isa(isa, __file__, "test_nothing_else_changes and cpu")
 

@@ -11,7 +11,7 @@ import linmu_ops
 from linmu_ops import near_attention
 from linmu_ops._testing import check_against_reference, to_double
 from tests.ops.cases.near_attention import CASES, DTYPES, KINDS, by_reference, make_inputs
-from tests.ops.reruns import assert_same_bits, rerun_with_isa
+from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 WRT = ("q", "k", "v")
 
@@ -156,7 +156,7 @@ def test_parts_of_the_backward_add_up():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_forward_and_backward or does_not_matter")
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.ops import neighbours
 from tests.ops.neighbours import DIRECTIONS, OPS, VALUES, WHOLE, inputs_of, results
-from tests.ops.reruns import rerun_with_isa
+from tests.ops.reruns import OLDER, rerun_with_isa
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,6 +73,6 @@ def test_what_precedes_a_token_does_not_see_it(op, value):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_older_processors(isa):
     rerun_with_isa(isa, __file__, "test_no_bit")

@@ -23,7 +23,7 @@ from tests.ops.cases.ssd_scan import (
     scan,
     used,
 )
-from tests.ops.reruns import rerun_with_isa
+from tests.ops.reruns import OLDER, rerun_with_isa
 
 
 @pytest.mark.parametrize("options", ALL.values(), ids=ALL)
@@ -123,7 +123,7 @@ def test_compile_with_any_length(direction, mean):
         assert torch.equal(leaves[0]["x"].grad, leaves[1]["x"].grad)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_older_processors(isa):
     rerun_with_isa(isa, __file__, "test_forward_and_backward and all and 33 or test_own_chunk_size or any_combination")
 

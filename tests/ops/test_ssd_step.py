@@ -11,7 +11,7 @@ import linmu_ops
 from linmu_ops import _registry
 from linmu_ops._testing import check_against_reference
 from tests.ops.cases.ssd_step import CASES, DTYPES, by_reference, make_inputs, stepped
-from tests.ops.reruns import assert_same_bits, rerun_with_isa
+from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 
 @pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
@@ -51,7 +51,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_isa(isa):
     rerun_with_isa(isa, __file__, "test_forward")
 

@@ -19,7 +19,7 @@ import linmu_ops
 from linmu_ops import TokenLayout, window_attention
 from linmu_ops._testing import check_against_reference, to_double
 from tests.ops.cases.window_attention import CASES, DTYPES, LSE_CASES, by_reference, make_inputs, with_lse
-from tests.ops.reruns import assert_same_bits
+from tests.ops.reruns import OLDER, assert_same_bits
 
 
 def gradients(f, inputs, wrt, seed=0):
@@ -361,7 +361,7 @@ for name in ("2d-shift-mask-bias", "2d-rotary", "2d-interleaved", "odd-head", "s
 """
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_lower_instruction_sets(isa):
     best = linmu_ops._registry.binaries()["cpu"].info.get("isa", "none")
     order = ["none", "avx2", "avx512", "avx512bf16"]
