@@ -72,6 +72,19 @@ def config(folder, output, **changes):
     return parse_config({**values, **changes})
 
 
+def packed_config(folder, output, packing=True, **changes):
+    """Pictures and text, in rows of several samples."""
+    (output / "t.txt").write_text("\n\n".join(f"Number {i} is {i * i}." for i in range(60)))
+    plain = config(folder, output)
+    data = {**plain.data.model_dump(), "packing": packing}
+    data["sets"] = {
+        "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")]},
+        "text": {"format": "text", "files": [str(output / "t.txt")]},
+    }
+    narrow = dict(preset="exact", student={"text_window": 4, "window": [1, 1, 1]}, stage2={"steps": 0})
+    return config(folder, output, data=data, **{**narrow, **changes})
+
+
 def stop_at(monkeypatch, number, step):
     """Ctrl-C after a step of a stage."""
 
@@ -80,3 +93,12 @@ def stop_at(monkeypatch, number, step):
         return StageTrainer(config, stage, *rest, **named, on_step=on_step)
 
     monkeypatch.setattr(run, "StageTrainer", trainer)
+
+
+def train(options):
+    """All stages, without a report."""
+    whole = run.Run(options)
+    whole.prepare()
+    for number in (1, 2, 3):
+        if not whole.is_finished(number):
+            whole.train(number)

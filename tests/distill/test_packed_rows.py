@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import record_sets
 import torch
-from record_sets import answers, config, reader, stop_at, stream
+from record_sets import answers, packed_config, reader, stop_at, stream, train
 from training import curve, in_processes
 
 import linmu_models
@@ -196,27 +196,6 @@ def test_rows_are_full(folder, processor):
             least = math.ceil(sum(lengths) / 200)
             alike = reader(folder, processor, window=20, max_tokens=200).plan(0)[0]
             assert least <= len(batches) <= least + 1 and len(batches) <= len(alike)
-
-
-def packed_config(folder, output, packing=True, **changes):
-    (output / "t.txt").write_text("\n\n".join(f"Number {i} is {i * i}." for i in range(60)))
-    plain = config(folder, output)
-    data = {**plain.data.model_dump(), "packing": packing}
-    data["sets"] = {
-        "pictures": {"format": "onevision", "files": [str(folder / "flawed.parquet")]},
-        "text": {"format": "text", "files": [str(output / "t.txt")]},
-    }
-    narrow = dict(preset="exact", student={"text_window": 4, "window": [1, 1, 1]}, stage2={"steps": 0})
-    return config(folder, output, data=data, **{**narrow, **changes})
-
-
-def train(options):
-    """All stages, without a report."""
-    run = Run(options)
-    run.prepare()
-    for number in (1, 2, 3):
-        if not run.is_finished(number):
-            run.train(number)
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,13 @@
 """Whole runs of several processes, one of which dies in each stage, are the run of one."""
 
-import os
-import signal
-import time
-
 import pytest
-from accelerate.state import AcceleratorState
 from small_run import run_values, save_teacher
-from training import curve, in_processes
+from training import curve, killed_in_each_stage
 
 from linmu_distill.config import parse_config
 from linmu_distill.run import distill
-from linmu_distill.train import StageTrainer
 
 STEPS = 4
-
-
-def dying_in(number):
-    """A trainer's `on_step`, in the last of the processes: it dies in stage `number`, once its step 2 is on disk."""
-
-    def on_step(trainer, step):
-        last = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
-        if trainer.stage.number == number and step == 3 and last:
-            while not (trainer.store.folder / "step-000000002").exists():
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return on_step
 
 
 @pytest.mark.sweep
@@ -50,25 +31,7 @@ def test_a_run_with_a_kill_in_each_stage_is_the_run_of_one(tmp_path, processes, 
     distill(one)
     config = parse_config(run_values(tmp_path / "more", teacher, parallel=[parallel, context], **changes))
 
-    def work(number):
-        def train(rank):
-            on_step = dying_in(number)
-            begin = StageTrainer.__post_init__
-
-            def post_init(trainer):
-                begin(trainer)
-                trainer.on_step = lambda step: on_step(trainer, step)
-
-            StageTrainer.__post_init__ = post_init
-            AcceleratorState._reset_state(True)
-            distill(config, resume=True)
-
-        return train
-
-    for number in (1, 2, 3):
-        statuses = in_processes(processes, work(number))
-        assert statuses[-1] == -signal.SIGKILL and all(statuses)
-    assert in_processes(processes, work(None)) == [0] * processes
+    killed_in_each_stage(config, processes)
     assert (config.folder / "report.md").exists()
     for number in (1, 2, 3):
         ours, theirs = (curve(c.folder / f"stage{number}") for c in (config, one))

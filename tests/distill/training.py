@@ -2,8 +2,16 @@
 
 import json
 import os
+import signal
 import socket
+import time
 import traceback
+
+import torch
+from accelerate.state import AcceleratorState
+
+from linmu_distill.run import distill
+from linmu_distill.train import StageTrainer
 
 
 def curve(folder):
@@ -36,3 +44,41 @@ def in_processes(count, work):
                 os._exit(status)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def dying_in(number):
+    """A trainer's `on_step`, in the last of the processes: it dies in stage `number`, once its step 2 is on disk."""
+
+    def on_step(trainer, step):
+        last = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+        if trainer.stage.number == number and step == 3 and last:
+            while not (trainer.store.folder / "step-000000002").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return on_step
+
+
+def killed_in_each_stage(config, processes):
+    """A whole run, in which the last of the processes dies in each stage, and which is gone on with."""
+
+    def work(number):
+        def train(rank):
+            torch.set_num_threads(1)
+            on_step = dying_in(number)
+            begin = StageTrainer.__post_init__
+
+            def post_init(trainer):
+                begin(trainer)
+                trainer.on_step = lambda step: on_step(trainer, step)
+
+            StageTrainer.__post_init__ = post_init
+            AcceleratorState._reset_state(True)
+            distill(config, resume=True)
+
+        return train
+
+    for number in (1, 2, 3):
+        statuses = in_processes(processes, work(number))
+        assert statuses[-1] == -signal.SIGKILL and all(statuses)
+    assert in_processes(processes, work(None)) == [0] * processes
