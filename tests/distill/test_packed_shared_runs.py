@@ -32,4 +32,5 @@ def test_packed_rows_are_shared(folder, one, tmp_path, parallel):
         ours, theirs = (curve(c.folder / f"stage{number}") for c in (two, one))
         assert len(ours) == 4 and all(step["padding"] == 0 for step in ours)
         for mine, its in zip(ours, theirs, strict=True):
-            assert mine == pytest.approx(its, rel=1e-3)
+            # A divergence of equal logits is what rounding makes of 0.
+            assert mine == pytest.approx(its, rel=1e-3, abs=1e-6)
