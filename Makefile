@@ -31,8 +31,9 @@ TORCH_ASKED := $(filter-out file,$(origin TORCH))
 setup:
 	$(MAKE) --no-print-directory -j2 .venv/ready build
 
+# Make's job server is not for the compiler's, which would call it an error.
 build: .venv/tools
-	$(BIN)/python setup.py -q build_ext --inplace
+	MAKEFLAGS= $(BIN)/python setup.py -q build_ext --inplace
 
 # One draw of each sweep, and one GPU architecture; all of them with test-all.
 test: setup
