@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -57,7 +57,11 @@ def _alone_or_several(value: Any) -> str:
 
 
 # A value, or a list or table of such: which of them is meant is seen before it is checked, so a mistake has one line.
-Either = Discriminator(_alone_or_several)
+One = TypeVar("One")
+Many = TypeVar("Many")
+AloneOrSeveral = Annotated[
+    Annotated[One, Tag(_ALONE)] | Annotated[Many, Tag(_SEVERAL)], Discriminator(_alone_or_several)
+]
 
 
 def _check_groups(name: str, groups: Iterable[str]) -> None:
@@ -70,7 +74,7 @@ class TaskData(_Table):
 
     mixture: Annotated[dict[str, Rate], Field(min_length=1)] = dict.fromkeys(GROUPS, 1.0)
     """How often each task group is drawn, against the others."""
-    batch_size: Annotated[Annotated[Positive, Tag(_ALONE)] | Annotated[dict[str, Positive], Tag(_SEVERAL)], Either] = 16
+    batch_size: AloneOrSeveral[Positive, dict[str, Positive]] = 16
     """Samples of a batch: one number for all groups, or one for each group. A batch of needles has fewer where their
     videos are long."""
     needle_frames: tuple[Positive, Positive] = NEEDLE_FRAMES
@@ -105,9 +109,7 @@ class SetConfig(_Table):
     """Glob patterns of the parquet, JSON or text files. `**` reaches into folders."""
     folder: str | None = None
     """The folder of the images or videos that the files name."""
-    weight: Annotated[
-        Annotated[Rate, Tag(_ALONE)] | Annotated[tuple[Weight, Weight, Weight], Tag(_SEVERAL)], Either
-    ] = 1.0
+    weight: AloneOrSeveral[Rate, tuple[Weight, Weight, Weight]] = 1.0
     """How often a batch is of this set, against the other sets. Three numbers are the weights in stages 1 to 3; 0
     leaves the set out of a stage."""
 
@@ -171,7 +173,7 @@ DataConfig = Annotated[Annotated[TaskData, Tag(_TASKS)] | Annotated[RecordData, 
 class EvaluationConfig(_Table):
     """What is measured: exact match on the built-in tasks, distance to the teacher on held-out data, and speed."""
 
-    samples: Annotated[Annotated[Count, Tag(_ALONE)] | Annotated[dict[str, Count], Tag(_SEVERAL)], Either] = 200
+    samples: AloneOrSeveral[Count, dict[str, Count]] = 200
     """Questions of each task group that the teacher and the finished student are asked. A table gives a number for each
     group that it names, and leaves out the others; a number alone is of the five groups that the shipped teacher knows.
     0 turns this off. Before training and between stages about a quarter of them is asked."""
@@ -256,9 +258,7 @@ class Config(_Table):
     """Batches of each process in a step."""
     gradient_checkpointing: Switch = False
     """Saves memory in stages whose blocks get the student's own inputs: the backward pass runs each layer again."""
-    parallel: Annotated[Annotated[Spread, Tag(_ALONE)] | Annotated[tuple[Spread, Positive], Tag(_SEVERAL)], Either] = (
-        "ddp"
-    )
+    parallel: AloneOrSeveral[Spread, tuple[Spread, Positive]] = "ddp"
     """With several processes: a whole student in each (`ddp`), or a part in each (`fsdp`, FSDP2). `["fsdp", 4]`: and 4
     processes share each row, of which each works on a part of the tokens."""
     max_new_tokens: Positive = 64

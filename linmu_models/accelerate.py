@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import linmu_ops
 from linmu_ops import _registry, compat
 
-from .mixers import gate_then_norm, gated_delta, mamba2, norm_then_gate
+from .mixers import WIDEST, gate_then_norm, gated_delta, mamba2, norm_then_gate
 
 Function = Callable[..., Any]
 Owner = ModuleType | type
@@ -33,7 +33,6 @@ FAMILIES = {
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), MAMBA2),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_next"), DELTA),
 }
-WIDEST = 8  # of our convolution
 # Per family: its linear layer and the norm of that, if it is one that we know.
 CLASSES = {
     "bamba": ("BambaMixer", "BambaRMSNormGated"),

@@ -6,6 +6,7 @@ Here its states are written in place, and each value is read where it lies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +21,26 @@ WIDEST = 8  # of our convolution
 PART = 1 << 16  # values of a norm at a time, a thread: they then stay in a core's cache
 
 
-def mamba2(
-    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, *,
-    cache_params: Any = None, **given: Any,
-) -> Any:  # fmt: skip
+def _of_one_token(decode: Forward) -> Forward:
+    """A layer's forward, of `decode` where it serves and of transformers' own elsewhere."""
+
+    @functools.wraps(decode)
+    def forward(
+        theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, *,
+        cache_params: Any = None, **given: Any,
+    ) -> Any:  # fmt: skip
+        cache = cache_params if cache is None else cache  # its name up to transformers 5.23
+        states = _states(mixer, hidden_states, cache, attention_mask)
+        if states is None:
+            return theirs(mixer, hidden_states, cache, attention_mask, **given)
+        return decode(mixer, hidden_states, *states)
+
+    return forward
+
+
+@_of_one_token
+def mamba2(mixer: Any, hidden_states: Tensor, window: Tensor, state: Tensor) -> Any:
     """The forward of a Mamba-2 layer."""
-    cache = cache_params if cache is None else cache  # its name up to transformers 5.23
-    found = _states(mixer, hidden_states, cache, attention_mask)
-    if found is None:
-        return theirs(mixer, hidden_states, cache, attention_mask, **given)
-    window, state = found
     batch, groups, size = len(hidden_states), mixer.n_groups, mixer.ssm_state_size
     multiplied = hasattr(mixer, "mup_vector")  # Falcon-H1
     projected = mixer.in_proj(hidden_states * mixer.ssm_in_multiplier if multiplied else hidden_states)
@@ -49,16 +60,9 @@ def mamba2(
     return mixer.out_proj(y.to(hidden_states.dtype))
 
 
-def gated_delta(
-    theirs: Forward, mixer: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, *,
-    cache_params: Any = None, **given: Any,
-) -> Any:  # fmt: skip
+@_of_one_token
+def gated_delta(mixer: Any, hidden_states: Tensor, window: Tensor, state: Tensor) -> Any:
     """The forward of a layer of the gated delta rule."""
-    cache = cache_params if cache is None else cache  # its name up to transformers 5.23
-    found = _states(mixer, hidden_states, cache, attention_mask)
-    if found is None:
-        return theirs(mixer, hidden_states, cache, attention_mask, **given)
-    window, state = found
     batch, keys, values, key_dim = len(hidden_states), mixer.head_k_dim, mixer.head_v_dim, mixer.key_dim
     if "in_proj_qkvz" in mixer._modules:  # Qwen3-Next, which has the parts of a head side by side
         *qkv, z, b, a = mixer.fix_query_key_value_ordering(

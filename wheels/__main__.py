@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .check import PROCESSORS
 from .check import main as check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,6 @@ DIST, BUILD = ROOT / "dist", ROOT / "build" / "wheels"
 # 100 with PTX, which later GPUs compile for themselves.
 CUDA_ARCHS = "80-real;90a-real;100"
 KINDS = ("any", "teacher", "x86_64", "aarch64", "cuda")
-PROCESSORS = ("x86_64", "aarch64")
 LICENSES = ("LICENSE", "csrc/torch/LICENSE.pytorch", "csrc/cuda/LICENSE.cutlass")
 
 
@@ -74,7 +74,7 @@ def compiler(kind: str) -> str:
     """What compiles that kind; "" for one of nothing compiled."""
     if kind == "cuda":
         return os.environ.get("CUDACXX", "nvcc")
-    if kind not in PROCESSORS:
+    if kind not in PROCESSORS.values():
         return ""
     return os.environ.get("CXX", "g++" if kind == platform.machine() else f"{kind}-linux-gnu-g++")
 

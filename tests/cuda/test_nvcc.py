@@ -39,7 +39,7 @@ REGISTERS = {
     "warpgroup_dq_kernel": 248, "warpgroup_forward_kernel": 168, "warpgroup_output_kernel": 255, "zero_kernel": 24,
 }  # fmt: skip
 # Of 16-bit instances, where float32 ones take more.
-REGISTERS_16_BIT = {"states_kernel": 168, "mix_norm_bwd_kernel": 96, "output_kernel": 128}
+REGISTERS_16_BIT = {"states_kernel": 168, "mix_norm_bwd_kernel": 96}
 
 
 # Kernels whose wgmma ptxas runs one after another (C75xx): their loops need another design. No other kernel may, and

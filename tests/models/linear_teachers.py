@@ -49,3 +49,9 @@ def model_of(family):
 
 def ids(rows=2, length=37):
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def cache_of(out):
+    """(name, cache) of what a model returns; with layers that are all linear, the name is another."""
+    name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
+    return name, getattr(out, name)

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import linmu_models
 from linmu_models import mixers
 from linmu_models.accelerate import CLASSES, FAMILIES, FORWARDS, OURS, accelerate_transformers, families_of
-from tests.models.linear_teachers import COMMON, ids, model_of
+from tests.models.linear_teachers import COMMON, cache_of, ids, model_of
 
 
 def with_and_without(run):
@@ -45,8 +45,7 @@ def test_pieces_and_single_tokens_with_a_cache(family):
 
     def run():
         out, logits = model(input_ids=tokens[:, :20], use_cache=True), []
-        cache = out.past_key_values if hasattr(out, "past_key_values") else out.cache_params
-        name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
+        name, cache = cache_of(out)
         for a, b in ((20, 33), (33, 34), (34, 35), (35, 37)):
             logits.append(model(input_ids=tokens[:, a:b], use_cache=True, **{name: cache}).logits)
         return torch.cat(logits, 1)

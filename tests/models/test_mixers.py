@@ -12,7 +12,7 @@ import transformers
 from linmu_models import accelerate, mixers
 from linmu_models.accelerate import CLASSES, FAMILIES, accelerate_transformers
 from linmu_ops import LinmuWarning, use_impl
-from tests.models.linear_teachers import ids, model_of
+from tests.models.linear_teachers import cache_of, ids, model_of
 
 NORMS = [(family, names[1]) for family, names in CLASSES.items() if len(names) > 1]
 
@@ -38,8 +38,8 @@ def test_states_after_decoding(family, dtype):
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
     out = model(input_ids=tokens[:, :9], attention_mask=mask, use_cache=True)
-    name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
-    ours, theirs = copy.deepcopy(out[name]), out[name]
+    name, theirs = cache_of(out)
+    ours = copy.deepcopy(theirs)
     places = {id(layer): layer.recurrent_states[0] for layer in ours.layers if hasattr(layer, "recurrent_states")}
     want, states = decoded(model, tokens[:, 9:], theirs, name)
     with accelerate_transformers(model):
@@ -72,11 +72,11 @@ def test_a_token_under_autocast(family):
     """After a prompt without it."""
     model, tokens = model_of(family), ids(length=10)
     out = model(input_ids=tokens[:, :9], use_cache=True)
-    name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
+    name, cache = cache_of(out)
 
     def run():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return model(input_ids=tokens[:, 9:], use_cache=True, **{name: copy.deepcopy(out[name])}).logits
+            return model(input_ids=tokens[:, 9:], use_cache=True, **{name: copy.deepcopy(cache)}).logits
 
     want = run()
     with accelerate_transformers(model):
@@ -100,8 +100,8 @@ def test_gradients_after_a_cache(family, length):
     def gradient():
         with torch.no_grad():
             out = model(input_ids=tokens[:, :7], use_cache=True)
-        name = "past_key_values" if hasattr(out, "past_key_values") else "cache_params"
-        logits = model(input_ids=tokens[:, 7:], use_cache=True, **{name: out[name]}).logits
+        name, cache = cache_of(out)
+        logits = model(input_ids=tokens[:, 7:], use_cache=True, **{name: cache}).logits
         weight = next(p for n, p in model.named_parameters() if n.endswith("in_proj.weight") or "in_proj_qkv" in n)
         return torch.autograd.grad(logits.square().sum(), weight)[0]
 
