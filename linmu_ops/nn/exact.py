@@ -21,17 +21,18 @@ from .config import EXACT, ExactConfig
 from .far import FarAttention
 from .far_delta import FarDelta
 from .near import Near, NearAttention
-from .past import Past, past_of
+from .past import Past, far_from_text, past_of
 from .scan import Mean, WideLinear
 from .state import STEPS, MMATEState, written_in_place
 
 _CLOSED = 8.0  # nats by which what is far counts less at first
+_NO_LIMIT = 2**62  # tokens
 
 
 class ExactMMATE(Block):
     """Exact near a token, linear far from it: what the attention of a pretrained causal decoder becomes.
 
-        out = W_O (s y_exact + (1 - s) y_far),      s = sigmoid(lse_exact - log_total_far - share(z))
+        out = W_O (s y_exact + (1 - s) y_far),      s = sigmoid(lse_exact - log_total_far - share(z) + excess)
 
     Every earlier token is in one place. *Near* are the tokens of the window, and the sinks. *Kept* are those with the
     largest step sizes among the tokens that have left the window, so many for each key/value head. *Far* are all
@@ -45,7 +46,9 @@ class ExactMMATE(Block):
     - lse_exact is the log-sum-exp of their scores;
     - log_total_far is the log of the sum of the scan's weights, or, with far="delta", of the number of far tokens;
     - share is a linear map of the input, one number per head. It says how the two compare. It starts so that what is
-      far hardly counts.
+      far hardly counts;
+    - excess is log(number of far tokens / far_limit), or 0 where fewer are far. So what is far gains no weight with its
+      number, once this is beyond what `calibrate` saw.
 
     Where nothing is far, s is 1, and a block made from attention *is* that attention. Without gradients, a call in
     which nothing is far runs neither maps nor scan: always on a CPU, elsewhere where the length alone tells.
@@ -62,6 +65,9 @@ class ExactMMATE(Block):
 
     `Block` explains arguments and call, `ExactConfig` the options.
 
+    Attributes:
+        far_limit: () int64, the largest number of far tokens that calibration saw; 2**62 before it, which is no limit.
+
     Example:
         >>> block = ExactMMATE(dim=384, num_heads=6)
         >>> block(torch.randn(2, 1000, 384)).shape
@@ -74,6 +80,7 @@ class ExactMMATE(Block):
     config: ExactConfig
     scan: FarAttention
     windows: NearAttention
+    far_limit: Tensor
 
     def _build(self) -> None:
         config, shape = self.config, self.shape
@@ -92,6 +99,7 @@ class ExactMMATE(Block):
             sink_tokens=config.sink_tokens, kept_tokens=config.kept_tokens,
         )  # fmt: skip
         self.share = WideLinear(shape.dim, shape.num_heads)
+        self.register_buffer("far_limit", torch.tensor(_NO_LIMIT))
         self.o_proj = shape.output_projection()
 
     @torch.no_grad()
@@ -99,6 +107,7 @@ class ExactMMATE(Block):
         """Initialise every parameter that attention does not have; far starts with a share near 0."""
         self.scan.reset_new_parameters()
         nn.init.zeros_(self.share.weight)
+        self.far_limit.fill_(_NO_LIMIT)
         # So that each far token counts the same at first, whatever step sizes and maps make of its weight.
         self.share.bias.copy_(-self.scan.log_weight() - _CLOSED)
 
@@ -172,7 +181,7 @@ class ExactMMATE(Block):
         new, entered, last = self.windows.keep(past, call) if call.keep else (MMATEState(), None, None)
         nothing_far = few or _none(near.far)
         if not nothing_far and self.scan.in_ops and _far_in_one_call(turned, past, ssm):
-            y, ssm = self.scan.join(z, turned, past, near, self.share(z), ssm, last)
+            y, ssm = self.scan.join(z, turned, past, near, self._rest(z, near.far), ssm, last)
             return self.o_proj(y.flatten(2)), new._replace(ssm=ssm) if call.keep else new
         far = None if nothing_far else self.scan.read(z, turned, past, near, ssm)
         if entered is not None:
@@ -201,7 +210,7 @@ class ExactMMATE(Block):
             return self._joined(z, near, None)
         ssm = None if state is None else entering
         if _far_in_one_call(turned, past, ssm):
-            y, _ = self.scan.join(z, turned, past, near, self.share(z), ssm, None)
+            y, _ = self.scan.join(z, turned, past, near, self._rest(z, near.far), ssm, None)
             return self.o_proj(y.flatten(2))
         return self._joined(z, near, self.scan.read(z, turned, past, near, ssm))
 
@@ -235,15 +244,18 @@ class ExactMMATE(Block):
         share = gate = None
         for i in range(length):
             # Of what is not read where nothing is far, dt stands for the share.
-            some = not near.nothing_beyond and near.sizes.may_be_far(state.seen)
-            if some and share is None:
+            most = 0 if near.nothing_beyond else near.sizes.most_far(state.seen)
+            if most and share is None:
                 share, gate = self.share(z), far.gate(z)
             rest, z_gate = (dt, None) if share is None else (share, gate)
+            rest = rest if one else rest[:, i]
             real = _at(call.mask, i)
+            if most > int(self.far_limit):
+                rest = rest - self._excess(far_from_text(near.sizes, state.seen, state.sinks), rest.dtype)
             y, due = exact_step(
                 state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm,
                 *((q, k, v, dt) if one else (q[:, i], k[:, i], v[:, i], dt[:, i])), far.dt_bias,
-                rest if one else rest[:, i], far.c_map, far.scale, _at(cos, i), _at(sin, i),
+                rest, far.c_map, far.scale, _at(cos, i), _at(sin, i),
                 z_gate if one else _at(z_gate, i), real, near.sizes.window, self.shape.scale,
                 self.shape.interleaved_rotary, near.nothing_beyond,
             )  # fmt: skip
@@ -270,11 +282,20 @@ class ExactMMATE(Block):
         """Shares as in one softmax over what is near, kept or far. far: None where nothing is."""
         if far is None:
             return self.o_proj(near.y.flatten(2))
-        rest = self.share(z).masked_fill(near.far[..., None] == 0, -torch.inf)
+        rest = self._rest(z, near.far).masked_fill(near.far[..., None] == 0, -torch.inf)
         assert far.log_total is not None
         share = (rest + far.log_total - near.lse).sigmoid()
         y = torch.lerp(near.y.to(far.y.dtype), far.y, share.to(far.y.dtype)[..., None])
         return self.o_proj(y.flatten(2))
+
+    def _rest(self, z: Tensor, far: Tensor) -> Tensor:
+        """(B, L, H): what is added to the log of what is far, of which there are so many (B, L)."""
+        share = self.share(z)
+        return share if _none(far > self.far_limit) else share - self._excess(far, share.dtype)
+
+    def _excess(self, far: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., 1): by so many nats what is far counts less, where it is so many tokens (...)."""
+        return (far.clamp(min=1).to(dtype) / self.far_limit).log().clamp(min=0)[..., None]
 
     @torch.no_grad()
     def calibrate(
@@ -284,10 +305,11 @@ class ExactMMATE(Block):
 
         The fit is a logistic regression per head on the block's input, by cross entropy: an error counts where it
         changes the share. From there the share of what is far is lowered, for a mean of untrained maps is no good one.
+        `far_limit` becomes the largest number of far tokens that is met.
         The cost is quadratic in the length. `Block.calibrate` explains arguments and result.
         """
         batches = list(batches)
-        seen, offsets, targets, counts = [], [], [], []
+        seen, offsets, targets, counts, most = [], [], [], [], 0
         for i, (inputs, _) in enumerate(batches):
             z, layout, grid, rotary, mask, seq_idx = (inputs.get(name) for name in _CALL)
             assert isinstance(z, Tensor)
@@ -295,6 +317,7 @@ class ExactMMATE(Block):
             near, far, beyond = self._far_mass(hidden, call)
             use = near.far > 0 if call.mask is None else (near.far > 0) & call.mask
             assert far.log_total is not None
+            most = max(most, int(near.far[use].max())) if use.any() else most
             seen.append(hidden[use])
             offsets.append((near.lse - far.log_total)[use])
             targets.append((near.lse - beyond).sigmoid()[use])
@@ -306,6 +329,7 @@ class ExactMMATE(Block):
             weight, bias = logistic(z, torch.cat(offsets), torch.cat(targets), weigh)
             self.share.weight.copy_(-weight.T)
             self.share.bias.copy_(-bias - _CLOSED)
+            self.far_limit.fill_(most)
         return root_mean_square(batches, lambda inputs, target: target)
 
     def _far_mass(self, z: Tensor, call: Call) -> tuple[Near, Mean, Tensor]:

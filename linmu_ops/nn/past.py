@@ -48,10 +48,10 @@ class Sizes(NamedTuple):
         # Of a clamped range PyTorch 2.13's compiler makes an index that it cannot simplify.
         return torch.where(index >= self.window, index + 1 - self.window, 0) // self.leave
 
-    def may_be_far(self, seen: Tensor) -> bool:
-        """Whether something may be far from text before which so many tokens (B,) of its row have come, on a CPU."""
+    def most_far(self, seen: Tensor) -> int:
+        """How many tokens may be far from text before which so many (B,) of its row have come, on a CPU."""
         most = int(seen.max()) if seen.shape[0] else 0
-        return max(most + 1 - self.window, 0) // self.leave * self.leave > self.kept
+        return max(max(most + 1 - self.window, 0) // self.leave * self.leave - self.kept, 0)
 
 
 class Past(NamedTuple):
@@ -226,18 +226,22 @@ def score(steps: Tensor) -> Tensor:
     return steps.detach().sum(-1)
 
 
-def _left(sizes: Sizes, done: Tensor, there: Tensor) -> Tensor:
-    """(B,) tokens that have left in so many steps, without sinks."""
+def _left(sizes: Sizes, done: Tensor, there: Tensor | None) -> Tensor:
+    """(B,) tokens that have left in so many steps, without the sinks that are `there` (B, s)."""
     gone = done * sizes.leave
-    return gone - (there & (torch.arange(there.shape[1], device=there.device) < gone[:, None])).sum(1)
+    return gone if there is None else gone - (there & (torch.arange(there.shape[1], device=there.device) < gone[:, None])).sum(1)
 
 
 def kept_of(sizes: Sizes, seen: Tensor, there: Tensor | None) -> Tensor:
     """(B, m) int64: which of its places for kept tokens a state after `seen` tokens uses, the last ones; -1: not."""
-    left = sizes.read_by_text(seen)
-    left = left * sizes.leave if there is None else _left(sizes, left, there)
+    left = _left(sizes, sizes.read_by_text(seen), there)
     place = torch.arange(sizes.kept, device=seen.device)
     return torch.where(place >= sizes.kept - left[:, None], place, -1)
+
+
+def far_from_text(sizes: Sizes, seen: Tensor, there: Tensor | None) -> Tensor:
+    """(B,) int64: how many tokens are far from text before which `seen` tokens of its row have come."""
+    return (_left(sizes, sizes.read_by_text(seen), there) - sizes.kept).clamp(min=0)
 
 
 def _in_order(held: Tensor, seen: Tensor, sizes: Sizes, sinks: int) -> Tensor:

@@ -85,6 +85,7 @@ def build(case: dict[str, Any]) -> MMATE | ExactMMATE:
     with torch.no_grad():
         if isinstance(block, ExactMMATE):
             block.share.bias.zero_()  # it starts where what is far hardly counts
+            block.far_limit.fill_(case["seed"] % 9 + 1)
         for p in block.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return block.double()

@@ -53,6 +53,7 @@ def build(config, layer_idx=1, dtype=torch.float64, perturb=0.3, **facts):
     with torch.no_grad():
         if isinstance(block, ExactMMATE):
             block.share.bias.zero_()  # it starts where what is far hardly counts
+            block.far_limit.fill_(4)
         for p in block.parameters():
             p.add_(perturb * torch.randn_like(p))
     return block.to(dtype)

@@ -235,7 +235,8 @@ def exact_mmate(m, z, blocks=(), rotary=None):
     mean, total = far_of(m, q, k, v, dt, far, entered)
     if s.z_proj is not None:
         mean = mean * F.silu(heads(s.z_proj(z), H, P))
-    inside, outside = mass.sum(-1).T, (m.share(z).T.exp() * total).T
+    within = (m.far_limit / far.sum(-1).double()).clamp(max=1).repeat_interleave(H // G, dim=0)
+    inside, outside = mass.sum(-1).T, (m.share(z).T.exp() * total * within).T
     share = (inside / (inside + outside))[..., None]
     return m.o_proj((share * y + (1 - share) * mean).flatten(1))
 

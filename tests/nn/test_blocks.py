@@ -292,6 +292,29 @@ def test_a_block_made_from_attention_is_that_attention_where_nothing_is_far(kept
 
 
 @pytest.mark.parametrize("name", EXACTS)
+def test_what_is_far_gains_no_weight_with_a_number_beyond_the_limit(name):
+    """Twice as many far tokens as the limit, all of them alike: the share is that of as many as the limit."""
+    block, limit = build(OPTIONS[name]).eval(), 32
+    z = torch.randn(1, 1, DIM, dtype=torch.float64).expand(1, 200, DIM)
+    shares = {}
+
+    with torch.no_grad():
+        block.scan.A_log.fill_(-50.0)  # nothing is forgotten
+        for far_limit in (limit, 2**62):
+            block.far_limit.fill_(far_limit)
+            near, mean, _ = block._far_mass(z, block._call(z, None, None, None, None, None, False, None))
+            shares[far_limit] = (block._rest(z, near.far) + mean.log_total)[0]
+    far = near.far[0]
+    assert far.max() > 4 * limit
+    few, at_limit = far <= limit, far == far[far <= limit].max()
+    assert torch.equal(shares[limit][few], shares[2**62][few])
+    assert not torch.isclose(shares[2**62][-1], shares[2**62][at_limit][0]).any()
+    if OPTIONS[name].far == "scan":
+        want = shares[2**62][at_limit][0] + (limit / far[at_limit][0]).log()
+        torch.testing.assert_close(shares[limit][-1], want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EXACTS)
 def test_the_share_is_fitted_to_the_mass_of_what_is_far(name, monkeypatch):
     monkeypatch.setattr("linmu_ops.nn.exact._CLOSED", 0.0)
     block = build(OPTIONS[name])
@@ -318,6 +341,7 @@ def test_the_share_is_fitted_to_the_mass_of_what_is_far(name, monkeypatch):
     batches = [(dict(hidden_states=z, **inputs), torch.randn_like(z))]
     block.calibrate(batches)
     assert error() < 0.5 * before
+    assert block.far_limit == near.far.max()
     few = use & (use.flatten().cumsum(0).view_as(use) % 5 == 0)
     before = error(few)
     block.calibrate(batches, [few.float()])

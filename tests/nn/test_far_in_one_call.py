@@ -43,6 +43,7 @@ def make(layer, dtype=torch.float64, **options):
         for p in block.parameters():
             p += 0.1 * torch.randn_like(p)
         block.share.bias += 7  # what is far counts
+        block.far_limit.fill_(8)
     return block
 
 
