@@ -52,6 +52,7 @@ VARIANTS = dict(
             (TRAINED, Variant(256, exact._CLOSED, "")),
             (TRAINED, Variant(128, exact._CLOSED + 2, "")),
             (TRAINED, Variant(128, exact._CLOSED - 2, "")),
+            (TRAINED, Variant(128, exact._CLOSED, "", limited=False)),
         ),
         strict=True,
     )

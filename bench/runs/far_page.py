@@ -32,6 +32,7 @@ CHANGED = {
     "trained, 256 kept": "*trained* with twice as many kept tokens, and no step more",
     "trained, far less by 2 nats": "*trained* with a seventh of the share of what is far",
     "trained, far more by 2 nats": "*trained* with seven times that share, as far as there is room",
+    "trained, no far_limit": "*trained*, in which what is far gains weight with its number without end",
 }
 """Rows that look for what stands in the way; asked for by name."""
 DEPTHS = 4  # parts of a video

@@ -36,11 +36,16 @@ NEVER = 1e4  # nats that leave nothing to what is far
 
 
 class Variant(NamedTuple):
-    """A row: so many tokens are kept, and what is far counts less than was fitted, by so many nats."""
+    """A row: so many tokens are kept, and what is far counts less than was fitted, by so many nats.
+
+    Attributes:
+        limited: whether the weight of what is far stops to grow with its number where calibration saw no more.
+    """
 
     kept: int
     closed: float
     about: str
+    limited: bool = True
 
 
 ROWS = {
@@ -74,14 +79,17 @@ def right(model: Any, processor: Processor, frames: int, samples: int) -> list[b
 @contextmanager
 def varied(blocks: list[Any], variant: Variant) -> Iterator[None]:
     """While open, calibrated blocks are those of a row."""
-    before = [(block.windows.sizes, block.share.bias.detach().clone()) for block in blocks]
+    before = [(b.windows.sizes, b.share.bias.detach().clone(), b.far_limit.clone()) for b in blocks]
     for block in blocks:
         block.windows.sizes = block.windows.sizes._replace(kept=variant.kept)
         block.share.bias.data += exact._CLOSED - variant.closed
+        if not variant.limited:
+            block.far_limit.fill_(exact.NO_LIMIT)
     yield
-    for block, (sizes, bias) in zip(blocks, before, strict=True):
+    for block, (sizes, bias, limit) in zip(blocks, before, strict=True):
         block.windows.sizes = sizes
         block.share.bias.data.copy_(bias)
+        block.far_limit.copy_(limit)
 
 
 def calibrated(teacher: Any, tokenizer: Any, config: Config) -> nn.Module:

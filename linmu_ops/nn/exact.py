@@ -26,7 +26,7 @@ from .scan import Mean, WideLinear
 from .state import STEPS, MMATEState, written_in_place
 
 _CLOSED = 8.0  # nats by which what is far counts less at first
-_NO_LIMIT = 2**62  # tokens
+NO_LIMIT = 2**62  # tokens
 
 
 class ExactMMATE(Block):
@@ -99,7 +99,7 @@ class ExactMMATE(Block):
             sink_tokens=config.sink_tokens, kept_tokens=config.kept_tokens,
         )  # fmt: skip
         self.share = WideLinear(shape.dim, shape.num_heads)
-        self.register_buffer("far_limit", torch.tensor(_NO_LIMIT))
+        self.register_buffer("far_limit", torch.tensor(NO_LIMIT))
         self.o_proj = shape.output_projection()
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class ExactMMATE(Block):
         """Initialise every parameter that attention does not have; far starts with a share near 0."""
         self.scan.reset_new_parameters()
         nn.init.zeros_(self.share.weight)
-        self.far_limit.fill_(_NO_LIMIT)
+        self.far_limit.fill_(NO_LIMIT)
         # So that each far token counts the same at first, whatever step sizes and maps make of its weight.
         self.share.bias.copy_(-self.scan.log_weight() - _CLOSED)
 

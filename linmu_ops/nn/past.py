@@ -229,7 +229,11 @@ def score(steps: Tensor) -> Tensor:
 def _left(sizes: Sizes, done: Tensor, there: Tensor | None) -> Tensor:
     """(B,) tokens that have left in so many steps, without the sinks that are `there` (B, s)."""
     gone = done * sizes.leave
-    return gone if there is None else gone - (there & (torch.arange(there.shape[1], device=there.device) < gone[:, None])).sum(1)
+    return (
+        gone
+        if there is None
+        else gone - (there & (torch.arange(there.shape[1], device=there.device) < gone[:, None])).sum(1)
+    )
 
 
 def kept_of(sizes: Sizes, seen: Tensor, there: Tensor | None) -> Tensor:

@@ -78,15 +78,18 @@ def test_each_row_is_what_it_says(config):
             assert all((block.share.bias == -1e4).all() == (row != ZERO) for block in blocks)
             assert all(block.windows.sizes.kept == (0 if row == "windows alone" else 4) for block in blocks)
     before = [block.share.bias.clone() for block in blocks]
+    for block in blocks:
+        block.far_limit.fill_(9)
     models._trained[0] = student
     for row, kept, less in zip(
-        far.VARIANTS, (256, 1024, 256, 128, 128), (1e4 - exact._CLOSED,) * 2 + (0, 2, -2), strict=True
+        far.VARIANTS, (256, 1024, 256, 128, 128, 128), (1e4 - exact._CLOSED,) * 2 + (0, 2, -2, 0), strict=True
     ):
         model, context = models.of(row, 0)
         with context:
             assert model is student and all(block.windows.sizes.kept == kept for block in blocks)
             for block, bias in zip(blocks, before, strict=True):
                 torch.testing.assert_close(block.share.bias, bias - less)
+            assert all((block.far_limit == exact.NO_LIMIT) == (row == "trained, no far_limit") for block in blocks)
     model, context = models.of(EQUAL_MEMORY, 0)
     with context:
         assert model is models.teacher and model.get_decoder().config._attn_implementation == "linmu_limited"
