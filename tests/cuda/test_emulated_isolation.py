@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tests.covering import covering
 from tests.ops import isolation
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
@@ -20,10 +21,9 @@ def results_of_their_own(monkeypatch):
     monkeypatch.setattr(isolation, "clean_results", isolation.clean_results.__wrapped__)
 
 
-@pytest.mark.parametrize("arch, dtype", KINDS)
-@pytest.mark.parametrize("value", [math.nan, 1e30], ids=str)
-@pytest.mark.parametrize(("which", "name"), PAIRS, ids=str)
-def test_nothing_else_changes(which, name, value, arch, dtype, monkeypatch):
+@covering("pair, value, kind", PAIRS, [math.nan, 1e30], KINDS)
+def test_nothing_else_changes(pair, value, kind, monkeypatch):
+    (which, name), (arch, dtype) = pair, kind
     monkeypatch.setenv("LINMU_CUDA_ARCH", arch)
     isolation.check(which, name, value, "cpu", dtype)
 

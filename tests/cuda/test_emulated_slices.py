@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 
 import pytest
 import torch
 
 from linmu_ops._testing import check_implementation, run_op
+from tests.covering import covering
 from tests.ops.cases import ssd_scan as scan_cases
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
@@ -157,9 +159,7 @@ def test_gathered_rows_are_those_that_tma_loads(options):
     assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(in_place, in_order, strict=True))
 
 
-@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.sweep), 1e30], ids=str)
-@pytest.mark.parametrize("name", ["x", "B", "C", "dt"])
-@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
+@covering("direction, name, value", scan_cases.DIRECTIONS, ["x", "B", "C", "dt"], [math.nan, 1e30, math.inf])
 def test_what_is_not_finite_reaches_what_sees_it(name, value, direction):
     """Between restarts: nothing comes through."""
     L, at = 150, 70

@@ -7,6 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_implementation
+from tests.covering import covering
 from tests.ops.cases import branch_mix_norm as mix_cases
 from tests.ops.cases import causal_conv1d as conv_cases
 from tests.ops.cases import causal_conv1d_step as step_cases
@@ -19,10 +20,10 @@ def check(op, inputs, wrt=()):
     check_implementation(op, "cpu", inputs, wrt)
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*conv_cases.CASES, (1, 130, 6, 3), (1, 2, 4, 8)], ids=str)
+CONVOLVED = [*conv_cases.CASES, (1, 130, 6, 3), (1, 2, 4, 8)]
+
+
+@covering("case, dtype, full, activation", CONVOLVED, DTYPES, [False, True], [None, "silu"])
 def test_causal_conv1d(case, dtype, full, activation):
     inputs = conv_cases.make_inputs(case, dtype, full, activation)
     check("causal_conv1d", inputs, conv_cases.wrt(inputs))
@@ -62,10 +63,7 @@ def test_causal_conv1d_step(case, dtype):
     check("causal_conv1d_step", step_cases.make_inputs(case, dtype))
 
 
-@pytest.mark.parametrize("norm", mix_cases.NORMS)
-@pytest.mark.parametrize("mix", mix_cases.MIXES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*mix_cases.CASES, (1, 3, 1032)], ids=str)
+@covering("case, dtype, mix, norm", [*mix_cases.CASES, (1, 3, 1032)], DTYPES, mix_cases.MIXES, mix_cases.NORMS)
 def test_branch_mix_norm(case, dtype, mix, norm):
     inputs = mix_cases.make_inputs(case, dtype, norm, mix, masked=case[1] != 21) | dict(eps=1e-3)
     leaves = [k for k in mix_cases.wrt(inputs) if (k, mix) != ("mix", "scalar")]

@@ -9,6 +9,7 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_implementation, run_op
+from tests.covering import covering
 from tests.ops.cases import ssd_scan as scan_cases
 from tests.ops.cases import ssd_step as step_cases
 
@@ -32,10 +33,10 @@ def test_step(case, dtype):
     check("ssd_step", step_cases.make_inputs(case, dtype, softplus=True, skip=True))
 
 
-@pytest.mark.parametrize("options", [(), ("all",)], ids=["plain", "all"])
-@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [(1, 70, 2, 1, 1, 2, 20, 40), (2, 33, 4, 2, 2, 4, 5, 7)], ids=str)
+SIZES = [(1, 70, 2, 1, 1, 2, 20, 40), (2, 33, 4, 2, 2, 4, 5, 7)]
+
+
+@covering("case, dtype, direction, options", SIZES, DTYPES, scan_cases.DIRECTIONS, [(), ("all",)])
 def test_scan(case, dtype, direction, options):
     check_scan(scan_cases.make_inputs(case, dtype, direction, options) | dict(chunk_size=32))
 
@@ -48,10 +49,10 @@ def test_scan_as_the_model_calls_it(dtype, chunk_size):
     check_scan(inputs | dict(chunk_size=chunk_size))
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("direction", scan_cases.DIRECTIONS)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", [(1, 150, 2, 1, 1, 2, 72, 48), (2, 61, 2, 2, 1, 1, 5, 7)], ids=str)
+SM90_SIZES = [(1, 150, 2, 1, 1, 2, 72, 48), (2, 61, 2, 2, 1, 1, 5, 7)]
+
+
+@covering("case, dtype, direction, options", SM90_SIZES, DTYPES[1:], scan_cases.DIRECTIONS, list(OPTIONS))
 def test_scan_of_sm90(case, dtype, direction, options, monkeypatch):
     monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
     check("ssd_scan", scan_cases.make_inputs(case, dtype, direction, OPTIONS[options]))

@@ -7,6 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_against_reference
+from tests.covering import covering
 from tests.ops.cases.window_attention import CASES, LSE_CASES, by_reference, make_inputs, with_lse
 
 pytestmark = pytest.mark.usefixtures("by_emulator")
@@ -65,9 +66,8 @@ def test_keys_come_in_parts_where_shared_memory_is_small(P, shared, dtype, monke
     check(dict(B=1, H=4, G=2, P=P, grid=(330,), window=(300,), shift=(7,), bias=True, rotary=P), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "case",
+@covering(
+    "case, dtype, shared",
     [
         dict(B=1, H=7, G=1, P=64, grid=(7, 14), window=(7, 7), shift=(3, 3), bias=True),
         dict(B=2, H=4, G=2, P=128, grid=(4, 5, 6), window=(3, 4, 4), shift=(1, 2, 2), wrap="mask", rotary=128),
@@ -76,9 +76,10 @@ def test_keys_come_in_parts_where_shared_memory_is_small(P, shared, dtype, monke
         dict(B=1, H=2, G=1, P=40, grid=(150,), window=(40,), image_window=(150,), rotary=40),  # longer than expected
         LATE_KEYS_FIRST | dict(P=64),
     ],
-    ids=lambda c: f"P{c['P']}" + "-causal" * ("causal" in c),
+    [torch.bfloat16, torch.float16],
+    [227 * 1024, 60_000],
+    ids=[lambda c: f"P{c['P']}" + "-causal" * ("causal" in c), str, str],
 )
-@pytest.mark.parametrize("shared", [227 * 1024, 60_000])
 def test_forward_of_sm90(case, dtype, shared, monkeypatch):
     monkeypatch.setenv("LINMU_CUDA_ARCH", "90")
     monkeypatch.setenv("LINMU_EMULATED_SHARED", str(shared))

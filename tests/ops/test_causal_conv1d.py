@@ -9,14 +9,12 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_against_reference
+from tests.covering import covering
 from tests.ops.cases.causal_conv1d import CASES, DTYPES, EMPTY, by_reference, make_inputs, wrt
 from tests.ops.reruns import OLDER, assert_same_bits, rerun_with_isa
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@covering("case, dtype, activation, full", CASES, DTYPES, [None, "silu"], [False, True])
 def test_forward_and_backward(case, dtype, activation, full):
     inputs = make_inputs(case, dtype, full, activation)
     check_against_reference(linmu_ops.causal_conv1d, by_reference, inputs, wrt(inputs))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import linmu_ops
 from linmu_ops import DeltaReverse
 from linmu_ops._testing import check_against_reference, grouped
+from tests.covering import covering
 from tests.ops.cases.gated_delta_scan import (
     CASES,
     DIRECTIONS,
@@ -29,16 +30,7 @@ def check(i):
     check_against_reference(scan, by_reference, i, used(i))
 
 
-@pytest.mark.parametrize("options", [(), ("all",)], ids=["plain", "all"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        pytest.param(c, d, marks=() if d == torch.float32 or c in CASES[1:4:2] else pytest.mark.sweep, id=f"{d}-{c}")
-        for c in CASES
-        for d in DTYPES
-    ],
-)
+@covering("case, dtype, direction, options", CASES, DTYPES, DIRECTIONS, [(), ("all",)])
 def test_forward_and_backward(case, dtype, direction, options):
     check(make_inputs(case, dtype, direction, options) | dict(chunk_size=32))
 

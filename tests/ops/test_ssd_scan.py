@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import linmu_ops
 from linmu_ops import Reverse
 from linmu_ops._testing import grouped
+from tests.covering import covering
 from tests.ops.cases.ssd_scan import (
     ALL,
     CASES,
@@ -26,12 +27,9 @@ from tests.ops.cases.ssd_scan import (
 from tests.ops.reruns import OLDER, rerun_with_isa
 
 
-@pytest.mark.parametrize("options", ALL.values(), ids=ALL)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@covering("case, dtype, direction, options", CASES, DTYPES, DIRECTIONS, list(ALL))
 def test_forward_and_backward(case, dtype, direction, options):
-    check(make_inputs(case, dtype, direction, options) | dict(chunk_size=32))
+    check(make_inputs(case, dtype, direction, ALL[options]) | dict(chunk_size=32))
 
 
 @pytest.mark.parametrize("length", [63, 64, 65, 130])

@@ -7,6 +7,7 @@ import torch
 
 import linmu_ops
 from linmu_ops._testing import check_implementation
+from tests.covering import covering
 from tests.ops.cases import branch_mix_norm, causal_conv1d, causal_conv1d_step, ssd_step
 
 pytest.importorskip("triton")
@@ -19,9 +20,7 @@ def check(op, inputs, wrt=()):
     check_implementation(op, "triton", inputs, wrt)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ssd_step.CASES[:3] + ssd_step.CASES[4:], ids=str)
-@pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
+@covering("case, dtype, mean", ssd_step.CASES[:3] + ssd_step.CASES[4:], DTYPES, [False, True])
 def test_ssd_step_kernel(case, dtype, mean):
     check("ssd_step", ssd_step.make_inputs(case, dtype, softplus=True, skip=True, mean=mean))
 
@@ -38,9 +37,10 @@ def test_causal_conv1d_step_kernel(case):
     check("causal_conv1d_step", causal_conv1d_step.make_inputs(case, torch.float32))
 
 
-@pytest.mark.parametrize("norm", branch_mix_norm.NORMS)
-@pytest.mark.parametrize("mix", branch_mix_norm.MIXES)
-@pytest.mark.parametrize("case", [*branch_mix_norm.CASES[1:4], *branch_mix_norm.EMPTY], ids=str)
+MIXED = [*branch_mix_norm.CASES[1:4], *branch_mix_norm.EMPTY]
+
+
+@covering("case, mix, norm", MIXED, branch_mix_norm.MIXES, branch_mix_norm.NORMS)
 def test_branch_mix_norm_kernels(case, mix, norm):
     inputs = branch_mix_norm.make_inputs(case, torch.float32, norm, mix, masked=case[1] != 40) | dict(eps=1e-3)
     check("branch_mix_norm", inputs, branch_mix_norm.wrt(inputs))
