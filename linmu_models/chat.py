@@ -69,11 +69,16 @@ def to_model(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def adds_special_tokens(speaker: Any, text: str) -> bool:
     """Whether transformers' `apply_chat_template(tokenize=True)` lets the tokenizer add its special tokens to `text`,
-    which `speaker`, a processor or a tokenizer, has rendered: a processor does, unless its template begins with one."""
+    which `speaker`, a processor or a tokenizer, has rendered: a processor does, unless its template begins with one, or
+    it never does."""
     if not isinstance(speaker, ProcessorMixin):
         return False
     begin = speaker.tokenizer.bos_token
-    return begin is None or not text.startswith(begin)
+    if begin is not None and text.startswith(begin):
+        return False
+    kinds: Any = speaker.valid_processor_kwargs
+    by_itself = speaker._merge_kwargs(kinds, tokenizer_init_kwargs=speaker.tokenizer.init_kwargs)  # LFM2-VL's: no
+    return bool(by_itself["text_kwargs"].get("add_special_tokens", True))
 
 
 class _Segments:

@@ -46,7 +46,16 @@ def plugin(monkeypatch):
     return module.Linmu
 
 
-def llava(template, added):
+class AddsNothing(hf.LlavaProcessor):
+    """Never lets its tokenizer add special tokens, as LFM2-VL's, whose images need torchvision."""
+
+    text_kwargs = {"add_special_tokens": False}  # noqa: RUF012  # as transformers declares it
+
+
+KINDS = {"llava": hf.LlavaProcessor, "adds_nothing": AddsNothing}
+
+
+def llava(template, added, kind):
     """A processor of characters."""
     vocab = {t: i for i, t in enumerate([*SPECIAL, *map(chr, range(32, 127))])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -58,7 +67,7 @@ def llava(template, added):
         additional_special_tokens=["<image>"], padding_side="left",
     )  # fmt: skip
     images = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return hf.LlavaProcessor(
+    return KINDS[kind](
         images, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=TEMPLATES[template],
     )  # fmt: skip
@@ -90,11 +99,12 @@ class Model:
         raise Asked(inputs)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("added", ADDED)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_prompts_are_those_of_the_chat_template(plugin, template, added):
+def test_prompts_are_those_of_the_chat_template(plugin, template, added, kind):
     asks = plugin.__new__(plugin)
-    asks.processor, asks.model = llava(template, added), Model()
+    asks.processor, asks.model = llava(template, added, kind), Model()
     asks.tokenizer = asks.processor.tokenizer
     chats = [Chat(*question) for question in QUESTIONS]
     for batch in ([chat] for chat in chats), [chats]:
@@ -103,7 +113,7 @@ def test_prompts_are_those_of_the_chat_template(plugin, template, added):
                 asks._answer(some, {})
             (given,) = asked.value.args
             for chat, row, mask in zip(some, given["input_ids"], given["attention_mask"], strict=True):
-                want = llava(template, added).apply_chat_template(
+                want = llava(template, added, kind).apply_chat_template(
                     chat.to_hf_messages(), tokenize=True, return_dict=True, add_generation_prompt=True
                 )["input_ids"][0]
                 assert row[mask.bool()].tolist() == list(want)

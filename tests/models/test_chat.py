@@ -4,6 +4,7 @@ kind of template, tokenizer and processor."""
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -88,9 +89,15 @@ def tokenizer(added="none", pieces="characters"):
     )
 
 
-def llava(tokens, template):
+class AddsNothing(hf.LlavaProcessor):
+    """Never lets its tokenizer add special tokens, as LFM2-VL's, whose images need torchvision."""
+
+    text_kwargs = {"add_special_tokens": False}  # noqa: RUF012  # as transformers declares it
+
+
+def llava(tokens, template, kind=hf.LlavaProcessor):
     images = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return hf.LlavaProcessor(
+    return kind(
         image_processor=images, tokenizer=tokens, patch_size=14, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, image_token="<image>", chat_template=template.replace("IMAGE", "<image>"),
     )  # fmt: skip
@@ -120,7 +127,13 @@ def pixtral(tokens, template):
     )  # fmt: skip
 
 
-KINDS = {"llava": llava, "llava_next": llava_next, "gemma3": gemma3, "mistral3": pixtral}
+KINDS = {
+    "llava": llava,
+    "adds_nothing": partial(llava, kind=AddsNothing),
+    "llava_next": llava_next,
+    "gemma3": gemma3,
+    "mistral3": pixtral,
+}
 
 
 def picture(seed, height=40, width=60):
