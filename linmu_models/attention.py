@@ -274,7 +274,12 @@ def linmu_attention(
 ) -> LinmuMMATE | LinmuExactMMATE:
     """The block of these options in the place of an attention module; arguments as `LinmuAttention`."""
     kind = LinmuExactMMATE if isinstance(config, ExactConfig) else LinmuMMATE
-    return kind(attention, config, layer_idx, text_only, **facts)
+    block = kind(attention, config, layer_idx, text_only, **facts)
+    # transformers reads weights that stay on the disk in the dtype that they have before anything is loaded.
+    for name, parameter in block.named_parameters():
+        if IN_FLOAT32.search(f"self_attn.{name}"):
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return block
 
 
 class HoldsBlocks(_Part):

@@ -83,12 +83,32 @@ def test_ways_of_loading(folder, logits, options):
         assert torch.equal(model(**tiny.example("qwen2", "text")).logits, logits)
 
 
+ON_DISK = {
+    "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
+    "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+}  # fmt: skip
+
+
 def test_parts_on_disk(folder, logits, tmp_path):
-    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
-             "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=where, offload_folder=tmp_path)
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=ON_DISK, offload_folder=tmp_path)
     with torch.no_grad():
         assert torch.equal(model(**tiny.example("qwen2", "text")).logits, logits)
+
+
+@pytest.mark.parametrize("options", [tiny.NARROW, {"preset": "paper"}], ids=["exact", "paper"])
+def test_parts_on_disk_in_half_precision(options, tmp_path):
+    """What needs float32 is float32 there too."""
+    linmu_models.convert(tiny.teacher("qwen2"), options).to(torch.bfloat16).save_pretrained(tmp_path / "student")
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "student", device_map=ON_DISK, offload_folder=tmp_path / "offload"
+    )
+    kinds = {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == kinds
+    assert {torch.float32, torch.bfloat16} == set(kinds.values())
+    example = tiny.example("qwen2", "text")
+    with torch.no_grad():
+        assert torch.equal(model(**example).logits, plain(**example).logits)
 
 
 def test_on_the_meta_device(folder):
