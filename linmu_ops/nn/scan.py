@@ -96,12 +96,17 @@ class Decaying(nn.Module):
             attention: (n, H) >= 0, what each of these tokens gets per head, summed over queries, in units of the mean.
         """
         z = hidden_states.double()
+        # Where a step is much smaller than 1, as they are, softplus is exp.
+        before = _log_mean_exp(z @ self.dt_proj.weight.double().T) + self.dt_bias.double()
         for head, m in enumerate(attention.double().unbind(1)):
             target = m.clamp(math.exp(-_STEP_RANGE), math.exp(_STEP_RANGE)).log()
-            weight, bias = ridge(z, target, 0.5 / len(m) + 0.5 * m / m.sum())
+            weight, _ = ridge(z, target, 0.5 / len(m) + 0.5 * m / m.sum())
             self.dt_proj.weight[head] = weight.to(self.dt_proj.weight.dtype)
-            # Where a step is much smaller than 1, as they are, softplus is exp.
-            self.dt_bias[head] += (bias - (z @ weight + bias).exp().mean().log()).to(self.dt_bias.dtype)
+            self.dt_bias[head] = (before[head] - _log_mean_exp(z @ weight)).to(self.dt_bias.dtype)
+
+
+def _log_mean_exp(t: Tensor) -> Tensor:
+    return t.logsumexp(0) - math.log(len(t))
 
 
 class Scan(Decaying):

@@ -96,6 +96,36 @@ def test_step_sizes_follow_attention():
     torch.testing.assert_close(steps / steps.mean(0), attention, rtol=0.2, atol=0.02)
 
 
+@pytest.mark.parametrize("decay", [0.999, None])
+def test_the_mean_step_stays_whatever_a_block_has_learnt(decay):
+    """Also where its step sizes depend on the hidden states already."""
+    scan = MMATE(16, 4, config=MMATEConfig(initial_decay=decay)).scan
+    with torch.no_grad():
+        scan.dt_proj.weight.normal_(0, 0.3)
+        scan.dt_bias.sub_(4)  # steps are small, as the fit takes them to be
+    z, direction = torch.randn(400, 16), torch.randn(16, 4) / 4
+    attention = (z @ direction).exp()
+
+    def mean():
+        return torch.nn.functional.softplus(z @ scan.dt_proj.weight.T + scan.dt_bias).mean(0)
+
+    before = mean()
+    scan.fit_step_sizes(z, attention / attention.mean(0))
+    torch.testing.assert_close(mean(), before, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("options", [tiny.NARROW, {"preset": "paper"}], ids=["exact", "paper"])
+def test_twice_is_once(options):
+    teacher = tiny.teacher("qwen2")
+    batches = [tiny.example("qwen2", "text")]
+    student = linmu_models.convert(teacher, options)
+    found = []
+    for _ in range(2):
+        linmu_models.calibrate(student, teacher, batches, step_sizes=True)
+        found.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "qwen2"])
 def test_fitted_step_sizes_are_part_of_calibration(family):
     teacher = tiny.teacher(family)
