@@ -74,8 +74,9 @@ def check_positive(name: str, value: Any, *, whole: bool = True) -> None:
     """Raise TypeError where this is no (whole) number, ValueError where it is not over 0."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
-    if not float(value) > 0:
-        raise ValueError(f"{name} must be over 0, got {value!r}")
+    number: Any = value
+    if not number > 0 or number == math.inf:
+        raise ValueError(f"{name} must be over 0{'' if whole else ' and finite'}, got {value!r}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 
 import pytest
@@ -101,10 +102,18 @@ def test_paths_and_numbers(odd, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "frames, fps, line", [(0, 1.0, "frames"), (-1, 1.0, "frames"), (4, 0, "fps"), (4, -2.0, "fps")]
+    "frames, fps, line",
+    [
+        (0, 1.0, "frames"),
+        (-1, 1.0, "frames"),
+        (4, 0, "fps"),
+        (4, -2.0, "fps"),
+        (4, math.nan, "fps"),
+        (4, math.inf, "fps"),
+    ],
 )
 def test_numbers_are_over_zero(frames, fps, line):
-    refused(ValueError, f"^{line} must be over 0, got ", lambda: media.read_video("x", frames, fps))
+    refused(ValueError, f"^{line} must be over 0( and finite)?, got ", lambda: media.read_video("x", frames, fps))
 
 
 def test_options_that_torch_compile_has_not():
