@@ -15,9 +15,10 @@ from .reference.exact_step import exact_step as reference
 SCHEMA = (
     "(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) steps, Tensor(d!)? sinks, Tensor(e!) seen, Tensor ssm, Tensor q, "
     "Tensor k, Tensor v, Tensor dt, Tensor dt_bias, Tensor rest, Tensor c_map, Tensor scale, Tensor? cos, Tensor? sin, "
-    "Tensor? z_gate, Tensor? real, int window, float softmax_scale, bool interleaved, bool nothing_beyond) "
-    "-> (Tensor, Tensor)"
+    "Tensor? z_gate, Tensor? real, int window, float softmax_scale, bool interleaved, bool nothing_beyond, "
+    "int far_limit) -> (Tensor, Tensor)"
 )
+NO_LIMIT = 2**62
 STATE = ("keys", "values", "steps", "sinks", "seen")
 
 
@@ -45,10 +46,11 @@ def exact_step(
     softmax_scale: float | None = None,
     interleaved: bool = False,
     nothing_beyond: bool = False,
+    far_limit: int = NO_LIMIT,
 ) -> tuple[Tensor, Tensor]:
     """One token of text for each row, between the projections of a block `ExactMMATE`; the state is updated in place.
 
-        y = (1 - share) y_exact + share y_far,    share = sigmoid(rest + log_total - lse)
+        y = (1 - share) y_exact + share y_far,    share = sigmoid(rest - excess + log_total - lse)
 
     y_exact is softmax attention to n places: the sinks, a ring of the last tokens, and what is kept; lse is the
     log-sum-exp of its scores. The ring has room for w + c tokens, c = min(w, 64). Of what a row sees, c tokens leave at
@@ -56,7 +58,8 @@ def exact_step(
 
         f = softmax(scale softmax_scale c_map q),    total = ssm[P] f,    y_far = silu(z_gate) (ssm[:P] f) / total
 
-    Where nothing is far, share is 0. Key, value and step size softplus(dt + dt_bias) of the token go to the ring, and
+    Where nothing is far, share is 0; where more than far_limit tokens are, excess = log(their number / far_limit), else
+    0. Key, value and step size softplus(dt + dt_bias) of the token go to the ring, and
     to its place among the sinks if it is one. What is due to leave is not moved: that is the caller's.
 
     Args:
@@ -84,6 +87,7 @@ def exact_step(
         softmax_scale: of the scores; P ** -0.5 if None.
         interleaved: channels (0, 1), (2, 3), ... rotate together, instead of (0, R/2), (1, R/2 + 1), ...
         nothing_beyond: text sees the last w tokens and nothing else.
+        far_limit: >= 1, the number of far tokens beyond which their weight does not grow.
 
     Returns:
         y: (B, HP), dtype of q.
@@ -128,6 +132,7 @@ def exact_step(
         if d["R"] % 2 or d["R"] > d["P"]:
             raise ValueError(f"exact_step: cos must be of even R <= P={d['P']}, got R={d['R']}")
     check_size("exact_step", "window", window)
+    check_size("exact_step", "far_limit", far_limit)
     factor = q.shape[2] ** -0.5 if softmax_scale is None else check_number("exact_step", "softmax_scale", softmax_scale)
     check_flags("exact_step", interleaved=interleaved, nothing_beyond=nothing_beyond)
     least = d["s"] + window + min(window, LEAVE)
@@ -146,7 +151,7 @@ def exact_step(
         raise RuntimeError("exact_step: has no gradient; run it under torch.no_grad(), or use ExactMMATE")
     return run(
         keys, values, steps, sinks, seen, ssm, q, k, v, dt, dt_bias, rest, c_map, scale, cos, sin, z_gate, real, window,
-        factor, interleaved, nothing_beyond,
+        factor, interleaved, nothing_beyond, far_limit,
     )  # fmt: skip
 
 

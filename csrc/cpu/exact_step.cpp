@@ -239,6 +239,7 @@ void step(const ExactStepParams& p) {
         rotate(static_cast<const T*>(p.q) + (b * H + h0 + r) * P, table(p.cos, b), table(p.sin, b), R, P, p.interleaved,
                s.q + r * s.dim);
       const Row row = look(p, b, s.places.data());
+      const A excess = row.far > p.far_limit ? std::log(static_cast<A>(row.far) / static_cast<A>(p.far_limit)) : A(0);
       A lse[kHeads];
       const auto attend = [&](auto heads_) {
         near<heads_, T>(p, s, row.count, static_cast<const T*>(p.keys) + bg * places * P,
@@ -258,7 +259,7 @@ void step(const ExactStepParams& p) {
           features(s.q + r * s.dim, static_cast<const M*>(p.c_map) + h * P * N, scale, P, N, s.features);
           const T* z = p.z_gate ? static_cast<const T*>(p.z_gate) + (b * H + h) * P : nullptr;
           mix(p, static_cast<const A*>(p.ssm) + (b * H + h) * (P + 1) * N, s.features, z,
-              static_cast<const A*>(p.rest)[b * H + h], lse[r], out);
+              static_cast<const A*>(p.rest)[b * H + h] - excess, lse[r], out);
         }
         for_each_vector<A>(P, [&](int64_t i, auto lanes) { lanes.store(y + r * P + i, load(out + i)); });
       }

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> exact_step(const Tensor& keys, const Tensor& values, 
                                       const Tensor& rest, const Tensor& c_map, const Tensor& scale,
                                       const OptTensor& cos, const OptTensor& sin, const OptTensor& z_gate,
                                       const OptTensor& real, int64_t window, double softmax_scale, bool interleaved,
-                                      bool nothing_beyond) {
+                                      bool nothing_beyond, int64_t far_limit) {
   const ScalarType type = q.scalar_type(), acc = accumulate_dtype(q);
   ExactStepParams p{};
   p.dtype = float_dtype("exact_step", "q", q);
@@ -70,6 +70,8 @@ std::tuple<Tensor, Tensor> exact_step(const Tensor& keys, const Tensor& values, 
     LINMU_CHECK(p.seen[b] >= 0 && p.seen[b] < kMostSeen, "exact_step: seen must be from 0 to 2**62 - 1, got ",
                 p.seen[b]);
   p.softmax_scale = softmax_scale, p.interleaved = interleaved, p.nothing_beyond = nothing_beyond;
+  LINMU_CHECK(far_limit >= 1, "exact_step: far_limit must be >= 1, got ", far_limit);
+  p.far_limit = far_limit;
   const Tensor ssm_ = contiguous(ssm), q_ = contiguous(q), k_ = contiguous(k), v_ = contiguous(v);
   const Tensor dt_ = contiguous(dt), bias_ = contiguous(dt_bias), rest_ = contiguous(rest);
   const Tensor map_ = contiguous(c_map), scale_ = contiguous(scale);

@@ -12,6 +12,7 @@ from .. import _transforms
 from .._dims import accumulate_dtype
 from .._registry import serves
 from ..context_parallel import SlabLayout
+from ..exact_step import NO_LIMIT
 from ..exact_step import run as exact_step
 from ..token_layout import TokenLayout
 from ._inputs import Call, logistic, without_padding
@@ -21,12 +22,11 @@ from .config import EXACT, ExactConfig
 from .far import FarAttention
 from .far_delta import FarDelta
 from .near import Near, NearAttention
-from .past import Past, far_from_text, past_of
+from .past import Past, past_of
 from .scan import Mean, WideLinear
 from .state import STEPS, MMATEState, written_in_place
 
 _CLOSED = 8.0  # nats by which what is far counts less at first
-NO_LIMIT = 2**62  # tokens
 
 
 class ExactMMATE(Block):
@@ -242,22 +242,20 @@ class ExactMMATE(Block):
         dt = far.dt_proj(z)
         cos, sin = (None, None) if call.rotary is None else call.rotary
         share = gate = None
+        limit = int(self.far_limit)
         for i in range(length):
             # Of what is not read where nothing is far, dt stands for the share.
-            most = 0 if near.nothing_beyond else near.sizes.most_far(state.seen)
-            if most and share is None:
+            some = not near.nothing_beyond and near.sizes.may_be_far(state.seen)
+            if some and share is None:
                 share, gate = self.share(z), far.gate(z)
             rest, z_gate = (dt, None) if share is None else (share, gate)
-            rest = rest if one else rest[:, i]
             real = _at(call.mask, i)
-            if most > int(self.far_limit):
-                rest = rest - self._excess(far_from_text(near.sizes, state.seen, state.sinks), rest.dtype)
             y, due = exact_step(
                 state.keys, state.values, state.steps, state.sinks, state.seen, state.ssm,
                 *((q, k, v, dt) if one else (q[:, i], k[:, i], v[:, i], dt[:, i])), far.dt_bias,
-                rest, far.c_map, far.scale, _at(cos, i), _at(sin, i),
+                rest if one else rest[:, i], far.c_map, far.scale, _at(cos, i), _at(sin, i),
                 z_gate if one else _at(z_gate, i), real, near.sizes.window, self.shape.scale,
-                self.shape.interleaved_rotary, near.nothing_beyond,
+                self.shape.interleaved_rotary, near.nothing_beyond, limit,
             )  # fmt: skip
             outputs.append(y)
             if due.any():

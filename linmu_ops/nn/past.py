@@ -48,10 +48,10 @@ class Sizes(NamedTuple):
         # Of a clamped range PyTorch 2.13's compiler makes an index that it cannot simplify.
         return torch.where(index >= self.window, index + 1 - self.window, 0) // self.leave
 
-    def most_far(self, seen: Tensor) -> int:
-        """How many tokens may be far from text before which so many (B,) of its row have come, on a CPU."""
+    def may_be_far(self, seen: Tensor) -> bool:
+        """Whether something may be far from text before which so many tokens (B,) of its row have come, on a CPU."""
         most = int(seen.max()) if seen.shape[0] else 0
-        return max(max(most + 1 - self.window, 0) // self.leave * self.leave - self.kept, 0)
+        return max(most + 1 - self.window, 0) // self.leave * self.leave > self.kept
 
 
 class Past(NamedTuple):

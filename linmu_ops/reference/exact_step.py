@@ -34,7 +34,7 @@ def exact_step(
     keys: Tensor, values: Tensor, steps: Tensor, sinks: Tensor | None, seen: Tensor, ssm: Tensor, q: Tensor, k: Tensor,
     v: Tensor, dt: Tensor, dt_bias: Tensor, rest: Tensor, c_map: Tensor, scale: Tensor, cos: Tensor | None,
     sin: Tensor | None, z_gate: Tensor | None, real: Tensor | None, window: int, softmax_scale: float,
-    interleaved: bool, nothing_beyond: bool,
+    interleaved: bool, nothing_beyond: bool, far_limit: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc, batch, groups = accumulate_dtype(q.dtype), len(q), k.shape[1]
     there = seen.new_zeros(batch, 0, dtype=torch.bool) if sinks is None else sinks
@@ -80,7 +80,8 @@ def exact_step(
     far_y, total = normalized(torch.einsum("bhpn,bhn->bhp", ssm, features))
     if z_gate is not None:
         far_y = far_y * F.silu(z_gate.to(acc)).view_as(far_y)
-    share = (rest + total.log().clamp(min=LEAST_LOG_TOTAL) - lse).sigmoid()
+    excess = (far.to(acc) / far_limit).clamp(min=1).log()[:, None]
+    share = (rest - excess + total.log().clamp(min=LEAST_LOG_TOTAL) - lse).sigmoid()
     mixed = torch.lerp(exact_y, far_y, share[..., None])
     y = torch.where(((far > 0) & real)[:, None, None], mixed, exact_y).masked_fill(~real[:, None, None], 0)
 

@@ -223,6 +223,7 @@ STEP_TENSORS = (
 exact_step_cases = case(
     B=batches, heads=HEADS, P=sizes(130, 1), N=sizes(70, 1), rotary=st.integers(0, 65), sinks=st.integers(0, 9),
     window=st.integers(1, 70), kept=st.integers(0, 40), behind=st.sampled_from((1, 20, 300, 10**6)),
+    far_limit=st.sampled_from((1, 7, 200, 2**62)),
     softmax_scale=st.none() | st.sampled_from((1.0, -0.3, 0.0, 1e-3)),
     options=some("one_rotary", "interleaved", "nothing_beyond", "z_gate", "real"), manners=manners(*STEP_TENSORS),
 )  # fmt: skip
@@ -256,7 +257,7 @@ def exact_step(case: dict[str, Any]) -> None:
         "exact_step", t,
         dict(
             window=window, softmax_scale=case["softmax_scale"], interleaved="interleaved" in options,
-            nothing_beyond="nothing_beyond" in options,
+            nothing_beyond="nothing_beyond" in options, far_limit=case["far_limit"],
         ),
         [],
     )  # fmt: skip

@@ -90,7 +90,7 @@ def test_opcheck():
     for options in ({}, OPTIONS["interleaved, gated, padded"]):
         i = make_inputs("around the ring", torch.float32, **options)
         names = [a.name for a in torch.ops.linmu.exact_step.default._schema.arguments]
-        args = (*(i.get(n) for n in names[:18]), i["window"], 0.3, False, False)
+        args = (*(i.get(n) for n in names[:18]), i["window"], 0.3, False, False, 3)
         torch.library.opcheck(torch.ops.linmu.exact_step, args)
 
 
@@ -130,6 +130,7 @@ BAD = {
     r"sin must be \(B, R\) with B=4, R=32, got": lambda i: dict(sin=i["sin"][:, :30]),
     r"cos must be of even R <= P=33, got R=34": lambda i: dict(cos=torch.ones(4, 34), sin=torch.ones(4, 34)),
     r"window must be >= 1, got 0": lambda i: dict(window=0),
+    r"far_limit must be >= 1, got 0": lambda i: dict(far_limit=0),
     r"keys must be of n >= 21 places, got 20": lambda i: dict(window=10),
     r"keys must be contiguous": lambda i: dict(keys=i["keys"].transpose(0, 1).contiguous().transpose(0, 1)),
     r"seen must be from 0 to": lambda i: dict(seen=i["seen"] - 98),

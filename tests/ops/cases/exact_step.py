@@ -26,12 +26,13 @@ OPTIONS = {
     "interleaved, gated, padded": dict(interleaved=True, gate=True, padded=True, softmax_scale=0.3),
     "one rotary, wide map": dict(one_rotary=True, gate=True, wide_map=True),
     "nothing beyond": dict(nothing_beyond=True),
+    "more far than the limit": dict(far_limit=2, gate=True),
 }
 
 
 def make_inputs(
     case, dtype, interleaved=False, gate=False, padded=False, one_rotary=False, wide_map=False, nothing_beyond=False,
-    softmax_scale=None,
+    softmax_scale=None, far_limit=2**62,
 ):  # fmt: skip
     B, H, G, P, N, R, s, window, kept, seen = CASES[case]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -43,6 +44,7 @@ def make_inputs(
         v=torch.randn(B, G, P).to(dtype), dt=torch.randn(B, H), dt_bias=torch.randn(H), rest=torch.randn(B, H),
         c_map=torch.randn(H, P, N).to(acc if wide_map else dtype), scale=1 + torch.rand(H), window=window,
         softmax_scale=softmax_scale, interleaved=interleaved, nothing_beyond=nothing_beyond,
+        far_limit=far_limit,
     )  # fmt: skip
     inputs["ssm"][..., :P, :] -= 0.5
     if s:
