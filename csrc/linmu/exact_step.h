@@ -13,7 +13,7 @@ struct ExactStepParams {
   int64_t batch, heads, groups, head_dim, state_dim;  // B, H, G, P, N
   int64_t sinks, window, kept;                        // s, w, and the places for kept tokens
   int64_t rotary, rotary_rows;                        // R, and 1 or B
-  int64_t far_limit;  // far tokens beyond which their weight does not grow, >= 1
+  int64_t far_limit;                                  // far tokens beyond which their weight does not grow, >= 1
   double softmax_scale;
   bool interleaved, nothing_beyond;
   bool wide_map;        // c_map is of the accumulate type
