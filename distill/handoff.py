@@ -77,6 +77,7 @@ def save_result(run: Path, number: int, state: dict[str, Tensor], teacher: str, 
         "teacher": {"path": config.teacher, "sha256": teacher},
         "student": config.student,
         "config": config.fingerprint(number),
+        "before": weights_hash(run, number - 1) if number else None,
         "weights": {"file": _WEIGHTS, "sha256": sha256(folder / _WEIGHTS)},
         **facts,
     }
@@ -105,7 +106,8 @@ def load_result(
     """The weights and the manifest of a finished stage.
 
     Args:
-        same_config: also refuse a result whose own settings were not those of `config`.
+        same_config: also refuse a result whose own settings were not those of `config`, or which began from another
+            result of the stage before.
         verified: another process has found that the weights match their hash.
 
     Raises:
@@ -130,6 +132,12 @@ def load_result(
     if same_config and manifest["config"] != config.fingerprint(number):
         raise HandoffError(
             f"stage {number} in {run} was run with another configuration; restore it, or choose another output"
+        )
+    # A release that did not note it may have made the stage.
+    if same_config and number and manifest.get("before") not in (None, weights_hash(run, number - 1)):
+        raise HandoffError(
+            f"stage {number} in {run} began from another stage {number - 1} than the one that is there now; delete "
+            f"{folder}, and run the stage again"
         )
     path = folder / _WEIGHTS
     if not path.exists() or not (verified or sha256(path) == manifest["weights"]["sha256"]):

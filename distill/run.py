@@ -328,6 +328,7 @@ class Run:
             self.accelerator,
             transcripts,
             objective=self.objective,
+            before=from_first(lambda: handoff.weights_hash(self.folder, number - 1)),
         )
         trained = {plain(name) for name in trainable}
         del trainable  # The trainer drops what it divides.

@@ -113,6 +113,8 @@ class StageTrainer:
     on_step: Callable[[int], None] | None = None
     """Called with the number of finished steps after each; for tests."""
     objective: type[Objective] = Objective
+    before: str | None = None
+    """Hash of what the stage begins from. A checkpoint that began from something else is refused."""
     store: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -397,6 +399,7 @@ class StageTrainer:
             "live_steps": self._live_steps,
             "unfinished": self.unfinished(),
             "fingerprint": self.config.fingerprint(self.stage.number),
+            "before": self.before,
             "random": random_states(),
             "batches": self._batches,
             "data": self._lanes(),
@@ -428,6 +431,11 @@ class StageTrainer:
             raise TrainingError(
                 f"stage {self.stage.number} has a checkpoint made with another configuration, in {self.store.folder}; "
                 "restore the configuration, or choose another output"
+            )
+        if progress.get("before", self.before) != self.before:
+            raise TrainingError(
+                f"stage {self.stage.number} has a checkpoint that began from another stage {self.stage.number - 1} "
+                f"than the one that is there now; delete {self.store.folder}, and run the stage again"
             )
         self._restore_place(progress)
         self.store.fill(step, checkpoint_tensors(self.trainable, optimizer))

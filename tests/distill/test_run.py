@@ -22,7 +22,7 @@ from linmu_distill.config import EVALUATION_SEED, parse_config
 from linmu_distill.handoff import HandoffError
 from linmu_distill.limited import EQUAL_MEMORY
 from linmu_distill.losses import kept_positions
-from linmu_distill.objective import Objective, Teacher, assemble, read_batch
+from linmu_distill.objective import Objective, Teacher, TrainingError, assemble, read_batch
 from linmu_distill.report import read_metrics, write_report
 from linmu_distill.run import Run, RunError, distill
 from linmu_distill.sources import build_source
@@ -171,6 +171,36 @@ def test_a_stage_refuses_one_before_it_of_another_configuration(teacher, tmp_pat
     distill(parse_config(values), stage=1)
     with pytest.raises(HandoffError, match=r"stage 1 in .* was run with another configuration"):
         distill(parse_config({**values, "stage1": {"steps": 7}}), stage=2)
+
+
+def test_a_stage_is_refused_where_the_one_before_it_is_another_now(teacher, tmp_path, monkeypatch):
+    """It was deleted, and run again; the settings of the later one are as they were."""
+    values = run_values(tmp_path, teacher, evaluation={"samples": 0, "speed_lengths": []})
+    before, changed = parse_config(values), parse_config({**values, "stage1": {"steps": 3}})
+    distill(before, stage=1)
+    save = handoff.save_result
+
+    def killed(*args, **facts):
+        raise OSError("killed before the result is written")
+
+    monkeypatch.setattr(handoff, "save_result", killed)
+    with pytest.raises(OSError, match="killed"):
+        distill(before, stage=2)
+    monkeypatch.setattr(handoff, "save_result", save)
+    shutil.copytree(before.folder / "stage2", tmp_path / "unfinished")
+    distill(before, stage=2, resume=True)
+    shutil.rmtree(before.folder / "stage1")
+    distill(changed, stage=1)
+    with pytest.raises(HandoffError, match=r"stage 2 in .* began from another stage 1 .*; delete .*stage2"):
+        distill(changed, stage=2, resume=True)
+    with pytest.raises(HandoffError, match=r"stage 2 in .* began from another stage 1"):
+        distill(changed, stage=3)
+    shutil.rmtree(before.folder / "stage2")
+    shutil.copytree(tmp_path / "unfinished", before.folder / "stage2")
+    with pytest.raises(TrainingError, match=r"stage 2 has a checkpoint that began from another stage 1 .*; delete"):
+        distill(changed, stage=2, resume=True)
+    shutil.rmtree(before.folder / "stage2")
+    distill(changed, stage=2)
 
 
 def test_the_report_is_of_the_finished_student(finished, tmp_path):
