@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linmu_ops import TokenLayout
 
 from .accumulated_attention import read_later, record_attention
 from .attention import LinmuAttention
-from .hooks import attention_modules, record_inputs, record_outputs
+from .hooks import attention_modules, decoder_of, record_inputs, record_outputs
+from .masks import place_by_mask
 
 # Layers whose inputs and outputs are kept at a time: fewer cost more runs of the teacher, more cost memory.
 _TOGETHER = 8
@@ -73,6 +74,22 @@ def calibrate(student: Any, teacher: Any, batches: Iterable[Mapping[str, Any]], 
     ours, theirs = attention_modules(student), attention_modules(teacher)
     if ours.keys() != theirs.keys():
         raise ValueError(f"calibrate: teacher must have the student's {len(ours)} layers, got {len(theirs)}")
+    placed = place_by_mask(getattr(teacher, "model", teacher), decoder_of(teacher))
+    try:
+        _fit(student, teacher, batches, ours, theirs, step_sizes)
+    finally:
+        for hook in placed:
+            hook.remove()
+
+
+def _fit(
+    student: Any,
+    teacher: Any,
+    batches: Sequence[Mapping[str, Any]],
+    ours: Mapping[int, nn.Module],
+    theirs: Mapping[int, nn.Module],
+    step_sizes: bool,
+) -> None:
     shared = [student.block_inputs(inputs, inputs["input_ids"].shape[1]) for inputs in batches]
     layouts = [inputs.layout for inputs in shared]
     linear = {i: (block, theirs[i]) for i, block in ours.items() if isinstance(block, LinmuAttention)}

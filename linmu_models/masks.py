@@ -1,17 +1,21 @@
-"""What is left of attention masks where layers are linear: padding."""
+"""What is left of attention masks where layers are linear: padding, and the positions that it leaves."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
 LINEAR = "linmu"
+_FIRST = {"PaliGemmaModel": 1}  # the position of a row's first token, of models that do not count from 0
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -34,6 +38,36 @@ AttentionMaskInterface.register(LINEAR, padding_mask)
 
 def is_padding(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
+
+
+@functools.cache
+def forward_names(module_class: Any) -> tuple[str, ...]:
+    """The names of a module's inputs, in order."""
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def place_by_mask(inner_model: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
+    """Let rows that are padded, and have no positions, count them as `generate` does: without padding.
+
+    Attention with rotary embeddings knows distances alone. Learned maps of rotated keys know positions.
+    """
+    # A model that finds positions of images leaves out padding itself, where there are any.
+    own = hasattr(inner_model, "get_rope_index")
+    modules = {decoder} if own else {inner_model, decoder}
+    return [module.register_forward_pre_hook(_with_places, with_kwargs=True) for module in modules]
+
+
+def _with_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = forward_names(type(module))
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
+    tokens = given.get("input_ids") if embeds is None else embeds
+    if "position_ids" not in names or given.get("position_ids") is not None or tokens is None or not is_padding(mask):
+        return None
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + _FIRST.get(type(module).__name__, 0)
+    return args, {**kwargs, "position_ids": places.to(tokens.device)}
 
 
 def padding_of(inputs: Mapping[str, Any], length: int) -> Tensor | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +26,7 @@ from .chunks import check_chunk, decoder_in_chunks, tower_in_chunks
 from .config import read_linmu, sees_images
 from .hooks import attention_modules, decoder_of, has_attention
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
-from .masks import LINEAR, is_padding, last_of_mask, padding_mask, read_padding
+from .masks import LINEAR, forward_names, is_padding, last_of_mask, padding_mask, place_by_mask, read_padding
 from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
 from .remote_code import write_remote_code
@@ -88,6 +86,7 @@ class LinmuModel(HoldsBlocks, _Whole):
                 mixer.register_forward_hook(after_mixer, with_kwargs=True)
         for module in {self.inner_model, decoder_of(self)}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
+        place_by_mask(self.inner_model, decoder_of(self))
         self._name_attention()
         self.post_init()
 
@@ -146,7 +145,7 @@ class LinmuModel(HoldsBlocks, _Whole):
         if kwargs.get("linmu") is not None:
             return None
         kind: Any = type(module)
-        given = {**dict(zip(_forward_names(kind), args, strict=False)), **kwargs} if args else kwargs
+        given = {**dict(zip(forward_names(kind), args, strict=False)), **kwargs} if args else kwargs
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if tokens is None:
             return None  # the model's own error says it better
@@ -304,11 +303,6 @@ class LinmuModel(HoldsBlocks, _Whole):
         write_remote_code(folder, config_class, model_class)
         if self.linmu_report is not None:
             self.linmu_report.save(folder / REPORT)
-
-
-@functools.cache
-def _forward_names(module_class: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 def _is_text(inputs: Mapping[str, Any], caches: Iterable[Cache]) -> bool:

@@ -16,7 +16,7 @@ from linmu_models.accumulated_attention import record_attention
 from linmu_models.calibrate import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.parts import read_parts
-from linmu_ops.nn import MMATE, MMATEConfig
+from linmu_ops.nn import MMATE, ExactConfig, MMATEConfig
 
 from . import tiny
 
@@ -169,3 +169,18 @@ def test_half_precision_and_errors():
         teacher = tiny.BUILDERS["qwen2"]()
     with pytest.raises(ValueError, match="calibration needs a teacher with values, got one on the meta device"):
         linmu_models.convert(teacher, calibration=[batch])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "qwen2_5_vl", "paligemma"])
+def test_the_side_of_padding_changes_no_fit(family):
+    rows = [tiny.batch(tiny.text_ids(n)) for n in (60, 41)]
+    left = tiny.left_padded(rows)
+    right = {name: torch.stack([t[0], t[1].roll(41 - 60)]) for name, t in left.items()}
+    teacher, shares = tiny.teacher(family), []
+    for batch in (left, right):
+        torch.manual_seed(0)
+        student = linmu_models.convert(teacher, ExactConfig(**tiny.NARROW), calibration=[batch])
+        shares.append({n: t for n, t in student.named_parameters() if "share." in n or "dt_" in n})
+    assert shares[0] and not any(module._forward_pre_hooks for module in teacher.modules())
+    for name, found in shares[0].items():
+        torch.testing.assert_close(found, shares[1][name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
