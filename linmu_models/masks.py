@@ -51,6 +51,8 @@ def place_by_mask(inner_model: nn.Module, decoder: nn.Module) -> list[RemovableH
 
     Attention with rotary embeddings knows distances alone. Learned maps of rotated keys know positions.
     """
+    if not hasattr(decoder, "rotary_emb"):
+        return []  # its positions are added to embeddings, and are its own affair
     # A model that finds positions of images leaves out padding itself, where there are any.
     own = hasattr(inner_model, "get_rope_index")
     modules = {decoder} if own else {inner_model, decoder}
@@ -58,15 +60,17 @@ def place_by_mask(inner_model: nn.Module, decoder: nn.Module) -> list[RemovableH
 
 
 def _with_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = forward_names(type(module))
+    kind: Any = type(module)
+    names = forward_names(kind)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
+    mask: Any = given.get("attention_mask")
+    embeds = given.get("inputs_embeds")
     tokens = given.get("input_ids") if embeds is None else embeds
     if "position_ids" not in names or given.get("position_ids") is not None or tokens is None or not is_padding(mask):
         return None
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
         return None
-    places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + _FIRST.get(type(module).__name__, 0)
+    places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + _FIRST.get(kind.__name__, 0)
     return args, {**kwargs, "position_ids": places.to(tokens.device)}
 
 

@@ -86,7 +86,8 @@ class LinmuModel(HoldsBlocks, _Whole):
                 mixer.register_forward_hook(after_mixer, with_kwargs=True)
         for module in {self.inner_model, decoder_of(self)}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
-        place_by_mask(self.inner_model, decoder_of(self))
+        if any(isinstance(module, LinmuAttention) for module in attention_modules(self).values()):
+            place_by_mask(self.inner_model, decoder_of(self))
         self._name_attention()
         self.post_init()
 
