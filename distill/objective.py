@@ -18,6 +18,7 @@ from linmu_models.split_attention import split_attention, why_whole
 from linmu_models.split_rows import split_inputs, split_rows
 from linmu_ops.context_parallel import ContextParallel
 
+from .clock import spent
 from .losses import answer_losses, hidden_loss, joint_weights, kept_positions
 from .packing import pack, real_tokens
 from .stages import Stage
@@ -39,6 +40,7 @@ class Teacher:
     scales: Mapping[str, Sequence[float]] | None = None
     """For each kind of token, the mean of ||attention output||^2 at these layers; None: L_hid in absolute units."""
 
+    @spent("teacher")
     @torch.no_grad()
     def __call__(
         self, batch: Batch, hidden: bool, inputs: bool, reading: bool, context: ContextParallel | None = None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from linmu_models.config import auto_class, sees_images
 from linmu_ops._tables import markdown
 
+from .clock import PARTS
 from .config import Config
 from .figures import accuracy_bars, loss_curves, speed_curves
 from .files import read_json, read_lines
@@ -82,6 +83,10 @@ _LOSSES = """\
 """
 
 
+_TIME = """\
+Where the time of a stage went: waiting for data (*loader*), the teacher's forward passes, the student's forward and
+backward passes, the optimiser, saving, and all else."""
+
 _EQUAL = (
     " *{name}* keeps keys and values of {tokens:,} tokens, the first {sinks} and the most recent ones: as many "
     "bytes as the student keeps."
@@ -150,6 +155,15 @@ def _stages(folder: Path, config: Config) -> str:
     head = ["stage", "trained, all else frozen", "parameters", "loss", "learning rate", "steps", "time", "tokens/s",
             "padding", "peak memory"]  # fmt: skip
     return markdown(head, rows)
+
+
+def _time(folder: Path, config: Config) -> str:
+    """Where the time of each stage went; empty where no stage has measured it."""
+    rows = []
+    for stage in STAGES:
+        if config.stage(stage.number).steps and (shares := read_facts(folder, stage.number).get("shares")):
+            rows.append([f"stage {stage.number}", *(f"{shares[part]:.1%}" for part in PARTS)])
+    return markdown(["", *PARTS], rows) if rows else ""
 
 
 def _trained(stage: Stage) -> str:
@@ -287,6 +301,7 @@ def write_report(
         "",
         _stages(folder, config),
         "",
+        *([_TIME, "", spent, ""] if (spent := _time(folder, config)) else []),
         _LOSSES.format(
             relative=" relative to that output's own mean square (1 = as wrong as saying nothing)"
             if config.is_calibrated

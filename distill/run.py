@@ -340,6 +340,8 @@ class Run:
                 f"stage {number}  {speed['tokens']:,} tokens, {speed['tokens_per_second']:,.0f} a second; "
                 f"{speed['padding']:.1%} of what the models were given was padding"
             )
+        if told := ", ".join(f"{share:.1%} {part}" for part, share in speed.get("shares", {}).items()):
+            self.accelerator.print(f"stage {number}  time: {told}")
         for name, found in (counts or {}).items():
             told = ", ".join(f"{count} {what}" for what, count in found.items())
             self.accelerator.print(f"stage {number}  data set {name}: {told}")

@@ -20,6 +20,7 @@ from linmu_models.chat import end_tokens, to_model
 from linmu_models.generate import load_model
 from linmu_models.loading import told
 
+from .clock import spent
 from .files import say
 from .losses import IGNORE, Head, Kept
 
@@ -124,6 +125,7 @@ def shared_vision_features(*models: PreTrainedModel) -> Iterator[None]:
         last.clear()
 
 
+@spent("teacher")
 @torch.no_grad()
 def predicts_targets(states: Tensor, head: Head, kept: Kept, rows: int, chunk_size: int = 1024) -> Tensor:
     """`(rows,)` bool: samples at which greedy decoding would give the labels, token by token.
@@ -231,6 +233,7 @@ def prompts(batch: Batch, pad_token_id: int) -> Batch:
     return out
 
 
+@spent("teacher")
 @torch.no_grad()
 def own_answers(
     model: PreTrainedModel, tokenizer: Any, source: Source, samples: list[Any], max_new_tokens: int

@@ -24,6 +24,7 @@ from linmu_models.split_attention import why_whole
 from linmu_ops import LinmuWarning
 
 from .checkpoint import CheckpointError, CheckpointStore, random_states, set_random_states, write_atomically
+from .clock import PARTS, Clock, as_record, of_record, shares, spent
 from .config import Config
 from .files import read_lines
 from .objective import MicroBatch, Objective, Teacher, TrainingError, assemble, learns_by_block, read_batch
@@ -127,6 +128,7 @@ class StageTrainer:
         self._may_rest = beyond_windows(self.student)
         self._live_steps = 0
         self._seconds = 0.0
+        self._last_lap = dict.fromkeys(PARTS, 0.0)
         self._sharing = sharing(self.accelerator, self.config.context)
         if self._sharing.size > 1 and (why := why_whole(self.teacher.model)) and self.accelerator.is_main_process:
             warnings.warn(
@@ -157,11 +159,13 @@ class StageTrainer:
         before = checksums(frozen)
         step = self._restore(optimizer)
         progress = Progress(self.stage, step, self.folder, self.accelerator.is_main_process)
-        with caught_signals() as signals, progress, self._log(step) as log, self.store.settled():
+        settled, clock = self.store.settled(), Clock(self.accelerator.device)
+        with caught_signals() as signals, progress, self._log(step) as log, settled, clock:
             recent = self._last_records()
             while step < self.stage.steps:
                 record = self._step(objective, optimizer, step)
                 step += 1
+                record |= as_record(clock.lap())
                 recent = [*recent, record][-_RECENT:]
                 log(record)
                 progress.update(record)
@@ -169,13 +173,17 @@ class StageTrainer:
                     self.on_step(step)
                 stop = self._agree(bool(signals))
                 if stop or step % self.config.checkpoint_every == 0 or step == self.stage.steps:
-                    self._check_frozen(frozen, before, step)
-                    self._save(step, optimizer)
+                    with spent("saving"):
+                        self._check_frozen(frozen, before, step)
+                        self._save(step, optimizer)
                 if stop:
                     self.store.wait()
                     raise Interrupted(
                         f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume"
                     )
+            with spent("saving"):
+                self.store.wait()
+            self._last_lap = clock.lap(wait=True)
         never = set(self.trainable) - self._moved
         broken, resting = sorted(never - self._may_rest), sorted(never & self._may_rest)
         if broken and self.stage.steps > 1:  # LoRA's A gets none in the first step.
@@ -236,9 +244,10 @@ class StageTrainer:
         record: dict[str, Any] = {"step": step + 1, **told, "learning_rate": rate}
         self._check_finite(record, told)
         self._check_gradients(step)
-        norm = self._clip(optimizer, step)
-        self._live_steps += norm != 0
-        optimizer.step()
+        with spent("optimiser"):
+            norm = self._clip(optimizer, step)
+            self._live_steps += norm != 0
+            optimizer.step()
         seconds = time.perf_counter() - began
         self._seconds += seconds
         return {
@@ -254,12 +263,14 @@ class StageTrainer:
     def _read(self, step: int) -> list[MicroBatch]:
         accelerator, first = self.accelerator, step * self._batches
         numbers = range(first + self._sharing.number, first + self._batches, self._sharing.groups)
-        samples = [self.source.samples(number) for number in numbers]
+        with spent("loader"):
+            samples = [self.source.samples(number) for number in numbers]
         sharded, missing = is_sharded(self.teacher.model), False
         if sharded and self.transcripts is not None and "sequence" in self.stage.losses:
             # One process may have more to decode than others, which would wait for it in vain.
             missing = self._agree(any(self.transcripts.lack(each) for each in samples))
-        with accelerator.autocast(), whole(self.teacher.model.get_decoder().layers if missing else ()):
+        gathered = whole(self.teacher.model.get_decoder().layers if missing else ())
+        with accelerator.autocast(), gathered, spent("loader"):
             micros = [
                 read_batch(self.source, each, self.teacher, self.student, self.stage, self.transcripts,
                            accelerator.device)
@@ -276,21 +287,23 @@ class StageTrainer:
             part = assemble(micro, self.teacher, self.student, self.stage, accelerator.device, self._sharing.group)
         # Processes are averaged, but each holds a share of one mean.
         processes = accelerator.num_processes
-        if not (isinstance(objective, Objective) and objective.by_block):
-            with accelerator.autocast():
-                losses = objective(part, counts)
-            loss = sum(weights[name] * losses[name] for name in weights)
-            accelerator.backward(loss * processes)
-            return {name: value.detach() for name, value in {**losses, "loss": loss}.items()}
-        # The graph of one block at a time.
-        total = torch.zeros((), device=accelerator.device)
-        for share in objective.each_block(part, counts):
-            with accelerator.autocast():
-                loss = share()
-            accelerator.backward(loss * (weights["hidden"] * processes))
-            total += loss.detach()
-        return {"hidden": total, "loss": weights["hidden"] * total}
+        with spent("student"):
+            if not (isinstance(objective, Objective) and objective.by_block):
+                with accelerator.autocast():
+                    losses = objective(part, counts)
+                loss = sum(weights[name] * losses[name] for name in weights)
+                accelerator.backward(loss * processes)
+                return {name: value.detach() for name, value in {**losses, "loss": loss}.items()}
+            # The graph of one block at a time.
+            total = torch.zeros((), device=accelerator.device)
+            for share in objective.each_block(part, counts):
+                with accelerator.autocast():
+                    loss = share()
+                accelerator.backward(loss * (weights["hidden"] * processes))
+                total += loss.detach()
+            return {"hidden": total, "loss": weights["hidden"] * total}
 
+    @spent("student")
     def _join_gradients(self) -> None:
         """Average what the processes have derived on their own: DDP knows of one forward pass and one backward pass."""
         if self.accelerator.num_processes > 1 and not self.config.sharded and learns_by_block(self.stage):
@@ -369,11 +382,12 @@ class StageTrainer:
         every = self._of_all_data(self.source.counts)
         return {name: dict(sum((counts[name] for counts in every), Counter())) for name in every[0]}
 
-    def throughput(self) -> dict[str, float]:
+    def throughput(self) -> dict[str, Any]:
         """How fast all steps were, over all attempts. Empty on all processes but the first.
 
         Returns:
-            `tokens` without padding, `tokens_per_second`, and `padding`: its share of what the models were given.
+            `tokens` without padding, `tokens_per_second`, `padding`: its share of what the models were given; and
+            `shares` of all time, the first process's, by part (see `Clock`); empty where no line has any.
         """
         records = read_lines(self.metrics_path) if self.accelerator.is_main_process else []
         if not records:
@@ -381,10 +395,12 @@ class StageTrainer:
         tokens = sum(record["tokens"] for record in records)
         # A line of an older release says nothing of padding.
         given = sum(record["tokens"] / (1 - record.get("padding", 0.0)) for record in records)
+        laps = [*map(of_record, records), self._last_lap]
         return {
             "tokens": tokens,
             "tokens_per_second": tokens / max(self.seconds, 1e-9),
             "padding": 1 - tokens / max(given, 1),
+            "shares": shares({part: sum(lap[part] for lap in laps) for part in PARTS}),
         }
 
     def unfinished(self) -> int:

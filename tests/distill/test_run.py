@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from linmu_distill import handoff
 from linmu_distill.checkpoint import locked
+from linmu_distill.clock import PARTS
 from linmu_distill.config import EVALUATION_SEED, parse_config
 from linmu_distill.handoff import HandoffError
 from linmu_distill.limited import EQUAL_MEMORY
@@ -61,6 +62,11 @@ def test_report_tells_the_whole_story(finished):
     assert re.findall(r"^\| (\d \| [^|]*) \|", text, re.MULTILINE) == [
         "1 | Flex-MA", "2 | Flex-MA + Local-Swin", "3 | Flex-MA + Local-Swin + LoRA"
     ]  # fmt: skip
+    times = re.findall(r"^\| stage (\d) \| (.*) \|$", text, re.MULTILINE)
+    assert [number for number, _ in times] == ["1", "2", "3"]
+    for number, row in times:
+        told = json.loads((finished.folder / f"stage{number}" / "manifest.json").read_text())["shares"]
+        assert row == " | ".join(f"{told[part]:.1%}" for part in PARTS) and sum(told.values()) == pytest.approx(1)
     results = json.loads((finished.folder / "evaluation.json").read_text())
     assert list(results) == ["teacher", EQUAL_MEMORY, "initial", "stage 1", "stage 2", "stage 3"]
     speed = json.loads((finished.folder / "speed.json").read_text())
@@ -445,7 +451,7 @@ def test_accelerate_launch(teacher, tmp_path, parallel):
     command += [str(program), "distill", str(path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    assert "report: " in done.stdout
+    assert "report: " in done.stdout and "stage 3  time: " in done.stdout
     two = parse_config(values)
     for number in (1, 2, 3):
         curves = [read_metrics(config.folder / f"stage{number}") for config in (one, two)]

@@ -16,9 +16,11 @@ from linmu_distill.train import StageTrainer
 
 def curve(folder):
     """Every record of a stage, timing left out."""
-    noise = ("tokens_per_second", "peak_memory_mb", "seconds")
+    noise = ("tokens_per_second", "peak_memory_mb", "seconds", "step_seconds")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in noise} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in noise and not k.startswith("share/")} for line in lines
+    ]
 
 
 def in_processes(count, work):
