@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from linmu_models.convert import convert
+from linmu_models.generate import load_model
 from linmu_models.snapshot import CacheSnapshot
 from linmu_models.states import LinmuDynamicCache, load_cache
 
@@ -25,6 +27,7 @@ _CHUNK = 4096  # tokens of a prompt that are read at a time
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.models.reopen", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--teacher", help="a folder to convert, in the place of a shape with random weights")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers (default 2); 0: all")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 16_000, 100_000])
@@ -34,9 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    shape, dtype = SHAPES[args.shape].with_layers(args.layers or None), getattr(torch, args.dtype)
-    _, student = build(shape, dtype, "cpu", tower=False)
-    named = dict(shape=args.shape, layers=len(student.linmu_layers()), block="exact", dtype=args.dtype)
+    if args.teacher:
+        student = convert(load_model(args.teacher, args.dtype)).eval()
+    else:
+        shape = SHAPES[args.shape].with_layers(args.layers or None)
+        _, student = build(shape, getattr(torch, args.dtype), "cpu", tower=False)
+    named = dict(shape=args.teacher or args.shape, layers=len(student.linmu_layers()), block="exact", dtype=args.dtype)
     for tokens in args.tokens:
         row = named | where("cpu") | dict(kind="reopen", tokens=tokens) | measure(student, tokens, args.repeats)
         print({name: row[name] for name in ("tokens", *_TIMES, "state_bytes", "file_bytes", "attention_bytes")})
@@ -53,9 +59,10 @@ _TIMES = ("read_seconds", "snapshot_seconds", "restore_seconds", "save_seconds",
 def measure(student: Any, tokens: int, repeats: int) -> dict[str, Any]:
     """Medians in seconds, and bytes; `attention_bytes` are keys and values of as many tokens in the teacher."""
     cache, decoder = LinmuDynamicCache(config=student.config), student.get_decoder()
+    text = student.config.get_text_config(decoder=True)
     begin = time.perf_counter()
     for first in range(0, tokens, _CHUNK):
-        ids = torch.arange(first, min(first + _CHUNK, tokens))[None] % 500
+        ids = torch.arange(first, min(first + _CHUNK, tokens))[None] % min(500, text.vocab_size)
         decoder(input_ids=ids, cache=cache)
     read = time.perf_counter() - begin
     taken = cache.snapshot()
@@ -72,7 +79,6 @@ def measure(student: Any, tokens: int, repeats: int) -> dict[str, Any]:
         if not all(torch.equal(one.tensors[name], t) for one, other in pairs for name, t in other.tensors.items()):
             raise RuntimeError("bench: what was reopened must be what was saved")
         size = path.stat().st_size
-    text = student.config.get_text_config(decoder=True)
     wide = text.hidden_size // text.num_attention_heads
     keys = 2 * text.num_hidden_layers * text.num_key_value_heads * wide * student.dtype.itemsize
     return dict(
