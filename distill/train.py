@@ -429,7 +429,9 @@ class StageTrainer:
             return None
         state = self.source.state_dict()
         every = self._of_all_data(state.get("lanes", [state]))
-        return [every[lane % len(every)][lane // len(every)] for lane in range(len(every) * len(every[0]))]
+        # More processes than lanes: some share one.
+        number = min(getattr(self.source, "number", len(every)), len(every) * len(every[0]))
+        return [every[lane % len(every)][lane // len(every)] for lane in range(number)]
 
     def _restore(self, optimizer: Any) -> int:
         step, files, passed_over = self.store.load()
@@ -476,10 +478,10 @@ class StageTrainer:
         if not isinstance(self.source, Stream):
             return
         states = progress["data"]
-        if len(states) % processes:
+        if len(states) % processes and processes % len(states):
             raise TrainingError(
                 f"stage {self.stage.number} was at work in {len(states)} processes, each with a part of the data; go "
-                f"on in as many, or in fewer that divide them, got {processes}"
+                f"on in a number that divides theirs, or that theirs divides, got {processes}"
             )
         if len(states) == processes:
             self.source.load_state_dict(states[rank])

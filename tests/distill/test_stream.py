@@ -9,6 +9,7 @@ import media
 import pytest
 import record_sets
 import torch
+from accelerate.state import AcceleratorState
 from record_sets import answers, config, reader, stop_at, stream
 from training import curve, in_processes
 from typer.testing import CliRunner
@@ -254,6 +255,67 @@ def test_one_process_reads_on_for_several(folder, processor):
     assert again.counts["pictures"] == alone[0].counts["pictures"] + alone[1].counts["pictures"]
     for data in (*alone, lanes, again):
         data.close()
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_more_processes_read_on_for_few(folder, processor, processes):
+    """Each batch is read by one of them, and is what it would have been; the state is that of the few, in which they
+    go on again; and nothing is counted twice."""
+
+    def reads(rank):
+        return RecordStream(processor, [reader(folder, processor, rank=rank, processes=2)], [1], 0)
+
+    few = [reads(rank) for rank in range(2)]
+    for index in range(8):
+        few[index % 2].samples(index)
+    states = [stream.state_dict() for stream in few]
+    many = [Lanes(reads(0), states, rank, processes) for rank in range(processes)]
+    found = [answers(many[index % processes].samples(index)) for index in range(8, 24)]
+    assert found == [answers(few[index % 2].samples(index)) for index in range(8, 24)]
+
+    def kept(rank):
+        trainer = SimpleNamespace(
+            source=many[rank], _of_all_data=lambda _: [data.state_dict()["lanes"] for data in many]
+        )
+        return StageTrainer._lanes(trainer)
+
+    ends = [stream.state_dict() for stream in few]
+    assert all(kept(rank) == ends for rank in range(processes))
+    both = few[0].counts["pictures"] + few[1].counts["pictures"]
+    assert sum((data.counts["pictures"] for data in many), Counter()) == both
+    for data in (*few, *many):
+        data.close()
+
+
+@pytest.mark.sweep
+def test_a_run_of_one_process_goes_on_in_two(folder, tmp_path, monkeypatch):
+    """And then in one again: the same losses, to rounding, and the same counts."""
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole, broken = (config(folder, tmp_path / name, gradient_accumulation=2) for name in ("whole", "broken"))
+
+    def first_stage(run):
+        run.prepare()
+        run.train(1)
+
+    def work(rank):
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(True)
+        stop_at(monkeypatch, 1, 4)
+        with pytest.raises(Interrupted):
+            first_stage(Run(broken))
+
+    first_stage(Run(whole))
+    stop_at(monkeypatch, 1, 2)
+    with pytest.raises(Interrupted):
+        first_stage(Run(broken))
+    assert in_processes(2, work) == [0, 0]
+    stop_at(monkeypatch, 0, 0)
+    first_stage(Run(broken))
+    for ours, theirs in zip(*(curve(stage_folder(c.folder, 1)) for c in (broken, whole)), strict=True):
+        assert ours.keys() == theirs.keys() and ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    facts = [json.loads((stage_folder(c.folder, 1) / "manifest.json").read_text()) for c in (broken, whole)]
+    assert facts[0]["data"] == facts[1]["data"]
 
 
 def test_data_of_three_processes_are_not_shared_by_two(folder, processor):
