@@ -276,7 +276,8 @@ class StageTrainer:
                            accelerator.device)
                 for each in samples
             ]  # fmt: skip
-        if sharded:  # All run the teacher as often.
+        # All must run the teacher as often, also where one found an answer that another had just decoded.
+        if sharded or self._sharing.size > 1:
             micros = [replace(micro, states=None) for micro in micros]
         return micros
 

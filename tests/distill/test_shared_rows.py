@@ -1,16 +1,22 @@
 """Processes that share rows have, together, the losses and gradients of one."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_run import run_values, save_teacher
 
 from linmu_distill.config import parse_config
 from linmu_distill.losses import kept_positions
-from linmu_distill.objective import Objective, Teacher, TrainingError, assemble, read_batch
+from linmu_distill.objective import MicroBatch, Objective, Teacher, TrainingError, assemble, read_batch
+from linmu_distill.parallel import sharing
 from linmu_distill.run import Run, RunError
 from linmu_distill.sources import build_source
 from linmu_distill.student import new_student, set_windows, store_parameters, trainable_parameters
 from linmu_distill.teacher import load_teacher
+from linmu_distill.train import StageTrainer
 from linmu_ops.context_parallel import ContextParallel
 
 NEAR = {"window": [1, 2, 2], "text_window": 8, "kept_tokens": 4}
@@ -100,3 +106,21 @@ def short(group):
 def test_rows_of_fewer_tokens_than_processes_say_so(gang):
     for size, text in gang(2, short):
         assert text == f"parallel must share rows among at most as many processes as they have tokens, 1, got {size}"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_all_who_share_rows_run_the_teacher_alike(size, monkeypatch):
+    """One may find an answer that the other has just decoded, and has no states of. Then both wait for ever, if one of
+    them goes by its states and the other asks the teacher, which they share."""
+    known = MicroBatch({}, {}, torch.zeros(1, dtype=torch.bool), {}, states=torch.zeros(3, 4))
+    found = iter([known, replace(known, states=None)])
+    monkeypatch.setattr("linmu_distill.train.read_batch", lambda *given: next(found))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(autocast=nullcontext, device=torch.device("cpu")), _batches=2,
+        _sharing=sharing(SimpleNamespace(num_processes=1, process_index=0), 1)._replace(size=size), transcripts=None,
+        teacher=SimpleNamespace(model=torch.nn.Linear(2, 2)), source=SimpleNamespace(samples=lambda number: [number]),
+        student=None, stage=None,
+    )  # fmt: skip
+    trainer.teacher.model.get_decoder = lambda: SimpleNamespace(layers=())
+    states = [micro.states for micro in StageTrainer._read(trainer, 0)]
+    assert (states[0] is None) == (size > 1) and states[1] is None
