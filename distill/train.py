@@ -430,8 +430,7 @@ class StageTrainer:
             return None
         state = self.source.state_dict()
         every = self._of_all_data(state.get("lanes", [state]))
-        # More processes than lanes: some share one.
-        number = min(getattr(self.source, "number", len(every)), len(every) * len(every[0]))
+        number = getattr(self.source, "number", len(every))  # where there are more processes, some share a lane
         return [every[lane % len(every)][lane // len(every)] for lane in range(number)]
 
     def _restore(self, optimizer: Any) -> int:

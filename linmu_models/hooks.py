@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +76,28 @@ def record_outputs(
     handles = [m.register_forward_hook(keep(i), with_kwargs=True) for i, m in enumerate(modules)]
     with _removed(handles):
         yield outputs
+
+
+@functools.cache
+def _forward_names(module_class: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has an input of that name."""
+    kind: Any = type(module)
+    return name in _forward_names(kind)
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All that a module's forward is given, by name."""
+    kind: Any = type(module)
+    return {**dict(zip(_forward_names(kind), args, strict=False)), **kwargs} if args else kwargs
+
+
+def tokens_of(inputs: Mapping[str, Any]) -> Any:
+    """The embeddings of a call's tokens, or their ids; None where it has neither."""
+    return inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+
+from .hooks import by_name, takes, tokens_of
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
 LINEAR = "linmu"
@@ -40,12 +40,6 @@ def is_padding(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-@functools.cache
-def forward_names(module_class: Any) -> tuple[str, ...]:
-    """The names of a module's inputs, in order."""
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]
-
-
 def place_by_mask(inner_model: nn.Module, decoder: nn.Module) -> list[RemovableHandle]:
     """Let rows that are padded, and have no positions, count them as `generate` does: without padding.
 
@@ -60,17 +54,15 @@ def place_by_mask(inner_model: nn.Module, decoder: nn.Module) -> list[RemovableH
 
 
 def _with_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    kind: Any = type(module)
-    names = forward_names(kind)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    mask: Any = given.get("attention_mask")
-    embeds = given.get("inputs_embeds")
-    tokens = given.get("input_ids") if embeds is None else embeds
-    if "position_ids" not in names or given.get("position_ids") is not None or tokens is None or not is_padding(mask):
+    given = by_name(module, args, kwargs)
+    mask, tokens = given.get("attention_mask"), tokens_of(given)
+    if given.get("position_ids") is not None or tokens is None or not isinstance(mask, Tensor) or not is_padding(mask):
+        return None
+    if not takes(module, "position_ids"):
         return None
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
         return None
-    places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + _FIRST.get(kind.__name__, 0)
+    places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + _FIRST.get(type(module).__name__, 0)
     return args, {**kwargs, "position_ids": places.to(tokens.device)}
 
 

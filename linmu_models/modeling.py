@@ -24,9 +24,9 @@ from .accelerate import accelerate_transformers, families_of
 from .attention import HoldsBlocks, LinmuAttention, linmu_attention
 from .chunks import check_chunk, decoder_in_chunks, tower_in_chunks
 from .config import read_linmu, sees_images
-from .hooks import attention_modules, decoder_of, has_attention
+from .hooks import attention_modules, by_name, decoder_of, has_attention, tokens_of
 from .layout import LinmuInputs, Placeholders, build_layout, repeat_units, token_mask
-from .masks import LINEAR, forward_names, is_padding, last_of_mask, padding_mask, place_by_mask, read_padding
+from .masks import LINEAR, is_padding, last_of_mask, padding_mask, place_by_mask, read_padding
 from .packing import NAMES as PACKED
 from .packing import check_blocks, find_sequences, positions_in
 from .remote_code import write_remote_code
@@ -145,9 +145,8 @@ class LinmuModel(HoldsBlocks, _Whole):
     def _share_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("linmu") is not None:
             return None
-        kind: Any = type(module)
-        given = {**dict(zip(forward_names(kind), args, strict=False)), **kwargs} if args else kwargs
-        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        given = by_name(module, args, kwargs)
+        tokens = tokens_of(given)
         if tokens is None:
             return None  # the model's own error says it better
         asked = (getattr(m.config, "output_attentions", False) for m in (module, decoder_of(self)))
@@ -199,7 +198,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     def block_inputs(self, inputs: Mapping[str, Any], length: int, *, visual: bool = True) -> LinmuInputs:
         """What every M-MATE block of a call is given beside its hidden states: their layout and padding."""
         layout = self.build_layout(inputs) if visual else None
-        tokens: Any = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        tokens = tokens_of(inputs)
         padding = read_padding(inputs, len(tokens), length)
         given = any(inputs.get(name) is not None for name in PACKED)
         sequences = find_sequences(inputs, len(tokens), length, padding) if given and length > 1 else None
@@ -289,7 +288,7 @@ class LinmuModel(HoldsBlocks, _Whole):
         given = inputs.get("attention_mask")
         if attention_mask is not None and is_padding(attention_mask) and not is_padding(given):
             # The mask of a static cache: attention's layers read it, padding can no longer be read from it.
-            tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            tokens = tokens_of(inputs)
             inputs["linmu_padding"] = last_of_mask(attention_mask, tokens.shape[1])
         return inputs
 

@@ -14,7 +14,7 @@ from linmu_ops import TokenLayout
 from linmu_ops.context_parallel import ContextParallel, SlabLayout
 
 from .attention import LinmuAttention
-from .hooks import decoder_of
+from .hooks import decoder_of, tokens_of
 from .layout import LinmuInputs
 from .modeling import LinmuModel
 
@@ -84,20 +84,16 @@ def split_inputs(inputs: LinmuInputs, batch: int, context: ContextParallel) -> L
     return dataclasses.replace(inputs, layout=slab, padding=padding, seq_idx=seq_idx, context=context)
 
 
-def _tokens_of(kwargs: Mapping[str, Any]) -> Any:
-    return kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-
-
 def _linmu_slab(kwargs: dict[str, Any], context: ContextParallel) -> dict[str, Any]:
     found, linmu = slab_inputs(kwargs, context), kwargs.get("linmu")
     if linmu is None:
         raise ValueError("linmu: a decoder of split rows must be called by its model, which finds the layout, got none")
-    return {**found, "linmu": split_inputs(linmu, len(_tokens_of(kwargs)), context)}
+    return {**found, "linmu": split_inputs(linmu, len(tokens_of(kwargs)), context)}
 
 
 def slab_inputs(kwargs: dict[str, Any], context: ContextParallel, whole: Sequence[str] = ()) -> dict[str, Any]:
     """Of what a decoder is given of whole rows, what it is given of a slab; what `whole` names stays as it is."""
-    tokens = _tokens_of(kwargs)
+    tokens = tokens_of(kwargs)
     if tokens is None:
         raise ValueError("linmu: a decoder of split rows must be given input_ids or inputs_embeds by name, got neither")
     if tokens.shape[1] != context.length:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 from linmu_models.auto import register
+from linmu_models.hooks import tokens_of
 from linmu_models.layout import Placeholders, VisualUnit, to_numpy
 from linmu_models.masks import padding_of
 from linmu_models.modeling import LinmuModel
@@ -43,7 +44,7 @@ class LinmuPaliGemmaForConditionalGeneration(LinmuModel, PaliGemmaForConditional
         kinds = inputs.get("token_type_ids")
         if kinds is None:
             return
-        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        tokens = tokens_of(inputs)
         prefix = to_numpy(kinds)[:, -tokens.shape[1] :] == 0
         padding = padding_of(inputs, tokens.shape[1])
         if padding is not None:

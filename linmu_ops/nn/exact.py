@@ -289,11 +289,9 @@ class ExactMMATE(Block):
     def _rest(self, z: Tensor, far: Tensor) -> Tensor:
         """(B, L, H): what is added to the log of what is far, of which there are so many (B, L)."""
         share = self.share(z)
-        return share if _none(far > self.far_limit) else share - self._excess(far, share.dtype)
-
-    def _excess(self, far: Tensor, dtype: torch.dtype) -> Tensor:
-        """(..., 1): by so many nats what is far counts less, where it is so many tokens (...)."""
-        return (far.clamp(min=1).to(dtype) / self.far_limit).log().clamp(min=0)[..., None]
+        if _none(far > self.far_limit):
+            return share
+        return share - (far.to(share.dtype) / self.far_limit).clamp(min=1).log()[..., None]
 
     @torch.no_grad()
     def calibrate(

@@ -17,7 +17,7 @@ from ..near_attention import near_attention
 from ..token_layout import TokenLayout
 from ..window_attention import window_attention
 from ._inputs import Call, Rotary, Triple, apply_rotary, check_began, split_heads, take
-from .past import Past, Sizes, far_from_text, kept_of, running_top, score
+from .past import Past, Sizes, kept_of, running_top, score
 from .seen import seen_before
 from .shape import AttentionShape
 from .state import MMATEState
@@ -473,10 +473,11 @@ class NearAttention(nn.Module):
         near = (index >= lowest.clamp(min=0)) | (number == newest)
         kept = kept_of(sizes, seen, state.sinks) >= 0
         parts, sinks = [near, kept], state.sinks
-        far = far_from_text(sizes, seen, sinks)
+        far = gone[:, 0] - kept.sum(1)
         if sinks is not None:
             place = torch.arange(first, device=device)
             before = sinks & (place < gone)
+            far = far - before.sum(1)
             came = place == seen[:, None]
             sinks = sinks | (came if real is None else came & real)
             parts = [before, *parts]

@@ -226,26 +226,18 @@ def score(steps: Tensor) -> Tensor:
     return steps.detach().sum(-1)
 
 
-def _left(sizes: Sizes, done: Tensor, there: Tensor | None) -> Tensor:
-    """(B,) tokens that have left in so many steps, without the sinks that are `there` (B, s)."""
+def _left(sizes: Sizes, done: Tensor, there: Tensor) -> Tensor:
+    """(B,) tokens that have left in so many steps, without sinks."""
     gone = done * sizes.leave
-    return (
-        gone
-        if there is None
-        else gone - (there & (torch.arange(there.shape[1], device=there.device) < gone[:, None])).sum(1)
-    )
+    return gone - (there & (torch.arange(there.shape[1], device=there.device) < gone[:, None])).sum(1)
 
 
 def kept_of(sizes: Sizes, seen: Tensor, there: Tensor | None) -> Tensor:
     """(B, m) int64: which of its places for kept tokens a state after `seen` tokens uses, the last ones; -1: not."""
-    left = _left(sizes, sizes.read_by_text(seen), there)
+    left = sizes.read_by_text(seen)
+    left = left * sizes.leave if there is None else _left(sizes, left, there)
     place = torch.arange(sizes.kept, device=seen.device)
     return torch.where(place >= sizes.kept - left[:, None], place, -1)
-
-
-def far_from_text(sizes: Sizes, seen: Tensor, there: Tensor | None) -> Tensor:
-    """(B,) int64: how many tokens are far from text before which `seen` tokens of its row have come."""
-    return (_left(sizes, sizes.read_by_text(seen), there) - sizes.kept).clamp(min=0)
 
 
 def _in_order(held: Tensor, seen: Tensor, sizes: Sizes, sinks: int) -> Tensor:

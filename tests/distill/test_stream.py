@@ -234,23 +234,29 @@ def test_a_stopped_run_has_the_same_curve(whole, folder, tmp_path, monkeypatch):
         assert facts[0]["data"] == facts[1]["data"]
 
 
+def reads(folder, processor, rank):
+    """What one of two processes reads."""
+    return RecordStream(processor, [reader(folder, processor, rank=rank, processes=2)], [1], 0)
+
+
+def read_by_two(folder, processor, batches):
+    """What two processes have read so many batches of in turns, and where each is."""
+    both = [reads(folder, processor, rank) for rank in range(2)]
+    for index in range(batches):
+        both[index % 2].samples(index)
+    return both, [stream.state_dict() for stream in both]
+
+
 def test_one_process_reads_on_for_several(folder, processor):
     """Batch by batch what each of them would have read, from wherever it was; and is gone on with like any stream."""
-
-    def reads(rank):
-        return RecordStream(processor, [reader(folder, processor, rank=rank, processes=2)], [1], 0)
-
-    alone = [reads(rank) for rank in range(2)]
-    for index in range(5):
-        alone[index % 2].samples(index)
-    states = [stream.state_dict() for stream in alone]
-    lanes = Lanes(reads(0), states, 0, 1)
+    alone, states = read_by_two(folder, processor, 5)
+    lanes = Lanes(reads(folder, processor, 0), states, 0, 1)
     assert isinstance(lanes, Stream) and lanes.state_dict() == {"lanes": states}
     first = [answers(lanes.samples(index)) for index in range(5, 9)]
     middle = lanes.state_dict()
     rest = [answers(lanes.samples(index)) for index in range(9, 14)]
     assert first + rest == [answers(alone[index % 2].samples(index)) for index in range(5, 14)]
-    again = Lanes(reads(1), middle["lanes"], 0, 1)
+    again = Lanes(reads(folder, processor, 1), middle["lanes"], 0, 1)
     assert [answers(again.samples(index)) for index in range(9, 14)] == rest
     assert again.counts["pictures"] == alone[0].counts["pictures"] + alone[1].counts["pictures"]
     for data in (*alone, lanes, again):
@@ -261,15 +267,8 @@ def test_one_process_reads_on_for_several(folder, processor):
 def test_more_processes_read_on_for_few(folder, processor, processes):
     """Each batch is read by one of them, and is what it would have been; the state is that of the few, in which they
     go on again; and nothing is counted twice."""
-
-    def reads(rank):
-        return RecordStream(processor, [reader(folder, processor, rank=rank, processes=2)], [1], 0)
-
-    few = [reads(rank) for rank in range(2)]
-    for index in range(8):
-        few[index % 2].samples(index)
-    states = [stream.state_dict() for stream in few]
-    many = [Lanes(reads(0), states, rank, processes) for rank in range(processes)]
+    few, states = read_by_two(folder, processor, 8)
+    many = [Lanes(reads(folder, processor, 0), states, rank, processes) for rank in range(processes)]
     found = [answers(many[index % processes].samples(index)) for index in range(8, 24)]
     assert found == [answers(few[index % 2].samples(index)) for index in range(8, 24)]
 

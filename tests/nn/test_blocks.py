@@ -293,11 +293,10 @@ def test_a_block_made_from_attention_is_that_attention_where_nothing_is_far(kept
 
 @pytest.mark.parametrize("name", EXACTS)
 def test_what_is_far_gains_no_weight_with_a_number_beyond_the_limit(name):
-    """Twice as many far tokens as the limit, all of them alike: the share is that of as many as the limit."""
+    """Many more far tokens than the limit, all of them alike: the share is that of as many as the limit."""
     block, limit = build(OPTIONS[name]).eval(), 32
     z = torch.randn(1, 1, DIM, dtype=torch.float64).expand(1, 200, DIM)
     shares = {}
-
     with torch.no_grad():
         block.scan.A_log.fill_(-50.0)  # nothing is forgotten
         for far_limit in (limit, 2**62):
