@@ -1,4 +1,4 @@
-"""transformers' linear layers as a whole: a decoded token in few calls, and the gated norm in parts that stay in cache.
+"""transformers' linear layers as a whole: a decoded token in few calls, and the gated norm in one.
 
 A layer's own forward spends a decoded token on what surrounds the kernels: views, expansions, casts, copies of states.
 Here its states are written in place, and each value is read where it lies.
@@ -18,7 +18,6 @@ from linmu_ops import _registry
 
 Forward = Callable[..., Any]
 WIDEST = 8  # of our convolution
-PART = 1 << 16  # values of a norm at a time, a thread: they then stay in a core's cache
 
 
 def _of_one_token(decode: Forward) -> Forward:
@@ -135,15 +134,7 @@ def gate_then_norm(theirs: Forward, norm: Any, hidden_states: Tensor, gate: Tens
     if gate is None or not _takes(norm, hidden_states, gate):
         out: Tensor = theirs(norm, hidden_states, gate)
         return out
-    weight, eps, size = norm.weight, norm.variance_epsilon, norm.group_size
-
-    def normed(x: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
-        x = F.silu(gate).mul_(x)
-        groups = x if x.shape[-1] == size else x.unflatten(-1, (-1, size))
-        groups.mul_(_scale(groups, eps))
-        return torch.mul(x, weight, out=out)
-
-    return _in_parts(normed, hidden_states, gate)
+    return _normed(norm, hidden_states, gate, norm.group_size, False)
 
 
 def norm_then_gate(theirs: Forward, norm: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
@@ -151,31 +142,16 @@ def norm_then_gate(theirs: Forward, norm: Any, hidden_states: Tensor, gate: Tens
     if not _takes(norm, hidden_states, gate):
         out: Tensor = theirs(norm, hidden_states, gate)
         return out
-    weight, eps = norm.weight, norm.variance_epsilon
-
-    def normed(x: Tensor, gate: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mul(F.silu(gate).mul_(x).mul_(_scale(x, eps)), weight, out=out)
-
-    return _in_parts(normed, hidden_states, gate)
+    return _normed(norm, hidden_states, gate, hidden_states.shape[-1], True)
 
 
-def _scale(x: Tensor, eps: float) -> Tensor:
-    """1 / root mean square of the last axis, which stays."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def _in_parts(normed: Callable[..., Tensor], x: Tensor, gate: Tensor) -> Tensor:
-    """`normed` of some rows at a time, so that what it makes on the way stays in the cores' caches."""
-    most, width = PART * torch.get_num_threads(), x.shape[-1]
-    if x.numel() <= most:
-        return normed(x, gate)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for some, by, to in zip(*(t.reshape(-1, width).split(max(1, most // width)) for t in (x, gate, y)), strict=True):
-        normed(some, by, to)
-    return y
+def _normed(norm: Any, x: Tensor, gate: Tensor, size: int, before: bool) -> Tensor:
+    rows, by = (t if t.dim() == 3 else t.reshape(1, -1, t.shape[-1]) for t in (x, gate))
+    out: Tensor = _registry.call("gated_norm", x, rows, by, norm.weight, size, before, norm.variance_epsilon)
+    return out.view(x.shape)
 
 
 def _takes(norm: Any, x: Tensor, gate: Tensor) -> bool:
-    """float32 on a CPU, without gradients."""
+    """float32 on a CPU: narrower, transformers rounds on the way. Compiled, the layer's own is fused with the rest."""
     fits = x.dtype == gate.dtype == norm.weight.dtype == torch.float32 and x.device.type == "cpu"
-    return fits and x.shape == gate.shape and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return fits and x.shape == gate.shape and not torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
 """Linear-attention ops for PyTorch, and the blocks made of them.
 
 Ops         `ssd_scan`, `ssd_step`, `exact_step`, `gated_delta_scan`, `gated_delta_step`, `window_attention`,
-            `near_attention`, `far_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`
+            `near_attention`, `far_attention`, `causal_conv1d`, `causal_conv1d_step`, `branch_mix_norm`, `gated_norm`
 Blocks      `MMATE`, `ExactMMATE`: they take the place of an attention layer
 Layouts     `TokenLayout` says where the visual tokens of a batch are
 Kernels     `explain` says which implementation serves an op; `use_impl` forces one
@@ -22,6 +22,7 @@ from .exact_step import exact_step
 from .far_attention import far_attention
 from .gated_delta_scan import gated_delta_scan
 from .gated_delta_step import gated_delta_step
+from .gated_norm import gated_norm
 from .near_attention import near_attention
 from .nn import MMATE, ExactConfig, ExactMMATE, GridAttention, MMATEConfig, MMATEState
 from .ssd_scan import ssd_scan
@@ -52,6 +53,7 @@ __all__ = [
     "far_attention",
     "gated_delta_scan",
     "gated_delta_step",
+    "gated_norm",
     "major_scan_order",
     "near_attention",
     "ssd_scan",

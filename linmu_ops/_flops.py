@@ -19,6 +19,7 @@ chunked or tiled kernel may do more, and is not charged for it:
                           entered it and every one read it: for each head of a token 2 P N and 2 (P + 1) N, of a key
                           2 P N and for each of its query heads 2 (P + 1) N
     branch_mix_norm       0
+    gated_norm            0
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ COUNTS: dict[str, Count] = {
     "gated_delta_scan": _gated_delta,
     "gated_delta_scan_bwd": lambda given: 2 * _gated_delta(given),
     "gated_delta_step": _gated_delta,
+    "gated_norm": _nothing,
+    "gated_norm_bwd": _nothing,
     "near_attention": _near_attention,
     "near_attention_bwd": lambda given: 5 * _near_attention(given) // 2,
     "ssd_scan": _ssd_scan,

@@ -387,6 +387,10 @@ def _causal_conv1d_step(r: _Draw, B: int = 2, D: int = 24, K: int = 4) -> dict[s
     return dict(state=r.normal(B, K - 1, D), x=r.normal(B, D), weight=r.small(D, K), bias=r.small(D), activation="silu")
 
 
+def _gated_norm(r: _Draw, B: int = 2, L: int = 9, D: int = 40) -> dict[str, Any]:
+    return dict(x=r.normal(B, L, D), z=r.normal(B, L, D), weight=r.small(D), group_size=D // 2)
+
+
 def _branch_mix_norm(r: _Draw, B: int = 2, L: int = 9, D: int = 40) -> dict[str, Any]:
     return dict(
         a=r.normal(B, L, D), b=r.normal(B, L, D), mix=r.unit(B, L), mask=r.mask(B, L), weight=r.small(D),
@@ -427,6 +431,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "far_attention": _far_attention,
     "gated_delta_scan": _gated_delta_scan,
     "gated_delta_step": _gated_delta_step,
+    "gated_norm": _gated_norm,
     "near_attention": _near_attention,
     "ssd_scan": _ssd_scan,
     "ssd_step": _ssd_step,

@@ -25,7 +25,7 @@ constexpr Register kOps[] = {
     register_ssd_scan,         register_ssd_step,       register_window_attention,
 #ifndef LINMU_FOR_CUDA
     register_exact_step,       register_far_attention,  register_gated_delta_scan,
-    register_gated_delta_step, register_near_attention,
+    register_gated_delta_step, register_gated_norm,     register_near_attention,
 #endif
 };
 #ifdef LINMU_FOR_CUDA

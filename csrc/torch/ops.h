@@ -13,6 +13,7 @@ void register_exact_step(StableLibrary& lib);
 void register_far_attention(StableLibrary& lib);
 void register_gated_delta_scan(StableLibrary& lib);
 void register_gated_delta_step(StableLibrary& lib);
+void register_gated_norm(StableLibrary& lib);
 void register_near_attention(StableLibrary& lib);
 void register_ssd_scan(StableLibrary& lib);
 void register_ssd_step(StableLibrary& lib);

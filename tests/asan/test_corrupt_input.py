@@ -139,6 +139,7 @@ SIZES = {
     "gated_delta_scan": [
         dict(L=0), dict(L=1, K=1, V=1), dict(L=65, K=17, V=33), dict(L=129, K=3, V=5), dict(L=300, V=64),
     ],
+    "gated_norm": [dict(L=0), dict(D=2), dict(D=134), dict(L=3, D=2050)],
     "gated_delta_step": [dict(B=0), dict(K=1, V=1), dict(K=17, V=33), dict(K=128, V=128)],
     "near_attention": [dict(B=0), dict(L=1, before=0, P=1), dict(L=70, P=17), dict(L=300, before=200, P=64)],
     "window_attention": [

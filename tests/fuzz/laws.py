@@ -31,6 +31,7 @@ causal_conv1d_unseen_cases = st.tuples(ops.causal_conv1d_cases, hidden).map(
 branch_mix_norm_unseen_cases = st.tuples(ops.branch_mix_norm_cases, hidden).map(
     lambda c: c[0] | dict(hidden=c[1], manners={})
 )
+gated_norm_unseen_cases = st.tuples(ops.gated_norm_cases, hidden).map(lambda c: c[0] | dict(hidden=c[1], manners={}))
 window_attention_unseen_cases = st.tuples(ops.window_attention_cases, hidden).map(
     lambda c: c[0] | dict(hidden=c[1], manners={})
 )
@@ -146,6 +147,14 @@ def branch_mix_norm_unseen(case: dict[str, Any]) -> None:
     inputs["mask"] = ~off
     unseen(case, "branch_mix_norm", inputs, options, ("b",), off, off | ~off)
     unseen(case, "branch_mix_norm", inputs, options, ("a", "b"), off, ~off)
+
+
+@with_threads
+def gated_norm_unseen(case: dict[str, Any]) -> None:
+    """No token sees another."""
+    t, options = ops.gated_norm_inputs(case)
+    off = torch.rand(case["B"], case["L"], generator=t.generator) < 0.4
+    unseen(case, "gated_norm", t.tensors, options, ("x", "z"), off, ~off)
 
 
 @with_threads

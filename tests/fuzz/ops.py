@@ -339,6 +339,29 @@ def branch_mix_norm(case: dict[str, Any]) -> None:
     judge("branch_mix_norm", t, options, [k for k in ("a", "b", "mix", "weight", "bias") if k in t.bases])
 
 
+gated_norm_cases = case(
+    B=batches, L=sizes(70), group=sizes(130).filter(lambda n: n > 1), groups=st.integers(1, 3),
+    norm_before_gate=st.booleans(), eps=st.sampled_from((1e-6, 1e-5, 1e-2, 1.0)), options=some("weight"),
+    manners=manners("x", "z", "weight"),
+)  # fmt: skip
+
+
+def gated_norm_inputs(case: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    B, L, size, t = case["B"], case["L"], case["group"], Tensors(case)
+    D = size * case["groups"]
+    t.draw("x", (B, L, D))
+    t.draw("z", (B, L, D))
+    if "weight" in case["options"]:
+        t.draw("weight", (D,), dtype=other_dtype(case, t, "weight"))
+    return t, dict(group_size=size, norm_before_gate=case["norm_before_gate"], eps=case["eps"])
+
+
+@with_threads
+def gated_norm(case: dict[str, Any]) -> None:
+    t, options = gated_norm_inputs(case)
+    judge("gated_norm", t, options, [k for k in ("x", "z", "weight") if k in t.bases])
+
+
 near_attention_cases = case(
     B=batches, heads=st.sampled_from((1, 2, 3, 4, 6)).flatmap(
         lambda h: st.tuples(st.just(h), st.sampled_from([g for g in range(1, h + 1) if h % g == 0]))

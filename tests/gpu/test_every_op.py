@@ -15,6 +15,7 @@ from tests.ops.cases import exact_step as exact
 from tests.ops.cases import far_attention as far
 from tests.ops.cases import gated_delta_scan as delta
 from tests.ops.cases import gated_delta_step as delta_step
+from tests.ops.cases import gated_norm as gated
 from tests.ops.cases import near_attention as near
 from tests.ops.cases import ssd_scan as scan
 from tests.ops.cases import ssd_step as step
@@ -58,6 +59,14 @@ def _cases():
 
                 name = f"gated_delta_scan-{case}-{direction}-{'all' if options else 'plain'}"
                 yield name, "gated_delta_scan", make_delta
+    for case in [*gated.CASES, *gated.EMPTY]:
+        for before in (False, True):
+
+            def make_gated(dtype, case=case, before=before):
+                inputs = gated.make_inputs(case, dtype, before)
+                return inputs, gated.wrt(inputs)
+
+            yield f"gated_norm-{case}-{'before' if before else 'after'}", "gated_norm", make_gated
     for case in near.CASES:
         yield f"near_attention-{case}", "near_attention", lambda t, c=case: (near.make_inputs(c, t), list("qkv"))
     for name, case in window.CASES.items():

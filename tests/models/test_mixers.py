@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from linmu_models import accelerate, mixers
+from linmu_models import accelerate
 from linmu_models.accelerate import CLASSES, FAMILIES, accelerate_transformers
 from linmu_ops import LinmuWarning, use_impl
 from tests.models.linear_teachers import cache_of, ids, model_of
@@ -128,12 +128,10 @@ def test_a_forward_that_we_do_not_know_stays(monkeypatch):
         assert torch.equal(model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None), want)
 
 
-@pytest.mark.parametrize("part", [64, 1 << 16])
 @pytest.mark.parametrize(("family", "name"), NORMS)
 @torch.no_grad()
-def test_norms(family, name, part, monkeypatch):
-    """In parts and at once, of gates that lie in a wider tensor, and of values that are not finite."""
-    monkeypatch.setattr(mixers, "PART", part)
+def test_norms(family, name):
+    """Of gates that lie in a wider tensor, and of values that are not finite."""
     kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
     delta = "qwen" in family
     for groups in (1,) if delta else (1, 4):

@@ -19,6 +19,7 @@ ANY_DTYPE = {
     "far_attention": ["lse", "rest", "steps", "b_map", "c_map", "scale", "rates"],
     "gated_delta_scan": ["g", "beta", "reverse_g", "reverse_beta", "gate"],
     "gated_delta_step": ["g", "beta"],
+    "gated_norm": ["weight"],
     "near_attention": [],
     "ssd_scan": ["dt", "A", "D", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate"],
     "ssd_step": ["dt", "A", "D", "dt_bias"],

@@ -122,6 +122,7 @@ def other_calls():
     conv = dict(x=normal(2, 30, 9), weight=normal(9, 4), bias=normal(9), initial_state=normal(2, 3, 9),
                 return_final_state=True)  # fmt: skip
     mix = dict(a=normal(2, 30, 9), b=normal(2, 30, 9), mask=mask, weight=normal(9), bias=normal(9))
+    gated = dict(x=normal(2, 30, 9), z=normal(2, 30, 9), weight=normal(9), group_size=3)
     return {
         "conv": ("causal_conv1d", conv | dict(activation="silu")),
         "conv, from nothing": ("causal_conv1d", dict(x=conv["x"][:, :15], weight=conv["weight"])),
@@ -131,6 +132,8 @@ def other_calls():
         "mix by channel": ("branch_mix_norm", mix | dict(mix=torch.rand(9, generator=g))),
         "mix, no norm": ("branch_mix_norm", {**mix, "mix": torch.rand(1, generator=g), "norm": "none", "bias": None,
                                              "weight": None}),
+        "gate, then norm": ("gated_norm", gated),
+        "norm, then gate": ("gated_norm", gated | dict(norm_before_gate=True)),
         "windows": ("window_attention", windows(grid=(5, 6), shift=(1, 1), wrap="mask")),
         "windows of blocks": ("window_attention", windows(layout=blocks)),
         "windows, causal": ("window_attention", windows(grid=(5, 6), shift=(1, 1), causal=True)),

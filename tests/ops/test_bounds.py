@@ -16,7 +16,7 @@ import torch
 
 from linmu_ops import _registry
 from linmu_ops._testing import Judge, assert_within_twice, results_of, run_op, small_inputs
-from tests.ops.cases import branch_mix_norm, causal_conv1d, gated_delta_scan, near_attention, ssd_scan, window_attention
+from tests.ops.cases import branch_mix_norm, causal_conv1d, gated_delta_scan, gated_norm, near_attention, ssd_scan, window_attention
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")
@@ -69,6 +69,13 @@ def draw_branch_mix_norm(r: random.Random):
     return i, branch_mix_norm.wrt(i)
 
 
+def draw_gated_norm(r: random.Random):
+    torch.manual_seed(r.randrange(10**9))
+    case = (r.randint(1, 3), r.randint(1, 20), r.randint(4, 40), r.randint(1, 3))
+    i = gated_norm.make_inputs(case, r.choice([torch.float32, *HALF]), r.random() < 0.5) | dict(eps=1e-3)
+    return i, gated_norm.wrt(i)
+
+
 def draw_near_attention(r: random.Random):
     case = r.choice(["a window", "a window and lists", "odd heads"])
     dtype, seed = r.choice([torch.float32, *HALF]), r.randrange(10**9)
@@ -79,6 +86,7 @@ OPS = {
     "branch_mix_norm": (draw_branch_mix_norm, branch_mix_norm.by_reference),
     "causal_conv1d": (draw_causal_conv1d, causal_conv1d.by_reference),
     "gated_delta_scan": (draw_gated_delta_scan, gated_delta_scan.by_reference),
+    "gated_norm": (draw_gated_norm, gated_norm.by_reference),
     "near_attention": (draw_near_attention, near_attention.by_reference),
     "ssd_scan": (draw_ssd_scan, ssd_scan.by_reference),
     "window_attention": (draw_window_attention, window_attention.by_reference),

@@ -27,6 +27,7 @@ COUNTS = {
     "far_attention": (2 * 2 * 12 * ((23 + 29) * 6 * 9 + (23 * 6 + 29 * 3) * 8), None),
     "gated_delta_scan": (2 * 6 * (2 * 37 * 8) * 12 * 8, 2),  # both directions
     "gated_delta_step": (6 * (2 * 8) * 12 * 8, None),
+    "gated_norm": (0, 0),
     "near_attention": (4 * 2 * 16 * NEAR_PAIRS, 2.5),
     "ssd_scan": (2 * 4 * (2 * 37 * 8) * 8 * 12, 2),  # both directions
     "ssd_step": (4 * (2 * 8) * 8 * 12, None),

@@ -19,6 +19,7 @@ SIZES = {
     "branch_mix_norm": dict(L=4, D=6),
     "causal_conv1d": dict(L=6, D=5),
     "gated_delta_scan": dict(L=4, K=4, V=3),
+    "gated_norm": dict(L=4, D=6),
     "near_attention": dict(L=4, before=1, P=3),
     "ssd_scan": dict(L=4, P=3, N=4),
     "window_attention": dict(P=4, R=4, grid=(1, 3, 4), window=(1, 2, 3)),

@@ -250,6 +250,17 @@ def branch_mix_norm() -> tuple[str, int, list[str]]:
 
 
 @drawing
+def gated_norm() -> tuple[str, int, list[str]]:
+    made = [text(54, 42, "x", "dim", "end"), row(72, 22, ["a"] * 3 + ["c"] * 3)]
+    made += [text(54, 90, "z", "dim", "end"), row(72, 70, ["off"] * 6), text(240, 131, "u = x silu(z)", "dim")]
+    made += [arrow((95 + 62 * i, 104), (95 + 62 * i, 148)) for i in (0, 1, 4, 5)]
+    made += [row(72, 152, ["a"] * 3 + ["c"] * 3), text(54, 172, "u", "dim", "end")]
+    made += [text(165, 204, "u / rms(u)", "ink"), text(350, 204, "u / rms(u)", "ink")]
+    made.append(text(240, 236, "each group of channels by its own root mean square", "dim"))
+    return "Channels are gated, then each group of them is divided by its root mean square", 250, made
+
+
+@drawing
 def layouts() -> tuple[str, int, list[str]]:
     kinds = ["off", "off", *["a"] * 4, "off", *["c"] * 8, "off", "off"]
     made = [
