@@ -21,11 +21,11 @@ namespace {
 
 using Register = void (*)(StableLibrary&);
 constexpr Register kOps[] = {
-    register_branch_mix_norm,  register_causal_conv1d,  register_causal_conv1d_step,
-    register_ssd_scan,         register_ssd_step,       register_window_attention,
+    register_branch_mix_norm,  register_causal_conv1d, register_causal_conv1d_step,
+    register_ssd_scan,         register_ssd_step,      register_window_attention,
 #ifndef LINMU_FOR_CUDA
-    register_exact_step,       register_far_attention,  register_gated_delta_scan,
-    register_gated_delta_step, register_gated_norm,     register_near_attention,
+    register_exact_step,       register_far_attention, register_gated_delta_scan,
+    register_gated_delta_step, register_gated_norm,    register_near_attention,
 #endif
 };
 #ifdef LINMU_FOR_CUDA
