@@ -16,7 +16,15 @@ import torch
 
 from linmu_ops import _registry
 from linmu_ops._testing import Judge, assert_within_twice, results_of, run_op, small_inputs
-from tests.ops.cases import branch_mix_norm, causal_conv1d, gated_delta_scan, gated_norm, near_attention, ssd_scan, window_attention
+from tests.ops.cases import (
+    branch_mix_norm,
+    causal_conv1d,
+    gated_delta_scan,
+    gated_norm,
+    near_attention,
+    ssd_scan,
+    window_attention,
+)
 
 FIRST, LAST = map(int, os.environ.get("LINMU_DRAWS", "0-20").split("-"))  # per op
 LEVELS = ("generic", "avx2", "avx512", "avx512bf16")

@@ -148,11 +148,11 @@ def test_errors():
         op(**{**i, "group_size": 4})
     with pytest.raises(ValueError, match="gated_norm: group_size must be >= 1, got 0"):
         op(**{**i, "group_size": 0})
-    with pytest.raises(TypeError, match="gated_norm: group_size must be an integer >= 1, got 2.5"):
+    with pytest.raises(TypeError, match=r"gated_norm: group_size must be an integer >= 1, got 2.5"):
         op(**{**i, "group_size": 2.5})
     with pytest.raises(TypeError, match="gated_norm: norm_before_gate must be True or False, got 1"):
         op(**{**i, "norm_before_gate": 1})
-    with pytest.raises(ValueError, match="gated_norm: eps must be >= 0, got -1.0"):
+    with pytest.raises(ValueError, match=r"gated_norm: eps must be >= 0, got -1.0"):
         op(**i, eps=-1.0)
 
 
