@@ -220,7 +220,7 @@ def run_all(session: Session, sizes: Sizes) -> None:
     tasks = {f"first token, {n} tokens": Task("prefill", "decoder", n, 1) for n in sizes.lengths}
     tasks[f"decode, batch {BATCH}, {sizes.lengths[0]} tokens"] = Task("decode", "decoder", sizes.lengths[0], BATCH)
     # Of the compiled teachers the one with FlashAttention, which a target names; without a GPU, the only one.
-    all_of = [v for v in variants(*models[0], session.device) if "cuDNN" not in v.name]
+    all_of = [v for v in variants(*models[0], session.device) if "cuDNN" not in v.name and not v.free]
     prefills: dict[str, Prefill] = {}
     for compiled, least in ((False, 10), (True, 30)):
         found = [v for v in all_of if v.compiled is compiled]

@@ -1,10 +1,9 @@
 """`make wheels`: everything that is published, built into dist/ and checked. Nothing is downloaded.
 
-    python -m wheels [any] [teacher] [x86_64] [aarch64] [cuda]
+    python -m wheels [any] [teacher] [x86_64] [aarch64] [cuda]        all but cuda where none is named
 
 A processor that is not this machine's needs a cross compiler (Debian: g++-aarch64-linux-gnu, g++-x86-64-linux-gnu);
-cuda needs nvcc and nvidia-cutlass. Where none is named, all but cuda are built, less what this machine has no compiler
-for; the last line says so. What is named must be built.
+cuda needs nvcc and nvidia-cutlass.
 """
 
 from __future__ import annotations
@@ -80,11 +79,14 @@ def compiler(kind: str) -> str:
     return os.environ.get("CXX", "g++" if kind == platform.machine() else f"{kind}-linux-gnu-g++")
 
 
-def lacking(kind: str) -> str | None:
-    """Why that kind cannot be built here; None where it can."""
-    needed = compiler(kind)
-    if needed and shutil.which(needed) is None:
-        return f"{kind} needs {needed}, which is not found"
+def lacking(kinds: Sequence[str]) -> str | None:
+    """Why not all of that can be built here, in one line; None where it can."""
+    for kind in kinds:
+        needed = compiler(kind)
+        if needed and shutil.which(needed) is None:
+            others = " ".join(other for other in kinds if other != kind)
+            rest = f"; without it: python -m wheels {others}" if others else ""
+            return f"{kind} needs {needed}, which is not found{rest}"
     return None
 
 
@@ -117,18 +119,15 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"wheels: what is built must be of {', '.join(KINDS)}, got {unknown[0]}", file=sys.stderr)
         return 2
-    lacked = {kind: why for kind in wanted if (why := lacking(kind))}
-    if lacked and arguments:
-        print(f"wheels: {next(iter(lacked.values()))}", file=sys.stderr)
+    if why := lacking(wanted):
+        print(f"wheels: {why}", file=sys.stderr)
         return 2
-    made = [build(kind) for kind in wanted if kind not in lacked]
+    made = [build(kind) for kind in wanted]
     if check([str(file) for file in made]):
         return 1
     for file in made:
         if "manylinux" in file.name:
             subprocess.check_call([sys.executable, "-m", "auditwheel", "show", str(file)])
-    for why in lacked.values():
-        print(f"wheels: left out: {why}", file=sys.stderr)
     return 0
 
 

@@ -18,7 +18,7 @@ from linmu_models.cache import cache_bytes
 from . import memory
 from .inputs import decoder_inputs, whole_inputs
 from .shapes import Shape
-from .variants import PLAIN, Decode, Prefill, Variant
+from .variants import FREE, PLAIN, Decode, Prefill, Variant
 
 Row = dict[str, Any]
 STEPS = 8  # tokens of one sample of a decode
@@ -110,7 +110,7 @@ def measure(
     itemsize = dtype.itemsize
     ready: dict[str, Run] = {}
     status: dict[str, str] = {}
-    logits: dict[bool, Tensor] = {}
+    logits: dict[tuple[bool, bool], Tensor] = {}
     for variant in found:
         say(f"{task}: {variant.name}, first call")
         status[variant.name] = "ok"
@@ -127,7 +127,7 @@ def measure(
             words = str(e).strip().splitlines() or [""]
             status[variant.name] = f"failed: {type(e).__name__}: {words[0]}"[:300]
             continue
-        if different := _different(got, logits.setdefault(variant.is_student, got), dtype):
+        if different := _different(got, logits.setdefault((variant.is_student, variant.free), got), dtype):
             status[variant.name] = f"not timed: {different}"
             continue
         ready[variant.name] = run
@@ -173,9 +173,13 @@ def _samples(ready: dict[str, Run], device: str, seconds: float) -> dict[str, li
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """Students' rows with how many times faster they are than the plain teacher, and than the fastest one."""
+    """Students' rows with how many times faster they are than the plain teacher, and than the fastest one, and how many
+    times as long they take as one without attention."""
     teachers = {r["variant"]: r["seconds"] for r in rows if not r["student"] and "seconds" in r}
+    free = teachers.pop(FREE, None)
     for row in rows:
+        if row["student"] and "seconds" in row and free is not None:
+            row["times_free"] = row["seconds"] / free
         if row["student"] and "seconds" in row and PLAIN in teachers:
             row["times_plain"] = teachers[PLAIN] / row["seconds"]
             row["times_strongest"] = min(teachers.values()) / row["seconds"]

@@ -52,7 +52,7 @@ def _bytes(count: float | None) -> str:
     return "" if count is None else f"{count / 1e9:.3f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-HEADER = ["", "seconds", "p20 to p80", "tokens/s", "x plain", "x strongest", "memory, peak", "cache"]
+HEADER = ["", "seconds", "p20 to p80", "tokens/s", "x plain", "x strongest", "of free", "memory, peak", "cache"]
 
 
 def _cells(row: Row) -> list[str]:
@@ -62,7 +62,8 @@ def _cells(row: Row) -> list[str]:
     return [
         row["variant"], f"{each:.4g}", f"{spread[0]:.4g} to {spread[1]:.4g}" if row["samples"] > 1 else "one sample",
         f"{row['tokens_per_second']:,.1f}" if "tokens_per_second" in row else "",
-        *("" if r is None else f"{r:.2f}{'' if r >= 1 else ' (slower)'}" for r in ratios), _bytes(row["peak_bytes"]),
+        *("" if r is None else f"{r:.2f}{'' if r >= 1 else ' (slower)'}" for r in ratios),
+        f"{row['times_free']:.2f}" if "times_free" in row else "", _bytes(row["peak_bytes"]),
         _bytes(row["cache_bytes"]),
     ]  # fmt: skip
 
@@ -113,7 +114,7 @@ def _about(row: Row) -> str:
         f"{row['layers']} decoder layers, random weights, blocks: {row['block']}, {row['threads']} threads, "
         f"commit {row['commit']}{', modified' if row['dirty'] else ''}.{sizes} *x plain* and *x strongest*: how many "
         "times faster than the teacher in transformers as users run it, and than the fastest way to run it. Slower is "
-        "marked."
+        "marked. *Of free*: how many times as long as a teacher whose attention costs nothing."
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linmu_models import LinmuInputs, LinmuModel
 from linmu_models.cache import LinmuCacheLayer, cache_argument, linear_layer
@@ -21,6 +22,7 @@ from linmu_ops.nn import MMATEState
 
 PLAIN = "transformers"  # scaled_dot_product_attention, a cache that grows, nothing compiled
 STUDENT = "student"
+FREE = "transformers without attention"  # what a block that costs nothing would take; a step has an empty cache
 COMPILED = ", compiled"
 # On a GPU the compiled teacher runs with each of these first; what cannot serve leaves the next one.
 GPU_ATTENTION = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -30,12 +32,17 @@ OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run one model. `attention`: the backend asked for first; PyTorch's own choice if None."""
+    """One way to run one model.
+
+    attention: the backend asked for first; PyTorch's own choice if None.
+    free: with its projections, and without what attention does with them.
+    """
 
     name: str
     model: Any
     compiled: bool = False
     attention: SDPBackend | None = None
+    free: bool = False
 
     @property
     def is_student(self) -> bool:
@@ -44,7 +51,7 @@ class Variant:
 
 def variants(teacher: Any, student: Any, device: str) -> list[Variant]:
     """Every variant that is measured, the plain ones first."""
-    found = [Variant(PLAIN, teacher), Variant(STUDENT, student)]
+    found = [Variant(PLAIN, teacher), Variant(STUDENT, student), Variant(FREE, teacher, free=True)]
     if device == "cuda":
         found += [Variant(f"{PLAIN}{COMPILED}, {n}", teacher, True, b) for n, b in GPU_ATTENTION.items()]
     else:
@@ -52,13 +59,25 @@ def variants(teacher: Any, student: Any, device: str) -> list[Variant]:
     return [*found, Variant(STUDENT + COMPILED, student, True)]
 
 
+def _own_values(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, None]:
+    """In place of attention (B, H, L, P): each token's own value, (B, L, H, P)."""
+    heads, length = query.shape[1:3]
+    return value[:, :, -length:].repeat_interleave(heads // value.shape[1], 1).transpose(1, 2), None
+
+
 @contextlib.contextmanager
-def _attention(backend: SDPBackend | None) -> Iterator[None]:
-    if backend is None:
-        yield
-    else:
-        with sdpa_kernel([backend, *OTHERS], set_priority=True):
+def _attention(variant: Variant) -> Iterator[None]:
+    if variant.free:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _own_values
+        try:
             yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    elif variant.attention is not None:
+        with sdpa_kernel([variant.attention, *OTHERS], set_priority=True):
+            yield
+    else:
+        yield
 
 
 class Prefill:
@@ -71,10 +90,10 @@ class Prefill:
         self.variant, self.model = variant, variant.model
         decoder = self.model.get_decoder()
         self.cache_name = cache_argument(decoder)
-        plain, attention = decoder.forward, variant.attention
+        plain = decoder.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with _attention(attention):
+            with _attention(variant):
                 return plain(*args, **kwargs)
 
         self.forward = torch.compile(forward, dynamic=True) if variant.compiled else forward
@@ -108,6 +127,7 @@ class Decode:
     """A model with `tokens` tokens behind it, that goes on token by token."""
 
     def __init__(self, variant: Variant, tokens: int, batch: int, steps: int) -> None:
+        tokens = 0 if variant.free else tokens
         self.variant, self.model, self.tokens = variant, variant.model, tokens
         self.cache = filled_cache(self.model, tokens, batch, tokens + steps if variant.compiled else None)
         # A state has no way back but a copy.
@@ -116,13 +136,12 @@ class Decode:
         self.positions = torch.arange(tokens, tokens + steps, device=device)[:, None, None].expand(-1, batch, 1)
         self.first = torch.full((batch, 1), 7, device=device)
         decoder, head, cache = self.model.get_decoder(), self.model.lm_head, self.cache
-        attention = variant.attention
         rest: dict[str, Any] = {cache_argument(decoder): cache}
         if variant.is_student:
             rest["linmu"] = LinmuInputs()
 
         def step(ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            with _attention(attention):
+            with _attention(variant):
                 out = decoder(input_ids=ids, position_ids=positions, use_cache=True, **rest)
             logits = head(out.last_hidden_state)
             return logits.argmax(-1), logits

@@ -173,10 +173,7 @@ void output_sm90(const ScanPlan& s, const Output& o, const CudaContext& context)
     if (s.chunk == 64) kernel = tma ? warpgroup_output_kernel<T, 1, true> : warpgroup_output_kernel<T, 1, false>;
     launch("ssd_scan", kernel, blocks, s.chunk / 64 * kWarpgroup, tiles.bytes, context, s, o, tiles, maps);
   };
-  if (p.dtype == DType::bf16)
-    run(static_cast<bf16*>(nullptr));
-  else
-    run(static_cast<half16*>(nullptr));
+  dispatch_16_bit("ssd_scan", p.dtype, run);
 }
 
 }  // namespace linmu

@@ -512,7 +512,7 @@ bool window_attention_bwd_sm90(const WindowPlan& s, const CudaContext& context) 
     using T = std::remove_pointer_t<decltype(t)>;
     return s.p.head_dim <= 64 ? backward_if_it_fits<T, 64>(s, context) : backward_if_it_fits<T, 128>(s, context);
   };
-  return s.p.dtype == DType::bf16 ? run(static_cast<bf16*>(nullptr)) : run(static_cast<half16*>(nullptr));
+  return dispatch_16_bit("window_attention_bwd", s.p.dtype, run);
 }
 
 }  // namespace linmu

@@ -184,10 +184,7 @@ bool window_attention_sm90(const WindowAttentionParams& p, const CudaContext& co
     else
       forward<T, 128>(p, context);
   };
-  if (p.dtype == DType::bf16)
-    run(static_cast<bf16*>(nullptr));
-  else
-    run(static_cast<half16*>(nullptr));
+  dispatch_16_bit("window_attention", p.dtype, run);
   return true;
 }
 

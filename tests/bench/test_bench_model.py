@@ -18,7 +18,7 @@ from bench.models import breakdown, measure, memory, report, run
 from bench.models.inputs import decoder_inputs
 from bench.models.measure import Task
 from bench.models.shapes import SHAPES, build, video_layout
-from bench.models.variants import PLAIN, STUDENT, Decode, Prefill, Variant, filled_cache, variants
+from bench.models.variants import FREE, PLAIN, STUDENT, Decode, Prefill, Variant, filled_cache, variants
 from bench.page import write
 
 TINY = SHAPES["tiny"]
@@ -60,11 +60,14 @@ def test_every_shape_has_a_configuration():
 def test_compiled_and_plain_are_equal_and_decode_needs_no_prefill(models, tmp_path, capsys, compiled):
     wanted = ["--layers", "1", "--preset", "paper", "--prefill", "512", "--decode", "300"]
     rows = run_main(tmp_path, *wanted, *([] if compiled else ["--plain"]))
-    assert [r["status"] for r in rows] == ["ok"] * (8 if compiled else 4)
+    assert [r["status"] for r in rows] == ["ok"] * (10 if compiled else 6)
     if compiled:
         assert {r["variant"] for r in rows} == {v.name for v in variants(*models, "cpu")}
     students = [r for r in rows if r["student"]]
-    assert all(r["times_strongest"] <= r["times_plain"] for r in students) and len(students) == len(rows) // 2
+    assert all(r["times_strongest"] <= r["times_plain"] for r in students)
+    free = {r["kind"]: r["seconds"] for r in rows if r["variant"] == FREE}
+    assert all(r["times_free"] == r["seconds"] / free[r["kind"]] for r in students)
+    assert len(students) == len(rows) - len(free) - len(students) == (4 if compiled else 2)
     decoded = [r for r in rows if r["kind"] == "decode"]
     sizes = {r["variant"]: r["cache_bytes"] for r in decoded}
     t = TINY.with_layers(1).text
@@ -77,7 +80,8 @@ def test_compiled_and_plain_are_equal_and_decode_needs_no_prefill(models, tmp_pa
 
 def test_whole_model_rows(tmp_path):
     rows = run_main(tmp_path, "--prefill", "--decode", "--whole", "400", "--plain")
-    assert [(r["part"], r["variant"], r["status"]) for r in rows] == [("whole", PLAIN, "ok"), ("whole", STUDENT, "ok")]
+    found = [(r["part"], r["variant"], r["status"]) for r in rows]
+    assert found == [("whole", name, "ok") for name in (PLAIN, STUDENT, FREE)]
 
 
 def test_smolvlm_takes_its_images():
@@ -106,6 +110,18 @@ def test_prefill_is_the_model_itself(models):
             want = model(inputs_embeds=inputs["embeddings"], position_ids=positions, logits_to_keep=1).logits
         torch.testing.assert_close(got, want)
     student.layout_source = None
+
+
+@torch.no_grad()
+def test_without_attention_a_token_has_its_own_value(models):
+    """And nothing else does: a token gives the same whatever was before it."""
+    teacher = models[0]
+    _, inputs = decoder_inputs(teacher, 512, 1)
+    free, plain = (Prefill(Variant("", teacher, free=f)) for f in (True, False))
+    other = inputs | dict(embeddings=torch.cat((-inputs["embeddings"][:, :-1], inputs["embeddings"][:, -1:]), 1))
+    assert torch.equal(free.decoder(**inputs), free.decoder(**other))
+    assert not torch.allclose(plain.decoder(**inputs), plain.decoder(**other))
+    assert Decode(Variant("", teacher, free=True), 300, 2, 3).cache.get_seq_length() == 0
 
 
 def test_a_filled_cache_is_as_long_as_it_says(models):
@@ -220,7 +236,7 @@ def test_resume_keeps_rows_and_notes_what_killed_the_process(tmp_path, monkeypat
     rows = run_main(tmp_path, "--prefill", "512", "--decode", "--plain")
     file = tmp_path / "r.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines[0]["status"] == report.STARTED and len(rows) == 2
+    assert lines[0]["status"] == report.STARTED and len(rows) == 3
     with file.open("a") as f:
         f.write(json.dumps(lines[0] | dict(tokens=600)) + "\n")
 
@@ -229,7 +245,7 @@ def test_resume_keeps_rows_and_notes_what_killed_the_process(tmp_path, monkeypat
 
     monkeypatch.setattr(run, "measure", never)
     again = run_main(tmp_path, "--prefill", "512", "600", "--decode", "--plain", "--resume")
-    assert [r["status"] for r in again] == ["ok", "ok", "failed: the process was killed here (out of memory?)"]
+    assert [r["status"] for r in again] == ["ok", "ok", "ok", "failed: the process was killed here (out of memory?)"]
 
 
 def test_report_with_plots(tmp_path, monkeypatch):

@@ -67,6 +67,19 @@ def compile_into(folder: Path, target: str, options: dict[str, str]) -> str:
     return text
 
 
+def by_nvcc(arch: str, float16: bool) -> tuple[Path, str]:
+    """liblinmu_cuda.so for one architecture, and nvcc's report. What is for the CPU is not optimised: nothing runs."""
+    return build(
+        "linmu_cuda",
+        f"linmu_cuda_sm_{arch}" + ("" if float16 else "_no_float16"),
+        LINMU_CUDA="ON",
+        LINMU_CUDA_ARCHS=f"{arch}-real",
+        CMAKE_CUDA_FLAGS="-Xptxas=-v" + ("" if float16 else " -DLINMU_CUDA_NO_FLOAT16"),
+        CMAKE_CUDA_FLAGS_RELEASE="-O0 -DNDEBUG",
+        CMAKE_CXX_FLAGS_RELEASE="-O0 -DNDEBUG",
+    )
+
+
 def register_emulated() -> tuple[ctypes.CDLL, torch.library.Library]:
     """Build liblinmu_emulated.so, and register its ops as linmu_emulated::<op>: for as long as the second lives."""
     path, _ = build("linmu_emulated", LINMU_EMULATE="ON")

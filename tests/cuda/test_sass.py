@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.cuda import sass
-from tests.cuda.conftest import build
+from tests.cuda.conftest import by_nvcc
 
 NVCC = "release 13.0"
 
@@ -85,8 +85,7 @@ def code():
     tool = sass.cuobjdump()
     if tool is None:
         pytest.skip("needs cuobjdump (package nvidia-cuda-cuobjdump)")
-    options = dict(LINMU_CUDA="ON", LINMU_CUDA_ARCHS="90a-real", CMAKE_CUDA_FLAGS="-Xptxas=-v")
-    library, log = build("linmu_cuda", "linmu_cuda_sm_90a", **options)
+    library, log = by_nvcc("90a", float16=False)
     names = re.findall(r"Compiling entry function '(\w+)'", log)
     return sass.kernels(library, tool, [n for n in names if any(hot.kernel in n for hot in HOT.values())])
 
