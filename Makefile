@@ -47,14 +47,15 @@ test: setup
 test-all: setup .venv/quantized docs
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
-# The models' tests, with the oldest and the newest transformers that pyproject.toml allows, each in a folder of its own.
+# The models' tests and the code of pages, with the oldest and the newest transformers that pyproject.toml allows, each in
+# a folder of its own.
 TRANSFORMERS ?= 5.23 5.24
 test-transformers: setup
 	for version in $(TRANSFORMERS); do \
 	  folder=$(CURDIR)/build/transformers/$$version; \
 	  test -d $$folder || $(INSTALL) --target $$folder "transformers==$$version.*" || exit 1; \
 	  PYTHONPATH=$$folder $(BIN)/python -c "import transformers; print('transformers', transformers.__version__)"; \
-	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not sweep" tests/models || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not sweep" tests/models tests/test_readme.py || exit 1; \
 	done
 
 # Random cases of ops and blocks without a fixed seed, by the kernels of every instruction set.

@@ -282,6 +282,27 @@ def cache_argument(module: Any) -> str:
     return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
 
 
+def given_cache(given: Mapping[str, Any]) -> Any:
+    """The cache among a call's keywords, by either name."""
+    return given.get("cache", given.get("past_key_values"))
+
+
+def goes_on_from(cache: Any, input_ids: Tensor, inputs_embeds: Tensor | None) -> int:
+    """How many tokens of a prompt a cache that was given with it has seen.
+
+    Raises:
+        ValueError: the prompt does not go on after them. transformers would then read it from its start, or fail.
+    """
+    seen = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    if seen and given.shape[1] <= seen:
+        raise ValueError(
+            f"generate: {name} must be of all tokens that the cache has seen, {seen}, and of one more at least, got "
+            f"{given.shape[1]}"
+        )
+    return seen
+
+
 def output_cache(out: Any) -> Any:
     """The cache in what a model or `generate` returns. transformers 5.24 renamed it, and warns of the old name."""
     return out.cache if hasattr(out, "cache") else getattr(out, "past_key_values", None)

@@ -22,6 +22,7 @@ from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from .accelerate import accelerate_transformers, families_of
 from .attention import HoldsBlocks, LinmuAttention, linmu_attention
+from .cache import cache_argument, given_cache, goes_on_from
 from .chunks import check_chunk, decoder_in_chunks, tower_in_chunks
 from .config import read_linmu, sees_images
 from .hooks import attention_modules, by_name, decoder_of, has_attention, tokens_of
@@ -69,6 +70,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     layout_source: Callable[[Mapping[str, Any]], TokenLayout | None] | None = None
     _sizes_encoded: Mapping[str, Any] = MappingProxyType({})  # of what `generate` encoded last
     _chunk: int | None = None  # tokens of a prompt that `generate` takes at a time
+    _seen: int = 0  # tokens of its prompt that a cache given to `generate` has seen, while tokens are guessed
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -84,6 +86,7 @@ class LinmuModel(HoldsBlocks, _Whole):
             for mixer in () if has_attention(layer) else mixers_of(layer):
                 mixer.register_forward_pre_hook(before_mixer, with_kwargs=True)
                 mixer.register_forward_hook(after_mixer, with_kwargs=True)
+        self._cache_name = cache_argument(self.inner_model)
         for module in {self.inner_model, decoder_of(self)}:
             module.register_forward_pre_hook(self._share_inputs, with_kwargs=True)
         if any(isinstance(module, LinmuAttention) for module in attention_modules(self).values()):
@@ -145,6 +148,7 @@ class LinmuModel(HoldsBlocks, _Whole):
     def _share_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("linmu") is not None:
             return None
+        kwargs = self._by_their_names(kwargs)
         given = by_name(module, args, kwargs)
         tokens = tokens_of(given)
         if tokens is None:
@@ -170,6 +174,12 @@ class LinmuModel(HoldsBlocks, _Whole):
                     )
                 kwargs["seq_idx"] = linmu.seq_idx
         return args, {**kwargs, "linmu": linmu}
+
+    def _by_their_names(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A call's keywords, with the cache by the name that this version of transformers has for it."""
+        if self._cache_name == "cache" or given.get("cache") is None:
+            return given
+        return {**{name: value for name, value in given.items() if name != "cache"}, self._cache_name: given["cache"]}
 
     def _with_sequences(
         self,
@@ -246,7 +256,7 @@ class LinmuModel(HoldsBlocks, _Whole):
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         mixed_in: Any = super()
-        out = mixed_in._prepare_generation_config(*args, **kwargs)
+        out = mixed_in._prepare_generation_config(*args, **self._by_their_names(kwargs))
         self._check_sizes(out[1])  # before anything of a prompt is looked at
         self._chunk = None if out[0].prefill_chunk_size is None else check_chunk(out[0].prefill_chunk_size)
         return out
@@ -254,6 +264,10 @@ class LinmuModel(HoldsBlocks, _Whole):
     def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
                  **kwargs: Any) -> Any:  # fmt: skip
         mixed_in: Any = super()
+        mask = model_kwargs.get("attention_mask")
+        of_mask = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if of_mask == input_ids.shape[1]:  # else the ids are the new ones alone
+            goes_on_from(given_cache(model_kwargs), input_ids, model_kwargs.get("inputs_embeds"))
         size = generation_config.prefill_chunk_size
         if size is None or not (self.is_linear or model_kwargs.get("mm_encoder_outputs")):
             return mixed_in._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -269,11 +283,20 @@ class LinmuModel(HoldsBlocks, _Whole):
         mixed_in: Any = super()
         out = mixed_in._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Before the first call fills them, a decoding that takes tokens back tells all layers to record.
-        cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+        cache = given_cache(model_kwargs)
         prepare_to_record(cache, (m for m in attention_modules(self).values() if isinstance(m, LinmuAttention)))
         if generation_config.is_assistant and isinstance(cache, Cache):
             cache.activate_past_recording()
         return out
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, inputs_tensor: Tensor | None = None,
+                           **kwargs: Any) -> Any:  # fmt: skip
+        mixed_in: Any = super()
+        self._seen = goes_on_from(given_cache(kwargs), input_ids, kwargs.get("inputs_embeds"))
+        try:
+            return mixed_in._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, **kwargs)
+        finally:
+            self._seen = 0
 
     def prepare_inputs_for_generation(
         self,
@@ -282,6 +305,10 @@ class LinmuModel(HoldsBlocks, _Whole):
         inputs_embeds: Tensor | None = None,  # generate() looks for this name
         **kwargs: Any,
     ) -> dict[str, Any]:
+        if self._seen and kwargs.get("is_first_iteration"):
+            # transformers would read again, behind them, the tokens that the cache has seen.
+            whole = input_ids if inputs_embeds is None else inputs_embeds
+            kwargs["next_sequence_length"] = whole.shape[1] - self._seen
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -119,7 +119,7 @@ def prepare_to_record(cache: Any, blocks: Iterable[Any]) -> None:
 
 
 def load_cache(path: str | os.PathLike[str], model: Any) -> LinmuDynamicCache:
-    """A new cache that holds what `cache.save(path, model)` wrote, for `generate(..., past_key_values=cache)`.
+    """A new cache that holds what `cache.save(path, model)` wrote, for `generate(..., cache=cache)`.
 
     Args:
         path: of the file.

@@ -344,6 +344,58 @@ def test_guessed_tokens_give_the_greedy_answer(name):
     assert torch.equal(model.generate(**inputs, **greedy, assistant_model=tiny.teacher(family)), expected)
 
 
+def going_on(name):
+    """A model, a cache that has seen a prompt but for its last tokens, and what `generate` takes to go on from it."""
+    model = named(name)
+    whole = tiny.example(model.config.model_type.removeprefix("linmu_"), "images")
+    ids = torch.cat((whole["input_ids"], torch.tensor([tiny.text_ids(24, 7)])), dim=1)
+    whole, cache = tiny.longer(whole, ids), DynamicCache(config=model.config)
+    model.generate(**tiny.longer(whole, ids[:, :-9]), max_new_tokens=1, do_sample=False, cache=cache)
+    return model, cache, whole, {k: v for k, v in whole.items() if "pixel" not in k}
+
+
+@pytest.mark.parametrize("name", list(STUDENTS))
+def test_guessed_tokens_go_on_from_what_a_cache_has_seen(name):
+    """transformers' own decoding reads a prompt again, after the tokens of it that the cache has seen."""
+    model, cache, whole, turn = going_on(name)
+    family = model.config.model_type.removeprefix("linmu_")
+    greedy, read = dict(max_new_tokens=14, do_sample=False), cache.snapshot()
+    expected = model.generate(**whole, **greedy)
+    for guesses in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=tiny.teacher(family)), {}):
+        cache.restore(read)
+        assert torch.equal(model.generate(**turn, **greedy, **guesses, cache=cache), expected), guesses
+        assert cache.get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("guesses", [{}, dict(prompt_lookup_num_tokens=3), dict(prefill_chunk_size=4)])
+def test_a_prompt_that_the_cache_has_seen_is_refused(guesses):
+    """transformers would read it again from its start, as if it came after itself."""
+    model, cache, _, _ = going_on("linear")
+    seen = cache.get_seq_length()
+    for length in (seen, seen - 3):
+        said = (
+            f"input_ids must be of all tokens that the cache has seen, {seen}, and of one more at least, got {length}"
+        )
+        with pytest.raises(ValueError, match=said):
+            model.generate(torch.ones(1, length, dtype=torch.long), cache=cache, max_new_tokens=3, **guesses)
+
+
+def test_a_cache_is_taken_by_both_names():
+    """transformers 5.23 calls it `past_key_values`, and 5.24 `cache`."""
+    model, ids = student("qwen2"), torch.tensor([tiny.text_ids(40)])
+    outs = []
+    for name in ("cache", "past_key_values"):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            for part in ids.split((30, 6, 4), dim=1):
+                out = model(input_ids=part, **{name: cache}).logits
+        outs.append(
+            (out, model.generate(torch.cat((ids, ids), dim=1), **{name: cache}, max_new_tokens=4, do_sample=False))
+        )
+    assert all(map(torch.equal, *outs))
+    assert torch.equal(outs[0][1], model.generate(torch.cat((ids, ids), dim=1), max_new_tokens=4, do_sample=False))
+
+
 def test_a_student_may_guess():
     teacher, inputs = tiny.teacher("qwen2_5_vl"), tiny.example("qwen2_5_vl", "images")
     greedy = dict(max_new_tokens=14, do_sample=False)
