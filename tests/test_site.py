@@ -141,6 +141,27 @@ def test_each_op_has_a_picture_of_what_it_computes(name):
     assert all(f'"slate"] .lm-{colour}' in (DOCS / "site.css").read_text() for colour in colours)
 
 
+def words_of(drawn):
+    """(words, left, top, right, bottom) of each text, in a font that is wider than most."""
+    from matplotlib import get_data_path
+    from PIL import ImageFont
+
+    for word in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text"):
+        size, x, y = int(word.get("font-size")), float(word.get("x")), float(word.get("y"))
+        long = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size).getlength(word.text)
+        left = x - long * {"start": 0, "middle": 0.5, "end": 1}[word.get("text-anchor")]
+        yield word.text, left, y - 0.7 * size, left + long, y
+
+
+@pytest.mark.parametrize("name", list(pictures.DRAWINGS))
+def test_words_of_a_picture_lie_inside_it_and_on_no_others(name):
+    found = list(words_of(pictures.svg(name)))
+    for i, (words, left, top, right, bottom) in enumerate(found):
+        assert left >= 0 and right <= pictures.WIDTH, words
+        for other, *box in found[:i]:
+            assert right <= box[0] or box[2] <= left or bottom <= box[1] or box[3] <= top, (words, other)
+
+
 def module_of_the_site(monkeypatch, name, **needed):
     """A module that runs where mkdocs is: what it imports from there is not in this environment."""
     for path, names in needed.items():

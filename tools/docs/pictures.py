@@ -74,9 +74,9 @@ def ssd_scan() -> tuple[str, int, list[str]]:
     ]
     made += [
         text(440, 236, "out of h: · C", anchor="end"),
-        text(440, 258, "“both”: a second h, from right to left", "dim", "end", 13),
+        text(40, 280, "“both”: a second h, from right to left", "dim", "start"),
     ]
-    return "A state is carried along the tokens: it decays, takes each token in, and is read", 272, made
+    return "A state is carried along the tokens: it decays, takes each token in, and is read", 294, made
 
 
 def step(decay: str, added: str, read: str) -> list[str]:
@@ -127,15 +127,16 @@ def near_attention() -> tuple[str, int, list[str]]:
         text(40, 24, "listed", "dim", "start"),
         text(356, 24, "range: low to high \u2212 1", "dim"),
         row(18, 34, kinds, size=28, step=32),
-        text(448, 86, "this token", "dim", size=13),
+        text(472, 86, "this token", "dim", "end", 13),
     ]
     made += [arrow((32, 68), (32, 104), (160, 104)), arrow((128, 68), (128, 94), (160, 94))]
     made += [arrow((356, 68), (356, 99), (322, 99)), box(162, 84, 158, 34, "a", "one softmax")]
     made += [arrow((241, 118), (241, 142)), text(241, 160, "y, lse")]
-    made.append(
-        text(240, 186, "Each key/value head has lists of its own. Neighbours that share one are fast.", "dim", size=13)
-    )
-    return "A token attends to the last tokens, and to a list of earlier ones", 200, made
+    made += [
+        text(240, 190, "Each key/value head has lists of its own.", "dim"),
+        text(240, 212, "Neighbours that share one are fast.", "dim"),
+    ]
+    return "A token attends to the last tokens, and to a list of earlier ones", 226, made
 
 
 @drawing
@@ -161,7 +162,7 @@ def exact_step() -> tuple[str, int, list[str]]:
     ]
     made += [
         box(92, 186, 216, 34, "b", "(1 \u2212 share) … + share …"),
-        text(92, 244, "share: as one softmax over near, kept and far would give it", "dim", "start", 14),
+        text(240, 244, "share: as one softmax over near, kept and far would give it", "dim", size=13),
     ]
     return "One token of ExactMMATE: exact attention to few, a mean over the rest, mixed by their weights", 256, made
 
@@ -281,8 +282,9 @@ def layouts() -> tuple[str, int, list[str]]:
         made += [
             box(left + 26 * x + 52 * t, 102 + 26 * y, 23, 23, "c", str(i + 1), 3) for i, (t, y, x) in enumerate(visits)
         ]
-    made.append(text(240, 178, "which of the video's tokens is visited when: frame 1 left, frame 2 right"))
-    return "A layout says where visual tokens are; an order says which is visited when", 192, made
+    made.append(text(240, 178, "which of the video's tokens is visited when:"))
+    made.append(text(240, 200, "frame 1 left, frame 2 right"))
+    return "A layout says where visual tokens are; an order says which is visited when", 214, made
 
 
 def svg(name: str) -> str:
