@@ -88,6 +88,9 @@ def test_a_picture_and_a_clip_are_uploaded_and_answered(page, tmp_path):
     says = page.value("document.getElementById('chart-says').textContent")
     compared = r"the student's state is (about as large as|\d+\.\d times (smaller|larger) than) the teacher's cache\."
     assert f"16 frames of 128 {TIMES} 64 pixels" in says and re.search(compared, says), says
+    page.value("document.getElementById('frames').value = 1")
+    ask_by_keyboard(page, "digit")
+    assert f"of 1 frame of 128 {TIMES} 64 pixels" in page.value("document.getElementById('chart-says').textContent")
     assert not complaints(page)
 
 

@@ -26,6 +26,10 @@ function rate(value) {
   return value < 10 ? value.toFixed(1) : String(Math.round(value));
 }
 
+function counted(frames) {
+  return `${frames} ${frames === 1 ? "frame" : "frames"}`;
+}
+
 function fail(text) {
   $("error").textContent = text;
   $("error").hidden = !text;
@@ -44,7 +48,7 @@ function choose(item, name) {
     $("preview").src = `files/${item.id}`;
     $("preview").alt = `${item.kind === "clip" ? "Frames of the clip" : "The picture"} ${name}`;
     const lasts = item.seconds === null ? "" : `, ${item.seconds.toFixed(1)} s`;
-    const length = item.frames === null ? lasts : `, ${item.frames} frames`;
+    const length = item.frames === null ? lasts : `, ${counted(item.frames)}`;
     $("about").textContent = `${name}: ${item.width} × ${item.height} pixels${length}`;
   } else {
     $("preview").removeAttribute("src");
@@ -118,7 +122,7 @@ let prompt_tokens = 0;
 
 const happens = {
   seen(event) {
-    const what = event.kind === "clip" ? `${event.frames} frames of ` : "a picture of ";
+    const what = event.kind === "clip" ? `${counted(event.frames)} of ` : "a picture of ";
     seen = `${what}${event.width} × ${event.height} pixels`;
   },
   start(event) {
