@@ -7,7 +7,6 @@ Each option has a reason, and its text names it: an equation, algorithm or table
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,6 +14,9 @@ Triple = tuple[int, int, int]
 
 LONGEST = 2**20  # tokens of a window, along one dimension
 WIDEST = 2**12  # channels of a head's feature map
+# Beyond these, float32 has no finite step size or weight.
+SHORTEST = 1e-4  # decay
+SCALES = (1e-4, 1e4)
 
 
 class _Options:
@@ -44,8 +46,9 @@ class _Options:
             fits = size is None or (min(size) >= 1 and max(size) <= LONGEST)
             self._require(name, fits, f"three sizes in [1, {LONGEST}]")
         decays, scale = decay_range(getattr(self, "initial_decay")), getattr(self, "initial_scale")  # noqa: B009
-        self._require("initial_decay", decays is None or all(0 < d < 1 for d in decays), "in (0, 1)")
-        self._require("initial_scale", scale is None or (isfinite(scale) and scale > 0), "finite and > 0")
+        self._require("initial_decay", decays is None or all(SHORTEST <= d < 1 for d in decays), f"in [{SHORTEST}, 1)")
+        low, high = SCALES
+        self._require("initial_scale", scale is None or low <= scale <= high, f"in [{low}, {high}]")
 
 
 def _is_of(kind: str, value: Any) -> bool:
@@ -81,8 +84,8 @@ class MMATEConfig(_Options):
         reverse: run the reverse scan over visual tokens (Eq. 2). Off: the scan is causal everywhere; `open/no-reverse`.
         major_scan: visit visual tokens in the order of the layer: t,y,x . t,x,y . y,x,t . x,y,t for the layer's index
             mod 4 (section 3.1.1). Off: visit them in place; `open/no-major-scan`.
-        initial_decay: how much of the state is left after a token, before training; in (0, 1). It is exp(dt A) with
-            A = -1, so the scan starts as an exponential average. A pair spreads the memory length 1/(1 - decay)
+        initial_decay: how much of the state is left after a token, before training; in [0.0001, 1). It is exp(dt A)
+            with A = -1, so the scan starts as an exponential average. A pair spreads the memory length 1/(1 - decay)
             geometrically over the heads. None: Mamba-2's start, the paper's "standard initialization".
             `open/decay-0.9999`, `open/decay-plain`.
         initial_scale: start of a learned scale of C . B per head, in units of the softmax scale; `needles/scale-3`.
@@ -157,7 +160,7 @@ class ExactConfig(_Options):
         feature_dim: channels of the learned maps of B and C, and so the size N of the scan's state; 0 for the head
             size. The maps start as the identity and its negative in turns; `defaults/feature-dim-128`. (Hedgehog, Zhang
             et al., arXiv:2402.04347, one sign of theirs.)
-        initial_decay: how much of the state is left after a token, before training; in (0, 1). A pair spreads the
+        initial_decay: how much of the state is left after a token, before training; in [0.0001, 1). A pair spreads the
             memory length 1/(1 - decay) geometrically over the heads; `needles/decay-0.999`.
         initial_scale: start of the learned scale of C . B per head, in units of the softmax scale; with the scan alone;
             `recipe/exact-scale-8`.

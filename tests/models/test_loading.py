@@ -194,7 +194,7 @@ WRONG = [
     ({"options": {"window": None}}, "window must be of type"),
     ({"options": {"image_window": [0, 1, 1]}}, "image_window must be three sizes in"),
     ({"options": {"feature_dim": 10**12}}, r"feature_dim must be in \[0, "),
-    ({"options": {"initial_scale": float("nan")}}, "initial_scale must be finite and > 0, got nan"),
+    ({"options": {"initial_scale": float("nan")}}, r"initial_scale must be in \[0.0001, 10000.0\], got nan"),
     ({"block": "MMATE", "options": {"branches": "none"}}, "branches must be one of both, flex, swin, got 'none'"),
     ({"options": {"initial_decay": [0.5]}}, "initial_decay must be of type"),
     ({"keep_attention": [99]}, r"keep_attention must hold layers in \[0, 3\), got 99"),
