@@ -33,36 +33,39 @@ class Ledger(AnswerCache):
         super().__init__(path, teacher)
         self._data = data
         columns = "data TEXT, process INTEGER, number INTEGER"
-        self._db.execute(f"CREATE TABLE IF NOT EXISTS done ({columns}, PRIMARY KEY (data, process, number))")
-        self._db.execute(
-            f"CREATE TABLE IF NOT EXISTS places ({columns}, state TEXT, PRIMARY KEY (data, process, number))"
-        )
+        with self._usable():
+            self._db.execute(f"CREATE TABLE IF NOT EXISTS done ({columns}, PRIMARY KEY (data, process, number))")
+            self._db.execute(
+                f"CREATE TABLE IF NOT EXISTS places ({columns}, state TEXT, PRIMARY KEY (data, process, number))"
+            )
 
     def done(self, process: int) -> set[int]:
         """The numbers of a process's batches that have all their answers."""
-        rows = self._db.execute("SELECT number FROM done WHERE data = ? AND process = ?", (self._data, process))
-        return {number for (number,) in rows}
+        with self._usable():
+            rows = self._db.execute("SELECT number FROM done WHERE data = ? AND process = ?", (self._data, process))
+            return {number for (number,) in rows}
 
     def place(self, process: int) -> tuple[int, dict[str, Any] | None]:
         """The number of the first batch to read, and the state of a stream before it; None: its start."""
         done, first = self.done(process), 0
         while first in done:
             first += 1
-        found = self._db.execute(
-            "SELECT number, state FROM places WHERE data = ? AND process = ? AND number < ? ORDER BY number DESC",
-            (self._data, process, first),
-        ).fetchone()
+        with self._usable():
+            found = self._db.execute(
+                "SELECT number, state FROM places WHERE data = ? AND process = ? AND number < ? ORDER BY number DESC",
+                (self._data, process, first),
+            ).fetchone()
         return (0, None) if found is None else (found[0] + 1, json.loads(found[1]))
 
     def note(self, process: int, finished: list[int], last: int, state: dict[str, Any] | None) -> None:
         """Batches that have all their answers; and the state of a stream after batch `last`."""
-        self._db.execute("BEGIN IMMEDIATE")
         rows = [(self._data, process, number) for number in finished]
-        self._db.executemany("INSERT OR IGNORE INTO done VALUES (?, ?, ?)", rows)
-        if state is not None:
-            row = (self._data, process, last, json.dumps(state))
-            self._db.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?)", row)
-        self._db.execute("COMMIT")
+        with self._usable(), self._db:  # all of it, or nothing
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO done VALUES (?, ?, ?)", rows)
+            if state is not None:
+                row = (self._data, process, last, json.dumps(state))
+                self._db.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?)", row)
 
 
 def shares(worker: int, workers: int, processes: int) -> list[tuple[int, int, int]]:

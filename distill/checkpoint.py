@@ -1,7 +1,6 @@
 """Checkpoints that survive a kill at any instant. They are written aside, flushed, renamed, and verified when read."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -67,22 +66,6 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     _flush(path.parent)
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of a folder, at most until the process ends; without `wait`, yields whether it was free."""
-    path.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(folder)
 
 
 def random_states() -> dict[str, Any]:

@@ -58,9 +58,9 @@ def distill(
 def answers(
     config: Annotated[Path, typer.Argument(help="The TOML file of a run.")],
     processes: Annotated[
-        int | None, typer.Option(min=1, help="That will train; as many as decode if left out.")
+        int | None, typer.Option(min=1, max=2**16, help="That will train; as many as decode if left out.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples that are decoded together.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, max=2**16, help="Samples that are decoded together.")] = 64,
 ) -> None:
     """Decode the teacher's own answers before stage 3 needs them. Stopped at any instant, it goes on from there."""
     settings = _settings(config)
@@ -80,9 +80,9 @@ def answers(
 
 def plan(
     config: Annotated[Path, typer.Argument(help="The TOML file of a run.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Processes, one on each.")] = 1,
-    memory: Annotated[float, typer.Option(min=0, help="Of a GPU, in GB.")] = 80.0,
-    tflops: Annotated[float, typer.Option(min=0.001, help="Of a GPU, in the run's precision.")] = 312.0,
+    gpus: Annotated[int, typer.Option(min=1, max=2**20, help="Processes, one on each.")] = 1,
+    memory: Annotated[float, typer.Option(min=0, max=1e6, help="Of a GPU, in GB.")] = 80.0,
+    tflops: Annotated[float, typer.Option(min=0.001, max=1e6, help="Of a GPU, in the run's precision.")] = 312.0,
     share: Annotated[float, typer.Option(min=0.001, max=1, help="That training gets of them.")] = 0.5,
 ) -> None:
     """What each GPU will hold in each stage, and for how long. Nothing is loaded; status 1 where it cannot fit."""
@@ -103,7 +103,7 @@ def plan(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="A model's folder, or that of a finished run.")],
     teacher: Annotated[str | None, typer.Option(help="A model beside it; for a run: its own teacher.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each task group.")] = 200,
+    samples: Annotated[int, typer.Option(min=1, max=10**9, help="Samples of each task group.")] = 200,
     group: Annotated[list[str] | None, typer.Option(help="Only this task group; may be repeated.")] = None,
     split: Annotated[
         str, typer.Option(help="val; test, on which no option was chosen; val_font, test_font: in an unseen font.")
@@ -117,7 +117,7 @@ def evaluate(
     rows: Annotated[
         bool, typer.Option("--rows", help="Also a teacher of equal memory, windows alone, near + kept, zero steps.")
     ] = False,
-    depths: Annotated[int, typer.Option(min=0, help="Also by where the answer lies, in so many parts.")] = 0,
+    depths: Annotated[int, typer.Option(min=0, max=100, help="Also by where the answer lies, in so many parts.")] = 0,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Exact match on the built-in tasks with 95 % intervals, beside the teacher's."""

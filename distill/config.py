@@ -24,12 +24,16 @@ from pydantic import (
 from linmu_models.config import parse_options
 from linmu_ops.nn import ExactConfig, MMATEConfig
 
-from .data.tasks import GROUPS, NEEDLE_FRAMES, TASKS
+from .data.tasks import GROUPS, MOST_CELLS, MOST_FRAMES, NEEDLE_FRAMES, TASKS
 from .stages import PRESETS, Stage, alone
 
 # As TOML writes them: a number or a switch that is quoted is a mistake, and so is a switch in a number's place. What is
 # beyond the limits would end a run, at a place that does not name the key.
 Positive = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+Few = Annotated[int, Field(gt=0, le=2**16, strict=True)]  # that are held in memory, or made of it, all at once
+Frames = Annotated[int, Field(gt=0, le=MOST_FRAMES, strict=True)]
+Tokens = Annotated[int, Field(gt=0, le=2**24, strict=True)]  # of a batch
+Cells = Annotated[int, Field(gt=0, le=MOST_CELLS, strict=True)]
 Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Weight = Annotated[float, Field(ge=0, lt=1e30, strict=True)]
@@ -37,11 +41,20 @@ Rate = Annotated[float, Field(gt=0, lt=1e30, strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 Spread = Literal["ddp", "fsdp"]
 EVALUATION_SEED = 2024  # fixed, so that runs are asked the same questions
+_LARGEST = 2**20  # bytes of a file
 _BLOCK = 8  # samples; so many are cheap, and a share of so few means little
 
 
 class ConfigError(ValueError):
-    """The configuration file is wrong; the text says where, one line for each mistake."""
+    """The configuration file is wrong; the text says where, one line for each mistake.
+
+    Attributes:
+        lines: of the text.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
 
 
 class _Table(BaseModel):
@@ -74,10 +87,10 @@ class TaskData(_Table):
 
     mixture: Annotated[dict[str, Rate], Field(min_length=1)] = dict.fromkeys(GROUPS, 1.0)
     """How often each task group is drawn, against the others."""
-    batch_size: AloneOrSeveral[Positive, dict[str, Positive]] = 16
+    batch_size: AloneOrSeveral[Few, dict[str, Few]] = 16
     """Samples of a batch: one number for all groups, or one for each group. A batch of needles has fewer where their
     videos are long."""
-    needle_frames: tuple[Positive, Positive] = NEEDLE_FRAMES
+    needle_frames: tuple[Frames, Frames] = NEEDLE_FRAMES
     """The least and the most frames of a long video: of `needle`, `needles`, `tracking`. All videos of a batch are
     equally long."""
 
@@ -119,7 +132,7 @@ class RecordData(_Table):
 
     sets: Annotated[dict[str, SetConfig], Field(min_length=1)]
     """The data sets, by names of your own."""
-    max_tokens: Positive = 8192
+    max_tokens: Tokens = 8192
     """The most tokens of a batch, padding included. A longer sample is left out and counted. Plain text is cut into
     pieces of this length."""
     packing: Switch = False
@@ -177,7 +190,7 @@ class EvaluationConfig(_Table):
     """Questions of each task group that the teacher and the finished student are asked. A table gives a number for each
     group that it names, and leaves out the others; a number alone is of the five groups that the shipped teacher knows.
     0 turns this off. Before training and between stages about a quarter of them is asked."""
-    speed_lengths: list[Positive] = [512, 1024, 2048, 4096]
+    speed_lengths: list[Cells] = [512, 1024, 2048, 4096]
     """Numbers of visual tokens at which time to first token, decode speed and cache size are measured at the end. An
     empty list turns this off."""
     held_out: RecordData | None = None
@@ -254,16 +267,16 @@ class Config(_Table):
     """Training data: built-in tasks, or data sets."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the teacher's weights and of matrix products. What is trained is always float32."""
-    gradient_accumulation: Positive = 1
+    gradient_accumulation: Few = 1
     """Batches of each process in a step."""
     gradient_checkpointing: Switch = False
     """Saves memory in stages whose blocks get the student's own inputs: the backward pass runs each layer again."""
     parallel: AloneOrSeveral[Spread, tuple[Spread, Positive]] = "ddp"
     """With several processes: a whole student in each (`ddp`), or a part in each (`fsdp`, FSDP2). `["fsdp", 4]`: and 4
     processes share each row, of which each works on a part of the tokens."""
-    max_new_tokens: Positive = 64
+    max_new_tokens: Few = 64
     """The most tokens of the teacher's own answers (L_seq). An answer that does not end in time is left out."""
-    lora_rank: Positive = 8
+    lora_rank: Few = 8
     """Rank of the low-rank updates of the decoder's FFNs in stage 3."""
     checkpoint_every: Positive = 200
     """Steps between checkpoints. The last two are kept."""
@@ -444,10 +457,16 @@ def load_values(path: str | Path) -> dict[str, Any]:
     if not isinstance(path, str | Path):
         raise TypeError(f"a configuration must be the path of a TOML file, got {path!r}")
     try:
-        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+        with Path(path).open("rb") as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:  # a device has no end
+            raise ConfigError(f"{path}: must be a TOML file of at most {_LARGEST} bytes, got a larger one")
+        return tomllib.loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ConfigError:
+        raise
+    except ValueError as error:  # TOML that is none, other bytes than UTF-8, a number of thousands of digits, a path
         raise ConfigError(f"{path}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: lists and tables must not nest so deep") from error
@@ -458,7 +477,7 @@ def parse_config(values: dict[str, Any], source: str = "config") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(describe(error, source)) from error
+        raise ConfigError(*describe(error, source)) from error
 
 
 # What became of keys that once were.
@@ -485,7 +504,7 @@ _GONE = {
 }
 
 
-def describe(error: ValidationError, source: str) -> str:
+def describe(error: ValidationError, source: str) -> list[str]:
     """A line for each mistake, with its key."""
     lines = []
     for problem in error.errors():
@@ -496,4 +515,4 @@ def describe(error: ValidationError, source: str) -> str:
             known_once = next((told for pattern, told in _GONE.items() if re.fullmatch(pattern, key)), None)
             said = "unknown key" if known_once is None else f"no key any more: {known_once}"
         lines.append(": ".join(filter(None, (source, key, said))))
-    return "\n".join(lines)
+    return lines

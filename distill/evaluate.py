@@ -19,10 +19,11 @@ from linmu_models.generate import check_model_name, find_device
 from linmu_ops import ExactMMATE
 from linmu_ops._tables import markdown
 
-from .data import GROUPS, SPLITS, TASKS, task_options
+from .data import GROUPS, SPLITS, TASKS, draw, task_options
 from .evaluation import Result, evaluate
 from .handoff import HandoffError, read_facts, stage_folder
 from .limited import EQUAL_MEMORY, equal_tokens, limited
+from .progress import telling
 from .sources import UNFIT, fits_tasks
 from .stages import STAGES
 from .student import ALONE, exact_alone, load_own_state
@@ -149,14 +150,21 @@ def evaluate_folder(
     for source in (teacher, path):
         if source is not None:
             check_model_name(source)
+    for one in asked:  # What is asked for is seen before hours have gone by.
+        next(draw(one.group, seed, split, **one.options))
     results: dict[str, list[Result]] = {}
-    for label, model, tokenizer, context in _models(folder, path, teacher, find_device(device), rows):
-        if not fits_tasks(model, tokenizer):
-            raise EvaluationError(f"{path} cannot be shown the built-in tasks: {UNFIT}")
-        with context:
-            results[label] = [
-                evaluate(model, tokenizer, one.group, samples, seed, split=split, **one.options) for one in asked
-            ]
+    with telling() as tell:
+        for label, model, tokenizer, context in _models(folder, path, teacher, find_device(device), rows):
+            if not fits_tasks(model, tokenizer):
+                raise EvaluationError(f"{path} cannot be shown the built-in tasks: {UNFIT}")
+            with context:
+                results[label] = [
+                    evaluate(
+                        model, tokenizer, one.group, samples, seed, split=split,
+                        told=tell(f"{label}: {one.label}"), **one.options,
+                    )
+                    for one in asked
+                ]  # fmt: skip
     told = _table(asked, results, f"{split}, n={samples}")
     return told + ("\n\n" + _depth_table(asked, results, depths) if depths else "")
 

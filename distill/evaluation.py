@@ -2,7 +2,9 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from math import sqrt
 from typing import Any, cast
 
@@ -11,10 +13,12 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from linmu_models.modeling import LinmuModel
 
-from .data import Processor, Sample, generate
+from .data import Processor, Sample, draw, generate
 
 # Largest batch for which the longest inputs still fit a small machine, by visual tokens in all.
 _VISUAL_TOKENS_A_BATCH = 8192
+# Samples are drawn as they are asked; so many visual tokens of them at once are a gigabyte of pixels.
+_DRAWN_AT_ONCE = 2**22
 # A student takes a longer prompt in parts, so that its memory is that of a part.
 _PROMPT_TOKENS = 4096
 
@@ -106,6 +110,7 @@ def evaluate(
     first: int = 0,
     batch_size: int = 64,
     use_cache: bool = True,
+    told: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Result:
     """Evaluate a model on `n` samples of a task group.
@@ -116,35 +121,56 @@ def evaluate(
         first: so many samples before them are passed over: to ask in parts.
         batch_size: the most samples at once; long videos are batched less.
         use_cache: False makes `generate` run the whole sequence for each token, to check a student's cache.
+        told: called before each batch with how far this is, in words.
         options: passed to the group's generator.
 
     Raises:
-        TypeError: the model does not generate.
+        TypeError: the model does not generate. ValueError: nothing is asked, or as `draw`.
     """
     if not hasattr(model, "generate"):
         raise TypeError(f"evaluate: model must be a transformers model that generates, got {type(model).__name__}")
+    if n < 1:
+        raise ValueError(f"evaluate: n must be at least 1, got {n}")
     processor = Processor.from_config(model.config, tokenizer)
-    samples = generate(group, first + n, seed, split, **options)[first:]
-    limit = 1 + max(len(tokenizer.encode(sample.turns[0][1], add_special_tokens=False)) for sample in samples)
-    visual = max(sample.cells.size for sample in samples)
-    step = max(1, min(batch_size, _VISUAL_TOKENS_A_BATCH // visual))
+    samples = islice(draw(group, seed, split, **options), first, first + n)
     was_training = model.training
     model.eval()
     right, asked, start = Counter[str](), Counter[str](), time.perf_counter()
     hits: list[bool] = []
-    for i in range(0, n, step):
-        part = samples[i : i + step]
-        for sample, said in zip(part, answer(model, processor, part, limit, use_cache), strict=True):
-            question, expected = sample.turns[0]
-            words = question.rstrip("?").split()
-            kind = next((word for word in words if len(word) > 2), words[0])  # a key is no kind
-            asked[kind] += 1
-            hits.append(said == expected)
-            right[kind] += hits[-1]
+    depths: list[float | None] = []
+    for drawn in _drawn(samples):
+        limit = 1 + max(len(tokenizer.encode(sample.turns[0][1], add_special_tokens=False)) for sample in drawn)
+        visual = max(sample.cells.size for sample in drawn)
+        step = max(1, min(batch_size, _VISUAL_TOKENS_A_BATCH // visual))
+        for i in range(0, len(drawn), step):
+            if told is not None:
+                told(f"{len(hits):,} of {n:,} answered, {right.total():,} right; up to {visual:,} visual tokens each")
+            part = drawn[i : i + step]
+            for sample, said in zip(part, answer(model, processor, part, limit, use_cache), strict=True):
+                question, expected = sample.turns[0]
+                words = question.rstrip("?").split()
+                kind = next((word for word in words if len(word) > 2), words[0])  # a key is no kind
+                asked[kind] += 1
+                hits.append(said == expected)
+                depths.append(sample.depth)
+                right[kind] += hits[-1]
     model.train(was_training)
     by_question = {kind: (right[kind], asked[kind]) for kind in asked}
-    return Result(group, split, n, right.total(), time.perf_counter() - start, tuple(hits), by_question,
-                  tuple(sample.depth for sample in samples))  # fmt: skip
+    return Result(group, split, n, right.total(), time.perf_counter() - start, tuple(hits), by_question, tuple(depths))
+
+
+def _drawn(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
+    """All of the samples in their order, about `_DRAWN_AT_ONCE` visual tokens at a time."""
+    held: list[Sample] = []
+    cells = 0
+    for sample in samples:
+        held.append(sample)
+        cells += sample.cells.size
+        if cells >= _DRAWN_AT_ONCE:
+            yield held
+            held, cells = [], 0
+    if held:
+        yield held
 
 
 def blind_baseline(group: str, n: int = 200, seed: int = 0, *, split: str = "val", **options: Any) -> float:

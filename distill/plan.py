@@ -267,7 +267,7 @@ def _work(config: Config, number: int, teacher_config: PreTrainedConfig) -> Work
     vision = teacher_config.vision_config
     merge, patch = getattr(vision, "spatial_merge_size", 1), getattr(vision, "patch_size", 14)
     frame = max(1, (data.frame_pixels or 2**17) // (patch * merge) ** 2)
-    high = max(h for h in range(1, frame + 1) if h * h <= frame)
+    high = math.isqrt(frame)
     frames = max(1, 3 * tokens // 4 // (high * (frame // high)))
     grid = (frames, high, frame // high)
     visual = frames * high * (frame // high)

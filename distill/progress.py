@@ -1,6 +1,9 @@
 """What a person sees while a stage trains: a bar on a terminal, lines elsewhere, TensorBoard."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -8,10 +11,32 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
+
+from linmu_models.words import shown
 
 from .stages import Stage
 
 LINE_SECONDS = 15.0
+
+
+@contextmanager
+def telling() -> Iterator[Callable[[str], Callable[[str], None]]]:
+    """tell(what)(how_far) says how far what is being done is: beside a spinner on a terminal, elsewhere in a line now
+    and then."""
+    console = Console(stderr=True, highlight=False)
+    last = time.monotonic()
+    with console.status("") as status:
+
+        def tell(what: str, how_far: str) -> None:
+            nonlocal last
+            words = shown(f"{what}: {how_far}")
+            status.update(Text(words))
+            if not console.is_terminal and time.monotonic() - last > LINE_SECONDS:
+                last = time.monotonic()
+                console.print(words, markup=False, soft_wrap=True)
+
+        yield lambda what: partial(tell, what)
 
 
 class Progress:

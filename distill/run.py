@@ -21,17 +21,19 @@ from linmu_models.config import sees_images
 from linmu_models.generate import copy_processor
 from linmu_models.modeling import LinmuModel
 from linmu_models.report import TransferReport
+from linmu_models.saving import locked, whole_folder
 from linmu_models.split_rows import check_splits
 from linmu_ops.nn import ExactConfig, MMATEConfig
 
 from . import handoff, held_out
-from .checkpoint import CheckpointStore, locked, write_atomically
+from .checkpoint import CheckpointStore, write_atomically
 from .config import EVALUATION_SEED, Config, ConfigError, RecordData, TaskData, hash_of
 from .files import read_json
 from .limited import EQUAL_MEMORY, equal_tokens, limited
 from .objective import Objective, Teacher
 from .packing import check_packable
 from .parallel import check_sharing, from_first, is_sharded, loaded_by_first, receive
+from .progress import telling
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES, Stage
 from .student import (
@@ -397,8 +399,9 @@ class Run:
             row = known.get(group)
             if isinstance(row, dict) and row.get("of") == of:
                 continue
-            with self.accelerator.autocast(), limited(model, tokens) if tokens else nullcontext():
-                result = evaluate(model, self.tokenizer, group, samples, EVALUATION_SEED)
+            with self.accelerator.autocast(), limited(model, tokens) if tokens else nullcontext(), telling() as tell:
+                told = tell(f"{label}: {group}")
+                result = evaluate(model, self.tokenizer, group, samples, EVALUATION_SEED, told=told)
             known[group] = {
                 "of": of, "n": result.n, "correct": result.correct, "accuracy": result.accuracy,
                 "interval": result.interval, "right": "".join(str(int(hit)) for hit in result.hits),
@@ -489,10 +492,11 @@ class Run:
                     if not IN_FLOAT32.search(f"self_attn.{name}"):
                         parameter.data = parameter.data.to(self.teacher.dtype)
             try:
-                model.save_pretrained(target)
+                with whole_folder(target) as made:
+                    model.save_pretrained(made)
+                    copy_processor(self.config.teacher, made)
             except SafetensorError as error:
                 raise OSError(f"{target} could not be written: {error}") from error
-            copy_processor(self.config.teacher, target)
         self.accelerator.wait_for_everyone()
         return target
 

@@ -162,16 +162,16 @@ class AnswerCache:
     def __init__(self, path: Path, teacher: str) -> None:
         """Open, or make, the file; `teacher` is the teacher's fingerprint."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._teacher = teacher
+        self._teacher, self._path = teacher, path
         try:
-            self._db = self._opened(path)
-        except sqlite3.OperationalError:  # Locked, or a disk that is full.
-            raise
+            with self._usable():
+                self._db = self._opened(path)
         except sqlite3.DatabaseError as error:
             say(f"{path} is damaged and made anew ({error})")
             for old in (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal", "-shm"))):
                 old.unlink(missing_ok=True)
-            self._db = self._opened(path)
+            with self._usable():
+                self._db = self._opened(path)
 
     @staticmethod
     def _opened(path: Path) -> sqlite3.Connection:
@@ -180,6 +180,14 @@ class AnswerCache:
         if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(found)
         return db
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Within this, a file that is locked, or that may not be written, or a disk that is full, is an OSError."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self._path} cannot be used: {error}") from error
 
     def key(self, sample: Any, max_new_tokens: int) -> str:
         """What identifies a sample to a teacher."""
@@ -194,15 +202,18 @@ class AnswerCache:
 
     def get(self, key: str) -> list[str | None] | None:
         """The answers, one for each turn; None where there is no entry."""
-        row = self._db.execute("SELECT answers FROM answers WHERE key = ?", (key,)).fetchone()
+        with self._usable():
+            row = self._db.execute("SELECT answers FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, answers: list[str | None]) -> None:
         """Add an entry."""
-        self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answers)))
+        with self._usable():
+            self._db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answers)))
 
     def __len__(self) -> int:
-        return int(self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+        with self._usable():
+            return int(self._db.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
 
 
 def model_inputs(batch: Batch) -> Batch:

@@ -9,7 +9,6 @@ from .attention import LinmuAttention
 from .cache import LinmuCacheLayer
 from .calibrate import calibrate
 from .convert import convert
-from .families.generic import register_lazily
 from .families.nvila import attach_nvila, convert_nvila
 from .generate import fast_decode
 from .int8 import int8_weights
@@ -18,8 +17,6 @@ from .modeling import FAMILIES, LinmuModel
 from .report import TransferReport
 from .snapshot import CacheSnapshot
 from .states import LinmuDynamicCache, LinmuStaticCache, load_cache
-
-register_lazily()
 
 
 def families() -> list[str]:

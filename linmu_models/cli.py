@@ -17,10 +17,15 @@ try:
     from typer.core import TyperGroup
 except ImportError as e:
     sys.exit(f"linmu: {e}: pip install 'linmu[models]' (`python -m linmu_ops.env` does without)")
+except KeyboardInterrupt:
+    sys.exit(130)
+
+from .words import shown, waiting
 
 OURS = ("linmu_models", "linmu_distill")
 OF_DISTILL = ("distill", "answers", "plan", "evaluate")  # named in `linmu --help`, installed or not
 OPTION_HELP = 'name=value of the block\'s options, e.g. "text_window=16"; "preset=paper" for the paper\'s block.'
+MOST = 2**31 - 1  # tokens; what libraries count in 32 bits
 DEVICE_HELP = "cpu, cuda, cuda:1, ...; a GPU if there is one."
 
 
@@ -29,7 +34,22 @@ def _added() -> dict[str, EntryPoint]:
 
 
 class Commands(TyperGroup):
-    """Our own commands, then those that other packages add."""
+    """Our own commands, then those that other packages add. What may end any of them, at any place, has one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            stop("stopped; nothing is left half done", 130)
+        except ModuleNotFoundError as error:
+            stop(f"{error}: pip install 'linmu[models]'")
+        except Exception as error:
+            if _is_of_memory(error):
+                stop(f"this takes more memory than there is: {first_line(error)}")
+            # The import of linmu_ops reads the variables.
+            if isinstance(error, ValueError) and str(error).startswith("LINMU_"):
+                stop(error)
+            raise
 
     def list_commands(self, ctx: Any) -> list[str]:
         own = super().list_commands(ctx)
@@ -50,6 +70,14 @@ class Commands(TyperGroup):
         except ImportError as error:
             alone.command(name, context_settings=ANYTHING)(_missing(name, error))
         return typer.main.get_command(alone)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """NumPy's, or PyTorch's of a GPU or a CPU."""
+    words = str(error)
+    return (
+        isinstance(error, MemoryError) or "OutOfMemoryError" in type(error).__name__ or "DefaultCPUAllocator" in words
+    )
 
 
 ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -113,7 +141,6 @@ def convert(
     """Make a model linear, untrained; prints where each tensor comes from."""
     import json
 
-    from rich.console import Console
     from safetensors import SafetensorError
 
     from .generate import convert_folder
@@ -125,12 +152,12 @@ def convert(
             stop(f"--option must be given once for each name, got {name} again")
         try:
             options[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except ValueError:  # words, or a number of thousands of digits
             options[name] = value
         except RecursionError:
             stop(f"--option must not nest so deep, got {name}={value[:20]}...")
     try:
-        with Console(stderr=True).status(f"making {teacher} linear"):
+        with waiting(f"making {teacher} linear"):
             report = convert_folder(teacher, out, options, keep_attention or (), dtype)
         typer.echo(report)
     except (ValueError, OSError, SafetensorError) as error:
@@ -145,7 +172,7 @@ def generate(
     video: Annotated[list[Path] | None, typer.Option(help="A video file; repeatable.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video, at most.")] = 64,
     fps: Annotated[float, typer.Option(min=0.001, help="Frames of a second of video.")] = 2.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the most likely token.")] = 0.0,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
@@ -153,7 +180,7 @@ def generate(
         str, typer.Option(help="float (of that dtype), or int8: faster large models on a CPU.")
     ] = "float",
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the prompt that are read at a time; all if left out.")
+        int | None, typer.Option(min=1, max=MOST, help="Tokens of the prompt that are read at a time; all if left out.")
     ] = None,
     load_state: Annotated[
         Path | None, typer.Option(help="A file of --save-state: go on with its conversation, which is not read again.")
@@ -172,10 +199,9 @@ def generate(
         stop(f"--temperature must be 0, or at least 0.001, got {temperature}")
     # What Pillow warns of in a file is either seen all the same or refused in one line.
     warnings.filterwarnings("ignore", module="PIL")
-    say = Console(stderr=True, highlight=False)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     try:
-        with say.status(f"loading {model}"):
+        with waiting(f"loading {model}"):
             loaded = load(model, device, dtype, weights)
         answer = generate_text(
             *loaded, prompt, image or (), video or (), frames=frames, fps=fps, max_new_tokens=max_new_tokens,
@@ -186,7 +212,7 @@ def generate(
         stop(error)
     typer.echo()
     rate = "" if answer.tokens_per_second is None else f", then {answer.tokens_per_second:.1f} tokens/s"
-    say.print(
+    Console(stderr=True, highlight=False).print(
         f"{answer.prompt_tokens} tokens in, {answer.tokens} out; first after {answer.first_token_seconds:.2f} s{rate}; "
         f"state {answer.cache_bytes / 2**20:.2f} MiB, process {peak_memory() / 2**30:.2f} GiB at most",
         soft_wrap=True,
@@ -208,12 +234,12 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     max_upload: Annotated[float, typer.Option(min=0.001, max=1e6, help="MB of a file, at most.")] = 64.0,
     max_pixels: Annotated[
-        int, typer.Option(min=1024, help="Read of a picture, or of all frames of a clip together, at most.")
+        int, typer.Option(min=1024, max=10**9, help="Read of a picture, or of all frames of a clip together, at most.")
     ] = 2**22,
     folder: Annotated[
         Path | None, typer.Option(help="Keep uploads here; in a temporary folder if left out, deleted at the end.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 256,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     dtype: Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16, ...")] = "auto",
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = False,
@@ -235,13 +261,18 @@ def demo(
         stop(error)
 
 
+def first_line(error: Exception | str) -> str:
+    """The first line of an error's words; its name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def stop(error: Exception | str, status: int = 1) -> NoReturn:
-    """Say in one line what is wrong, and end the command."""
+    """Say in one line what is wrong, and end the command. An error that has `lines`, one for each mistake, has more."""
     # Other libraries explain at length, and over many lines, what we say in one.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     ours = isinstance(error, str) or type(error).__module__.partition(".")[0] in OURS
-    said = "\n".join(lines) if ours else lines[0]
-    typer.echo(f"linmu: {said.removeprefix('linmu: ')}", err=True)
+    lines = getattr(error, "lines", None) or [str(error).strip() if ours and str(error).strip() else first_line(error)]
+    for line in lines:
+        typer.echo(f"linmu: {shown(line.removeprefix('linmu: '))}", err=True)
     raise typer.Exit(status)
 
 

@@ -25,14 +25,16 @@ from .config import auto_class, parse_options
 from .convert import check_generic, convert, family_of
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
 from .families import nvila as _nvila  # noqa: F401  registers, with all families
-from .families.generic import LinmuGeneric
+from .families.generic import LinmuGeneric, register_lazily
 from .int8 import int8_weights, is_int8
 from .loading import check_weights, told, without_report
 from .media import Clip, UnreadableError, read_image, read_video
 from .modeling import LinmuModel
 from .report import TransferReport
 from .resume import keep_conversation, reopen_conversation
+from .saving import whole_folder
 from .snapshot import check_folder
+from .words import shown
 
 # Everything a processor or tokenizer is loaded from, beside the weights and the model's own configuration.
 PROCESSOR_FILES = (
@@ -42,6 +44,8 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WEIGHTS = ("float", "int8")
+
+register_lazily()
 
 
 def convert_folder(
@@ -73,9 +77,10 @@ def convert_folder(
     if issubclass(family_of(saved.model_type), LinmuGeneric):
         check_generic(saved)
     options = parse_options(config)  # before the weights are read
-    student = convert(load_model(folder, dtype), options, keep_attention)
-    student.save_pretrained(out)
-    copy_processor(folder, out)
+    with whole_folder(out) as made:
+        student = convert(load_model(folder, dtype), options, keep_attention)
+        student.save_pretrained(made)
+        copy_processor(folder, made)
     return student.linmu_report
 
 
@@ -143,7 +148,7 @@ def check_model_name(model: str | os.PathLike[str]) -> None:
     transformers would look for it on the hub, and say so.
     """
     name = _path("a model", model)
-    if Path(name).is_file():
+    if os.path.exists(name) and not os.path.isdir(name):
         raise ValueError(f"a model must be a folder, got the file {name!r}")
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and not name.startswith(".")
     if not name or not (on_hub or Path(name).is_dir()):
@@ -286,7 +291,7 @@ def generate_text(
         try:
             media.append(path if isinstance(path, Clip) else read(path))
         except UnreadableError as error:
-            raise ValueError(f"generate: {os.fspath(path)}: {error}") from error
+            raise ValueError(f"generate: {shown(os.fspath(path))}: {error}") from error
     turns: list[tuple[str, str]] = []
     for name, path in (("load_state", load_state), ("save_state", save_state)):
         if path is not None and not isinstance(model, LinmuModel):

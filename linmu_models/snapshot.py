@@ -30,6 +30,7 @@ from transformers.cache_utils import (
 from .cache import LinmuCacheLayer, LinmuMixerLayer, TakesBack, copied, linear_layer
 from .config import read_linmu
 from .rewind import Record
+from .words import shown
 
 FORMAT, VERSION = "linmu-state", 1
 _SUM = "checksum"  # of the header, in the file
@@ -137,7 +138,7 @@ class CacheSnapshot:
         """
         if not hasattr(model, "linmu_layers"):
             raise TypeError(f"load: model must be a LinMU model, got {type(model).__name__}")
-        where = f"load: {_file_name('load', path)}"
+        where = f"load: {shown(_file_name('load', path))}"
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

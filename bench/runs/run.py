@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from bench.provenance import where
 from linmu_distill import handoff, held_out
-from linmu_distill.checkpoint import CheckpointError, locked, write_atomically
+from linmu_distill.checkpoint import CheckpointError, write_atomically
 from linmu_distill.config import EVALUATION_SEED, Config, ConfigError
 from linmu_distill.data import Processor, generate
 from linmu_distill.data.records import DataError
@@ -33,6 +33,7 @@ from linmu_distill.stages import STAGES
 from linmu_distill.student import exact_alone
 from linmu_distill.train import Interrupted
 from linmu_models.cli import stop
+from linmu_models.saving import locked
 
 from .page import write_page
 from .rivals import RivalRun

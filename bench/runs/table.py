@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from linmu_distill.checkpoint import locked, write_atomically
+from linmu_distill.checkpoint import write_atomically
 from linmu_distill.config import Config, ConfigError, describe, hash_of, load_values, parse_config
 from linmu_distill.files import read_lines
 from linmu_distill.run import TEACHER, RunError
 from linmu_distill.stages import STAGES
+from linmu_models.saving import locked
 from linmu_ops.nn import ExactConfig
 
 # Of a folder, which must not be the one above.
@@ -131,7 +132,7 @@ class Table:
         try:
             self.config = TableConfig.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(describe(error, str(path))) from error
+            raise ConfigError(*describe(error, str(path))) from error
         self.name = path.stem
         self.source = str(path)
         bases = {row.base or self.config.base for row in self.config.rows}

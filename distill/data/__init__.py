@@ -3,7 +3,7 @@
 from .assets import CLASSES, SPLITS
 from .drawing import Sample
 from .processor import IGNORE, Batch, Processor, TaskStream
-from .tasks import GROUPS, LONG_GROUPS, TASKS, generate, task_options
+from .tasks import GROUPS, LONG_GROUPS, TASKS, draw, generate, task_options
 from .tokenizer import build_tokenizer
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Sample",
     "TaskStream",
     "build_tokenizer",
+    "draw",
     "generate",
     "task_options",
 ]

@@ -12,6 +12,7 @@ NEEDLE_SIZE = (4, 8)
 NEEDLE_FRAMES = (64, 64)
 LONG_PAGES: Sizes = ((48, 8),)
 DEPTHS = (0.0, 1.0)
+MOST_KEYS = len(LETTERS) ** 2  # names of two letters
 
 
 def needles(

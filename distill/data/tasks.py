@@ -4,8 +4,10 @@ A sample is one image or one video and one or more question-answer turns about i
 the same arguments give the same samples, byte for byte.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
+from itertools import islice, repeat
+from math import inf
 from numbers import Integral, Real
 from zlib import crc32
 
@@ -26,12 +28,14 @@ from .drawing import (
     text_page,
     unlike_held_out,
 )
-from .long_tasks import DEPTHS, NEEDLE_FRAMES, NEEDLE_SIZE, needles, page, tracking
+from .long_tasks import DEPTHS, MOST_KEYS, NEEDLE_FRAMES, NEEDLE_SIZE, needles, page, tracking
 
 PAGE_SIZES: Sizes = ((4, 8), (3, 8), (2, 8))
 VIDEO_SIZE = (4, 4)
 VIDEO_FRAMES = (4, 8)
 MAX_COUNT = 5
+MOST_CELLS = 2**21  # of one sample: half a gigabyte of pixels, and twelve times that where a model takes it
+MOST_FRAMES = MOST_CELLS // (NEEDLE_SIZE[0] * NEEDLE_SIZE[1])
 
 _DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 _THIN_PAGES = 0.5
@@ -173,11 +177,13 @@ TASKS = GROUPS | LONG_GROUPS
 _STREAMS = {"val": "test", "val_font": "test_font", "test": "unseen", "test_font": "unseen_font"}
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def _check_options(group: str, options: Mapping[str, object]) -> None:
@@ -185,15 +191,18 @@ def _check_options(group: str, options: Mapping[str, object]) -> None:
     if unknown := [name for name in options if name not in known]:
         told = f"must be of {', '.join(known)}" if known else "must be left out"
         raise ValueError(f"options of {group} {told}, got {unknown[0]}")
-    if "frames" in options and not _is_pair(options["frames"], 2, rising=True):
-        raise ValueError(f"frames must be (least, most) with 2 <= least <= most, got {options['frames']!r}")
+    if "frames" in options and not _is_pair(options["frames"], 2, MOST_FRAMES, rising=True):
+        rule = f"(least, most) with 2 <= least <= most <= {MOST_FRAMES}"
+        raise ValueError(f"frames must be {rule}, got {options['frames']!r}")
     if "sizes" in options:
         sizes = options["sizes"]
         if not isinstance(sizes, tuple | list) or not sizes or not all(_is_pair(size, 1) for size in sizes):
             raise ValueError(f"sizes must be a list of (rows, columns), each at least 1, got {sizes!r}")
-    for name in ("keys", "chains", "hops"):
+        if large := next((size for size in sizes if size[0] * size[1] > MOST_CELLS), None):
+            raise ValueError(f"sizes must be of at most {MOST_CELLS} cells, rows x columns, got {large!r}")
+    for name, most in (("keys", MOST_KEYS), ("chains", len(LETTERS)), ("hops", len(LETTERS))):
         if name in options:
-            _check_whole(name, options[name], 1)
+            _check_whole(name, options[name], 1, most)
     if "depth" in options and not _is_band(options["depth"]):
         raise ValueError(f"depth must be (least, most) with 0 <= least <= most <= 1, got {options['depth']!r}")
 
@@ -211,10 +220,10 @@ def _is_band(value: object) -> bool:
     return DEPTHS[0] <= value[0] <= value[1] <= DEPTHS[1]
 
 
-def _is_pair(value: object, least: int, rising: bool = False) -> bool:
+def _is_pair(value: object, least: int, most: float = inf, rising: bool = False) -> bool:
     if not isinstance(value, tuple | list) or len(value) != 2:
         return False
-    if not all(isinstance(one, Integral) and not isinstance(one, bool) and int(one) >= least for one in value):
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) and least <= int(one) <= most for one in value):
         return False
     return not rising or value[0] <= value[1]
 
@@ -222,7 +231,20 @@ def _is_pair(value: object, least: int, rising: bool = False) -> bool:
 def generate(
     group: str, n: int, seed: int | tuple[int, ...], split: str = "train", turns: int = 1, **options: object
 ) -> list[Sample]:
-    """`n` samples of a task group, a function of the arguments alone.
+    """The first `n` samples of `draw`, which has the other arguments.
+
+    Raises:
+        ValueError, TypeError: as `draw`; or `n` is no number of samples.
+    """
+    samples = draw(group, seed, split, turns, **options)
+    _check_whole("n", n, 0)
+    return list(islice(samples, n))
+
+
+def draw(
+    group: str, seed: int | tuple[int, ...], split: str = "train", turns: int = 1, **options: object
+) -> Iterator[Sample]:
+    """Samples of a task group without end, a function of the arguments alone.
 
     Args:
         group: a key of `TASKS`.
@@ -241,7 +263,6 @@ def generate(
     """
     if not isinstance(group, str) or group not in TASKS:
         raise ValueError(f"group must be one of {tuple(TASKS)}, got {group!r}")
-    _check_whole("n", n, 0)
     _check_whole("turns", turns, 1)
     seeds = (seed,) if isinstance(seed, Integral) else seed
     if not isinstance(seeds, tuple | list):
@@ -251,4 +272,4 @@ def generate(
     _check_options(group, options)
     stream = _STREAMS.get(assets.check_split(split), split)
     rng = np.random.default_rng([crc32(f"{group}/{stream}".encode()), *seeds])
-    return [TASKS[group](rng, split, turns, **options) for _ in range(n)]
+    return (TASKS[group](rng, split, turns, **options) for _ in repeat(None))

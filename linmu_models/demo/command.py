@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+from ..words import waiting
 from .pair import Pair
 from .server import listen, only_here, serve
 from .shelf import Example, Shelf
@@ -43,10 +44,10 @@ def run(
     """
     from rich.console import Console
 
-    say = Console(stderr=True, highlight=False)
+    say = Console(stderr=True, highlight=False, markup=False)
     student, teacher = find(student, teacher)
     with _ended_by_exit(), listen(host, port) as listening, _uploads(folder) as kept:
-        with say.status(f"loading {teacher}" + (f" and {student}" if student else ", and converting it")):
+        with waiting(f"loading {teacher}" + (f" and {student}" if student else ", and converting it")):
             pair = Pair.load(teacher, student, max_new_tokens, **how)
             pair.warm_up()
             shelf = Shelf(kept, max_bytes, max_pixels, examples(say.print) if pair.takes_media else ())

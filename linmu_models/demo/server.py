@@ -200,6 +200,8 @@ class _Demo:
             return _error(400, "the file takes more memory than there is: choose a smaller one")
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
+        except OSError as error:
+            return _error(507, f"the file cannot be kept: {error.strerror or error}")
         return JSONResponse(item.facts())
 
     def preview(self, request: Request) -> Response:

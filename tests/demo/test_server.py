@@ -200,6 +200,20 @@ def test_an_upload_that_breaks_off_leaves_nothing(page):
     assert files(page) == before
 
 
+def test_a_file_that_cannot_be_kept_is_one_line(pair, tmp_path):
+    """The disk is full, or somebody has deleted the folder."""
+    (tmp_path / "uploads").mkdir()
+    served = Served(pair, tmp_path / "uploads")
+    try:
+        (tmp_path / "uploads").rmdir()
+        answer = upload(served.port, png(np.zeros((60, 60, 3), np.uint8)))
+        assert (answer[0], said(answer)) == (507, "the file cannot be kept: No such file or directory")
+        (tmp_path / "uploads").mkdir()
+        assert upload(served.port, png(np.zeros((60, 60, 3), np.uint8)))[0] == 200
+    finally:
+        served.close()
+
+
 def test_few_files_are_received_at_once(tmp_path):
     own = shelf.Shelf(tmp_path, 1 << 20, 1 << 20)
     own.receiving = shelf.AT_ONCE

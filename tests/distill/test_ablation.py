@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from bench.runs.page import Page, accuracy, difference, draw
 from bench.runs.run import app, run_table
 from bench.runs.table import Results, Table, merged
-from linmu_distill.checkpoint import locked
 from linmu_distill.config import ConfigError
 from linmu_distill.evaluation import wilson_interval
 from linmu_distill.run import RunError
 from linmu_distill.train import StageTrainer
+from linmu_models.saving import locked
 
 SHIPPED = Path(__file__).parents[2] / "bench/runs/tables"
 BASE = """

@@ -16,6 +16,7 @@ from linmu_distill.answers import Decoder, decode_ahead, shares
 from linmu_distill.config import parse_config
 from linmu_distill.data.stream import RecordStream
 from linmu_distill.run import Run, RunError
+from linmu_models.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +183,31 @@ def test_another_configuration_is_read_anew(folder, tmp_path):
     assert first.decoded and again.decoded and again.read == first.read == 6 and longer.read == 2
 
 
+@pytest.mark.parametrize("what", ["a full disk", "a folder"])
+def test_a_file_of_answers_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch, what):
+    config = tasks(folder, tmp_path)
+    monkeypatch.setattr(cli, "_settings", lambda _: config)
+    if what == "a folder":
+        (config.folder / "answers.sqlite").mkdir(parents=True)
+    opened = teacher.AnswerCache._opened
+
+    def full(path):
+        db = opened(path)
+        db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0]}")
+        return db
+
+    monkeypatch.setattr(teacher.AnswerCache, "_opened", staticmethod(full))
+    done = CliRunner().invoke(app, ["answers", "run.toml"])
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert done.exit_code == 1 and len(lines) == 1, (lines, done.exception)
+    assert lines[0].startswith(f"linmu: {config.folder / 'answers.sqlite'} cannot be used: ")
+
+
 def test_errors_are_one_line(folder, tmp_path):
     config = tasks(folder, tmp_path, stage3={"steps": 6, "losses": {"token": 1.0}})
     with pytest.raises(
         RunError, match=r"^stage3 must have steps and a weight of `sequence`, else it needs no answers$"
     ):
         decode_ahead(config)
-    import typer
-
-    app = typer.Typer()
-    app.command()(cli.answers)
-    result = CliRunner().invoke(app, [str(tmp_path / "none.toml")])
+    result = CliRunner().invoke(app, ["answers", str(tmp_path / "none.toml")])
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1

@@ -37,6 +37,20 @@ def test_frames_of_a_needle(frames):
     refused(ValueError, "2 <= least <= most", lambda: generate("needle", 1, 0, frames=frames))
 
 
+@pytest.mark.parametrize(
+    ("group", "options", "rule"),
+    [
+        ("needle", {"frames": (2, 10**12)}, r"frames must be \(least, most\) with 2 <= least <= most <= 65536, got"),
+        ("page", {"sizes": ((10**6, 8),)}, "sizes must be of at most 2097152 cells, rows x columns, got"),
+        ("needles", {"keys": 677}, "keys must be at most 676, got 677"),
+        ("tracking", {"hops": 10**30}, "hops must be at most 26, got"),
+        ("tracking", {"chains": 10**30}, "chains must be at most 26, got"),
+    ],
+)
+def test_no_number_fills_the_memory(group, options, rule):
+    refused(ValueError, f"^{rule}", lambda: generate(group, 1, 0, **options))
+
+
 def test_options_of_a_group():
     refused(ValueError, "^options of needle must be of frames, got sizes", lambda: generate("needle", 1, 0, sizes=3))
     refused(ValueError, "^options of video must be left out, got frames", lambda: generate("video", 1, 0, frames=3))

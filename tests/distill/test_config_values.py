@@ -50,6 +50,9 @@ WRONG = [
     *((key, make(v)) for key, make in FLOATS.items() for v in (True, "0.5", -1.0, float("inf"), float("nan"), 10**400)),
     *((key, make(v)) for key, make in INTEGERS.items() for v in (True, "3", 2.0, -1, 10**30)),
     *((key, make(v)) for key, make in SWITCHES.items() for v in ("no", "true", 0, 1, 1.0, [])),
+    *((key, INTEGERS[key](2**25)) for key in (
+        "gradient_accumulation", "max_new_tokens", "lora_rank", "data.batch_size", "data.batch_size.read",
+        "data.needle_frames.1", "data.max_tokens", "evaluation.speed_lengths.0")),
     ("parallel", {"parallel": "fsdp2"}), ("parallel.1", {"parallel": ["fsdp"]}),
     ("parallel.0", {"parallel": ["dp", 2]}),
     ("parallel", {"parallel": ["fsdp", 2, 3]}), ("parallel", {"parallel": {"fsdp": 2}}),

@@ -56,6 +56,25 @@ def test_who_knows_is_always_right_and_who_is_blind_is_not(group):
     assert len(blind.hits) == len(blind.depths) == 200
 
 
+def test_samples_are_drawn_as_they_are_asked(monkeypatch):
+    """However many they are, and each batch is told of."""
+    samples = generate("needle", 12, 1, "val", frames=(3, 5))
+    monkeypatch.setattr(evaluation, "_VISUAL_TOKENS_A_BATCH", 320)
+    whole = evaluate(Says(samples, lambda s: s.turns[0][1]), build_tokenizer(), "needle", 12, 1, frames=(3, 5))
+    monkeypatch.setattr(evaluation, "_DRAWN_AT_ONCE", 4 * 160)
+    told = []
+    parts = evaluate(
+        Says(samples, lambda s: s.turns[0][1]), build_tokenizer(), "needle", 12, 1, told=told.append, frames=(3, 5)
+    )
+    assert (parts.hits, parts.depths, parts.by_question) == (whole.hits, whole.depths, whole.by_question)
+    assert told[0].startswith("0 of 12 answered, 0 right; up to ") and len(told) >= 4
+    knows_twelve = Says(samples, lambda s: s.turns[0][1])
+    with pytest.raises(IndexError):  # the thirteenth
+        evaluate(knows_twelve, build_tokenizer(), "needle", 10**9, 1, frames=(3, 5))
+    with pytest.raises(ValueError, match=r"^evaluate: n must be at least 1, got 0$"):
+        evaluate(knows_twelve, build_tokenizer(), "needle", 0, 1)
+
+
 def test_depths_are_counted_where_the_answer_lies():
     result = Result("needles", "val", 5, 3, 0.0, (True, False, True, True, False), {}, (0.0, 0.1, 0.5, 1.0, None))
     assert result.by_depth(2) == [(1, 2), (2, 2)]

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from linmu_distill import handoff
-from linmu_distill.checkpoint import locked
 from linmu_distill.clock import PARTS
 from linmu_distill.config import EVALUATION_SEED, parse_config
 from linmu_distill.handoff import HandoffError
@@ -32,6 +31,7 @@ from linmu_distill.teacher import model_inputs
 from linmu_models.attention import IN_FLOAT32
 from linmu_models.cli import app
 from linmu_models.hooks import attention_modules, record_outputs
+from linmu_models.saving import locked
 
 
 @pytest.fixture(scope="module")
