@@ -88,7 +88,7 @@ class Record:
     def crop(self, layer: HoldsState, tokens: int) -> None:
         """Take so many tokens back; 0 keeps all, for good."""
         left = self.tokens - tokens
-        if left == 0:
+        if tokens and left == 0:
             layer.put(self.base)
         if left == 0 or (tokens == 0 and not self.behind):
             self.forget()

@@ -299,6 +299,20 @@ def test_tokens_are_taken_back(name):
         torch.testing.assert_close(read(model, cache, ids_after), read(model, fresh, ids_after), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", list(STUDENTS))
+def test_no_tokens_are_taken_back_of_none(name):
+    """Before anything is recorded, and where all that was recorded has been taken back."""
+    model = named(name)
+    cache, ids = prefilled(model), some_ids(2, 3)
+    expected = read(model, copy.deepcopy(cache), ids)
+    cache.activate_past_recording()
+    cache.crop(0)
+    assert torch.equal(read(model, cache, ids), expected)
+    cache.crop(-3)
+    cache.crop(0)
+    assert torch.equal(read(model, cache, ids), expected)
+
+
 def test_how_many_tokens_can_be_taken_back():
     """The last ones of a long prompt or of many calls; of a prompt with images, those after the last one."""
     model = student("qwen2")
