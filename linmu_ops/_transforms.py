@@ -108,9 +108,9 @@ class Transformed:
     def _per_sample(self, call: Callable[..., Any], info: Any, dims: Any, args: tuple[Any, ...]) -> Any:
         """One call per sample: a kernel's batch has a place of its own in each argument, which `vmap` knows not."""
         self.reported("vmap")
-        for argument, dim in zip(self.kernel._schema.arguments, dims, strict=False):
+        for argument, value, dim in zip(self.kernel._schema.arguments, args, dims, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and dim is None:
+            if written and dim is None and value is not None:
                 raise ValueError(f"{self.name}: {argument.name} must be mapped over by vmap: every sample writes to it")
         outputs = []
         for i in range(info.batch_size):

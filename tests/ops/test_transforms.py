@@ -156,13 +156,17 @@ def test_vmap(op, impl):
             torch.testing.assert_close(found.movedim(dims[i], 0), expected)
 
 
-@pytest.mark.parametrize("op", STEPS)
-def test_vmap_of_a_step_writes_each_state(op, impl):
+@pytest.mark.parametrize(("op", "optional"), [*((op, True) for op in STEPS), ("exact_step", False)])
+def test_vmap_of_a_step_writes_each_state(op, optional, impl):
     inputs = small_inputs(op)
-    state, x = [inputs.pop(name) for name in written(op)], inputs.pop(VALUES[op])
+    if not optional:
+        sinks = inputs.pop("sinks").shape[1]
+        inputs |= {name: inputs[name][:, :, sinks:].contiguous() for name in ("keys", "values")}
+    names = [name for name in written(op) if name in inputs]
+    state, x = [inputs.pop(name) for name in names], inputs.pop(VALUES[op])
 
     def step(v, *state):
-        out = getattr(linmu_ops, op)(**inputs | dict(zip(written(op), state, strict=True)) | {VALUES[op]: v})
+        out = getattr(linmu_ops, op)(**inputs | dict(zip(names, state, strict=True)) | {VALUES[op]: v})
         return out if isinstance(out, tuple) else (out,)
 
     states, xs = [torch.stack([t, t.roll(1, 0)]) for t in state], torch.stack([x, 2 * x])
