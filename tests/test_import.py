@@ -29,18 +29,13 @@ def needs_binary():
         pytest.skip("liblinmu_cpu.so is not built")
 
 
-HEAVY = ["triton", "transformers", "linmu_ops._C", "torch._dynamo", "torch._inductor", "matplotlib", "rich", "typer"]
-SINCE = "print(sorted((set(sys.modules) - before) & set({names}))); "
-
-
-def test_imports_nothing_heavy():
-    code = (
-        "import sys, time, torch; before = set(sys.modules); began = time.process_time();"
-        "import linmu_ops; took = time.process_time() - began;" + SINCE.format(names=HEAVY) + "print(took)"
-    )
+def test_imports_nothing_but_itself():
+    """Beyond torch, which takes a hundred times as long."""
+    code = "import sys, torch; before = set(sys.modules); import linmu_ops; print(*set(sys.modules) - before)"
     for environment in ({}, {"LINMU_NO_BINARY": "1"}):
-        modules, took = python(code, **environment).splitlines()
-        assert modules == "[]" and float(took) < 0.2  # seconds of this process; about 0.03 are usual
+        found = python(code, **environment).split()
+        assert "linmu_ops" in found and [name for name in found if name.split(".")[0] != "linmu_ops"] == []
+        assert "linmu_ops._C" not in found
 
 
 HELP = """
@@ -78,11 +73,6 @@ def test_words_that_are_asked_are_no_help():
         "from transformers import AutoConfig; print(AutoConfig.for_model('linmu_qwen2').model_type)"
     )
     assert python(code).splitlines()[0] == "linmu_qwen2"
-
-
-def test_the_check_above_sees_a_module():
-    code = "import sys; before = set(sys.modules); import tabnanny; " + SINCE.format(names=["tabnanny", "triton"])
-    assert python(code) == "['tabnanny']\n"
 
 
 def test_without_binary_one_warning_says_how_to_build():
