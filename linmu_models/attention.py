@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from linmu_ops import TokenLayout
 from linmu_ops.nn import MMATE, ExactConfig, ExactMMATE, MMATEConfig
 from linmu_ops.nn.near import NearAttention
 from linmu_ops.nn.state import in_checkpoint
-from linmu_ops.nn.transfer import TransferRow
+from linmu_ops.nn.transfer import TransferRow, copied
 
 from .cache import LinmuCacheLayer, linear_layer
 from .hooks import rotary_pair
@@ -110,7 +111,7 @@ class LinmuAttention(_Block):
             layer_idx=layer_idx,
             qkv_bias=any(parts.biases[part] is not None for part in "qkv"),
             out_bias=parts.biases["o"] is not None,
-            qk_norm=None if norm is None else lambda _: copy.deepcopy(norm),
+            qk_norm=None if norm is None else functools.partial(copied, norm),
             scale=parts.scale,
             config=config,
             **facts,
@@ -286,6 +287,8 @@ class HoldsBlocks(_Part):
     """Mixed into a transformers class some part of which has M-MATE blocks: how these begin, and in which dtype."""
 
     _keep_in_fp32_modules_strict = {IN_FLOAT32.pattern}  # noqa: RUF012  # as transformers declares it
+    # Students were saved before there was a limit: they go on without one.
+    _keys_to_ignore_on_load_missing = {r"self_attn\.far_limit$"}  # noqa: RUF012
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -294,7 +297,7 @@ class HoldsBlocks(_Part):
         new = [b for b in blocks if not getattr(b, "_is_hf_initialized", False)]
         super().initialize_weights()
         for block in new:
-            if all(getattr(p, "_is_hf_initialized", False) for p in block.parameters()):
+            if all(getattr(t, "_is_hf_initialized", False) for t in (*block.parameters(), *block.buffers())):
                 continue
             with _loaded_put_aside(block):
                 block.reset_new_parameters()
@@ -302,23 +305,27 @@ class HoldsBlocks(_Part):
 
 @contextlib.contextmanager
 def _loaded_put_aside(block: nn.Module) -> Iterator[None]:
-    """While the context is open, copies stand in for a block's loaded parameters: a quantised one cannot be written to,
+    """While the context is open, copies stand in for a block's loaded tensors: a quantised one cannot be written to,
     nor read as a matrix."""
-    loaded = [
-        (module, name, p)
+    loaded: list[tuple[Any, nn.Module, str, Any]] = [
+        (held, module, name, p)
         for module in block.modules()
-        for name, p in module._parameters.items()
+        for held in (module._parameters, module._buffers)
+        for name, p in held.items()
         if p is not None and getattr(p, "_is_hf_initialized", False)
     ]
-    for module, name, p in loaded:
+    for held, module, name, p in loaded:
+        if held is module._buffers:
+            held[name] = p.detach().clone()
+            continue
         plain = type(p) is nn.Parameter and type(p.data) is Tensor and p.is_floating_point()
         shape = p.shape
         if not plain and isinstance(module, nn.Linear) and name == "weight":
             shape = torch.Size((module.out_features, module.in_features))
         copy_ = p.detach().clone() if plain else torch.empty(shape, device=p.device)
-        module._parameters[name] = nn.Parameter(copy_, requires_grad=False)
+        held[name] = nn.Parameter(copy_, requires_grad=False)
     try:
         yield
     finally:
-        for module, name, p in loaded:
-            module._parameters[name] = p
+        for held, _, name, p in loaded:
+            held[name] = p

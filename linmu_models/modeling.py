@@ -79,9 +79,7 @@ class LinmuModel(HoldsBlocks, _Whole):
             if index not in kept and has_attention(layer):
                 facts = self.layer_facts(config, index)
                 layer.self_attn = linmu_attention(layer.self_attn, options, index, not sees_images(config), **facts)
-        if families_of(self):
-            # Its layers that are linear already run on our kernels too, which know where a packed row's sequences are.
-            weakref.finalize(self, accelerate_transformers(self).undo)
+        self._accelerate()
         for layer in self.linmu_layers():
             for mixer in () if has_attention(layer) else mixers_of(layer):
                 mixer.register_forward_pre_hook(before_mixer, with_kwargs=True)
@@ -93,6 +91,17 @@ class LinmuModel(HoldsBlocks, _Whole):
             place_by_mask(self.inner_model, decoder_of(self))
         self._name_attention()
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or one that was pickled."""
+        super().__setstate__(state)
+        self._accelerate()
+
+    def _accelerate(self) -> None:
+        """Layers that are linear in the teacher run on our kernels, which know where a packed row's sequences are, as
+        long as this model exists."""
+        if families_of(self):
+            weakref.finalize(self, accelerate_transformers(self).undo)
 
     @classmethod
     def fit_options(cls, options: MMATEConfig | ExactConfig, config: Any) -> MMATEConfig | ExactConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -19,6 +20,11 @@ PARTS = (
     ("windows.q_norm", "q_norm"), ("windows.k_norm", "k_norm"),
     ("o_proj", "o"), ("scan_o_proj", "o"), ("windows_o_proj", "o"),
 )  # fmt: skip
+
+
+def copied(norm: nn.Module, size: int) -> nn.Module:
+    """What makes the norm of a block that has an attention layer's. By name, so that the block can be pickled."""
+    return copy.deepcopy(norm)
 
 
 class TransferRow(NamedTuple):
@@ -120,7 +126,7 @@ def read_attention(
         "head_dim": size,
         "qkv_bias": any(biases[part] is not None for part in "qkv"),
         "out_bias": biases["o"] is not None,
-        "qk_norm": None if query_norm is None else lambda _: copy.deepcopy(query_norm),
+        "qk_norm": None if query_norm is None else functools.partial(copied, query_norm),
         "scale": float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else None,
     }
     values: dict[str, Any] = {f"{part}_weight": weight for part, weight in weights.items()}

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import os
+import pickle
 import subprocess
 import sys
 
@@ -64,6 +65,14 @@ def test_leaves_the_teacher_alone():
     assert same(state(teacher), before)
     assert teacher.config.model_type == "qwen2_5_vl" and teacher.get_decoder().config._attn_implementation == "sdpa"
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
+def test_a_student_can_be_pickled(family):
+    """With norms of queries and keys, too: as `torch.save(student)` and processes that are spawned do."""
+    student, inputs = linmu_models.convert(tiny.teacher(family), tiny.NARROW), tiny.example(family, "text")
+    with torch.no_grad():
+        assert torch.equal(pickle.loads(pickle.dumps(student))(**inputs).logits, student(**inputs).logits)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])

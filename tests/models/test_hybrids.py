@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -80,11 +82,30 @@ def test_short_convolutions_cannot_part_sequences():
         model(torch.tensor([tiny.text_ids(6)]), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
 
 
-def test_kernels_serve_as_long_as_a_student_lives():
-    def students():
-        gc.collect()
-        return _replaced.get((MODULE, "torch_chunk_gated_delta_rule"), (None, 0))[1]
+def students():
+    gc.collect()
+    return _replaced.get((MODULE, "torch_chunk_gated_delta_rule"), (None, 0))[1]
 
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_kernels_of_its_own(copied):
+    """Without them rows of several sequences would be read as one."""
+    before = students()
+    other = copied(student())
+    assert students() == before + 1
+    rows = [tiny.text_ids(n, n) for n in (6, 1, 13)]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    with torch.no_grad():
+        packed = other(
+            torch.tensor([[token for row in rows for token in row]]), position_ids=positions, use_cache=False
+        ).logits[0]
+        for got, row in zip(packed.split([len(row) for row in rows]), rows, strict=True):
+            torch.testing.assert_close(got, other(torch.tensor([row])).logits[0], rtol=1e-3, atol=1e-4)
+    del other
+    assert students() == before
+
+
+def test_kernels_serve_as_long_as_a_student_lives():
     before = students()
     model = student()
     assert students() == before + 1

@@ -10,18 +10,25 @@ import shutil
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import linmu_models
 from linmu_models import ExactConfig
+from linmu_ops.exact_step import NO_LIMIT
 
 from . import tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A student to which what is far counts, up to a limit."""
     folder = tmp_path_factory.mktemp("student")
-    linmu_models.convert(tiny.teacher("qwen2"), tiny.NARROW).save_pretrained(folder)
+    student = linmu_models.convert(tiny.teacher("qwen2"), tiny.NARROW)
+    for layer in student.model.layers:
+        nn.init.constant_(layer.self_attn.share.bias, 10.0)
+        layer.self_attn.far_limit.fill_(1)
+    student.save_pretrained(folder)
     return folder
 
 
@@ -50,6 +57,10 @@ def test_what_is_loaded_is_never_written_to(options):
     begun = {name: p.detach().clone() for name, p in block.named_parameters() if name in missing}
     assert begun.keys() == missing
     kept = {}
+    limits = dict(student.named_buffers())
+    limits = {name: limit.fill_(5) for name, limit in limits.items() if name.endswith("far_limit")}
+    for limit in limits.values():
+        limit._is_hf_initialized = True
     for name, parameter in student.named_parameters():
         parameter._is_hf_initialized = not any(name == f"model.layers.0.self_attn.{m}" for m in missing)
         if not parameter._is_hf_initialized:
@@ -66,10 +77,29 @@ def test_what_is_loaded_is_never_written_to(options):
         module.__dict__.pop("_is_hf_initialized", None)
     student.initialize_weights()
     assert all(student.get_parameter(name) is parameter for name, parameter in kept.items())
+    assert all(student.get_buffer(name) is limit and limit == 5 for name, limit in limits.items())
     for name, value in values.items():
         short = name.removeprefix("model.layers.0.self_attn.")
         expected = begun.get(short, value) if name.startswith("model.layers.0.self_attn.") else value
         assert torch.equal(student.get_parameter(name), expected), name
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}], ids=str)
+def test_a_student_that_was_saved_before_there_was_a_limit_has_none(folder, logits, options, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {name: tensor for name, tensor in weights.items() if not name.endswith("far_limit")}
+    assert len(old) < len(weights)
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, found = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, **options)
+    assert not found["missing_keys"]
+    assert all(layer.self_attn.far_limit == NO_LIMIT for layer in model.model.layers)
+    text = tiny.example("qwen2", "text")
+    with torch.no_grad():
+        assert not torch.allclose(model(**text).logits, logits, atol=1e-4)
+        for layer in model.model.layers:
+            layer.self_attn.far_limit.fill_(1)
+        assert torch.equal(model(**text).logits, logits)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_from_attention(cls, config):
     shape = block.shape
     assert (shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.scale) == (4, 2, 6, 0.3)
     assert block.layer_idx == 3
+    assert pickle.loads(pickle.dumps(block)).shape.head_dim == 6
     assert block.scan.dt_bias.dtype == torch.float64
     modules, found = dict(block.named_modules()), set()
     for mine, theirs in COPIES.items():
