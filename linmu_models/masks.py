@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from linmu_ops.nn.state import on_host
+
 from .hooks import by_name, takes, tokens_of
 
 # Where every layer is linear, the decoder's attention implementation has this name: no [L, L] mask is ever made.
@@ -60,7 +62,7 @@ def _with_places(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return None
     if not takes(module, "position_ids"):
         return None
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+    if on_host(mask) and bool(mask.all()):
         return None
     places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :] + _FIRST.get(type(module).__name__, 0)
     return args, {**kwargs, "position_ids": places.to(tokens.device)}
@@ -90,7 +92,7 @@ def read_padding(inputs: Mapping[str, Any], batch: int, length: int) -> Tensor |
             f"linmu: attention_mask must be (B, L) = ({batch}, {length}), or longer with a cache, got shape "
             f"{tuple(mask.shape)}"
         )
-    if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if mask is not None and on_host(mask):
         odd = mask[(mask != 0) & (mask != 1)]
         if len(odd):
             raise ValueError(
@@ -99,6 +101,6 @@ def read_padding(inputs: Mapping[str, Any], batch: int, length: int) -> Tensor |
             )
     padding = None if mask is None else mask[:, -length:].bool()
     # Elsewhere to ask would be to wait.
-    if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling() and padding.all():
+    if padding is not None and on_host(padding) and padding.all():
         padding = None
     return padding

@@ -16,7 +16,7 @@ from .._dims import autocasts
 from .._traced_layout import TracedGrid
 from ..context_parallel import ContextParallel, SlabLayout
 from ..token_layout import Partition, TokenLayout
-from .state import MMATEState
+from .state import MMATEState, on_host
 
 Rotary = tuple[Tensor, Tensor]
 Triple = tuple[int, int, int]
@@ -242,7 +242,7 @@ def number_sequences(
         first = attention_mask.int().argmax(1, keepdim=True)
         seq_idx = seq_idx.gather(1, torch.where(before < 0, first, before))
     begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    if layout is not None and seq_idx.device.type == "cpu" and not torch.compiler.is_compiling():
+    if layout is not None and on_host(seq_idx):
         blocks = layout.reverse_seq_idx()
         cut = begins[:, 1:] & (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] > 0)
         if cut.any():

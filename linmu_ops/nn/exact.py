@@ -24,7 +24,7 @@ from .far_delta import FarDelta
 from .near import Near, NearAttention
 from .past import Past, past_of
 from .scan import Mean, WideLinear
-from .state import STEPS, MMATEState, written_in_place
+from .state import STEPS, MMATEState, on_host, written_in_place
 
 _CLOSED = 8.0  # nats by which what is far counts less at first
 
@@ -110,6 +110,12 @@ class ExactMMATE(Block):
         self.far_limit.fill_(NO_LIMIT)
         # So that each far token counts the same at first, whatever step sizes and maps make of its weight.
         self.share.bias.copy_(-self.scan.log_weight() - _CLOSED)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Blocks were saved before there was a limit. A part of a block's tensors, as of adapters, says nothing of it.
+        if all(prefix + name in state_dict for name, _ in self.named_parameters()):
+            state_dict.setdefault(f"{prefix}far_limit", torch.tensor(NO_LIMIT))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _output_projection(self) -> nn.Module:
         return self.o_proj
@@ -235,8 +241,9 @@ class ExactMMATE(Block):
         assert state.seen is not None and state.ssm is not None
         near, far, outputs, length = self.windows, self.scan, [], z.shape[1]
         # One token's axis is left out: each projection would fold it, and each argument of the op select from it. What
-        # stands in for a projection may count on it, and of strided rows PyTorch adds the bias with another rounding.
-        one = length == 1 and z.is_contiguous() and all(isinstance(p, nn.Linear) for p in self._projections())
+        # stands in for a projection, or hooks on to it, may count on it, and of strided rows PyTorch adds the bias
+        # with another rounding.
+        one = length == 1 and z.is_contiguous() and all(_is_alone(p) for p in self._projections())
         z = z[:, 0] if one else z
         q, k, v = near.project(z)
         dt = far.dt_proj(z)
@@ -337,6 +344,12 @@ class ExactMMATE(Block):
         return near, self.scan.read(z, turned, past, near, None), self.windows.far_mass(turned, past, near.when)
 
 
+def _is_alone(projection: nn.Module) -> bool:
+    """Whether nobody but PyTorch sees what a projection takes and gives."""
+    seen = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
+    return isinstance(projection, nn.Linear) and not seen
+
+
 def _at(t: Tensor | None, token: int) -> Tensor | None:
     return None if t is None else t[:, token]
 
@@ -349,7 +362,7 @@ def _may_leave_out() -> bool:
 
 def _none(which: Tensor) -> bool:
     """Whether it is known that all are 0. On a GPU the host would have to wait for it."""
-    return type(which) is Tensor and which.device.type == "cpu" and _may_leave_out() and not bool(which.any())
+    return on_host(which) and written_in_place() and not bool(which.any())
 
 
 def _far_in_one_call(q: Tensor, past: Past, ssm: Tensor | None) -> bool:
@@ -370,10 +383,8 @@ def _in_one_call(z: Tensor, state: MMATEState) -> bool:
     reference, and a compiler fuses them."""
     acc = accumulate_dtype(z.dtype)
     return (
-        not torch.compiler.is_compiling()
-        and type(z) is Tensor
+        on_host(z)
         and serves("exact_step", z) == "cpu"
-        and not _transforms.active()
         and not torch.is_autocast_enabled("cpu")
         and all(t is not None and t.dtype == z.dtype and t.is_contiguous() for t in (state.keys, state.values))
         and all(t is not None and t.dtype == acc and t.is_contiguous() for t in (state.steps, state.ssm))

@@ -20,7 +20,7 @@ from ._inputs import Call, Rotary, Triple, apply_rotary, check_began, split_head
 from .past import Past, Sizes, kept_of, running_top, score
 from .seen import seen_before
 from .shape import AttentionShape
-from .state import MMATEState
+from .state import MMATEState, on_host
 from .text_window import attend_with_lse, finite
 from .windows import chunks_with_text, layer_windows
 
@@ -382,7 +382,7 @@ class NearAttention(nn.Module):
             if (wanted or goes_on) and not self.shape.causal_windows:
                 self._refuse_cut(op, layout, i)
             # Elsewhere to ask would be to wait.
-            if not wanted or (held is not None and held.device.type != "cpu"):
+            if not wanted or (held is not None and not on_host(held)):
                 continue
             here = 0 if held is None else int((held[row] >= 0).sum())
             if here != wanted:
@@ -485,7 +485,7 @@ class NearAttention(nn.Module):
             parts = [near if part is near else torch.zeros_like(part) for part in parts]
             far = torch.zeros_like(far)
         mask = _joined(parts)
-        if device.type == "cpu" and not torch.compiler.is_compiling() and len(gone) and not bool(gone.any()):
+        if on_host(gone) and len(gone) and not bool(gone.any()):
             # The rest is empty, in every row.
             some = first + min(int(seen.max()) + 1, ring)
             keys, values, mask = keys[:, :, :some], values[:, :, :some], mask[:, :some]
@@ -503,7 +503,7 @@ class NearAttention(nn.Module):
         assert keys is not None and values is not None and held is not None and seen is not None
         done = sizes.read_by_text(before)
         due = sizes.read_by_text(seen) > done
-        if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(due.any()):
+        if on_host(due) and not bool(due.any()):
             return None
         first, ring, room, groups = sizes.sinks, sizes.ring, sizes.kept, keys.shape[1]
         index = done[:, None] * sizes.leave + torch.arange(sizes.leave, device=device)

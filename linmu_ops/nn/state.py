@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _transforms
+
 STEPS = 16  # tokens of a call that go on from a state one by one, bit for bit as in so many calls
 
 
@@ -158,3 +160,15 @@ def written_in_place() -> bool:
 def continue_state(state: MMATEState | None, new: MMATEState) -> MMATEState:
     """What a call leaves behind: the state it was given, overwritten, or a new one; see `written_in_place`."""
     return state.copy_(new) if state is not None and written_in_place() else new
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether Python may look at the values of t: without waiting for a device, and where these are values at all, not
+    those of a graph, of a mode that has shapes alone, or of a transform, for which there may be several."""
+    return (
+        type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not _transforms.active()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )

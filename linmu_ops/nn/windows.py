@@ -23,7 +23,7 @@ from ._inputs import (
     take,
 )
 from .shape import AttentionShape
-from .state import MMATEState, written_in_place
+from .state import MMATEState, on_host, written_in_place
 from .text_window import as_ring, attend, causal_window_attention, chunk_size, from_ring
 
 
@@ -162,7 +162,7 @@ class Windows(nn.Module):
         # Padding, too, sees a key: a row with none would be NaN.
         mask = (slot < total[:, None]) | (slot == newest)
         near_keys, near_values = keys, values
-        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if on_host(seen):
             # The rest is empty, in every row.
             kept = min(int(seen.max()) + 1, window)
             near_keys, near_values, mask = keys[:, :, :kept], values[:, :, :kept], mask[:, :kept]
@@ -184,7 +184,7 @@ def chunks_with_text(layout: TokenLayout | None, size: int, moved: Tensor | None
         return None
     if moved is None:
         return layout.text_chunks(size, text.device)
-    if text.device.type != "cpu":
+    if not on_host(text):
         return None
     return F.pad(text, (0, -text.shape[1] % size)).view(-1, size).any(1).nonzero()[:, 0]
 

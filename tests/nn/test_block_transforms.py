@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import linmu_ops
 from linmu_ops import MMATEConfig
-from linmu_ops.nn import EXACT, LITERAL
+from linmu_ops.nn import EXACT, LITERAL, ExactConfig
 
 DIM, HEADS = 24, 4
 CONFIGS = {
@@ -26,6 +26,7 @@ CONFIGS = {
     "window": MMATEConfig(text_window=3),
     "literal": LITERAL,
 }
+SMALL = ExactConfig(text_window=3, sink_tokens=1, kept_tokens=2)
 
 
 def block(name, dtype=torch.float64):
@@ -131,6 +132,46 @@ def test_transforms(name, grid):
         again = h.clone().requires_grad_()
         f(again).backward()
         assert type(again.grad) is torch.Tensor and same(again.grad, slope)
+
+
+STATEFUL = CONFIGS | {"delta": ExactConfig(far="delta", text_window=3, kept_tokens=2), "far": SMALL}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+@torch.no_grad()
+def test_steps_mapped_over_states(name):
+    """Each sample's state is written."""
+    torch.manual_seed(0)
+    b = block_class(STATEFUL[name])(DIM, HEADS, config=STATEFUL[name]).double()
+    _, state = b(hidden(9), return_state=True)
+    names = [field for field, t in state._asdict().items() if t is not None]
+    states, xs = [torch.stack([t, t]) for t in state if t is not None], hidden(1)[:, None]
+
+    def step(x, *tensors):
+        y, after = b(x, state=type(state)(**dict(zip(names, tensors, strict=True))), return_state=True)
+        return y, *(getattr(after, field) for field in names)
+
+    for i in range(4):
+        want = [step(x * (i + 1), *(t[n].clone() for t in states)) for n, x in enumerate(xs)]
+        y, *states = torch.vmap(step)(xs * (i + 1), *states)
+        for got, each in zip((y, *states), zip(*want, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.stack(each), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("made_fake", [True, False])
+def test_shapes_alone_of_padded_rows_with_images(name, made_fake):
+    """As memory estimators ask for them: every input may have no values."""
+    b, h = block(name), hidden(12)
+    layout = linmu_ops.TokenLayout([(0, 1, 2, 2), (1, 1, 2, 3)], [*range(2, 6), *range(4, 10)], 2, 12)
+    mask, numbers = torch.ones(2, 12, dtype=torch.bool), torch.zeros(2, 12, dtype=torch.int32)
+    mask[0, :2] = False
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given = [mode.from_tensor(t) if made_fake else t for t in (mask, numbers)]
+        for more in ({}, dict(attention_mask=given[0]), dict(seq_idx=given[1])):
+            assert b(mode.from_tensor(h), layout=layout, **more).shape == h.shape
+            with torch.no_grad():
+                _, state = b(mode.from_tensor(h), layout=layout, **more, return_state=True)
+                assert b(mode.from_tensor(h[:, :1]), state=state).shape == (2, 1, DIM)
 
 
 def test_copies(name):

@@ -313,6 +313,16 @@ def test_what_is_far_gains_no_weight_with_a_number_beyond_the_limit(name):
         torch.testing.assert_close(shares[limit][-1], want, rtol=1e-6, atol=1e-6)
 
 
+def test_a_block_that_was_saved_before_there_was_a_limit_has_none():
+    """And a part of a block's tensors, as adapters are, leaves the limit as it is."""
+    block = build(OPTIONS["exact"])
+    old = {name: tensor for name, tensor in block.state_dict().items() if name != "far_limit"}
+    block.load_state_dict({name: tensor for name, tensor in old.items() if "scan" in name}, strict=False)
+    assert block.far_limit == 4 and "far_limit" not in old
+    nn.ModuleList([block]).load_state_dict({f"0.{name}": tensor for name, tensor in old.items()})
+    assert block.far_limit == 2**62
+
+
 @pytest.mark.parametrize("name", EXACTS)
 def test_the_share_is_fitted_to_the_mass_of_what_is_far(name, monkeypatch):
     monkeypatch.setattr("linmu_ops.nn.exact._CLOSED", 0.0)

@@ -131,3 +131,40 @@ def test_a_step_makes_few_calls(kind, before):
     for name in ("q_proj", "k_proj", "v_proj"):
         setattr(made.windows, name, ByToken(getattr(made.windows, name)))
     assert torch.equal(made(token, state=same), out)
+
+
+def hooked(module, note):
+    module.register_forward_hook(lambda module, args, out: note(args[0], out))
+
+
+def hooked_before(module, note):
+    module.register_forward_pre_hook(lambda module, args: note(args[0], args[0]))
+
+
+def patched(module, note):
+    theirs = module.forward
+
+    def forward(x):
+        out = theirs(x)
+        note(x, out)
+        return out
+
+    module.forward = forward
+
+
+@pytest.mark.parametrize("see", [hooked, hooked_before, patched], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", list(BLOCKS))
+@torch.no_grad()
+def test_who_looks_at_a_map_sees_three_axes_in_steps_too(kind, see):
+    """As a hook that changes the last token's output counts on them: `out[:, -1] += ...`."""
+    torch.manual_seed(0)
+    made, shapes = BLOCKS[kind](), []
+    names = [name for name, module in made.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        other, found = copy.deepcopy(made), []
+        see(other.get_submodule(name), lambda x, out: found.append((tuple(x.shape[:-1]), tuple(out.shape[:-1]))))  # noqa: B023
+        _, state = other(torch.randn(2, 24, 24), return_state=True)
+        found.clear()
+        other(torch.randn(2, 1, 24), state=state)
+        shapes += found
+    assert set(shapes) == {((2, 1), (2, 1))}
