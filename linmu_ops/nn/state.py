@@ -165,10 +165,7 @@ def continue_state(state: MMATEState | None, new: MMATEState) -> MMATEState:
 def on_host(t: Tensor) -> bool:
     """Whether Python may look at the values of t: without waiting for a device, and where these are values at all, not
     those of a graph, of a mode that has shapes alone, or of a transform, for which there may be several."""
-    return (
-        type(t) is Tensor
-        and t.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not _transforms.active()
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-    )
+    if type(t) is not Tensor or t.device.type != "cpu" or torch.compiler.is_compiling() or _transforms.active():
+        return False
+    kinds = torch._C._TorchDispatchModeKey
+    return all(torch._C._get_dispatch_mode(kind) is None for kind in (kinds.FAKE, kinds.PROXY))

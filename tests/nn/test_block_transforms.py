@@ -145,7 +145,7 @@ def test_steps_mapped_over_states(name):
     b = block_class(STATEFUL[name])(DIM, HEADS, config=STATEFUL[name]).double()
     _, state = b(hidden(9), return_state=True)
     names = [field for field, t in state._asdict().items() if t is not None]
-    states, xs = [torch.stack([t, t]) for t in state if t is not None], hidden(1)[:, None]
+    states, xs = [torch.stack([t, t]) for t in state if t is not None], torch.stack([hidden(1), hidden(1)])
 
     def step(x, *tensors):
         y, after = b(x, state=type(state)(**dict(zip(names, tensors, strict=True))), return_state=True)
