@@ -13,6 +13,7 @@ from typing import Any
 
 from .config import Config, TaskData, hash_of
 from .files import say
+from .parallel import check_sharing
 from .run import Run, RunError
 from .sources import UNFIT, build_source, fits_tasks
 from .stages import STAGES
@@ -83,7 +84,7 @@ class Decoder:
     """One of several workers.
 
     Args:
-        processes: how many will train: they share the data.
+        processes: how many will train, or groups of those that share rows: they share the data.
         batch: samples that are decoded together.
         worker, workers: which one of how many this is.
     """
@@ -173,11 +174,12 @@ def decode_ahead(config: Config, processes: int | None = None, batch: int = 64) 
     """Decode what stage 3 needs; each process of `accelerate launch` or `torchrun` takes a share. A line on the result.
 
     Args:
-        processes: how many will train: they share the data. None: as many as decode.
+        processes: how many will train: they share the data, those that share rows as one. None: as many as decode.
         batch: samples that are decoded together.
 
     Raises:
-        RunError: stage 3 decodes nothing, or its data cannot be shown to the teacher.
+        RunError: stage 3 decodes nothing, its data cannot be shown to the teacher, or rows cannot be shared among so
+            many processes.
     """
     stage = config.stage(STAGE)
     if not stage.steps or "sequence" not in stage.losses:
@@ -186,11 +188,16 @@ def decode_ahead(config: Config, processes: int | None = None, batch: int = 64) 
     if isinstance(config.stage_data(STAGE), TaskData) and not fits_tasks(run.teacher, run.tokenizer):
         raise RunError(f"data.sets must be given: {config.teacher} cannot be shown the built-in tasks; {UNFIT}")
     workers = run.accelerator.num_processes
-    decoder = Decoder(run, processes or workers, batch, run.accelerator.process_index, workers)
+    processes = processes or workers
+    try:
+        check_sharing(processes, config.context)
+    except ValueError as error:
+        raise RunError(f"{error}; say by --processes how many will train") from error
+    decoder = Decoder(run, processes // config.context, batch, run.accelerator.process_index, workers)
     decoder()
     run.accelerator.wait_for_everyone()
     done = sum(len(decoder.ledger.done(process)) for process in range(decoder.processes))
     return (
-        f"{done:,} of {decoder.total * decoder.processes:,} batches of stage {STAGE} in {decoder.processes} processes "
+        f"{done:,} of {decoder.total * decoder.processes:,} batches of stage {STAGE} in {processes} processes "
         f"have their answers; there are {len(decoder.ledger):,}"
     )

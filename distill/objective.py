@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -227,14 +227,25 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
+class _Said(NamedTuple):
+    """What the teacher answers to samples: for each, whether the true answers are its own; and of others that ended
+    in time, its answers, by the sample's number."""
+
+    same: list[bool]
+    others: dict[int, list[str]]
+
+
 def read_batch(source: Source, samples: list[Any], teacher: Teacher, student: LinmuModel, stage: Stage,
-               transcripts: Transcripts | None, device: torch.device) -> MicroBatch:  # fmt: skip
+               transcripts: Transcripts | None, device: torch.device,
+               agreed: Callable[[Callable[[], _Said]], _Said] = lambda work: work()) -> MicroBatch:  # fmt: skip
     """Make a micro-batch of samples. The teacher runs only where `stage` uses L_seq and an answer of its is not known.
 
     Args:
         student: says where its visual tokens are.
         transcripts: the teacher's own answers, where `stage` uses L_seq.
         device: the teacher's.
+        agreed: among processes that share rows, what one of them finds. What each decodes for itself may differ, where
+            one has found on the disk what another had to decode; then their rows would.
     """
 
     def made(samples: list[Any]) -> Batch:
@@ -246,29 +257,35 @@ def read_batch(source: Source, samples: list[Any], teacher: Teacher, student: Li
     if not len(kept):
         raise TrainingError("a batch has no supervised position: every answer in it is empty")
     same, states = torch.zeros(len(samples), dtype=torch.bool), None
-    if "sequence" in stage.losses:
+
+    def answers() -> _Said:
+        nonlocal states
         if transcripts is None:
             raise ValueError("read_batch: transcripts must be given where L_seq is used, got None")
+        said = _Said([False] * len(samples), {})
         # Plain text asks nothing that could be answered.
         asks = [any(question for question, _ in sample.turns) for sample in samples]
         known = transcripts.known(samples)
         if any(ask and answers is None for ask, answers in zip(asks, known, strict=True)):
             # Greedy decoding gives the true answer exactly where the teacher, fed it, predicts each token of it.
             there = on_device(asked, device)
-            kept = kept_positions(there["labels"], there.get("seq_idx"))
-            states = kept.select(teacher(there, False, False, False)[0])
-            same = predicts_targets(states, teacher.model.lm_head, kept, len(samples)).cpu()
-        for i, (sample, ask, answers) in enumerate(zip(samples, asks, known, strict=True)):
-            same[i] = ask and (bool(same[i]) if answers is None else says(sample) == answers)
-        others = [i for i, ask in enumerate(asks) if ask and not same[i]]
-        answered = dict(zip(others, transcripts([samples[i] for i in others]), strict=True)) if others else {}
-        own = []
-        for i, found in answered.items():
-            same[i] = found is not None and says(found) == says(samples[i])
-            if found is not None and not same[i]:
-                own.append(found)
-        if own:
-            batch = made([*samples, *own])
+            where = kept_positions(there["labels"], there.get("seq_idx"))
+            states = where.select(teacher(there, False, False, False)[0])
+            said.same[:] = predicts_targets(states, teacher.model.lm_head, where, len(samples)).tolist()
+        for i, (sample, ask, found) in enumerate(zip(samples, asks, known, strict=True)):
+            said.same[i] = ask and (said.same[i] if found is None else says(sample) == found)
+        wanted = [i for i, ask in enumerate(asks) if ask and not said.same[i]]
+        for i, theirs in zip(wanted, transcripts([samples[i] for i in wanted]) if wanted else [], strict=True):
+            said.same[i] = theirs is not None and says(theirs) == says(samples[i])
+            if theirs is not None and not said.same[i]:
+                said.others[i] = says(theirs)
+        return said
+
+    if "sequence" in stage.losses:
+        said = agreed(answers)
+        same = torch.tensor(said.same)
+        if said.others:
+            batch = made([*samples, *(saying(samples[i], theirs) for i, theirs in said.others.items())])
     all_kept = kept_positions(batch["labels"], batch.get("seq_idx"))
     of_teacher = torch.cat([same, same.new_ones(num_samples(batch) - len(samples))])
     real = int(real_tokens(batch).sum())
@@ -288,6 +305,12 @@ def says(sample: Any) -> list[str]:
     return [answer for _, answer in sample.turns]
 
 
+def saying(sample: Any, answers: Sequence[str]) -> Any:
+    """A sample with other answers."""
+    turns = tuple((question, said) for (question, _), said in zip(sample.turns, answers, strict=True))
+    return replace(sample, turns=turns)
+
+
 def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: Stage, device: torch.device,
              group: Any = None) -> Part:  # fmt: skip
     """Run the teacher on a micro-batch, and collect what the losses need.
@@ -300,7 +323,7 @@ def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: St
     batch = asked if micro.batch is micro.asked else on_device(micro.batch, device)
     same = micro.same.to(device)
     learns_hidden = "hidden" in stage.losses
-    context = None if group is None else _split(batch, group)
+    context = None if group is None else ContextParallel(group, batch["input_ids"].shape[1])
     kept = kept_positions(asked["labels"], asked.get("seq_idx"))
     if micro.states is not None and not learns_hidden:
         known = micro.states if context is None else micro.states[kept.within(context.start, context.stop)]
@@ -309,7 +332,7 @@ def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: St
     by_teacher = stage.block_input == "teacher"
     # With the teacher's own answers behind it, a batch may be longer than what was asked, and its slabs too.
     longer = context is not None and context.length != asked["input_ids"].shape[1]
-    split = _split(asked, group) if longer else context
+    split = ContextParallel(group, asked["input_ids"].shape[1]) if longer else context
     states, hidden, inputs, reading = teacher(asked, learns_hidden, by_teacher, reads, split)
     if context is not None and split is not None and longer:
         move = partial(split.resplit, other=context)
@@ -322,14 +345,3 @@ def assemble(micro: MicroBatch, teacher: Teacher, student: LinmuModel, stage: St
         # What is read is of the slab already.
         kinds = {kind: w[:, here].clone() if isinstance(w, Tensor) else w for kind, w in kinds.items()}
     return Part(batch, len(same), kept.select(states), hidden, inputs, kinds, same, micro.counts, context)
-
-
-def _split(batch: Batch, group: Any) -> ContextParallel:
-    """How the rows of a batch are split. Those of the teacher's own answers may make it longer than what was asked."""
-    context = ContextParallel(group, batch["input_ids"].shape[1])
-    if not min(context.lengths):
-        raise TrainingError(
-            f"parallel must share rows among at most as many processes as they have tokens, {context.length}, got "
-            f"{context.size}"
-        )
-    return context

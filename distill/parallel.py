@@ -65,18 +65,19 @@ def sharing(accelerator: Accelerator, size: int) -> Sharing:
 def from_first(work: Callable[[], T], group: Any = None) -> T:
     """What `work` gives on the first process, told to the others. All raise its error.
 
-    All processes must call this.
+    All processes of the group must call this; without one, all that there are.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return work()
     told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    first = 0 if group is None else dist.get_global_rank(group, 0)
+    if dist.get_rank() == first:
         try:
             told[0] = work()
         except Exception as error:  # Whatever it is, the others wait to be told.
-            dist.broadcast_object_list([None, _sent(error)], group=group)
+            dist.broadcast_object_list([None, _sent(error)], src=first, group=group)
             raise
-    dist.broadcast_object_list(told, group=group)
+    dist.broadcast_object_list(told, src=first, group=group)
     value, failed = told
     if failed is not None:
         raise failed

@@ -62,7 +62,7 @@ from .teacher import (
     load_tokenizer,
     shared_vision_features,
 )
-from .train import StageTrainer
+from .train import StageTrainer, work_of
 
 TEACHER = "teacher"
 CALIBRATION_BATCHES = 4
@@ -294,15 +294,16 @@ class Run:
         """Train stage `number` from the result of the stage before. Without steps, hand that result on."""
         config, stage = self.config, self.stage(number)
         if not stage.steps:
-            state, _ = self.result(number - 1)
+            state, facts = self.result(number - 1)
+            kept = {name: facts[name] for name in ("processes", "gradient_accumulation") if name in facts}
             if self.accelerator.is_main_process:
                 handoff.save_result(
                     self.folder, number, state, self.teacher_hash, config,
-                    title=stage.title, steps=0, trained=0, means={}, seconds=0.0,
+                    title=stage.title, steps=0, trained=0, means={}, seconds=0.0, **kept,
                 )  # fmt: skip
             self.accelerator.wait_for_everyone()
             return
-        before, _ = self.result(number - 1)
+        before, facts = self.result(number - 1)
         student = self._student_of(before, number - 1, lora=config.has_lora(number))
         _, start = self.result(0, weights=False)
         set_windows(student.blocks.values(), stage.windows)
@@ -331,6 +332,9 @@ class Run:
             transcripts,
             objective=self.objective,
             before=from_first(lambda: handoff.weights_hash(self.folder, number - 1)),
+            processes=work_of(
+                facts, config, self.accelerator.num_processes // config.context, self.accelerator.is_main_process
+            ),
         )
         trained = {plain(name) for name in trainable}
         del trainable  # The trainer drops what it divides.
@@ -362,7 +366,8 @@ class Run:
                 self.folder, number, state, self.teacher_hash, config,
                 title=stage.title, steps=stage.steps, learning_rate=stage.learning_rate, losses=dict(stage.losses),
                 trained=sum(p.numel() for p in trainer.trainable.values()), means=means, seconds=trainer.seconds,
-                unfinished_answers=unfinished, data=counts, **speed,
+                unfinished_answers=unfinished, data=counts, processes=trainer.processes,
+                gradient_accumulation=config.gradient_accumulation, **speed,
             )  # fmt: skip
             trainer.store.clear()
         self.accelerator.free_memory()

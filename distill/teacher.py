@@ -23,6 +23,7 @@ from linmu_models.loading import told
 from .clock import spent
 from .files import say
 from .losses import IGNORE, Head, Kept
+from .parallel import from_first
 
 Batch = dict[str, Tensor]
 
@@ -160,25 +161,33 @@ class AnswerCache:
     """The teacher's answers on disk, by content: teacher, pictures and questions decide, not where a sample stood."""
 
     def __init__(self, path: Path, teacher: str) -> None:
-        """Open, or make, the file; `teacher` is the teacher's fingerprint."""
+        """Open, or make, the file; `teacher` is the teacher's fingerprint. All processes call this."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._teacher, self._path = teacher, path
+        # Before the others open it, which else would delete what the first has made anew.
+        from_first(self._make_whole)
+        with self._usable():
+            self._db = self._opened(self._path)
+
+    def _make_whole(self) -> None:
+        path = self._path
         try:
             with self._usable():
-                self._db = self._opened(path)
+                db = self._opened(path)
+                if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                    raise sqlite3.DatabaseError(found)
+                db.close()
         except sqlite3.DatabaseError as error:
             say(f"{path} is damaged and made anew ({error})")
             for old in (path, *(path.with_name(path.name + end) for end in ("-journal", "-wal", "-shm"))):
                 old.unlink(missing_ok=True)
             with self._usable():
-                self._db = self._opened(path)
+                self._opened(path).close()
 
     @staticmethod
     def _opened(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=60, isolation_level=None)
         db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answers TEXT NOT NULL)")
-        if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(found)
         return db
 
     @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,7 @@ from .files import read_lines
 from .objective import MicroBatch, Objective, Teacher, TrainingError, assemble, learns_by_block, read_batch
 from .parallel import (
     checkpoint_tensors,
+    from_first,
     gradients_stay_local,
     is_sharded,
     local_part,
@@ -42,6 +43,8 @@ from .progress import Progress
 from .stages import Stage
 from .student import beyond_windows, decaying, reach_all
 from .teacher import Source, Stream, Transcripts
+
+T = TypeVar("T")
 
 # A parameter may get a zero gradient for a while (LoRA's A matrix does until B has moved), but not for as long as this.
 # Steps in which no parameter gets any do not count: a student may be equal to its teacher on a whole batch.
@@ -75,6 +78,29 @@ def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
         words = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
         sums[name] = int(words.sum(dtype=torch.int64)) if words.numel() else 0
     return sums
+
+
+def work_of(facts: Mapping[str, Any], config: Config, groups: int, tell: bool = True) -> int:
+    """In the place of how many processes a stage begins, of which those that share rows are one: of as many as the
+    stage before, so that a step keeps its batches where a run goes on in others.
+
+    Args:
+        facts: the manifest of the stage before.
+        groups: processes that there are. Where they cannot take the others' place, or somebody has changed
+            `gradient_accumulation` since, it is as many.
+        tell: warn where they cannot.
+    """
+    before, accumulation = facts.get("processes", groups), config.gradient_accumulation
+    if before == groups or facts.get("gradient_accumulation") != accumulation:
+        return groups
+    if before % groups and (groups % before or before * accumulation % groups):
+        if tell:
+            warnings.warn(
+                f"the step's batches were {before * accumulation}, which {groups} processes cannot share; they are now "
+                f"{groups * accumulation}", LinmuWarning, stacklevel=2,
+            )  # fmt: skip
+        return groups
+    return int(before)
 
 
 @contextmanager
@@ -116,6 +142,9 @@ class StageTrainer:
     objective: type[Objective] = Objective
     before: str | None = None
     """Hash of what the stage begins from. A checkpoint that began from something else is refused."""
+    processes: int | None = None
+    """Of so many processes it does the work of a step, and reads their data; None: as many as there are. Those that
+    share rows count as one."""
     store: CheckpointStore = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +165,8 @@ class StageTrainer:
                 LinmuWarning, stacklevel=2,
             )  # fmt: skip
         # Micro-batches of a step, of all processes: a training that goes on in another number of them keeps it.
-        self._batches = self.config.gradient_accumulation * self._sharing.groups
+        self.processes = self.processes or self._sharing.groups
+        self._batches = self.config.gradient_accumulation * self.processes
 
     @property
     def seconds(self) -> float:
@@ -267,25 +297,34 @@ class StageTrainer:
             samples = [self.source.samples(number) for number in numbers]
         sharded, missing = is_sharded(self.teacher.model), False
         if sharded and self.transcripts is not None and "sequence" in self.stage.losses:
+            with spent("loader"):
+                lacks = any(self.transcripts.lack(each) for each in samples)
             # One process may have more to decode than others, which would wait for it in vain.
-            missing = self._agree(any(self.transcripts.lack(each) for each in samples))
+            missing = self._agree(lacks)
         gathered = whole(self.teacher.model.get_decoder().layers if missing else ())
         with accelerator.autocast(), gathered, spent("loader"):
             micros = [
                 read_batch(self.source, each, self.teacher, self.student, self.stage, self.transcripts,
-                           accelerator.device)
+                           accelerator.device, self._agreed)
                 for each in samples
             ]  # fmt: skip
-        # All must run the teacher as often, also where one found an answer that another had just decoded.
+        # All must run the teacher as often, also where one of them had to ask it here.
         if sharded or self._sharing.size > 1:
             micros = [replace(micro, states=None) for micro in micros]
         return micros
 
+    def _agreed(self, work: Callable[[], T]) -> T:
+        """What the first of those that share rows finds."""
+        return from_first(work, self._sharing.group.get_group()) if self._sharing.size > 1 else work()
+
     def _derive(self, objective: nn.Module, micro: MicroBatch, counts: dict[str, int]) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch. Returns its share of each loss."""
-        accelerator, weights = self.accelerator, self.stage.losses
+        accelerator, weights, group = self.accelerator, self.stage.losses, self._sharing.group
+        if micro.asked["input_ids"].shape[1] < self._sharing.size:
+            # Layers take no slab without a token. So each works on all of a row of so few, for its share of the mean.
+            group, counts = None, {name: count * self._sharing.size for name, count in counts.items()}
         with accelerator.autocast():
-            part = assemble(micro, self.teacher, self.student, self.stage, accelerator.device, self._sharing.group)
+            part = assemble(micro, self.teacher, self.student, self.stage, accelerator.device, group)
         # Processes are averaged, but each holds a share of one mean.
         processes = accelerator.num_processes
         with spent("student"):
@@ -438,6 +477,7 @@ class StageTrainer:
         for line in passed_over:
             self.accelerator.print(f"passed over: {line}")
         if not step:
+            self._take_lanes([None] * (self.processes or 1))
             return 0
         progress = files["progress.pt"]
         if "weights.pt" in files:
@@ -468,8 +508,9 @@ class StageTrainer:
 
     def _restore_place(self, progress: Mapping[str, Any]) -> None:
         """Go to where the data were, in as many processes as then or in others."""
-        processes, rank = self._sharing.groups, self._sharing.number
+        processes = self._sharing.groups
         self._batches = progress.get("batches", self._batches)
+        self.processes = self._batches // self.config.gradient_accumulation
         if self._batches % processes:
             raise TrainingError(
                 f"stage {self.stage.number} was at work on {self._batches} batches a step; go on in a number of "
@@ -483,12 +524,19 @@ class StageTrainer:
                 f"stage {self.stage.number} was at work in {len(states)} processes, each with a part of the data; go "
                 f"on in a number that divides theirs, or that theirs divides, got {processes}"
             )
-        if len(states) == processes:
-            self.source.load_state_dict(states[rank])
-        else:
+        self._take_lanes(states)
+
+    def _take_lanes(self, states: list[Any]) -> None:
+        """Read on for as many processes as there are states, each from its own; None: from the start."""
+        processes, rank = self._sharing.groups, self._sharing.number
+        if not isinstance(self.source, Stream):
+            return
+        if len(states) != processes:
             from .data.lanes import Lanes
 
             self.source = Lanes(self.source, states, rank, processes)  # type: ignore[arg-type]
+        elif states[rank] is not None:
+            self.source.load_state_dict(states[rank])
 
     def _last_records(self) -> list[dict[str, float]]:
         """What the main process has logged of the last steps, over all attempts."""

@@ -16,11 +16,12 @@ class Lanes:
     of them. It is a `Stream` whose state holds that of each of its own lanes, in their order.
     """
 
-    def __init__(self, stream: RecordStream, states: list[dict[str, Any]], rank: int, processes: int) -> None:
+    def __init__(self, stream: RecordStream, states: list[dict[str, Any] | None], rank: int, processes: int) -> None:
         """Take lanes `rank`, `rank + processes`, ... of a training whose lanes were at `states`.
 
         Args:
             stream: any process's; its data sets are read.
+            states: None for a lane that is at its start.
             processes: divides the number of lanes, or is divided by it.
         """
         self.number = len(states)
@@ -28,7 +29,8 @@ class Lanes:
         self._lanes: dict[int, RecordStream] = {}
         for lane in range(rank % self.number, self.number, processes):
             self._lanes[lane] = stream.of_process(lane, self.number)
-            self._lanes[lane].load_state_dict(states[lane])
+            if (state := states[lane]) is not None:
+                self._lanes[lane].load_state_dict(state)
         self.processor: ChatProcessor = stream.processor
         self.packing = stream.packing
 

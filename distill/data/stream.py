@@ -86,8 +86,6 @@ class SetReader:
 
     def __init__(self, name: str, records: Records, processor: ChatProcessor, decoding: Decoding, packing: Packing,
                  seed: int, rank: int = 0, processes: int = 1) -> None:  # fmt: skip
-        if records.shards < processes:
-            raise DataError(f"data.sets.{name} has {records.shards} pieces, fewer than the {processes} processes")
         self.name, self._records, self._processor = name, records, processor
         self._decoding, self._packing, self._seed = decoding, packing, seed
         self._rank, self._processes = rank, processes
@@ -125,6 +123,8 @@ class SetReader:
                     length = self._decoding.tokens(record, self._processor)
                     if length > self._packing.max_tokens:
                         raise UnusableError("longer than max_tokens")
+                    if length < 2:
+                        raise UnusableError("a single token, which nothing predicts")
                 except (UnusableError, UnreadableError) as error:
                     counts[str(error)] += 1
                     continue
@@ -165,8 +165,11 @@ class SetReader:
         """Batches from a position on, decoded by `pool`, `ahead` of them at a time. Never ends.
 
         Raises:
-            DataError: no record of the set can be used.
+            DataError: no record of the set can be used, or it has fewer pieces than there are processes.
         """
+        if self._records.shards < self._processes:
+            pieces, processes = self._records.shards, self._processes
+            raise DataError(f"data.sets.{self.name} has {pieces} pieces, fewer than the {processes} processes")
         useful, lost = position[0], Counter[str]()
         waiting: deque[tuple[list[Future[Conversation]], Counter[str], tuple[int, int]]] = deque()
         upcoming = self._upcoming(position, pool)

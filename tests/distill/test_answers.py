@@ -3,9 +3,11 @@
 import os
 import signal
 import sqlite3
+import time
 
 import pytest
 import record_sets
+import torch
 from small_run import run_values, save_teacher
 from training import in_processes
 from typer.testing import CliRunner
@@ -173,6 +175,38 @@ def test_processes_that_decode_are_those_that_train(folder, tmp_path, monkeypatc
     assert in_processes(2, lambda rank: decode_ahead(two)) == [0, 0]
     decode(one, processes=2)
     assert table(two) == table(one)
+
+
+def test_processes_that_share_rows_read_as_one(sets, tmp_path):
+    """Two that share each row need the answers of one that does not."""
+    pictures = {"pictures": {"format": "onevision", "files": [str(sets / "flawed.parquet")]}}
+    data = {"sets": pictures, "max_tokens": 200}
+    two = records(sets, tmp_path / "two", data=data, parallel=["ddp", 2])
+    one = records(sets, tmp_path / "one", data=data)
+    assert in_processes(2, lambda rank: decode_ahead(two)) == [0, 0]
+    decode(one)
+    assert table(two) == table(one)
+    with pytest.raises(RunError, match=r"that of processes, 1, got 2; say by --processes how many will train$"):
+        decode_ahead(two)
+    line = decode_ahead(two, processes=2)
+    assert line.startswith("8 of 8 batches of stage 3 in 2 processes have their answers")
+
+
+def test_one_of_several_processes_makes_damaged_answers_anew(tmp_path, monkeypatch):
+    """And none deletes what another has made."""
+    path = tmp_path / "answers.sqlite"
+    path.write_bytes(b"no database, " * 100)
+
+    def work(rank):
+        # All have found it damaged before the first deletes it, and the last long after.
+        monkeypatch.setattr(teacher, "say", lambda line: time.sleep(0.2 + rank))
+        torch.distributed.init_process_group("gloo")
+        cache = teacher.AnswerCache(path, "t")
+        cache.put(f"key {rank}", ["an answer"])
+        torch.distributed.barrier()
+        assert len(cache) == len(teacher.AnswerCache(path, "t")) == 2
+
+    assert in_processes(2, work) == [0, 0]
 
 
 def test_another_configuration_is_read_anew(folder, tmp_path):

@@ -10,7 +10,7 @@ from small_run import run_values, save_teacher
 
 from linmu_distill.config import parse_config
 from linmu_distill.losses import kept_positions
-from linmu_distill.objective import MicroBatch, Objective, Teacher, TrainingError, assemble, read_batch
+from linmu_distill.objective import MicroBatch, Objective, Teacher, assemble, read_batch
 from linmu_distill.parallel import sharing
 from linmu_distill.run import Run, RunError
 from linmu_distill.sources import build_source
@@ -23,7 +23,7 @@ NEAR = {"window": [1, 2, 2], "text_window": 8, "kept_tokens": 4}
 ANSWERS = {"losses": {"hidden": 0.5, "token": 0.5, "supervised": 0.5}}
 
 
-def derived(group, folder, preset, number, more):
+def derived(group, folder, preset, number, more, source=None):
     """Each loss, and each gradient, of the tokens that a process of the group works on."""
     student_options = NEAR if preset == "exact" else {"window": [1, 2, 2]}
     values = run_values(folder, f"{folder}/teacher", preset=preset, student=student_options)
@@ -37,9 +37,13 @@ def derived(group, folder, preset, number, more):
     chosen = {id(p) for p in trainable.values()}
     for parameter in student.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
-    source = build_source(config.stage_data(number), config.teacher, teacher, tokenizer, 0)
+    source = source or build_source(config.stage_data(number), config.teacher, teacher, tokenizer, 0)
     asked = Teacher(teacher, list(blocks))
     micro = read_batch(source, source.samples(0), asked, student, stage, None, where)
+    if isinstance(source, Short):
+        losses = StageTrainer._derive(step_of(group, asked, student, stage), Objective(student, asked, stage), micro,
+                                      micro.counts)  # fmt: skip
+        return {n: v.detach() for n, v in losses.items()} | {n: p.grad for n, p in trainable.items()}
     part = assemble(micro, asked, student, stage, where, group)
     if group is not None:
         context = ContextParallel(group, micro.batch["input_ids"].shape[1])
@@ -93,19 +97,70 @@ def test_what_cannot_be_shared_says_so(tmp_path):
         run.check_stages()
 
 
-def short(group):
-    context = type("Rows", (), {"size": 2})
-    micro = type("Micro", (), {})()
-    micro.asked = micro.batch = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
-    micro.same = torch.zeros(1, dtype=torch.bool)
-    with pytest.raises(TrainingError) as caught:
-        assemble(micro, None, None, type("Stage", (), {"losses": {}}), torch.device("cpu"), group)
-    return context.size, str(caught.value)
+def step_of(group, teacher, student, stage):
+    """What a step knows of its processes, of which one averages nothing."""
+    alone = SimpleNamespace(
+        autocast=nullcontext, num_processes=1, device=torch.device("cpu"), backward=lambda loss: loss.backward()
+    )
+    shares = SimpleNamespace(group=group, size=1 if group is None else group.size())
+    return SimpleNamespace(accelerator=alone, _sharing=shares, teacher=teacher, student=student, stage=stage)
 
 
-def test_rows_of_fewer_tokens_than_processes_say_so(gang):
-    for size, text in gang(2, short):
-        assert text == f"parallel must share rows among at most as many processes as they have tokens, 1, got {size}"
+class Short:
+    """A row of three tokens."""
+
+    def samples(self, step):
+        return [None]
+
+    def processor(self, samples):
+        ids = torch.tensor([[8, 9, 10]])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.mark.parametrize("number, more", [(1, {}), (3, ANSWERS)])
+def test_rows_of_fewer_tokens_than_processes(gang, tmp_path, number, more):
+    """Such a row is not split, and counts once."""
+    save_teacher(tmp_path / "teacher")
+    what = tmp_path, "exact", number, more, Short()
+    want, found = derived(None, *what), gang(4, derived, *what)
+    for name, value in want.items():
+        total = sum(each[name] for each in found)
+        torch.testing.assert_close(total, value, rtol=1e-3, atol=1e-5 * max(1, float(value.abs().max())), msg=name)
+
+
+class Differs:
+    """Answers that one process had to decode, and another found on the disk, decoded beside other samples."""
+
+    def __init__(self, rank):
+        self.rank, self.asked = rank, 0
+
+    def known(self, samples):
+        self.asked += 1
+        return [[answer + " x" for _, answer in sample.turns] if self.rank else None for sample in samples]
+
+    def __call__(self, samples):
+        more = " x" if self.rank else " and more"
+        return [replace(s, turns=tuple((q, answer + more) for q, answer in s.turns)) for s in samples]
+
+
+def told(group, folder):
+    rank, teacher = group.rank(), load_teacher(f"{folder}/teacher", "float32")
+    config = parse_config(run_values(folder, f"{folder}/teacher"))
+    student, blocks, _ = new_student(teacher[0], config)
+    source = build_source(config.stage_data(3), config.teacher, *teacher, 0)
+    trainer = SimpleNamespace(_sharing=SimpleNamespace(size=2, group=SimpleNamespace(get_group=lambda: group)))
+    heard, asked = Differs(rank), Teacher(teacher[0], list(blocks))
+    micro = read_batch(source, source.samples(0), asked, student, config.stage(3), heard, torch.device("cpu"),
+                       lambda work: StageTrainer._agreed(trainer, work))  # fmt: skip
+    return micro.batch, micro.same, heard.asked, len(micro.asked["input_ids"])
+
+
+def test_all_who_share_rows_hear_one_answer(gang, tmp_path):
+    """Else their rows are of other lengths, and they wait for ever. The first alone decodes."""
+    save_teacher(tmp_path / "teacher")
+    (batch, same, asked, rows), (others, as_same, never, _) = gang(2, told, tmp_path)
+    assert (asked, never) == (1, 0) and len(batch["input_ids"]) == 2 * rows and same.equal(as_same)
+    assert batch.keys() == others.keys() and all(value.equal(others[name]) for name, value in batch.items())
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -119,7 +174,7 @@ def test_all_who_share_rows_run_the_teacher_alike(size, monkeypatch):
         accelerator=SimpleNamespace(autocast=nullcontext, device=torch.device("cpu")), _batches=2,
         _sharing=sharing(SimpleNamespace(num_processes=1, process_index=0), 1)._replace(size=size), transcripts=None,
         teacher=SimpleNamespace(model=torch.nn.Linear(2, 2)), source=SimpleNamespace(samples=lambda number: [number]),
-        student=None, stage=None,
+        student=None, stage=None, _agreed=None,
     )  # fmt: skip
     trainer.teacher.model.get_decoder = lambda: SimpleNamespace(layers=())
     states = [micro.states for micro in StageTrainer._read(trainer, 0)]

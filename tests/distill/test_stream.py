@@ -15,7 +15,7 @@ from training import curve, in_processes
 from typer.testing import CliRunner
 
 from linmu_distill.data.lanes import Lanes
-from linmu_distill.data.records import JsonRecords
+from linmu_distill.data.records import JsonRecords, TextRecords
 from linmu_distill.data.stream import DataError, Decoding, Packing, RecordStream, SetReader
 from linmu_distill.handoff import stage_folder
 from linmu_distill.objective import TrainingError
@@ -23,10 +23,11 @@ from linmu_distill.parallel import sharing
 from linmu_distill.run import Run, distill
 from linmu_distill.stages import STAGES
 from linmu_distill.teacher import AnswerCache, Stream
-from linmu_distill.train import Interrupted, StageTrainer
+from linmu_distill.train import Interrupted, StageTrainer, work_of
 from linmu_models.chat import ChatProcessor
 from linmu_models.cli import app
 from linmu_models.media import UnreadableError
+from linmu_ops import LinmuWarning
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,8 +68,9 @@ def test_nothing_usable_is_an_error(folder, processor, tmp_path):
     data = RecordStream(processor, [reader(tmp_path, processor, "bad")], [1], 0)
     with pytest.raises(DataError, match=r"data.sets.pictures: no record can be used \(2 read, 2 image corrupt\)"):
         data.samples(0)
+    data = RecordStream(processor, [reader(tmp_path, processor, "bad", processes=2)], [1], 0)
     with pytest.raises(DataError, match="has 1 pieces, fewer than the 2 processes"):
-        reader(tmp_path, processor, "bad", processes=2)
+        data.samples(0)
 
 
 def test_nothing_that_can_be_decoded_is_an_error(folder, processor, monkeypatch):
@@ -286,6 +288,73 @@ def test_more_processes_read_on_for_few(folder, processor, processes):
         data.close()
 
 
+def test_more_processes_than_pieces_read_on_for_few(folder, processor, tmp_path):
+    """Each has a lane of those that began, of which there are no more than pieces."""
+    media.onevision(tmp_path / "one.parquet", {"a": media.png(1), "b": media.png(2)})
+    alone = RecordStream(processor, [reader(tmp_path, processor, "one")], [1], 0)
+    mine = RecordStream(processor, [reader(tmp_path, processor, "one", processes=2)], [1], 0)
+    many = [Lanes(mine, [None], rank, 2) for rank in range(2)]
+    assert [answers(many[i % 2].samples(i)) for i in range(6)] == [answers(alone.samples(i)) for i in range(6)]
+    for data in (alone, *many):
+        data.close()
+
+
+def test_text_of_one_token_is_left_out(processor, tmp_path):
+    """Nothing predicts it: a batch of it alone would end the training."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("some words, of which most are predicted")
+    readers = [SetReader(
+        "text", TextRecords([str(tmp_path / "?.txt")], processor.tokenizer, 100), processor, Decoding(), Packing(100), 0
+    )]  # fmt: skip
+    data = RecordStream(processor, readers, [1], 0)
+    assert {data.samples(i)[0].turns[0][1][:4] for i in range(4)} == {"some"}
+    assert data.counts["text"]["a single token, which nothing predicts"] >= 3
+    data.close()
+
+
+def test_a_stage_keeps_the_batches_of_the_one_before(folder, tmp_path):
+    """Where others go on in its processes' place, and nobody wants it otherwise."""
+    options = config(folder, tmp_path, gradient_accumulation=2)
+    facts = {"processes": 4, "gradient_accumulation": 2}
+    assert [work_of(facts, options, n) for n in (1, 2, 4, 8)] == [4, 4, 4, 4]
+    assert work_of({}, options, 3) == 3
+    assert work_of(facts, options.model_copy(update={"gradient_accumulation": 4}), 2) == 2
+    with pytest.warns(LinmuWarning, match="the step's batches were 8, which 3 processes cannot share; they are now 6"):
+        assert work_of(facts, options, 3) == 3
+    with pytest.warns(LinmuWarning, match="were 8, which 16 processes cannot share; they are now 32"):
+        assert work_of(facts, options, 16) == 16
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_the_next_stage_is_of_another_number_of_processes(folder, tmp_path, first, then):
+    """The run is that of the first number: a step keeps its batches, and they are of the same records."""
+    more = {"stage2": {"steps": 0}, "checkpoint_every": 3, "gradient_accumulation": 2 // first}
+    for name in ("whole", "moved"):
+        (tmp_path / name).mkdir()
+    whole, moved = (config(folder, tmp_path / name, **more) for name in ("whole", "moved"))
+
+    def trains(options, *numbers):
+        def work(rank):
+            torch.set_num_threads(1)
+            AcceleratorState._reset_state(True)
+            run = Run(options)
+            run.prepare()
+            for number in numbers:
+                run.train(number)
+
+        return work
+
+    assert not any(in_processes(first, trains(whole, 1, 2, 3)))
+    assert not any(in_processes(first, trains(moved, 1, 2)))
+    assert not any(in_processes(then, trains(moved, 3)))
+    for number in (1, 3):
+        for ours, theirs in zip(*(curve(stage_folder(c.folder, number)) for c in (moved, whole)), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+        facts = [json.loads((stage_folder(c.folder, number) / "manifest.json").read_text()) for c in (moved, whole)]
+        assert facts[0]["data"] == facts[1]["data"] and facts[0]["processes"] == facts[1]["processes"] == first
+
+
 @pytest.mark.sweep
 def test_a_run_of_one_process_goes_on_in_two(folder, tmp_path, monkeypatch):
     """And then in one again: the same losses, to rounding, and the same counts."""
@@ -320,8 +389,9 @@ def test_a_run_of_one_process_goes_on_in_two(folder, tmp_path, monkeypatch):
 def test_data_of_three_processes_are_not_shared_by_two(folder, processor):
     data = RecordStream(processor, [reader(folder, processor)], [1], 0)
     trainer = SimpleNamespace(
-        _sharing=sharing(SimpleNamespace(num_processes=2, process_index=0), 1), stage=STAGES[0], _batches=1, source=data
-    )
+        _sharing=sharing(SimpleNamespace(num_processes=2, process_index=0), 1), stage=STAGES[0], _batches=1,
+        source=data, config=SimpleNamespace(gradient_accumulation=2),
+    )  # fmt: skip
     progress = {"batches": 6, "data": [data.state_dict()] * 3}
     with pytest.raises(TrainingError, match="was at work in 3 processes, each with a part of the data"):
         StageTrainer._restore_place(trainer, progress)
