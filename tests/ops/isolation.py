@@ -202,7 +202,7 @@ def spoiled(inputs, weights, name, value):
 def clean_call(which, dtype):
     """(inputs, what to differentiate, weights of the outputs, exact results)."""
     op, inputs = CALLS[which]
-    narrow = ("x", "B", "C", "reverse_B", "reverse_C", "a", "b", "q", "k", "v", "reverse_q", "reverse_k")
+    narrow = ("x", "z", "B", "C", "reverse_B", "reverse_C", "a", "b", "q", "k", "v", "reverse_q", "reverse_k")
     narrow += ("initial_state",) * ("conv" in op)
     inputs = {k: v.to(dtype) if k in narrow else v for k, v in inputs.items()}
     if dtype == torch.float64:
