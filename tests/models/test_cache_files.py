@@ -20,7 +20,14 @@ def student():
 def test_a_path_of_no_file(student, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     pipe = tmp_path / "pipe"
-    for path, got in ((tmp_path, "a folder"), (str(tmp_path), "a folder"), (pipe, "what is no regular file")):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for path, got in (
+        (tmp_path, "a folder"),
+        (str(tmp_path), "a folder"),
+        (pipe, "what is no regular file"),
+        (loop, "a link that leads nowhere"),
+    ):
         for op, use in (("load", load_cache), ("save", new_cache(student).save)):
             with pytest.raises(ValueError, match=f"^{op}: {path} must be a file that cache.save wrote, got {got}$"):
                 use(path, student)
