@@ -75,6 +75,16 @@ def test_words_that_are_asked_are_no_help():
     assert python(code).splitlines()[0] == "linmu_qwen2"
 
 
+def test_what_a_command_uses_are_functions():
+    """Not the modules of the same names, which the command loads first."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/names")])
+    code = (
+        "import sys; sys.argv = ['linmu', 'distill', 'x.toml']; from linmu_models.cli import main;"
+        "import linmu_distill.run, linmu_models; print(callable(linmu_models.convert))"
+    )
+    assert python(code, PYTHONPATH=path).splitlines()[-1] == "True"
+
+
 def test_without_binary_one_warning_says_how_to_build():
     text = python(f"import linmu_ops; {STEP * 2}", LINMU_NO_BINARY="1")
     assert text.count("LinmuWarning") == 1 and "LINMU_NO_BINARY is set" in text
