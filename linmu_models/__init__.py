@@ -16,13 +16,14 @@ from pathlib import PurePath
 from typing import Any
 
 
-def _is_asked_for_help() -> bool:
-    """Whether this process is the command `linmu`, and shall print its help. That takes seconds less without torch."""
-    program, *words = sys.argv or [""]
-    return PurePath(program).stem in ("linmu", "-m") and (not words or "--help" in words)
+def _is_the_command() -> bool:
+    """Whether this process is the command `linmu`. Its help needs nothing of this, and whatever goes wrong while it is
+    imported, Ctrl-C too, shall be told in one line."""
+    program = PurePath((sys.argv or [""])[0]).name
+    return program in ("linmu", "linmu.exe") or (program == "-m" and "linmu_models.cli" in sys.orig_argv)
 
 
-if not _is_asked_for_help():
+if not _is_the_command():
     from ._api import *  # noqa: F403  what `__all__` lists
     from ._api import __all__ as __all__
 

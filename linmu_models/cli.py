@@ -38,6 +38,10 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            if "--help" not in sys.argv:
+                import linmu_models
+
+                _ = linmu_models.accelerate_transformers  # all that the package has, before modules of the same names
             return super().invoke(ctx)
         except KeyboardInterrupt:
             stop("stopped; nothing is left half done", 130)

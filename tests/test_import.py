@@ -79,10 +79,10 @@ def test_what_a_command_uses_are_functions():
     """Not the modules of the same names, which the command loads first."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/names")])
     code = (
-        "import sys; sys.argv = ['linmu', 'distill', 'x.toml']; from linmu_models.cli import main;"
-        "import linmu_distill.run, linmu_models; print(callable(linmu_models.convert))"
+        "import sys; sys.argv = ['linmu', 'distill', 'x.toml']; from linmu_models.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nimport linmu_models; print(callable(linmu_models.convert))"
     )
-    assert python(code, PYTHONPATH=path).splitlines()[-1] == "True"
+    assert "True" in python(code, PYTHONPATH=path).splitlines()
 
 
 def test_without_binary_one_warning_says_how_to_build():
