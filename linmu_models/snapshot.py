@@ -190,12 +190,15 @@ def _file_name(op: str, path: str | os.PathLike[str]) -> str:
     name = os.fspath(path)
     if not name or "\0" in name:
         raise ValueError(f"{op}: path must be of a file, got {name!r}")
-    leads_nowhere = os.path.islink(name) and not os.path.exists(name)
-    if leads_nowhere or (os.path.exists(name) and not os.path.isfile(name)):
-        what = "a folder" if os.path.isdir(name) else "what is no regular file"
-        what = "a link that leads nowhere" if leads_nowhere else what
-        raise ValueError(f"{op}: {name} must be a file that cache.save wrote, got {what}")
-    return name
+    if os.path.isdir(name):
+        what = "a folder"
+    elif os.path.islink(name) and not os.path.exists(name):
+        what = "a link that leads nowhere"
+    elif os.path.exists(name) and not os.path.isfile(name):
+        what = "what is no regular file"
+    else:
+        return name
+    raise ValueError(f"{op}: {name} must be a file that cache.save wrote, got {what}")
 
 
 def snapshot_of(cache: Cache) -> CacheSnapshot:
