@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from linmu_models.config import auto_class
-from linmu_models.families.generic import LinmuGeneric
+from linmu_models.adapters.generic import LinmuGeneric
 from linmu_models.modeling import FAMILIES
 
 T = TypeVar("T")

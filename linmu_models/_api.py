@@ -3,13 +3,13 @@
 from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig
 
 from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
-from . import families as _families  # noqa: F401  registers
+from . import adapters as _adapters  # noqa: F401  registers
 from .accelerate import Accelerated, accelerate_transformers
 from .attention import LinmuAttention
 from .cache import LinmuCacheLayer
-from .calibrate import calibrate
-from .convert import convert
-from .families.nvila import attach_nvila, convert_nvila
+from .calibration import calibrate
+from .conversion import convert
+from .adapters.nvila import attach_nvila, convert_nvila
 from .generate import fast_decode
 from .int8 import int8_weights
 from .layout import LinmuInputs

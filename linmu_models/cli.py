@@ -38,10 +38,6 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            if "--help" not in sys.argv:
-                import linmu_models
-
-                _ = linmu_models.accelerate_transformers  # all that the package has, before modules of the same names
             return super().invoke(ctx)
         except KeyboardInterrupt:
             stop("stopped; nothing is left half done", 130)
@@ -122,7 +118,7 @@ def families() -> None:
     from linmu_ops._tables import plain
 
     from ._api import families as known
-    from .families.checked import CHECKED
+    from .adapters.checked import CHECKED
 
     def generic(name: str) -> str:
         why = CHECKED.get(name)

@@ -22,10 +22,10 @@ from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 from .cache import cache_bytes, output_cache
 from .chat import ChatProcessor, to_model
 from .config import auto_class, parse_options
-from .convert import check_generic, convert, family_of
+from .conversion import check_generic, convert, family_of
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
-from .families import nvila as _nvila  # noqa: F401  registers, with all families
-from .families.generic import LinmuGeneric, register_lazily
+from .adapters import nvila as _nvila  # noqa: F401  registers, with all families
+from .adapters.generic import LinmuGeneric, register_lazily
 from .int8 import int8_weights, is_int8
 from .loading import check_weights, told, without_report
 from .media import Clip, UnreadableError, read_image, read_video

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from linmu_ops.nn import ExactConfig
 
-from .families.generic import placeholder
+from .adapters.generic import placeholder
 from .hooks import decoder_of
 from .teachers import check_teacher
 from .tiny_config import tiny_config

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from linmu_models.convert import convert
+from linmu_models.conversion import convert
 from linmu_models.generate import load_model
 from linmu_models.snapshot import CacheSnapshot
 from linmu_models.states import LinmuDynamicCache, load_cache

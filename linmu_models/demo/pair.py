@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache import cache_bytes, output_cache
 from ..chat import ChatProcessor
-from ..convert import convert
+from ..conversion import convert
 from ..generate import generate_text, load
 from ..media import Clip
 from ..modeling import LinmuModel

@@ -13,7 +13,7 @@ from linmu_distill.config import load_config
 from linmu_distill.sources import build_source
 from linmu_distill.teacher import load_teacher, model_inputs
 from linmu_models.accumulated_attention import record_attention
-from linmu_models.calibrate import _looks_of_text
+from linmu_models.calibration import _looks_of_text
 from linmu_models.hooks import attention_modules, record_outputs
 from linmu_models.parts import read_parts
 from linmu_ops.nn import MMATE, ExactConfig, MMATEConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import linmu_models
-from linmu_models.families.llama4 import with_image_outputs
+from linmu_models.adapters.llama4 import with_image_outputs
 
 from . import tiny
 

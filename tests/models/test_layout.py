@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from linmu_models.families._anyres import rows_with_newline
-from linmu_models.families.smolvlm import tiles_to_units
-from linmu_models.families.video_llama_3 import _compressed
+from linmu_models.adapters._anyres import rows_with_newline
+from linmu_models.adapters.smolvlm import tiles_to_units
+from linmu_models.adapters.video_llama_3 import _compressed
 from linmu_models.layout import Placeholders, VisualUnit, build_layout, grids_to_units
 
 

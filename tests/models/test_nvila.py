@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import linmu_models
-from linmu_models.families.nvila import image_unit, video_unit
+from linmu_models.adapters.nvila import image_unit, video_unit
 
 from . import tiny
 

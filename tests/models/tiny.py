@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from linmu_models.families.llama4 import with_image_outputs
+from linmu_models.adapters.llama4 import with_image_outputs
 
 VOCAB = 320
 IMAGE, VIDEO, START, END = 300, 301, 302, 303

@@ -1,7 +1,7 @@
 """Writes the tables of families into docs/convert.md, as `linmu families` has them: `python -m tools.docs.families`.
 
 With `--check` it first asks the self check of the generic adapter about each type without an adapter of its own, and
-writes the answers to `linmu_models/families/checked.py`.
+writes the answers to `linmu_models/adapters/checked.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "convert.md"
-CHECKED = ROOT / "linmu_models" / "families" / "checked.py"
+CHECKED = ROOT / "linmu_models" / "adapters" / "checked.py"
 BEGIN, END = "<!-- families: written by `python -m tools.docs.families` -->\n", "<!-- end of families -->\n"
 
 
@@ -46,7 +46,7 @@ def verdict(model_type: str) -> str:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    from linmu_models.convert import check_generic
+    from linmu_models.conversion import check_generic
 
     config = CONFIG_MAPPING[model_type](**PUBLISHED.get(model_type, {}))
     try:
@@ -65,7 +65,7 @@ def verdict(model_type: str) -> str:
 
 
 def write_verdicts() -> None:
-    from linmu_models.families import generic
+    from linmu_models.adapters import generic
 
     lines = "".join(
         f"    {json.dumps(name)}: {json.dumps(verdict(name), ensure_ascii=False)},\n"
@@ -83,7 +83,7 @@ def table() -> str:
     from transformers.models.auto import modeling_auto
 
     from linmu_models import families
-    from linmu_models.families.checked import CHECKED as verdicts
+    from linmu_models.adapters.checked import CHECKED as verdicts
 
     pictures = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     classes = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) | pictures

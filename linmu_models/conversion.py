@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
 from .attention import IN_FLOAT32, LinmuAttention, linmu_attention
-from .calibrate import as_batches, calibrate
+from .calibration import as_batches, calibrate
 from .config import linmu_field, parse_options
-from .families import generic
-from .families.generic import LinmuGeneric
+from .adapters import generic
+from .adapters.generic import LinmuGeneric
 from .hooks import attention_modules
 from .int8 import is_int8
 from .modeling import FAMILIES, LinmuModel

@@ -42,7 +42,7 @@ def convert_nvila(
     Raises:
         TypeError: a name is missing.
     """
-    from linmu_models.convert import convert
+    from linmu_models.conversion import convert
 
     _check("convert_nvila", model)
     model.llm = convert(model.llm, config, keep_attention)
