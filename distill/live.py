@@ -1,7 +1,8 @@
 """Counts bytes that live at one time, and FLOPs: of real tensors, or of fakes that have no bytes."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes that live at this time, and that lived at one time at most.
+        peak_apart: the same as `peak`, within `apart`.
         flops: of products, as `FlopCounterMode` counts them. (Its hooks keep alive what a checkpoint makes again.)
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.peak = self.peak_apart = self.flops = 0
         self._live: dict[int, Any] = {}
         for tensor in known:
             self._see(tensor)
@@ -44,6 +46,16 @@ class LiveBytes(TorchDispatchMode):
         self._live[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """While open, what lives counts for `peak_apart`, and no FLOPs are counted."""
+        peak, flops, self.peak = self.peak, self.flops, self.now
+        try:
+            yield
+        finally:
+            self.peak_apart = max(self.peak_apart, self.peak)
+            self.peak, self.flops = max(peak, self.now), flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

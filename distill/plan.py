@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +31,7 @@ from linmu_ops import TokenLayout
 from linmu_ops.context_parallel import ContextParallel
 from linmu_ops.nn import ExactConfig
 
+from . import plan_tower
 from .config import Config, RecordData
 from .live import LiveBytes, storage_bytes
 from .losses import answer_losses, hidden_loss, kept_positions
@@ -38,7 +39,7 @@ from .objective import Objective, Part, Teacher, learns_by_block
 from .sources import build_source
 from .stages import STAGES, Stage
 from .student import add_lora, new_student, set_windows, store_parameters, trainable_parameters
-from .teacher import model_inputs
+from .teacher import model_inputs, shared_vision_features
 
 GB = 10**9
 _FEW = (2, 4)  # layers of the models that are run
@@ -60,8 +61,8 @@ class Work:
     """Supervised tokens of the data."""
     layout: TokenLayout | None = None
     """Where its visual tokens are."""
-    pixels: int = 0
-    """Bytes of what the vision tower is given."""
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    """What the vision tower is given, of whole rows: pixels on the meta device, and grids."""
 
     @property
     def tokens(self) -> int:
@@ -129,14 +130,15 @@ def _plan_stage(config: Config, number: int, gpus: int, teacher_config: PreTrain
     layers = teacher_config.get_text_config(decoder=True).num_hidden_layers
     few = [n for n in _FEW if n < layers]
     measured = [_measure(config, number, _cut(teacher_config, n), work) for n in few or [layers]]
-    (live, flops), *more = measured
+    (*peaks, flops), *more = measured
     if more:
-        (live_4, flops_4) = more[0]
+        (*peaks_4, flops_4) = more[0]
         times = (layers - few[0]) / (few[1] - few[0])
-        live, flops = round(live + (live_4 - live) * times), flops + (flops_4 - flops) * times
+        peaks = [round(low + (high - low) * times) for low, high in zip(peaks, peaks_4, strict=True)]
+        flops += (flops_4 - flops) * times
     elif few:  # three layers
-        live_3, flops_3 = _measure(config, number, _cut(teacher_config, layers), work)
-        live, flops = live_3, flops_3
+        *peaks, flops = _measure(config, number, _cut(teacher_config, layers), work)
+    live = max(peaks)
     # AdamW works on one parameter after another, with two more of its size.
     live = max(live, 8 * max(p.numel() for p in models.trainable.values()))
     weights, gradients, optimiser, buffers = models.weights, floats, 2 * floats, 0
@@ -192,7 +194,7 @@ def _share(work: Work, context: int) -> Work:
             positions += range(at[row], at[row] + some * height * width)
             at[row] += some * height * width
     layout = TokenLayout(blocks, positions, work.rows, length) if blocks else None
-    return Work(work.rows, length, min(work.answers, work.rows * length), layout, work.pixels)
+    return Work(work.rows, length, min(work.answers, work.rows * length), layout, work.vision)
 
 
 class _Models:
@@ -252,6 +254,7 @@ def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
         text.layer_types = text.layer_types[:layers]
     if hasattr(text, "max_window_layers"):
         text.max_window_layers = min(text.max_window_layers, layers)
+    plan_tower.cut(config)
     return config
 
 
@@ -274,8 +277,7 @@ def _work(config: Config, number: int, teacher_config: PreTrainedConfig) -> Work
     if visual >= tokens:
         raise PlanError(f"data.max_tokens must be more than a frame's {frame} tokens, got {tokens}")
     layout = TokenLayout([[0, *grid]], list(range(tokens - visual - 1, tokens - 1)), 1, tokens)
-    size = visual * merge**2 * 3 * getattr(vision, "temporal_patch_size", 1) * patch**2 * 4
-    return Work(1, tokens, tokens // 8, layout, size)
+    return Work(1, tokens, tokens // 8, layout, plan_tower.video(*grid, teacher_config))
 
 
 def _work_of_tasks(config: Config, number: int, teacher_config: PreTrainedConfig) -> Work:
@@ -289,13 +291,12 @@ def _work_of_tasks(config: Config, number: int, teacher_config: PreTrainedConfig
         raise PlanError(f"data.sets must be given: the teacher cannot be shown the built-in tasks: {error}") from error
     batch = max(batches, key=lambda b: b["input_ids"].numel())
     layout = new_student(teacher, config)[0].build_layout(model_inputs(batch))
-    pixels = sum(v.nbytes for k, v in batch.items() if k.startswith("pixel"))
     rows, length = batch["input_ids"].shape
-    return Work(rows, length, len(kept_positions(batch["labels"])), layout, pixels)
+    return Work(rows, length, len(kept_positions(batch["labels"])), layout, plan_tower.of_batch(batch))
 
 
 def _planned_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What attention without an (L, L) matrix gives and needs, and nothing of what it computes."""
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -338,8 +339,9 @@ def _fake(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work: Work) -> tuple[int, float]:
-    """(bytes that a micro-batch needs at most beside weights and gradients, FLOPs) of models so large."""
+def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work: Work) -> tuple[int, int, float]:
+    """(bytes that a micro-batch needs at most beside weights and gradients, and while the vision tower runs; FLOPs) of
+    models so large."""
     models = _Models(config, number, teacher_config)
     stage, teacher, student = config.stage(number), models.teacher, models.student
     mine = _share(work, config.context)
@@ -355,11 +357,15 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
         known = [*_tensors(teacher, student), *(p.grad for p in trained if p.grad is not None)]
         dtype = getattr(torch, config.precision)
         cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False)
-        with LiveBytes(known) as live:
+        with LiveBytes(known) as live, shared_vision_features(teacher, student):
             before = live.now
-            pixels = torch.empty(work.pixels, dtype=torch.uint8)
+            # The teacher's own answers come behind the true ones.
+            times = 2 if "sequence" in stage.losses else 1
+            asked = plan_tower.on_device(work.vision)
+            batch = plan_tower.on_device(work.vision, times) if times > 1 else asked
             with cast:
-                part = _assemble(teacher, layers, stage, work, mine, dtype, config.context)
+                part = _assemble(teacher, layers, stage, work, mine, dtype, config.context, asked, live)
+            del asked
             if objective.by_block:
                 shared = LinmuInputs(mine.layout)
                 weights = torch.empty(mine.rows, mine.length)
@@ -369,20 +375,18 @@ def _measure(config: Config, number: int, teacher_config: PreTrainedConfig, work
                     loss.backward()
                     del loss
             else:
-                # The teacher's own answers come behind the true ones.
-                times = 2 if "sequence" in stage.losses else 1
-                twice = torch.empty(work.pixels * (times - 1), dtype=torch.uint8)
-                # Each process embeds whole rows.
-                whole = _embeddings(student, work, dtype, times) if mine is not work else None
+                # Each process embeds whole rows, and encodes their pixels.
+                whole = [_embeddings(student, work, dtype, times)] if mine is not work else []
                 with cast:
+                    whole += plan_tower.encode(student, batch, live, _PLANNED)
                     loss = _whole_loss(objective, part, layers, stage, mine, times, dtype)
                 del whole
                 loss.backward()
-                del loss, twice
-            del pixels, part
+                del loss
+            del batch, part
         attention = _attention_flops(teacher, work, config.context)
         grads = 0 if accumulates else 4 * sum(p.numel() for p in trained)
-        return live.peak - before - grads, live.flops + attention
+        return live.peak - before - grads, live.peak_apart - before - grads, live.flops + attention
 
 
 def _attention_flops(teacher: PreTrainedModel, work: Work, context: int) -> float:
@@ -403,8 +407,9 @@ class _First(ContextParallel):
 
 
 def _assemble(
-    teacher: PreTrainedModel, layers: list[int], stage: Stage, work: Work, mine: Work, dtype: torch.dtype, context: int
-) -> Part:
+    teacher: PreTrainedModel, layers: list[int], stage: Stage, work: Work, mine: Work, dtype: torch.dtype, context: int,
+    vision: dict[str, Tensor], live: LiveBytes,
+) -> Part:  # fmt: skip
     """A micro-batch as `assemble` makes it, of tensors without values. A process keeps `mine` of it; the teacher sees
     all of `work` where it cannot be shared."""
     shared = context > 1 and why_whole(teacher) is None
@@ -427,7 +432,10 @@ def _assemble(
             record_inputs(modules if stage.block_input == "teacher" else [], kept_of) as inputs,
             split,
         ):
-            states = decoder(inputs_embeds=_embeddings(teacher, work, dtype), use_cache=False).last_hidden_state
+            embeddings = _embeddings(teacher, work, dtype)
+            features = plan_tower.encode(teacher, vision, live, _PLANNED)
+            states = decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            del embeddings, features
     finally:
         decoder.config._attn_implementation = before
         _received.clear()

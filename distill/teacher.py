@@ -101,6 +101,7 @@ def shared_vision_features(*models: PreTrainedModel) -> Iterator[None]:
             pixels = args[0] if args else kwargs[argument]
             options = repr({key: value for key, value in kwargs.items() if not isinstance(value, Tensor)})
             if name not in last or last[name][0] is not pixels or last[name][1] != options:
+                last.pop(name, None)  # Else two batches' features would live while the tower runs.
                 with torch.no_grad():
                     last[name] = (pixels, options, original(*args, **kwargs))
             return last[name][2]

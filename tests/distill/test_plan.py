@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from training import in_processes
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, Qwen2_5_VLConfig
 from typer.testing import CliRunner
 
 import linmu_ops
@@ -16,7 +16,9 @@ from linmu_distill.config import parse_config
 from linmu_distill.live import LiveBytes
 from linmu_distill.objective import Teacher
 from linmu_distill.student import new_student, set_windows, store_parameters, trainable_parameters
+from linmu_distill.teacher import shared_vision_features
 from linmu_distill.train import StageTrainer
+from linmu_models.config import auto_class
 
 PIECE = {"format": "text", "files": ["none"]}
 
@@ -40,6 +42,40 @@ class Text:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
+class Video(Text):
+    """Rows that are a video for the most part, as a plan takes them to be."""
+
+    def __init__(self, config, number, teacher_config):
+        self.work, self.video = plan._work(config, number, teacher_config), teacher_config.video_token_id
+        super().__init__(self.work.length)
+
+    def processor(self, samples):
+        batch, where = super().processor(samples), torch.tensor(self.work.layout.positions).long()
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+        batch["labels"][:, 1 : 1 + self.work.answers] = 7
+        batch["input_ids"][:, where] = self.video
+        kinds = torch.zeros_like(batch["labels"])
+        kinds[:, where] = 2
+        pixels = torch.rand(self.work.vision["pixel_values_videos"].shape)
+        return {**batch, "mm_token_type_ids": kinds, **self.work.vision, "pixel_values_videos": pixels}
+
+
+def qwen(layers, width, tower):
+    """tower: the width of the vision tower."""
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 32, num_key_value_heads=width // 64, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        ),
+        vision_config=dict(
+            depth=3, hidden_size=tower, intermediate_size=2 * tower, num_heads=2, out_hidden_size=width, patch_size=8,
+            spatial_merge_size=2, temporal_patch_size=1, window_size=64, fullatt_block_indexes=[1],
+        ),
+        image_token_id=250, video_token_id=251, vision_start_token_id=252, vision_end_token_id=253,
+    )  # fmt: skip
+
+
 def llama(layers, width):
     return LlamaConfig(
         vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
@@ -55,11 +91,11 @@ def config_of(folder, length, **changes):
     return parse_config(values)
 
 
-def measured(config, number, teacher_config, length):
+def measured(config, number, teacher_config, source):
     """The most bytes that live at one time in two steps of a stage."""
     torch.manual_seed(0)
     dtype = getattr(torch, config.precision)
-    teacher = LlamaForCausalLM(teacher_config).to(dtype).eval().requires_grad_(False)
+    teacher = auto_class(teacher_config).from_config(teacher_config).to(dtype).eval().requires_grad_(False)
     stage = config.stage(number)
     lora = (lambda model: plan.add_lora(model, config.lora_rank, 0)) if config.has_lora(number) else None
     student, blocks, _ = new_student(teacher, config, lora)
@@ -70,11 +106,12 @@ def measured(config, number, teacher_config, length):
         student.gradient_checkpointing_enable({"use_reentrant": False})
     accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
     trainer = StageTrainer(
-        config, stage, student, Teacher(teacher, list(blocks)), Text(length), trainable, config.folder, accelerator
+        config, stage, student, Teacher(teacher, list(blocks)), source, trainable, config.folder, accelerator
     )
     known = [tensor for model in (teacher, student) for tensor in (*model.parameters(), *model.buffers())]
     # A plan is of GPUs, which have no kernel of `near_attention`: the calls in its place hold more.
-    with LiveBytes(known) as live, linmu_ops.use_impl("near_attention:reference"):
+    one_tower = shared_vision_features(teacher, student)
+    with LiveBytes(known) as live, linmu_ops.use_impl("near_attention:reference"), one_tower:
         trainer.run()
     return live.peak
 
@@ -99,7 +136,7 @@ def test_a_plan_is_what_training_takes(tmp_path, layers, width, length, number, 
     config = config_of(tmp_path, length, gradient_accumulation=2, **steps, **more)
     teacher = llama(layers, width)
     (row,) = plan.plan(config, 1, teacher)
-    found = measured(config, number, teacher, length)
+    found = measured(config, number, teacher, Text(length))
     assert row.total == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
 
 
@@ -115,11 +152,40 @@ def test_a_plan_of_shared_rows_is_what_training_takes(tmp_path, number, more):
 
     def work(rank):
         AcceleratorState._reset_state(reset_partial_state=True)
-        (tmp_path / str(rank)).write_text(str(measured(config, number, teacher, 1024)))
+        (tmp_path / str(rank)).write_text(str(measured(config, number, teacher, Text(1024))))
 
     assert in_processes(2, work) == [0, 0]
     found = max(int((tmp_path / str(rank)).read_text()) for rank in range(2))
     buckets = 2 * plan._BUCKETS if number == 3 else 0  # DDP's, which so few gradients do not fill
+    assert row.total - buckets == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
+
+
+@pytest.mark.filterwarnings("ignore::linmu_ops.LinmuWarning")
+@pytest.mark.parametrize(
+    "processes, number, more, tower",
+    [
+        (2, 1, {}, 512),  # what the tower holds while it runs is the most
+        pytest.param(2, 3, {"gradient_checkpointing": True}, 64, marks=pytest.mark.sweep),
+        pytest.param(1, 3, {"gradient_checkpointing": True}, 512, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_plan_of_videos_is_what_training_takes(tmp_path, processes, number, more, tower):
+    """Processes that share rows each run the vision tower on all of their pixels."""
+    steps = {"stage1": {"steps": 2 * (number == 1)}, "stage3": {"steps": 2 * (number == 3), **ANSWERS}}
+    data = {"sets": {"videos": {"format": "onevision", "files": ["none"]}}, "max_tokens": 768, "frame_pixels": 2**14}
+    config = config_of(tmp_path, 0, parallel=["ddp", processes], data=data, **steps, **more)
+    teacher = qwen(3, 128, tower)
+    (row,) = plan.plan(config, processes, teacher)
+
+    def work(rank):
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = measured(config, number, teacher, Video(config, number, teacher))
+        (tmp_path / str(rank)).write_text(str(found))
+
+    assert in_processes(processes, work) == [0] * processes
+    found = max(int((tmp_path / str(rank)).read_text()) for rank in range(processes))
+    buckets = 2 * plan._BUCKETS if number == 3 and processes > 1 else 0  # DDP's, which so few gradients do not fill
     assert row.total - buckets == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
 
 
