@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from linmu_models.config import auto_class
 from linmu_models.adapters.generic import LinmuGeneric
+from linmu_models.config import auto_class
 from linmu_models.modeling import FAMILIES
 
 T = TypeVar("T")

@@ -2,14 +2,14 @@
 
 from linmu_ops.nn import EXACT, LITERAL, PAPER, ExactConfig, MMATEConfig
 
-from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
 from . import adapters as _adapters  # noqa: F401  registers
+from . import efficientnet_lite as _efficientnet_lite  # noqa: F401  registers
 from .accelerate import Accelerated, accelerate_transformers
+from .adapters.nvila import attach_nvila, convert_nvila
 from .attention import LinmuAttention
 from .cache import LinmuCacheLayer
 from .calibration import calibrate
 from .conversion import convert
-from .adapters.nvila import attach_nvila, convert_nvila
 from .generate import fast_decode
 from .int8 import int8_weights
 from .layout import LinmuInputs

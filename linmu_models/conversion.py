@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
+from .adapters import generic
+from .adapters.generic import LinmuGeneric
 from .attention import IN_FLOAT32, LinmuAttention, linmu_attention
 from .calibration import as_batches, calibrate
 from .config import linmu_field, parse_options
-from .adapters import generic
-from .adapters.generic import LinmuGeneric
 from .hooks import attention_modules
 from .int8 import is_int8
 from .modeling import FAMILIES, LinmuModel

@@ -19,13 +19,13 @@ from transformers import AutoConfig, CompileConfig, GenerationMixin, TextStreame
 
 from linmu_ops.nn import EXACT, ExactConfig, MMATEConfig
 
+from .adapters import nvila as _nvila  # noqa: F401  registers, with all families
+from .adapters.generic import LinmuGeneric, register_lazily
 from .cache import cache_bytes, output_cache
 from .chat import ChatProcessor, to_model
 from .config import auto_class, parse_options
 from .conversion import check_generic, convert, family_of
 from .efficientnet_lite import EfficientNetLiteModel as _EfficientNetLiteModel  # noqa: F401  registers
-from .adapters import nvila as _nvila  # noqa: F401  registers, with all families
-from .adapters.generic import LinmuGeneric, register_lazily
 from .int8 import int8_weights, is_int8
 from .loading import check_weights, told, without_report
 from .media import Clip, UnreadableError, read_image, read_video

@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import linmu_models
 from linmu_models import self_check
-from linmu_models.conversion import check_generic, family_of
 from linmu_models.adapters import generic
 from linmu_models.adapters.checked import CHECKED
+from linmu_models.conversion import check_generic, family_of
 from linmu_models.tiny_config import tiny_config
 from tools.docs.families import verdict
 
