@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,7 +66,7 @@ def on_device(vision: Mapping[str, Tensor], times: int = 1) -> dict[str, Tensor]
 def encode(model: PreTrainedModel, vision: Mapping[str, Tensor], live: LiveBytes, attention: str) -> list[Tensor]:
     """What a model's call holds of images and videos while its decoder runs. What the tower holds is counted apart.
 
-    Towers are run where they take the sizes of images as a grid; of others nothing is counted.
+    Towers are run where they take the sizes of images as a grid, and ask for no value; of others nothing is counted.
 
     Args:
         attention: the name of what computes the tower's.
@@ -84,6 +84,8 @@ def encode(model: PreTrainedModel, vision: Mapping[str, Tensor], live: LiveBytes
         try:
             with live.apart(), _RealIndices():
                 found = make(vision[pixels], vision[grid], return_dict=True)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            continue
         finally:
             for config, kind in zip(towers, before, strict=True):
                 config._attn_implementation = kind
