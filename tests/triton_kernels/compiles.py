@@ -34,6 +34,7 @@ CALLS = {
     ),
     "causal_conv1d": (dict(L=128, D=256), LENGTHS),
     "branch_mix_norm": (dict(L=128, D=256), LENGTHS),
+    "gated_norm": (dict(L=128, D=256), LENGTHS),
     "causal_conv1d_step": (dict(D=256), [dict(B=1), dict(B=16)]),
     "ssd_step": (dict(P=128, N=128), [dict(B=1), dict(B=16)]),
     "gated_delta_step": (dict(K=128, V=128), [dict(B=1), dict(B=16)]),

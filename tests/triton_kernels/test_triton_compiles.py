@@ -20,6 +20,7 @@ FIRST = {
     "window_attention": 4,
     "causal_conv1d": 3,
     "branch_mix_norm": 2,
+    "gated_norm": 2,
     "causal_conv1d_step": 1,
     "ssd_step": 1,
     "gated_delta_step": 1,

@@ -8,7 +8,7 @@ import torch
 import linmu_ops
 from linmu_ops._testing import check_implementation
 from tests.covering import covering
-from tests.ops.cases import branch_mix_norm, causal_conv1d, causal_conv1d_step, ssd_step
+from tests.ops.cases import branch_mix_norm, causal_conv1d, causal_conv1d_step, gated_norm, ssd_step
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,3 +53,19 @@ def test_gradient_of_a_mix_of_branches_far_apart(mix):
             return linmu_ops.branch_mix_norm(**inputs)
 
     branch_mix_norm.check_gradient_of_a_mix_far_apart(op, mix, draws=5, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("before", [False, True], ids=["gate first", "norm first"])
+@pytest.mark.parametrize("case", [*gated_norm.CASES, (1, 2, 2100, 2), *gated_norm.EMPTY], ids=str)
+def test_gated_norm_kernels(case, before, dtype):
+    inputs = gated_norm.make_inputs(case, dtype, before) | dict(eps=1e-3)
+    check("gated_norm", inputs, gated_norm.wrt(inputs))
+    del inputs["weight"]
+    check("gated_norm", inputs, gated_norm.wrt(inputs))
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["gate first", "norm first"])
+def test_gated_norm_of_gates_that_are_open_or_shut(before):
+    z = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 1e4]).reshape(1, 6, 1).repeat(1, 1, 16)
+    check("gated_norm", dict(x=torch.randn(1, 6, 16), z=z, norm_before_gate=before), ["x", "z"])
