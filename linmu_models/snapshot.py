@@ -120,8 +120,10 @@ class CacheSnapshot:
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, target)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, SafetensorError):  # as safetensors tells of a full disk
+                raise OSError(f"{target} could not be written: {error}") from error
             raise
 
     @classmethod

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
@@ -155,6 +155,22 @@ def test_what_a_file_must_be(saved, tmp_path, change, said):
     with pytest.raises(ValueError, match=f"load: .*state.* {said}" if "of layer 0 must" not in said else said) as error:
         linmu_models.load_cache(tmp_path / "state", student("qwen2"))
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_an_os_error_and_keeps_the_old_file(saved, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+    model, old = student("qwen2"), saved.read_bytes()
+    value = linmu_models.CacheSnapshot.load(saved, model)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(snapshots, "save_file", full)
+    before = sorted(saved.parent.iterdir())
+    with pytest.raises(OSError, match="could not be written: I/O error: No space left"):
+        value.save(saved, model)
+    assert saved.read_bytes() == old and sorted(saved.parent.iterdir()) == before
 
 
 def test_a_damaged_file_is_refused(saved, tmp_path):
