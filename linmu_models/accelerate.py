@@ -216,8 +216,7 @@ def _before(state: Tensor | None, *inputs: Tensor | None) -> Tensor | None:
 def _segments(given: dict[str, Any], batch: int, length: int, like: Tensor) -> Tensor | None:
     """seq_idx of packed rows, as one package of kernels calls it, or of the bounds that another takes."""
     if given.get("seq_idx") is not None:
-        index: Tensor = given["seq_idx"].int()
-        return index
+        return compat.numbered(given["seq_idx"])
     bounds = given.get("cu_seqlens")
     if bounds is None:
         return None

@@ -12,6 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from linmu_ops.compat import numbered
+
 from .accelerate import accelerate_transformers
 from .attention import attention_window
 from .hooks import attention_modules, decoder_of
@@ -103,7 +105,7 @@ def each_alone(teacher: Any, seq_idx: Tensor) -> Iterator[None]:
     before = config._attn_implementation
     _lengths.update(dict.fromkeys(modules, lengths))
     linear = [layer.linear_attn for layer in decoder_of(teacher).layers if hasattr(layer, "linear_attn")]
-    numbers = seq_idx.int()
+    numbers = numbered(seq_idx)
     told = [
         module.register_forward_pre_hook(lambda _, args, given: (args, {**given, "seq_idx": numbers}), with_kwargs=True)
         for module in linear

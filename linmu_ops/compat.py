@@ -92,7 +92,7 @@ def mamba_chunk_scan_combined(
         dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
         dt_bias, dt_softplus = None, False
     state = None if initial_states is None else initial_states.to(acc)
-    sequences = None if seq_idx is None else seq_idx.int()
+    sequences = None if seq_idx is None else numbered(seq_idx)
     own: dict[str, Any] = dict(D=None if by_channel else D, dt_bias=dt_bias, dt_softplus=dt_softplus)
     B, C = B.to(x.dtype), C.to(x.dtype)
     ends: tuple[Tensor, ...] = ()
@@ -105,13 +105,22 @@ def mamba_chunk_scan_combined(
         pieces = [[t[:, a:b] for t in (x, dt, B, C)] for a, b in itertools.pairwise(bounds)]
         parts = [ssd_scan(x, dt, A, B, C, **own, return_final_state=True) for x, dt, B, C in pieces]
         y, ends = torch.cat([part[0] for part in parts], dim=1), (torch.cat([part[1] for part in parts]),)
-        last = ends[0][-1:]
+        # Empty sequences at the end begin after the last token.
+        last = parts[max(bounds.index(x.shape[1]) - 1, 0)][1]
     if by_channel or z is not None:
         wide = y.to(acc)
         wide = wide + x.to(acc) * D.to(acc) if by_channel and D is not None else wide
         y = (wide if z is None else wide * F.silu(z.to(acc))).to(x.dtype)
     states = (*((last,) if return_final_states else ()), *ends)
     return (y, *states) if states else y
+
+
+def numbered(seq_idx: Tensor) -> Tensor:
+    """(B, L) int32 that changes where seq_idx does: 64 bits are not cut off, by which two sequences may differ."""
+    if seq_idx.dtype == torch.int32:
+        return seq_idx
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return begins[:, : seq_idx.shape[1]].cumsum(1, dtype=torch.int32)
 
 
 def _bounds(
@@ -223,7 +232,7 @@ def _update(
         assert isinstance(y, Tensor)
         wide = y.reshape(x.shape).to(acc)
         if state.dtype != acc or not state.is_contiguous():
-            state.copy_(ours.reshape(state.shape))
+            state.copy_(ours.reshape(state.shape).to(state.dtype))  # PyTorch 2.13 loses the sign of a negative view
     else:
         _registry.warn_once(
             "selective_state_update",
@@ -233,7 +242,7 @@ def _update(
         step = (F.softplus(step) if dt_softplus else step)[..., None]
         b, c = (t.to(acc).repeat_interleave(heads // t.shape[1], dim=1) for t in (B, C))
         new = state.to(acc) * (step * A.to(acc)).exp() + step * x.to(acc)[..., None] * b[:, :, None]
-        state.copy_(new)
+        state.copy_(new.to(state.dtype))
         wide = (new @ c[..., None])[..., 0]
     wide = wide if D is None else wide + x.to(acc) * D.to(acc)
     return (wide if z is None else wide * F.silu(z.to(acc))).to(x.dtype)
@@ -286,7 +295,7 @@ def causal_conv1d_fn(
     if final_states_out is not None and not return_final_states:
         raise ValueError(f"{op}: final_states_out must be None without return_final_states, got a tensor")
     y, last = causal_conv1d(
-        x.transpose(1, 2), weight, bias, activation=silu, seq_idx=None if seq_idx is None else seq_idx.int(),
+        x.transpose(1, 2), weight, bias, activation=silu, seq_idx=None if seq_idx is None else numbered(seq_idx),
         initial_state=None if initial_states is None else initial_states.transpose(1, 2), return_final_state=True,
     )  # fmt: skip
     y, last = y.transpose(1, 2), last.transpose(1, 2)

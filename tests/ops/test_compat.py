@@ -112,6 +112,13 @@ def test_states_after_each_sequence_of_a_row():
     torch.testing.assert_close(ends, torch.cat([states[2], empty, states[6], states[10]]), **FLOAT64)
     y, ends = mamba_chunk_scan_combined(**inputs, **ways, cu_seqlens=bounds, return_varlen_states=True)
     assert ends.shape[0] == 4
+    # Sequences at the end without a token are before none.
+    last, ends = mamba_chunk_scan_combined(
+        **inputs, **ways, cu_seqlens=torch.tensor([0, 3, 7, 11, 11]), return_final_states=True,
+        return_varlen_states=True,
+    )[1:]  # fmt: skip
+    torch.testing.assert_close(last, states[-1], **FLOAT64)
+    torch.testing.assert_close(ends, torch.cat([states[2], states[6], states[10], empty]), **FLOAT64)
     for changes, words in (
         (dict(seq_idx=None), r"seq_idx must change where cu_seqlens does, at \[3, 7\], got none"),
         (dict(seq_idx=seq_idx.roll(1, 1)), r"seq_idx must change where cu_seqlens does, at \[3, 7\], got \[1, 4, 8\]"),
@@ -123,6 +130,15 @@ def test_states_after_each_sequence_of_a_row():
             mamba_chunk_scan_combined(
                 **inputs, **{**ways, "cu_seqlens": bounds, "return_varlen_states": True} | changes
             )
+
+
+def test_sequences_whose_numbers_differ_beyond_32_bits():
+    inputs, parts = scan_inputs(), (torch.arange(11) > 4).expand(2, 11)
+    far_apart, near = 2**32 * parts.long() + 7, parts.int()
+    ys = [mamba_chunk_scan_combined(**inputs, chunk_size=4, seq_idx=s) for s in (far_apart, near)]
+    assert torch.equal(*ys)
+    x, weight = noise(2, 5, 11), noise(5, 4, seed=1)
+    assert torch.equal(*(causal_conv1d_fn(x, weight, seq_idx=s) for s in (far_apart, near)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -190,6 +206,15 @@ def test_a_step_of_no_row_changes_nothing(kind):
     before, slots = state.clone(), torch.full(inputs["x"].shape[:1], -1)
     assert not selective_state_update(state, **inputs, state_batch_indices=slots).any()
     assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("kind", ["head", "channel", "all"])
+def test_a_step_of_a_half_precision_state_that_is_a_negative_view(kind):
+    inputs, state = step_inputs(kind)
+    inputs, state = {n: t.float() for n, t in inputs.items()}, state.half()
+    plain, negative = state.clone(), torch._neg_view(-state)
+    ys = [selective_state_update(s, **inputs, dt_softplus=True) for s in (plain, negative)]
+    assert torch.equal(*ys) and torch.equal(plain, negative)
 
 
 def test_the_plain_step_warns_once():
