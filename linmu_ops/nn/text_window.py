@@ -117,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The same with the log-sum-exp of the scores, in the accumulate dtype."""
-    if autocasts(q.device):
+    if autocasts(q.device) and q.dtype != torch.float64:  # which autocast leaves as it is
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     if not torch.compiler.is_dynamo_compiling() and _transforms.active():
         return _differentiable(q, k, v, mask, scale)

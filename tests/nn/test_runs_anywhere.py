@@ -47,6 +47,18 @@ def test_autocast_and_bfloat16(name):
         half(z[:, :1].bfloat16(), **step, state=half.init_state(2))
 
 
+@pytest.mark.parametrize("name", [*COMPILED, "literal", "exact_wide", "exact_delta"])
+def test_float64_under_autocast(name):
+    """Which leaves it as it is."""
+    block = build(OPTIONS[name])
+    z, rotary, blocks = prompt()
+    call = dict(layout=layout_of(blocks, z.shape[1]), position_embeddings=rotary)
+    want = block(z, **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = block(z, **call)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile(name):
     """One graph, whatever the layout."""
