@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Where autograd records, also within inference mode, which torch.func.grad does not end."""
+    # Of the mode torch.func.grad leaves on what hides autograd's kernels, and no flag that tells.
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def ordinary(values: Sequence[Any]) -> list[Any]:
+    """Values of which, within `recording`, a graph can be made: tensors of inference mode cannot be kept for one."""
+    return [v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in values]
 
 
 def gradients(
@@ -26,13 +40,14 @@ def gradients(
         out = out if isinstance(out, tuple) else (out,)
         return tuple(o for o, g in zip(out, grad_outputs, strict=True) if g is not None)
 
-    given = tuple(g for g in grad_outputs if g is not None)
+    given: Sequence[Tensor] = tuple(g for g in grad_outputs if g is not None)
     if torch._C._are_functorch_transforms_active():
         _, pull = torch.func.vjp(outputs, *(inputs[i] for i in at))[:2]
-        found = iter(pull(given))
+        found = iter(pull(tuple(given)))
     else:
         # Not so here: PyTorch 2.13 crashes where a kernel that a dispatch mode called begins a transform.
-        with torch.enable_grad():
+        with recording():
+            inputs, given = ordinary(inputs), ordinary(given)
             leaves = [inputs[i].detach().requires_grad_() for i in at]
             made = [(o, g) for o, g in zip(outputs(*leaves), given, strict=True) if o.requires_grad]
             grads = torch.autograd.grad([o for o, _ in made], leaves, [g for _, g in made], allow_unused=True)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _autograd
 from .._directions import Direction, Reverse, with_own
 from ..reference._visits import LEAST_MASS
 from ..ssd_scan import ARGUMENTS, DIFFERENTIABLE
@@ -396,7 +397,8 @@ def ssd_scan_bwd(
     *inputs, chunk_size = args
     given = dict(zip(ARGUMENTS, inputs, strict=True))
     small = ("dt", "A", "dt_bias", "reverse_dt", "reverse_A", "reverse_dt_bias", "gate")
-    with torch.enable_grad():
+    with _autograd.recording():
+        given = dict(zip(given, _autograd.ordinary([*given.values()]), strict=True))
         leaves = {n: given[n].detach().requires_grad_() for n in small if given[n] is not None}
         run = _Launch({**given, **leaves}, chunk_size)
     graph = [t for v in (run.forward, run.reverse) if v is not None for t in v]

@@ -135,6 +135,17 @@ def test_functional_gradients(op, impl):
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_functional_gradients_within_inference_mode(op, impl):
+    f, values = case(op)
+    every = tuple(range(len(values)))
+    want = torch.func.grad(f, every)(*values)
+    with torch.inference_mode():
+        for given in (values, [v.clone() for v in values]):  # of outside, and of inference mode
+            for g, w in zip(torch.func.grad(f, every)(*given), want, strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_vmap(op, impl):
     """Alone, over a gradient, under a gradient, and under a backward pass."""
     f, values = case(op)
