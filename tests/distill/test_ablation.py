@@ -121,6 +121,7 @@ def test_a_table_is_gone_on_with_and_has_a_page(tmp_path, monkeypatch):
     assert "2 lines of" in run_table(path, ["first"]).read_text()
 
 
+@pytest.mark.sweep
 def test_processes_share_a_table(tmp_path, capsys):
     """What another process holds is passed over; when it is free again and has a result, there is nothing to do."""
     path = _write(tmp_path, teacher=save_teacher(tmp_path / "teacher"))

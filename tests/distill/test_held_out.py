@@ -107,7 +107,10 @@ def test_built_in_tasks_are_for_models_that_can_be_shown_them(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "preset, student",
-    [("exact", {"text_window": 8, "kept_tokens": 4}), ("paper", {"branches": "flex", "reverse": False})],
+    [
+        ("exact", {"text_window": 8, "kept_tokens": 4}),
+        pytest.param("paper", {"branches": "flex", "reverse": False}, marks=pytest.mark.sweep),
+    ],
 )
 def test_a_language_model_is_distilled(folder, tmp_path, preset, student):
     def sets(name):

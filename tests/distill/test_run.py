@@ -431,7 +431,8 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_accelerate_launch(teacher, tmp_path, parallel):
     """Two processes, one of them late, give the curves of one process with twice the micro-batches."""
     changes = dict(evaluation={"samples": 0, "speed_lengths": []})

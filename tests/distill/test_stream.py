@@ -193,7 +193,13 @@ def beside_text(folder, output, **changes):
     return config(folder, output, data=data, **{f"stage{i}": {"steps": 8} for i in (1, 2, 3)}, **changes)
 
 
-@pytest.mark.parametrize("preset, student", [("paper", {}), ("exact", {"text_window": 4, "window": [1, 1, 1]})])
+@pytest.mark.parametrize(
+    "preset, student",
+    [
+        ("exact", {"text_window": 4, "window": [1, 1, 1]}),
+        pytest.param("paper", {}, marks=pytest.mark.sweep),
+    ],
+)
 def test_text_beside_pictures(folder, tmp_path, preset, student):
     """Batches of text alone give nothing to what acts on visual tokens, and have no question for the teacher."""
     mixed = beside_text(folder, tmp_path, preset=preset, student=student)

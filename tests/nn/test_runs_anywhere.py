@@ -133,6 +133,7 @@ def test_compiled_grid():
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_inductor():
     block, z, call = float_call("all")
     block.prepare_layout(call["layout"], z.device)
