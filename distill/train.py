@@ -234,7 +234,8 @@ class StageTrainer:
         if self.accelerator.num_processes == 1:
             return objective
         if not self.config.sharded:
-            return objective if objective.by_block else self.accelerator.prepare(objective)
+            # It is placed already: to move it to where it is copies what it shares with the teacher, on a CPU.
+            return objective if objective.by_block else self.accelerator.prepare(objective, device_placement=[False])
         shard(objective, self.student, self.teacher.model, self.accelerator)
         now = dict(self.student.named_parameters())
         self.trainable = {name: now[name] for name in self.trainable}
