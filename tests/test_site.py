@@ -35,6 +35,16 @@ def slugs(page):
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in words}
 
 
+def test_each_docstring_that_a_page_asks_for_is_there():
+    asked = [
+        name for page in DOCS.rglob("*.md") for name in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert len(asked) > 20
+    for name in asked:
+        module, _, member = name.rpartition(".")
+        assert getattr(importlib.import_module(module), member).__doc__, name
+
+
 def test_each_anchor_is_a_heading():
     pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "distill" / "README.md"]
     found = 0
