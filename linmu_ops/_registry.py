@@ -470,6 +470,31 @@ def _within_limits(op: str, impl: str, like: torch.Tensor, args: tuple[Any, ...]
     return "reference"
 
 
+def check_apart(op: str, *written: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError where what an op writes to lies in the memory of another of its arguments, which kernels read
+    while they write. PyTorch's own ops refuse this, too. Within a graph or a transform tensors have no place yet."""
+    if torch.compiler.is_compiling() or _transforms.active():
+        return
+    for name in written:
+        mine = tensors[name]
+        for other, t in tensors.items():
+            if mine is None or t is None or other == name:
+                continue
+            if torch._C._is_alias_of(mine, t) and _overlap(mine, t):  # type: ignore[attr-defined]
+                raise ValueError(f"{op}: {name} must be in memory of its own, as it is written to, got that of {other}")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one storage meet, from their first elements to their last."""
+    ends = []
+    for t in (a, b):
+        if not t.numel():
+            return False
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        ends.append((t.storage_offset() * t.itemsize, (t.storage_offset() + last + 1) * t.itemsize))
+    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+
+
 def mark_written(state: torch.Tensor) -> None:
     """Before an op that writes to `state`: let autograd know, as of PyTorch's own, lest a backward pass reads it."""
     if not torch.compiler.is_compiling() and not state.is_inference():

@@ -45,12 +45,14 @@ def causal_conv1d_step(
     d("state", state, "B n D", x.dtype)
     if d["n"] < d["K"] - 1:
         raise ValueError(f"causal_conv1d_step: state must hold n >= {d['K'] - 1} inputs, got {d['n']}")
-    d.same_device(x, state=state, weight=weight, bias=bias)
+    given = dict(state=state, weight=weight, bias=bias)
+    d.same_device(x, **given)
     if not (state.is_contiguous() or state.mT.is_contiguous()):
         raise ValueError(
             f"causal_conv1d_step: state must be contiguous, or the transpose of what is, got strides {state.stride()}"
         )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, weight, bias)):
+    _registry.check_apart("causal_conv1d_step", "state", x=x, **given)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given.values())):
         raise RuntimeError(
             "causal_conv1d_step: has no gradient; run it under torch.no_grad(), or use causal_conv1d with L = 1"
         )

@@ -147,6 +147,7 @@ def exact_step(
         t = given[name]
         if t is not None and not t.is_contiguous():
             raise ValueError(f"exact_step: {name} must be contiguous, got strides {t.stride()}")
+    _registry.check_apart("exact_step", *STATE, q=q, **given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *given.values())):
         raise RuntimeError("exact_step: has no gradient; run it under torch.no_grad(), or use ExactMMATE")
     return run(

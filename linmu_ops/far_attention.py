@@ -110,6 +110,7 @@ def far_attention(
     d.same_device(q, **given)
     if not y.is_contiguous():
         raise ValueError(f"far_attention: y must be contiguous, got strides {y.stride()}")
+    _registry.check_apart("far_attention", "y", q=q, **given)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, *given.values())):
         raise RuntimeError("far_attention: has no gradient; run it under torch.no_grad(), or use ExactMMATE")
     factor = q.shape[3] ** -0.5

@@ -63,12 +63,14 @@ def gated_delta_step(
     d("beta", beta, "B H", FLOATS)
     for name, part in (("q", "Gq"), ("k", "Gk"), ("v", "Gv")):
         d.divides(name, part, "H")
-    d.same_device(q, state=state, k=k, v=v, g=g, beta=beta)
+    given = dict(state=state, k=k, v=v, g=g, beta=beta)
+    d.same_device(q, **given)
     factor = default_scale("gated_delta_step", scale, q)
     check_flags("gated_delta_step", use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
     if not state.is_contiguous():
         raise ValueError(f"gated_delta_step: state must be contiguous, got strides {state.stride()}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (state, q, k, v, g, beta)):
+    _registry.check_apart("gated_delta_step", "state", q=q, **given)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, *given.values())):
         raise RuntimeError(
             "gated_delta_step: has no gradient; run it under torch.no_grad(), or use gated_delta_scan with L = 1"
         )

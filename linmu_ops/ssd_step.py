@@ -71,10 +71,12 @@ def ssd_step(
     d.optional("dt_bias", dt_bias, "H", FLOATS)
     for name, part in (("x", "Gx"), ("B", "Gb"), ("C", "Gc")):
         d.divides(name, part, "H")
-    d.same_device(x, state=state, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
+    given = dict(state=state, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias)
+    d.same_device(x, **given)
     if not state.is_contiguous():
         raise ValueError(f"ssd_step: state must be contiguous, got strides {state.stride()}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, x, dt, A, B, C, D, dt_bias)):
+    _registry.check_apart("ssd_step", "state", x=x, **given)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given.values())):
         raise RuntimeError("ssd_step: has no gradient; run it under torch.no_grad(), or use ssd_scan with L = 1")
     small = [None if t is None else t.to(acc) for t in (dt, A, D, dt_bias)]
     _registry.mark_written(state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -139,3 +141,34 @@ def test_any_other_mix_is_refused(op):
         named = name.replace("reverse_", "reverse.")
         with pytest.raises(TypeError, match=f"^{op}: {named} must be (bfloat16|float32), got float16$"):
             run_op(op, **inputs)
+
+
+STEPS = [op for op in OPS if written(op)]
+
+
+def within(whole, like, start):
+    """A view of `whole`, as wide as `like`."""
+    return whole.flatten()[start : start + like.numel()].view(like.shape)
+
+
+@pytest.mark.parametrize("op", STEPS)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_what_is_written_shares_no_memory_with_what_is_read(impl, op):
+    """Kernels read while they write. What lies beside it is another's."""
+    for target, name in itertools.product(written(op), tensors_of(op)):
+        inputs = call_of(op)
+        mine, other = inputs[target], inputs[name]
+        if target == name or mine.dtype != other.dtype:
+            continue
+        both = torch.cat([mine.flatten(), other.flatten()])
+        inputs[target] = within(both, mine, 0)
+        last = mine.numel() - 1
+        for start in {max(0, last + 1 - other.numel()), last}:
+            shared = inputs | {name: within(both, other, start)}
+            before = both.clone()
+            message = f"^{op}: ({target} .*got that of {name}|{name} .*got that of {target})$"
+            with linmu_ops.use_impl(f"{op}:{impl}"), pytest.raises(ValueError, match=message):
+                run_op(op, **shared)
+            assert torch.equal(both, before)
+        inputs[name] = within(both, other, mine.numel())
+        assert_same(impl, results(op, impl, inputs), results(op, impl, call_of(op)))
