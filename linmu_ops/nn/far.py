@@ -146,7 +146,7 @@ class FarAttention(Decaying):
         nothing, zero = q.new_zeros(q.shape[0], groups, P), q.new_zeros(q.shape[0], groups, N)
         dt = ssm.new_zeros(q.shape[0], self.shape.num_heads)
         y, log_total = ssd_step(
-            ssm, nothing, dt, ssm.new_zeros(dt.shape[1]), zero, self._queries(q)[:, 0], normalize=True
+            ssm.contiguous(), nothing, dt, ssm.new_zeros(dt.shape[1]), zero, self._queries(q)[:, 0], normalize=True
         )
         return self._gated(hidden_states, y[:, None], log_total[:, None].clamp(min=_NOTHING))
 

@@ -220,7 +220,10 @@ class Scan(Decaying):
         ssm = None if call.state is None else call.state.ssm
         few = layout is None and ssm is not None and call.context is None and _one_by_one(z)
         if few and ssm is not None and written_in_place():
-            steps = [ssd_step(ssm, x[:, i], dt[:, i], A, B[:, i], C[:, i], **scan) for i in range(z.shape[1])]
+            packed = ssm.contiguous()
+            steps = [ssd_step(packed, x[:, i], dt[:, i], A, B[:, i], C[:, i], **scan) for i in range(z.shape[1])]
+            if not ssm.is_contiguous():
+                ssm.copy_(packed)
             return torch.stack([y for y in steps if isinstance(y, Tensor)], dim=1), ssm
         if layout is not None and self.reverse:
             gate = self.gate if self.gate_proj is None else self.gate_proj(z).to(acc) + self.gate

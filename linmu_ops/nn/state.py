@@ -135,8 +135,20 @@ def check_state(op: str, state: MMATEState, batch: int, kept: int) -> None:
                 f"{op}: state.{name} must be float32 or float64, as it is under FSDP2 with "
                 f"MixedPrecisionPolicy(cast_forward_inputs=False), got {kind}"
             )
+        if tensor is not None and not name.startswith("slab_") and _is_expanded(tensor) and written_in_place():
+            raise ValueError(
+                f"{op}: state.{name} must be in memory of its own, as it is written to, got strides {tensor.stride()}; "
+                "state.repeat(n) makes n rows of each"
+            )
     if state.keys is not None and state.keys.shape[2] != kept:
         raise ValueError(f"{op}: state.keys must be of {kept} tokens, as the options say, got {state.keys.shape[2]}")
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether several elements are kept once."""
+    if torch.compiler.is_compiling() or t.is_contiguous():
+        return False
+    return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
 def _in_function() -> bool:

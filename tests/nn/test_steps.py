@@ -168,3 +168,50 @@ def test_who_looks_at_a_map_sees_three_axes_in_steps_too(kind, see):
         other(torch.randn(2, 1, 24), state=state)
         shapes += found
     assert set(shapes) == {((2, 1), (2, 1))}
+
+
+def every_other(t):
+    """Every second row of a larger tensor."""
+    wide = t.new_zeros(2 * t.shape[0], *t.shape[1:])
+    wide[::2] = t
+    return wide[::2]
+
+
+def turned(t):
+    """The last dimension outermost."""
+    return t.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+def offset(t):
+    """Not at the start of its storage."""
+    return torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("layout", [every_other, turned, offset], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", list(BLOCKS))
+@torch.no_grad()
+def test_a_state_is_written_wherever_it_lies(kind, layout):
+    made = block(kind, torch.float64)
+    _, packed = made(torch.randn(2, 23, 24, dtype=torch.float64), return_state=True)
+    held = clone(packed).map(layout)
+    for tokens in (1, 1, 3, STEPS + 1, 1):
+        z = torch.randn(2, tokens, 24, dtype=torch.float64)
+        torch.testing.assert_close(made(z, state=held), made(z, state=packed))
+    for mine, theirs in zip(held, packed, strict=True):
+        assert (mine is None and theirs is None) or torch.testing.assert_close(mine, theirs) is None
+
+
+@pytest.mark.parametrize("tokens", [1, STEPS + 1])
+@pytest.mark.parametrize("kind", list(BLOCKS))
+@torch.no_grad()
+def test_rows_that_are_kept_once_are_refused_before_any_is_written(kind, tokens):
+    """As of `expand`, where one was meant to go on in several ways."""
+    made, name = block(kind, torch.float32), "MMATE" if kind.startswith("paper") else "ExactMMATE"
+    _, one = made(torch.randn(1, 23, 24), return_state=True)
+    for field in (f for f, t in one._asdict().items() if t is not None):
+        two = one.repeat(2)
+        two = two._replace(**{field: getattr(one, field).expand(2, *getattr(one, field).shape[1:])})
+        before = clone(two)
+        with pytest.raises(ValueError, match=rf"^{name}: state\.{field} must be in memory of its own, .*repeat"):
+            made(torch.randn(2, tokens, 24), state=two)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(two, before, strict=True))
