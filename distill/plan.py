@@ -87,7 +87,7 @@ class StagePlan:
     step_tokens: int
     """Of all processes."""
     step_flops: float
-    """Of all processes; what a checkpointed layer does twice counts twice. The vision tower is left out."""
+    """Of all processes; what a checkpointed layer does twice counts twice."""
 
     @property
     def total(self) -> int:
@@ -155,8 +155,22 @@ def _plan_stage(config: Config, number: int, gpus: int, teacher_config: PreTrain
     step_tokens = work.tokens * config.gradient_accumulation * gpus // config.context
     return StagePlan(
         stage, weights, gradients, optimiser, live, buffers, trained, step_tokens,
-        flops * config.gradient_accumulation * gpus,
+        (flops + _tower_flops(stage, teacher_config, work)) * config.gradient_accumulation * gpus,
     )  # fmt: skip
+
+
+def _tower_flops(stage: Stage, teacher_config: PreTrainedConfig, work: Work) -> int:
+    """Of the vision tower in a micro-batch. Each of those that share rows encodes all of their pixels."""
+    if not work.vision:
+        return 0
+    total = 0
+    for times, config in plan_tower.parts(teacher_config, _cut(teacher_config, 1)):
+        with torch.device("meta"):
+            model: Any = auto_class(config).from_config(config, dtype=torch.float32)
+        with _fake(model):
+            total += times * plan_tower.flops(model, plan_tower.on_device(work.vision))
+    # The student has the teacher's features, but where its batch is another: with the teacher's answers behind it.
+    return total * (3 if "sequence" in stage.losses and not learns_by_block(stage) else 1)
 
 
 def _from_others(config: Config, models: "_Models", work: Work, layers: int) -> int:
@@ -267,15 +281,12 @@ def _work(config: Config, number: int, teacher_config: PreTrainedConfig) -> Work
     if data.is_plain_text or not sees_images(teacher_config):
         return Work(1, tokens, tokens - 1 if data.is_plain_text else tokens // 4)
     # A video is most of it.
-    vision = teacher_config.vision_config
-    merge, patch = getattr(vision, "spatial_merge_size", 1), getattr(vision, "patch_size", 14)
-    frame = max(1, (data.frame_pixels or 2**17) // (patch * merge) ** 2)
-    high = math.isqrt(frame)
-    frames = max(1, 3 * tokens // 4 // (high * (frame // high)))
-    grid = (frames, high, frame // high)
-    visual = frames * high * (frame // high)
+    height, width = plan_tower.frame(data.frame_pixels or 2**17, teacher_config)
+    frames = max(1, 3 * tokens // 4 // (height * width))
+    grid = (frames, height, width)
+    visual = math.prod(grid)
     if visual >= tokens:
-        raise PlanError(f"data.max_tokens must be more than a frame's {frame} tokens, got {tokens}")
+        raise PlanError(f"data.max_tokens must be more than a frame's {height * width} tokens, got {tokens}")
     layout = TokenLayout([[0, *grid]], list(range(tokens - visual - 1, tokens - 1)), 1, tokens)
     return Work(1, tokens, tokens // 8, layout, plan_tower.video(*grid, teacher_config))
 
@@ -510,8 +521,8 @@ def table(config: Config, stages: Sequence[StagePlan], gpus: int, memory: float,
         )
     total = sum(row.hours(gpus, tflops, share) for row in stages)
     lines.append(
-        f"{total:.1f} hours in all, at {share:.0%} of {tflops:g} TFLOP/s a GPU. Not in it: the vision tower, reading, "
-        "and the teacher's own answers (`linmu answers`)."
+        f"{total:.1f} hours in all, at {share:.0%} of {tflops:g} TFLOP/s a GPU. Not in it: reading, and the "
+        "teacher's own answers (`linmu answers`)."
     )
     lines += [
         f"stage {row.stage.number} does not fit: it needs {row.total / GB:.1f} of {memory:g} GB"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,26 @@ from .losses import IGNORE, Head, Kept
 from .parallel import from_first
 
 Batch = dict[str, Tensor]
+
+
+class Medium(NamedTuple):
+    """The names that transformers has for one kind of medium.
+
+    Attributes:
+        features: the model's method that runs the vision tower.
+        pixels: what it is given.
+        grid: the sizes of it, where the model takes them as a grid.
+    """
+
+    features: str
+    pixels: str
+    grid: str
+
+
+MEDIA = (
+    Medium("get_image_features", "pixel_values", "image_grid_thw"),
+    Medium("get_video_features", "pixel_values_videos", "video_grid_thw"),
+)
 
 
 class Source(Protocol):
@@ -111,12 +131,9 @@ def shared_vision_features(*models: PreTrainedModel) -> Iterator[None]:
 
     try:
         for model in models:
-            for name, argument in (
-                ("get_image_features", "pixel_values"),
-                ("get_video_features", "pixel_values_videos"),
-            ):
-                if hasattr(model.model, name):
-                    share(model.model, name, argument)
+            for medium in MEDIA:
+                if hasattr(model.model, medium.features):
+                    share(model.model, medium.features, medium.pixels)
         yield
     finally:
         for core, name, before in reversed(patched):

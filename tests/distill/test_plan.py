@@ -1,17 +1,19 @@
 """`linmu plan` says what training takes: held to the bytes that live while a stage trains."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.utils.flop_counter import FlopCounterMode
 from training import in_processes
 from transformers import LlamaConfig, Qwen2_5_VLConfig
 from typer.testing import CliRunner
 
 import linmu_ops
-from linmu_distill import cli, plan
+from linmu_distill import cli, plan, plan_tower
 from linmu_distill.config import parse_config
 from linmu_distill.live import LiveBytes
 from linmu_distill.objective import Teacher
@@ -187,6 +189,36 @@ def test_a_plan_of_videos_is_what_training_takes(tmp_path, processes, number, mo
     found = max(int((tmp_path / str(rank)).read_text()) for rank in range(processes))
     buckets = 2 * plan._BUCKETS if number == 3 and processes > 1 else 0  # DDP's, which so few gradients do not fill
     assert row.total - buckets == pytest.approx(found, rel=0.1), f"planned {row}, found {found}"
+
+
+@pytest.mark.parametrize("depth, far", [(4, [1, 3]), (1, []), (1, [0]), (3, [0, 1, 2, 7])])
+def test_the_towers_products_are_counted(depth, far):
+    """All layers', attention's too, of which only two run, on frames that windows do not divide."""
+    config = qwen(2, 64, 32)
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = depth, far
+    config.vision_config._attn_implementation = "eager"
+    work = plan.Work(1, 100, 1, None, plan_tower.video(3, 5, 6, config))
+    model = auto_class(config).from_config(config).model
+    pixels = torch.rand(work.vision["pixel_values_videos"].shape)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model.get_video_features(pixels, work.vision["video_grid_thw"])
+    once = plan._tower_flops(SimpleNamespace(losses={"token": 1.0}, block_input="student"), config, work)
+    assert once == counted.get_total_flops() > 0
+
+
+def test_hours_have_the_tower_in_them(tmp_path):
+    """Each process that shares rows encodes all of their pixels; a batch with the teacher's answers behind it is
+    encoded for the student alone, twice as long."""
+    data = {"sets": {"videos": {"format": "onevision", "files": ["none"]}}, "max_tokens": 768, "frame_pixels": 2**14}
+    steps = {"stage1": {"steps": 2}, "stage3": {"steps": 2}}
+    config, small, wide = config_of(tmp_path, 0, data=data, **steps), qwen(2, 64, 32), qwen(2, 64, 320)
+    one, three = ([row.step_flops for row in plan.plan(config, 1, teacher)] for teacher in (small, wide))
+    for stage, times, less, more in zip((1, 3), (1, 3), one, three, strict=True):
+        tower = [plan._tower_flops(config.stage(1), t, plan._work(config, stage, t)) for t in (small, wide)]
+        assert more - less == pytest.approx(times * (tower[1] - tower[0]), rel=1e-6)
+    shared = config_of(tmp_path, 0, data=data, parallel=["ddp", 2], **{**steps, "stage3": {"steps": 0}})
+    less, more = (plan.plan(shared, 2, teacher)[0].step_flops for teacher in (small, wide))
+    assert more - less == pytest.approx(2 * (three[0] - one[0]), rel=1e-6)
 
 
 def test_a_plan_of_many(tmp_path):
