@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from .parallel import from_first
+from .parallel import ANOTHER_ENDED, from_first, is_of_another
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{9})")
@@ -54,6 +55,8 @@ def _first_reason(error: BaseException) -> str:
     """One line of what went wrong, on the first process on which it did."""
     while isinstance(error, CheckpointException) and error.failures:
         error = error.failures[min(error.failures)][0]
+    if is_of_another(error):
+        return ANOTHER_ENDED
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -182,18 +185,10 @@ class CheckpointStore:
     def _write(
         self, step: int, files: dict[str, Any], tensors: dict[str, Tensor], group: dist.ProcessGroup | None
     ) -> None:
-        partial = self.folder / f".partial-{step:09d}"
+        partial = None
         first = dist.get_rank(group) == 0 if group else True
         try:
-            if first:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob(".partial-*"):
-                    shutil.rmtree(stale)
-                partial.mkdir()
-                for name, content in files.items():
-                    torch.save(content, partial / name)
-            if group:
-                dist.barrier(group)
+            partial = from_first(lambda: self._begin(step, files), group)
             checkpoint.save(
                 tensors,
                 storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
@@ -204,12 +199,31 @@ class CheckpointStore:
                 self._publish(step, partial)
         except (OSError, RuntimeError, CheckpointException) as error:
             # torch.save reports a failed write as a RuntimeError.
-            with contextlib.suppress(OSError):
+            if partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             last = self.steps()
             kept = f"the last good one is at step {last[-1]}" if last else "there is none before it"
             why = _first_reason(error)
             raise CheckpointError(f"the checkpoint at step {step} could not be written ({why}); {kept}") from error
+
+    def _begin(self, step: int, files: dict[str, Any]) -> Path:
+        """A new folder for a checkpoint, with all of it that is small.
+
+        Its name is its own: what outlives a killed run for a moment must not write into, or delete, what the next one
+        writes.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial = self.folder / f".partial-{step:09d}-{secrets.token_hex(4)}"
+        partial.mkdir()
+        try:
+            for name, content in files.items():
+                torch.save(content, partial / name)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return partial
 
     def _publish(self, step: int, partial: Path) -> None:
         """Give a folder whose files are written its manifest and its name."""

@@ -44,7 +44,8 @@ def distill(
         from .train import Interrupted
 
     try:
-        report = run(settings, stage, resume)
+        with _of_others("go on with --resume"):
+            report = run(settings, stage, resume)
     except (ConfigError, RunError, HandoffError, DataError, TrainingError, CheckpointError, OSError) as error:
         stop(error)
     except Interrupted as error:
@@ -70,7 +71,8 @@ def answers(
         from .run import RunError
 
     try:
-        line = decode_ahead(settings, processes, batch)
+        with _of_others("the same command goes on"):
+            line = decode_ahead(settings, processes, batch)
     except (RunError, DataError, OSError) as error:
         stop(error)
     except KeyboardInterrupt:
@@ -140,6 +142,19 @@ def evaluate(
     except (EvaluationError, OSError, ValueError, SafetensorError) as error:
         stop(error)
     typer.echo(table)
+
+
+@contextmanager
+def _of_others(advice: str) -> Iterator[None]:
+    """Where another process has ended, this one ends with one line: the reason is in that one's."""
+    from .parallel import ANOTHER_ENDED, is_of_another
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_another(error):
+            raise
+        stop(f"{ANOTHER_ENDED}; its own last line says why; {advice}")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One process, DDP, or FSDP2, and rows that several processes share: what differs between them."""
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +21,10 @@ from linmu_models.config import auto_class
 from linmu_models.modeling import FAMILIES
 
 T = TypeVar("T")
+
+ANOTHER_ENDED = "another process of this run has ended, or does not answer"
+# What gloo, NCCL and the store that processes meet at say when one of them is gone. Few of these have a type.
+_OF_ANOTHER = re.compile(r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe|Timed out waiting")
 
 
 class Sharing(NamedTuple):
@@ -82,6 +87,14 @@ def from_first(work: Callable[[], T], group: Any = None) -> T:
     if failed is not None:
         raise failed
     return value
+
+
+def is_of_another(error: BaseException) -> bool:
+    """Whether an error is that another process has ended, or has not answered in time."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    known = isinstance(error, dist.DistError)
+    return known or (type(error) is RuntimeError and _OF_ANOTHER.search(str(error)) is not None)
 
 
 def _sent(error: Exception) -> Exception:

@@ -159,3 +159,26 @@ def test_small_files_are_replaced_whole(tmp_path):
     write_atomically(path, "old")
     write_atomically(path, "new")
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def _saved_where_the_first_cannot(group, folder):
+    store = CheckpointStore(folder / ("cannot" if group.rank() == 0 else "can") / "c")
+    store.save(3, {"n.pt": 3}, {"x": torch.zeros(4)})
+    with pytest.raises(CheckpointError) as caught:
+        store.wait()
+    return str(caught.value)
+
+
+def test_what_the_first_process_cannot_begin_is_told_to_all(gang, tmp_path):
+    """The others would wait for it, until it comes to ask how its own writing went."""
+    (tmp_path / "cannot").write_text("a file")
+    lines = gang(4, _saved_where_the_first_cannot, tmp_path)
+    assert len(set(lines)) == 1 and "the checkpoint at step 3 could not be written" in lines[0]
+    assert "Not a directory" in lines[0] or "File exists" in lines[0]
+    assert not list((tmp_path / "can").rglob("*"))
+
+
+def test_what_outlives_a_killed_run_writes_elsewhere_than_the_next(tmp_path):
+    stores = [CheckpointStore(tmp_path / "c") for _ in range(2)]
+    old, new = [store._begin(3, {"n.pt": 3}) for store in stores]
+    assert old != new and not old.exists() and [path.name for path in new.iterdir()] == ["n.pt"]

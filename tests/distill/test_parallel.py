@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import pytest
 import stand_ins
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from training import curve, in_processes
 
-from linmu_distill.checkpoint import CheckpointStore
+from linmu_distill import cli
+from linmu_distill.checkpoint import CheckpointError, CheckpointStore
 from linmu_distill.objective import TrainingError
-from linmu_distill.parallel import sharing
+from linmu_distill.parallel import ANOTHER_ENDED, from_first, sharing
 from linmu_distill.student import own_state
 
 
@@ -123,6 +126,43 @@ def test_a_run_of_one_goes_on_in_two(tmp_path, parallel):
     assert len(ours) == 6 and ours[:4] == whole[:4]
     for one, other in zip(ours, whole, strict=True):
         assert one == pytest.approx(other, rel=2e-4)
+
+
+def again_and_again(wait):
+    """A message or two may go to a process that is no more."""
+    while True:
+        wait()
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_end_of_a_process_is_one_line_of_the_others(tmp_path, dead):
+    """Wherever they wait for it: for a sum, for all, for what the first has found, for a checkpoint."""
+
+    def work(rank):
+        torch.set_num_threads(1)
+        accelerator = Accelerator(cpu=True)
+        store = CheckpointStore(tmp_path / "c")
+        store.load()
+        if rank == dead:
+            os.kill(os.getpid(), signal.SIGKILL)
+        waits = [
+            accelerator.wait_for_everyone, lambda: from_first(lambda: 1), lambda: gather_object([1]),
+            lambda: accelerator.reduce(torch.ones(3)), lambda: torch.distributed.barrier(store._group),
+        ]  # fmt: skip
+        for wait in waits:
+            with pytest.raises(cli.typer.Exit), cli._of_others("go on with --resume"):
+                again_and_again(wait)
+        store.save(1, {"n.pt": 1}, {"x": torch.zeros(4)})
+        with pytest.raises(CheckpointError, match=f"could not be written .{ANOTHER_ENDED}.; there is none before it"):
+            store.wait()
+
+    statuses = in_processes(2, work)
+    assert statuses[dead] == -signal.SIGKILL and statuses[1 - dead] == 0
+
+
+def test_other_errors_are_not_laid_at_others_door():
+    with pytest.raises(RuntimeError, match="gloo"), cli._of_others("go on"):
+        raise RuntimeError("gloo: Connection closed by peer")  # One process has no other.
 
 
 def test_a_run_of_one_does_not_go_on_in_two_without_a_batch_for_each(tmp_path):
