@@ -207,13 +207,13 @@ class StageTrainer:
                         self._check_frozen(frozen, before, step)
                         self._save(step, optimizer)
                 if stop:
-                    self.store.wait()
-                    raise Interrupted(
-                        f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume"
-                    )
+                    break
             with spent("saving"):
                 self.store.wait()
             self._last_lap = clock.lap(wait=True)
+        # A signal may also have come while the last checkpoint was on its way.
+        if self._agree(bool(signals)):
+            raise Interrupted(f"stopped at step {step} of stage {self.stage.number}; all is saved, go on with --resume")
         never = set(self.trainable) - self._moved
         broken, resting = sorted(never - self._may_rest), sorted(never & self._may_rest)
         if broken and self.stage.steps > 1:  # LoRA's A gets none in the first step.

@@ -165,6 +165,20 @@ def test_ctrl_c_saves_then_stops(tmp_path):
     assert curve(trainer.folder) == curve(whole.folder)
 
 
+def test_a_signal_that_comes_while_the_last_checkpoint_is_written_is_not_lost(tmp_path, monkeypatch):
+    trainer = stand_ins.stage_trainer(stand_ins.config_of(tmp_path), 1)
+    wait = trainer.store.wait
+
+    def interrupted():
+        wait()
+        if trainer.store.steps()[-1:] == [10]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.store, "wait", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 10 of stage 1; all is saved, go on with --resume"):
+        trainer.run()
+
+
 def test_ctrl_c_in_the_last_step_stops_too(tmp_path):
     """And going on ends the stage as if nothing had been, with means over the last steps of all attempts."""
     config = stand_ins.config_of(tmp_path)
