@@ -296,6 +296,7 @@ class StageTrainer:
         numbers = range(first + self._sharing.number, first + self._batches, self._sharing.groups)
         with spent("loader"):
             samples = [self.source.samples(number) for number in numbers]
+            self._check_same(samples, step)
         sharded, missing = is_sharded(self.teacher.model), False
         if sharded and self.transcripts is not None and "sequence" in self.stage.losses:
             with spent("loader"):
@@ -313,6 +314,17 @@ class StageTrainer:
         if sharded or self._sharing.size > 1:
             micros = [replace(micro, states=None) for micro in micros]
         return micros
+
+    def _check_same(self, samples: list[list[Any]], step: int) -> None:
+        """Those who share rows each read them. Of other rows they would send each other other numbers of tokens, and
+        wait for ever."""
+        if self._sharing.size > 1:
+            mine = [[_outline(sample) for sample in each] for each in samples]
+            if self._agreed(lambda: mine) != mine:
+                raise TrainingError(
+                    self._where(step, "processes that share a row have read other records for it: the same files must "
+                                      "be there for all, and readable")
+                )  # fmt: skip
 
     def _agreed(self, work: Callable[[], T]) -> T:
         """What the first of those that share rows finds."""
@@ -565,6 +577,11 @@ class StageTrainer:
                 file.flush()
 
             yield write
+
+
+def _outline(sample: Any) -> tuple[Any, ...]:
+    """All of a sample that its number of tokens depends on."""
+    return sample.turns, [clip.frames.shape for clip in getattr(sample, "media", ())]
 
 
 def _list(names: Sequence[str]) -> str:

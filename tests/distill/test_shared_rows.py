@@ -4,19 +4,22 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_run import run_values, save_teacher
 
 from linmu_distill.config import parse_config
 from linmu_distill.losses import kept_positions
-from linmu_distill.objective import MicroBatch, Objective, Teacher, assemble, read_batch
+from linmu_distill.objective import MicroBatch, Objective, Teacher, TrainingError, assemble, read_batch
 from linmu_distill.parallel import sharing
 from linmu_distill.run import Run, RunError
 from linmu_distill.sources import build_source
 from linmu_distill.student import new_student, set_windows, store_parameters, trainable_parameters
 from linmu_distill.teacher import load_teacher
 from linmu_distill.train import StageTrainer
+from linmu_models.chat import Conversation
+from linmu_models.media import Clip
 from linmu_ops.context_parallel import ContextParallel
 
 NEAR = {"window": [1, 2, 2], "text_window": 8, "kept_tokens": 4}
@@ -163,6 +166,24 @@ def test_all_who_share_rows_hear_one_answer(gang, tmp_path):
     assert batch.keys() == others.keys() and all(value.equal(others[name]) for name, value in batch.items())
 
 
+def read_apart(group, differs):
+    """What a process says that reads a record which the other could not."""
+    trainer = SimpleNamespace(_sharing=SimpleNamespace(size=2, group=SimpleNamespace(get_group=lambda: group)))
+    trainer._agreed = lambda work: StageTrainer._agreed(trainer, work)
+    trainer._where = lambda step, what: f"step {step}: {what}"
+    read = [Conversation((("q", "a"),), (Clip(np.zeros((1, 4 + 2 * (differs and group.rank()), 4, 3))),))]
+    try:
+        StageTrainer._check_same(trainer, [read], 3)
+    except TrainingError as error:
+        return str(error)
+
+
+def test_all_who_share_rows_have_read_the_same(gang):
+    assert gang(2, read_apart, False) == [None, None]
+    first, other = gang(2, read_apart, True)
+    assert first is None and other.startswith("step 3: processes that share a row have read other records for it")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_all_who_share_rows_run_the_teacher_alike(size, monkeypatch):
     """One may find an answer that the other has just decoded, and has no states of. Then both wait for ever, if one of
@@ -174,7 +195,7 @@ def test_all_who_share_rows_run_the_teacher_alike(size, monkeypatch):
         accelerator=SimpleNamespace(autocast=nullcontext, device=torch.device("cpu")), _batches=2,
         _sharing=sharing(SimpleNamespace(num_processes=1, process_index=0), 1)._replace(size=size), transcripts=None,
         teacher=SimpleNamespace(model=torch.nn.Linear(2, 2)), source=SimpleNamespace(samples=lambda number: [number]),
-        student=None, stage=None, _agreed=None,
+        student=None, stage=None, _agreed=None, _check_same=lambda samples, step: None,
     )  # fmt: skip
     trainer.teacher.model.get_decoder = lambda: SimpleNamespace(layers=())
     states = [micro.states for micro in StageTrainer._read(trainer, 0)]
