@@ -147,14 +147,14 @@ def evaluate(
 @contextmanager
 def _of_others(advice: str) -> Iterator[None]:
     """Where another process has ended, this one ends with one line: the reason is in that one's."""
-    from .parallel import ANOTHER_ENDED, is_of_another
+    from .parallel import is_of_another
 
     try:
         yield
     except RuntimeError as error:
         if not is_of_another(error):
             raise
-        stop(f"{ANOTHER_ENDED}; its own last line says why; {advice}")
+        stop(f"another process of this run has ended, or does not answer; its own last line says why; {advice}")
 
 
 @contextmanager
