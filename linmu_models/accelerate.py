@@ -27,7 +27,9 @@ from .mixers import WIDEST, gate_then_norm, gated_delta, mamba2, norm_then_gate
 Function = Callable[..., Any]
 Owner = ModuleType | type
 CONVOLUTION = ("causal_conv1d_fn", "causal_conv1d_update")
-MAMBA2 = (*CONVOLUTION, "mamba2_chunk_scan", "mamba2_selective_state_update")
+MAMBA2 = (
+    *CONVOLUTION, "mamba2_chunk_scan", "mamba2_selective_state_update", "mamba2_split_conv1d_scan_combined"
+)  # fmt: skip
 DELTA = (*CONVOLUTION, "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 FAMILIES = {
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"), MAMBA2),
@@ -214,25 +216,35 @@ def _before(state: Tensor | None, *inputs: Tensor | None) -> Tensor | None:
 
 
 def _segments(given: dict[str, Any], batch: int, length: int, like: Tensor) -> Tensor | None:
-    """seq_idx of packed rows, as one package of kernels calls it, or of the bounds that another takes."""
-    if given.get("seq_idx") is not None:
-        return compat.numbered(given["seq_idx"])
-    bounds = given.get("cu_seqlens")
+    """seq_idx of packed rows, as one package of kernels calls it, or of the bounds that others take. A layer hands the
+    latter on to its convolution under the model's name for them, `cu_seq_lens_q`.
+
+    A row of a cache has inputs of the convolution before its tokens. They go with the first sequence.
+    """
+    if (numbers := given.get("seq_idx")) is not None:
+        before = length - numbers.shape[-1]
+        if numbers.dim() == 2 and before > 0 and numbers.shape[1]:
+            numbers = torch.cat([numbers[:, :1].expand(-1, before), numbers], 1)
+        return compat.numbered(numbers)
+    bounds = next((given[name] for name in ("cu_seqlens", "cu_seq_lens_q") if given.get(name) is not None), None)
     if bounds is None:
         return None
-    at = torch.arange(length, device=like.device)
-    return torch.searchsorted(bounds[1:].to(at.dtype), at, right=True).int().expand(batch, length).contiguous()
+    if batch != 1:
+        raise ValueError(f"accelerate_transformers: hidden_states must be one row with cu_seq_lens_q, got {batch}")
+    at = torch.arange(length, device=like.device) + (bounds[-1] - length)
+    return torch.searchsorted(bounds[1:].to(at.dtype), at, right=True).int()[None]
 
 
 def _convolve(
     theirs: Function, hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None,
     activation: str | None = None, **given: Any,
 ) -> Tensor:  # fmt: skip
-    if activation not in (None, "silu", "swish") or weight.shape[1] > WIDEST:
-        out: Tensor = theirs(hidden_states, weight, bias, activation=activation, **given)
-        return out
     batch, _, length = hidden_states.shape
     segments = _segments(given, batch, length, hidden_states)
+    if activation not in (None, "silu", "swish") or weight.shape[1] > WIDEST:
+        told = {} if segments is None else {"seq_idx": segments}
+        out: Tensor = theirs(hidden_states, weight, bias, activation=activation, **given | told)
+        return out
     y = compat.causal_conv1d_fn(hidden_states, weight, bias, segments, activation=activation)
     assert isinstance(y, Tensor)
     return y
@@ -318,11 +330,17 @@ def _delta_step(
     return y[:, None], state if output_final_state else None
 
 
+def _not_as_one(theirs: Function, *args: Any, **given: Any) -> None:
+    """A layer in training asks for its convolution, scan and norm as one kernel first. Without a package, theirs
+    refuses packed rows there; None lets the layer go on to the functions above."""
+
+
 OURS: dict[str, Function] = {
     "causal_conv1d_fn": _convolve,
     "causal_conv1d_update": _convolve_update,
     "mamba2_chunk_scan": _scan,
     "mamba2_selective_state_update": _state_update,
+    "mamba2_split_conv1d_scan_combined": _not_as_one,
     "torch_chunk_gated_delta_rule": _delta_scan,
     "torch_recurrent_gated_delta_rule": _delta_step,
 }

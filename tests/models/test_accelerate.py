@@ -8,7 +8,7 @@ import importlib
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import linmu_models
 from linmu_models import mixers
@@ -91,14 +91,15 @@ def test_ours_run_in_place_of_theirs(family, monkeypatch):
     run = functools.partial(model.generate, tokens, max_new_tokens=3, do_sample=False, eos_token_id=None)
     with accelerate_transformers(model):
         run()
-    prefill = {OURS[name].args[1] for name in FAMILIES[family] if "update" not in name and "recurrent" not in name}
+    names = [name for name in FAMILIES[family] if "split" not in name]  # of a layer in training
+    prefill = {OURS[name].args[1] for name in names if "update" not in name and "recurrent" not in name}
     norm = {"norm_then_gate" if "qwen" in family else "gate_then_norm"} if len(CLASSES[family]) > 1 else set()
     assert called == prefill | norm | {"gated_delta" if "qwen" in family else "mamba2"}
     called.clear()
     monkeypatch.setattr(mixers, "_states", lambda *_: None)
     with accelerate_transformers(model):
         run()
-    assert called >= {OURS[name].args[1] for name in FAMILIES[family]}
+    assert called >= {OURS[name].args[1] for name in names}
 
 
 def record(called, name, ours, *args, **kwargs):
@@ -125,13 +126,58 @@ def test_undone_again_and_nested():
     assert functions() == before
 
 
-def test_packed_rows_are_kept_apart():
-    """Without a package of kernels transformers refuses them."""
-    model, tokens = model_of("qwen3_5").model.layers[0].linear_attn, torch.randn(1, 30, 32)
-    with accelerate_transformers(), torch.no_grad():
-        packed = model(tokens, cu_seq_lens_q=torch.tensor([0, 12, 30]), seq_idx=(torch.arange(30) >= 12).int()[None])
-        parts = [model(tokens[:, :12]), model(tokens[:, 12:])]
-    torch.testing.assert_close(packed, torch.cat(parts, 1))
+def linear_layer(family):
+    return next(m for m in model_of(family).modules() if type(m).__name__ == CLASSES[family][0])
+
+
+def numbers_of(bounds, dtype=torch.int32):
+    return torch.arange(len(bounds) - 1).repeat_interleave(torch.tensor(bounds).diff())[None].to(dtype)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_are_kept_apart(family, training):
+    """By either name of what tells them, and by both. Without a package of kernels transformers refuses them."""
+    layer, tokens = linear_layer(family), torch.randn(1, 30, 32)
+    bounds, numbers = torch.tensor([0, 12, 30], dtype=torch.int32), numbers_of([0, 12, 30])
+    ways = (dict(seq_idx=numbers), dict(cu_seq_lens_q=bounds), dict(seq_idx=numbers, cu_seq_lens_q=bounds))
+    layer.train(training)
+    with accelerate_transformers():
+        want = torch.cat([layer(tokens[:, :12]), layer(tokens[:, 12:])], 1)
+        for way in ways:
+            torch.testing.assert_close(layer(tokens, **way), want, msg=lambda m, w=way: f"{sorted(w)}: {m}")
+    layer.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("cut", [3, 7], ids=["shorter than the filter", "after a cache"])
+@torch.no_grad()
+def test_packed_rows_with_a_cache(family, cut):
+    """The convolution then has inputs before the tokens of the row."""
+    layer, tokens = linear_layer(family), torch.randn(1, 30, 32)
+    end = 3 if cut == 3 else 30
+    with accelerate_transformers():
+        want = torch.cat([layer(tokens[:, : cut - 1]), layer(tokens[:, cut - 1 : end])], 1)
+        for told in ("seq_idx", "cu_seq_lens_q"):
+            cache, begin = DynamicCache(config=model_of(family).config), 0 if cut == 3 else 5
+            before = [layer(tokens[:, :begin], cache)] if begin else []
+            bounds = [0, cut - 1 - begin, end - begin]
+            way = {told: numbers_of(bounds, torch.int64) if told == "seq_idx" else torch.tensor(bounds)}
+            got = torch.cat([*before, layer(tokens[:, begin:end], cache, **way)], 1)
+            torch.testing.assert_close(got, want, msg=lambda m, t=told: f"{t}: {m}")
+
+
+@torch.no_grad()
+def test_packed_rows_that_are_not_ours():
+    """Of a filter that ours does not take: transformers refuses them, and is told of bounds too."""
+    layer, tokens = linear_layer("qwen3_5"), torch.randn(2, 30, 32)
+    bounds = torch.tensor([0, 12, 30])
+    with accelerate_transformers():
+        with pytest.raises(ValueError, match="hidden_states must be one row with cu_seq_lens_q, got 2"):
+            layer(tokens, cu_seq_lens_q=bounds)
+        convolve = importlib.import_module("transformers.models.qwen3_5.modeling_qwen3_5").causal_conv1d_fn
+        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+            convolve(torch.randn(1, 6, 30), torch.randn(6, 9), activation="silu", cu_seq_lens_q=bounds)
 
 
 def test_refusals(monkeypatch):
